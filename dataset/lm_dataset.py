@@ -1,0 +1,438 @@
+"""The data files of MiniMind → token ids and the mask of what is trained.
+
+One encoder and one mask for every stage:
+- text ({"text": …}): <|im_start|> text <|im_end|>, all of it trained;
+- conversations ({"conversations": [messages]}): the chat template's text, trained exactly where
+  its {% generation %} blocks say: what the assistant writes, its <|im_end|> included.
+
+A control token that a person writes in a text or message, such as "<|im_end|>", stays text: it is
+encoded as characters and never as the control token.
+
+Files are tokenised once, by all cores, into an Arrow file that later runs map into memory; at no
+time is a whole file in RAM.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from model.errors import UserError
+from model.weights import ROOT, tokenizer_hash
+
+CACHE = ROOT / "dataset" / ".cache"
+FORMAT = 1  # part of the cache's name: raise it whenever the encoding changes
+LINES_PER_TASK = 500
+TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+ROLES = ("system", "user", "assistant", "tool")
+
+Message = dict[str, Any]
+
+
+# -- text and messages to tokens -------------------------------------------------------------------
+
+
+@dataclass
+class Encoded:
+    """Tokens of one document, and which of them are trained (predicted with loss)."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """<|im_start|> text <|im_end|>, all trained (there is nothing to predict the first from)."""
+    return encode_pieces(tokenizer, [text_pieces(tokenizer, {"text": text})])[0]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+    **template_options: Any,
+) -> Encoded:
+    """A conversation as the chat template writes it.
+
+    Args:
+        messages: SPEC's messages: "role", "content", and perhaps "tools" (in a first system
+            message), "tool_calls" and "reasoning_content".
+        add_generation_prompt: end with the header of an assistant's turn, for it to answer.
+        template_options: variables of the template, such as tools or open_thinking.
+    """
+    pieces = chat_pieces(tokenizer, messages, add_generation_prompt, template_options)
+    return encode_pieces(tokenizer, [pieces])[0]
+
+
+# A document in pieces: control tokens as ids, everything between them as text; with "trained".
+Pieces = list[tuple[int | str, bool]]
+
+
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -> list[Encoded]:
+    """Encode the texts of many documents in one call, and put the control tokens between them."""
+    escape = escapes(tokenizer)
+    parts = [  # [document][piece] → ids or texts that hold no control token
+        [[piece] if isinstance(piece, int) else escape.control.split(piece) for piece, _ in pieces]
+        for pieces in documents
+    ]
+    texts = [part for document in parts for piece in document for part in piece if part != ""]
+    texts = [text for text in texts if isinstance(text, str)]
+    batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = iter(batch)
+
+    encoded = []
+    for pieces, document in zip(documents, parts, strict=True):
+        ids, trained = [], []
+        for (_, is_trained), piece in zip(pieces, document, strict=True):
+            for part in piece:
+                if part == "":
+                    continue
+                new = [part] if isinstance(part, int) else next(encodings).ids
+                ids += new
+                trained += [is_trained] * len(new)
+        encoded.append(Encoded(ids, trained))
+    return encoded
+
+
+@dataclass
+class Escapes:
+    """What keeps a person's text from being read as control tokens.
+
+    `control` and `any_tag` match the empty place behind the first character of a control token
+    (of a control token or tag): a text cut there can no longer be read as one.
+    """
+
+    control: re.Pattern
+    any_tag: re.Pattern
+    special: dict[str, int]
+
+
+@lru_cache(maxsize=8)
+def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token.content: number for number, token in added if token.special}
+
+    def behind_first_character(tokens: Iterable[str]) -> re.Pattern:
+        return re.compile(
+            "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
+        )
+
+    return Escapes(
+        behind_first_character(special), behind_first_character([*special, *TAGS]), special
+    )
+
+
+def chat_pieces(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    template_options: dict[str, Any],
+) -> Pieces:
+    """The rendered conversation, cut at the control tokens that the template wrote."""
+    escape = escapes(tokenizer)
+    cut = unused_character(messages)
+
+    def mark(value: Any, pattern: re.Pattern) -> Any:
+        """Put `cut` inside every control token that stands in a text of a message."""
+        if isinstance(value, str):
+            return pattern.sub(cut, value)
+        if isinstance(value, list):
+            return [mark(item, pattern) for item in value]
+        if isinstance(value, dict):
+            return {mark(key, pattern): mark(item, pattern) for key, item in value.items()}
+        return value
+
+    # The assistant may write tags such as <think>; nobody else can.
+    marked = [
+        mark(message, escape.control if message["role"] == "assistant" else escape.any_tag)
+        for message in messages
+    ]
+    rendered, spans = render_jinja_template(
+        [marked],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=add_generation_prompt,
+        **{**tokenizer.special_tokens_map, **mark(template_options, escape.any_tag)},
+    )
+    text, spans = rendered[0], spans[0]
+
+    split_special = re.compile("(" + "|".join(map(re.escape, escape.special)) + ")")
+    edges = [0, *(edge for span in spans for edge in span), len(text)]
+    pieces: Pieces = []
+    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+        trained = number % 2 == 1  # the spans are every second stretch of text
+        for part in split_special.split(text[start:end]):
+            if part in escape.special:
+                pieces.append((escape.special[part], trained))
+            else:
+                pieces += [(plain, trained) for plain in part.split(cut) if plain]
+    return pieces
+
+
+def unused_character(messages: list[Message]) -> str:
+    """A character of Unicode's private use area that occurs nowhere in the messages."""
+    text = json.dumps(messages, ensure_ascii=False, default=str)
+    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """[V] UTF-8 bytes that each token stands for; 0 for control tokens, which are no text.
+
+    With it a loss in nats per token becomes one in bits per byte, comparable between tokenizers.
+    """
+    sizes = torch.zeros(len(tokenizer), dtype=torch.long)
+    added = tokenizer.added_tokens_decoder
+    for token, number in tokenizer.get_vocab().items():
+        if number in added:
+            sizes[number] = 0 if added[number].special else len(token.encode())
+        else:
+            sizes[number] = len(token)  # byte-level BPE writes each byte as one character
+    return sizes
+
+
+# -- rows of a data file ---------------------------------------------------------------------------
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Pieces:
+    """Pretraining: {"text": "…"}. An empty text gives no pieces."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise UserError('has no "text" (pretraining rows are {"text": "…"})')
+    if not text.strip():
+        return []
+    return [(tokenizer.bos_token_id, True), (text, True), (tokenizer.eos_token_id, True)]
+
+
+def conversation_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Pieces:
+    """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}."""
+    messages = check_messages(row.get("conversations"))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise UserError("has no assistant turn, so there is nothing to train on")
+    return chat_pieces(tokenizer, messages, False, {})
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """SPEC's list of messages, or a UserError that says what is wrong with it."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(
+            'has no "conversations" (SFT rows are {"conversations": [{"role": "user", …}, …]})'
+        )
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            raise UserError('has a message without a "role"')
+        if message["role"] not in ROLES:
+            raise UserError(f"has the unknown role {message['role']!r}; known: {', '.join(ROLES)}")
+        content = message.get("content")
+        if content is None and (message.get("tool_calls") or message.get("tools")):
+            message["content"] = ""
+        elif not isinstance(content, str):
+            raise UserError(f'has a {message["role"]} message whose "content" is no text')
+    return messages
+
+
+# -- files to a memory-mapped dataset --------------------------------------------------------------
+
+ROWS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any]], Pieces]] = {
+    "text": text_pieces,
+    "conversations": conversation_pieces,
+}
+
+
+def load_documents(
+    paths: str | Path | list[str | Path],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    workers: int | None = None,
+    cache: Path | str = CACHE,
+) -> Dataset:
+    """The documents of one or several `.jsonl` / `.jsonl.gz` files, tokenised.
+
+    Args:
+        kind: "text" or "conversations".
+        workers: processes to tokenise with; default: one a core.
+
+    Returns:
+        A memory-mapped dataset with columns input_ids (uint16 or int32) and trained (bool); its
+        `info.description` is a hash of the tokens, the same for the same data anywhere.
+
+    Raises:
+        UserError: a file is missing or unreadable, or a line of it is not what it must be.
+    """
+    files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = json.dumps([FORMAT, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, seen])
+    arrow = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow"
+    if not arrow.exists():
+        tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
+    documents = Dataset.from_file(str(arrow)).with_format("numpy")
+    documents.info.description = arrow.with_suffix(".sha256").read_text()
+    if len(documents) == 0:
+        raise UserError(f"{', '.join(map(str, files))} holds no documents")
+    return documents
+
+
+def check_file(path: str | Path) -> Path:
+    path = Path(path).resolve()
+    if not path.exists():
+        raise UserError(f"the data file {path} does not exist; --data_path names another")
+    if not path.is_file():
+        raise UserError(f"the data file {path} is a folder; name the .jsonl file in it")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"the data file {path} may not be read by this user")
+    return path
+
+
+def tokenise_files(
+    files: list[Path],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    arrow: Path,
+    workers: int,
+) -> None:
+    """Write the tokens of all documents to `arrow`, which appears only when it is complete."""
+    small = len(tokenizer) <= 2**16
+    number = np.uint16 if small else np.int32
+    schema = pa.schema(
+        {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "trained": pa.list_(pa.bool_())}
+    )
+    digest = hashlib.sha256()
+    arrow.parent.mkdir(parents=True, exist_ok=True)
+    temporary = arrow.with_name(f".{arrow.name}.{os.getpid()}")
+    size = sum(path.stat().st_size for path in files)
+    if size < 1e6:
+        workers = 1  # starting processes would take longer than the work
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for ids, trained, lengths, consumed in encode_lines(files, kind, tokenizer, workers):
+                digest.update(ids.astype("<i4").tobytes() + lengths.astype("<i8").tobytes())
+                offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
+                columns = (
+                    pa.ListArray.from_arrays(offsets, pa.array(values))
+                    for values in (ids.astype(number), trained)
+                )
+                writer.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=schema))
+                bar.update(consumed)
+        arrow.with_suffix(".sha256").write_text(digest.hexdigest()[:16])
+        os.replace(temporary, arrow)
+    finally:
+        bar.close()
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class Lines:
+    """A stretch of a data file, for one task of a worker."""
+
+    path: Path
+    first: int  # its first line's number, from 1
+    lines: list[bytes]
+    consumed: int  # bytes of the file on disk that it took
+
+
+def encode_lines(
+    files: list[Path], kind: str, tokenizer: PreTrainedTokenizerBase, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """(ids, trained, lengths, bytes consumed) of stretch after stretch, in the files' order."""
+    tasks = (stretch for path in files for stretch in read_lines(path))
+    if workers == 1:
+        for task in tasks:
+            yield encode_task(tokenizer, kind, task)
+        return
+    # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with ProcessPoolExecutor(workers, initializer=worker_starts, initargs=(tokenizer,)) as pool:
+        waiting: deque[Future] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(encode_task_in_worker, kind, task))
+                if len(waiting) > 2 * workers:  # bounds what stands in memory
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def worker_starts(tokenizer: PreTrainedTokenizerBase) -> None:
+    global worker_tokenizer  # sent once to each process, not with every task
+    worker_tokenizer = tokenizer
+
+
+def encode_task_in_worker(kind: str, task: "Lines"):
+    return encode_task(worker_tokenizer, kind, task)
+
+
+def read_lines(path: Path) -> Iterator[Lines]:
+    """A file in stretches of LINES_PER_TASK lines."""
+    with open(path, "rb") as raw:
+        file = gzip.open(raw) if path.suffix == ".gz" else raw
+        lines, first, before = [], 1, 0
+        try:
+            for number, line in enumerate(file, start=1):
+                lines.append(line)
+                if len(lines) == LINES_PER_TASK:
+                    at = raw.tell()
+                    yield Lines(path, first, lines, at - before)
+                    lines, first, before = [], number + 1, at
+        except (EOFError, gzip.BadGzipFile) as error:
+            raise UserError(f"{path} is damaged, or no gzip file: {error}") from error
+        if lines:
+            yield Lines(path, first, lines, raw.tell() - before)
+
+
+def encode_task(
+    tokenizer: PreTrainedTokenizerBase, kind: str, task: Lines
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Parse and encode a stretch of lines; empty lines and empty texts give no document."""
+    documents = []
+    for number, line in enumerate(task.lines, start=task.first):
+        if not line.strip():
+            continue
+        try:
+            pieces = ROWS[kind](tokenizer, parse_row(line))
+        except UserError as error:
+            raise UserError(f"line {number} of {task.path} {error}") from None
+        if pieces:
+            documents.append(pieces)
+    encoded = encode_pieces(tokenizer, documents)
+    return (
+        np.fromiter((i for document in encoded for i in document.ids), np.int32),
+        np.fromiter((t for document in encoded for t in document.trained), bool),
+        np.fromiter((len(document.ids) for document in encoded), np.int64),
+        task.consumed,
+    )
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"is not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(row, dict):
+        raise UserError("is no JSON object")
+    return row

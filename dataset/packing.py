@@ -1,0 +1,236 @@
+"""Documents → rows of max_seq_len tokens → batches, and the order in which they are trained.
+
+Documents are packed several to a row by best fit (arXiv 2404.10830), so that hardly a token of a
+row is padding; `position_ids` restart at 0 with each document, by which the model keeps them
+apart. A document longer than a row is split, its pieces overlapping by one token, so that every
+token but the first is still predicted once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+IGNORED = -100  # the label of what carries no loss
+
+
+@dataclass
+class Batch:
+    """Rows for one forward pass, all [B, T]."""
+
+    input_ids: Tensor
+    labels: Tensor  # input_ids where trained, else -100; the model shifts them
+    position_ids: Tensor
+    tokens: int  # real tokens, padding not counted
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = (self.input_ids, self.labels, self.position_ids)
+        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens)
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The model's arguments."""
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens the loss is summed over."""
+        return int((self.labels != IGNORED).sum())
+
+
+@dataclass
+class Pieces:
+    """Stretches of documents, none longer than a row; arrays of the same length."""
+
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+
+
+def split_documents(lengths: np.ndarray, row_length: int) -> Pieces:
+    """Cut documents longer than a row, each piece beginning with the last token of the one
+    before it. Documents of a single token have nothing to predict and are left out."""
+    if row_length < 2:
+        raise ValueError("a row must hold at least two tokens")
+    stride = row_length - 1
+    pieces = np.maximum(0, -(-(lengths - 1) // stride))  # ceil: predicted tokens / stride
+    document = np.repeat(np.arange(len(lengths)), pieces)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * stride
+    return Pieces(document, start, np.minimum(lengths[document] - start, row_length))
+
+
+def best_fit_rows(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """The row of each piece: longest pieces first, each into the fullest row that has room.
+
+    `open_rows[room]` are the rows with that room left, and bit `room` of `rooms` says whether
+    there are any, so that the best fit is the lowest bit at or above the piece's length.
+    """
+    row_of = np.empty(len(lengths), dtype=np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]
+    rooms, rows = 0, 0
+    for piece in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[piece])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = row_length, rows
+            rows += 1
+        row_of[piece] = row
+        if room > length:
+            open_rows[room - length].append(row)
+            rooms |= 1 << (room - length)
+    return row_of
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of at most `row_length` tokens out of tokenised documents.
+
+    Args:
+        documents: columns input_ids and trained, as `load_documents` gives them.
+        chosen: which documents; default: all.
+        packing: several documents a row; else one, or one piece of one.
+    """
+
+    def __init__(
+        self,
+        documents: Dataset,
+        row_length: int,
+        chosen: np.ndarray | None = None,
+        packing: bool = True,
+    ):
+        self.documents = documents
+        self.row_length = row_length
+        lengths = document_lengths(documents)
+        self.chosen = np.arange(len(lengths)) if chosen is None else chosen
+        self.pieces = split_documents(lengths[self.chosen], row_length)
+        count = len(self.pieces.length)
+        row_of = best_fit_rows(self.pieces.length, row_length) if packing else np.arange(count)
+        # pieces in the order of their rows, and where each row's pieces begin and end
+        self.by_row = np.argsort(row_of, kind="stable")
+        self.edges = np.concatenate(([0], np.cumsum(np.bincount(row_of)))).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    @property
+    def tokens(self) -> int:
+        return int(self.pieces.length.sum())
+
+    @property
+    def fill(self) -> float:
+        """The share of the rows' places that real tokens take."""
+        return self.tokens / max(1, len(self) * self.row_length)
+
+    def __getitem__(self, row: int | None) -> list[dict[str, np.ndarray]]:
+        """The pieces of a row; None gives a row without any, which ranks use to stay in step."""
+        if row is None:
+            return []
+        members = self.by_row[self.edges[row] : self.edges[row + 1]]
+        documents = self.documents[self.chosen[self.pieces.document[members]].tolist()]
+        ends = self.pieces.start[members] + self.pieces.length[members]
+        spans = zip(self.pieces.start[members], ends, strict=True)
+        columns = (documents["input_ids"], documents["trained"])
+        return [
+            {"input_ids": ids[start:end], "trained": trained[start:end]}
+            for (start, end), ids, trained in zip(spans, *columns, strict=True)
+        ]
+
+
+def document_lengths(documents: Dataset) -> np.ndarray:
+    """[documents] tokens of each, read from the Arrow offsets alone."""
+    column = documents.data.column("input_ids")
+    offsets = [np.asarray(chunk.offsets) for chunk in column.chunks]
+    return np.concatenate([np.diff(offset) for offset in offsets]).astype(np.int64)
+
+
+def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
+    """Rows to one batch, padded to the longest of them.
+
+    The first token of each document carries no loss: what would predict it is another document.
+    Padding is a document of its own.
+    """
+    longest = max(2, max(sum(len(piece["input_ids"]) for piece in row) for row in rows))
+    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    position_ids = np.zeros((len(rows), longest), dtype=np.int64)
+    tokens = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for piece in row:
+            end = at + len(piece["input_ids"])
+            input_ids[r, at:end] = piece["input_ids"]
+            labels[r, at:end] = np.where(piece["trained"], piece["input_ids"], IGNORED)
+            labels[r, at] = IGNORED
+            position_ids[r, at:end] = np.arange(end - at)
+            at = end
+        position_ids[r, at:] = np.arange(longest - at)
+        tokens += at
+    return Batch(*map(torch.from_numpy, (input_ids, labels, position_ids)), tokens)
+
+
+class WindowSampler(torch.utils.data.Sampler):
+    """Which rows this rank reads for each update ("window"), epoch after epoch.
+
+    The order of all rows depends on seed and epoch alone. A window takes the next
+    batch_size · accumulation_steps · ranks of them, and its micro-batches are dealt out to the
+    ranks in turn, so that any number of ranks walks through the same rows in the same order. The
+    last window of an epoch is what is left; a rank left without rows gets an empty one (None).
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        epochs: int = 1,
+        seed: int = 42,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.rows, self.batch_size, self.epochs, self.seed = rows, batch_size, epochs, seed
+        self.window = batch_size * accumulation_steps * ranks
+        self.rank, self.ranks = rank, ranks
+        self.start = 0  # rows already trained, in all epochs together
+
+    def __len__(self) -> int:
+        epoch, offset = divmod(self.start, self.rows)
+        each = -(-self.rows // self.window)
+        return (self.epochs - epoch) * each - -(-offset // self.window)
+
+    def place_after(self, place: int) -> int:
+        """Rows trained once the window that begins at `place` is done."""
+        return min(place + self.window, (place // self.rows + 1) * self.rows)
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        first, offset = divmod(self.start, self.rows)
+        for epoch in range(first, self.epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            for at in range(offset, self.rows, self.window):
+                window = order[at : at + self.window].tolist()
+                step = self.batch_size * self.ranks
+                mine: list[int | None] = []
+                for micro in range(0, len(window), step):
+                    begin = micro + self.rank * self.batch_size
+                    mine += window[begin : begin + self.batch_size] or [None]
+                yield mine
+            offset = 0
+
+
+@dataclass
+class WindowCollator:
+    """A window's rows → its list of micro-batches."""
+
+    batch_size: int
+    pad_id: int = 0
+
+    def __call__(self, rows: list[list[dict[str, np.ndarray]]]) -> list[Batch]:
+        starts = range(0, len(rows), self.batch_size)
+        return [collate(rows[at : at + self.batch_size], self.pad_id) for at in starts]

@@ -1,0 +1,19 @@
+"""Mistakes that a person can make, told in one sentence instead of a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """One plain sentence: what is wrong, where, and what to do about it."""
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2; let every real bug through."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,429 @@
+"""The MiniMind language model, from the outside in: config, causal LM, stack, block, parts.
+
+A decoder-only transformer in the layout of Llama: pre-RMSNorm, rotary positions (rotate-half),
+grouped-query attention, SwiGLU, tied embeddings, no biases; with `qk_norm` the layout of Qwen3.
+Names of the weights are those of transformers, so that conversion is a change of labels.
+
+Letters in the shape comments:
+    B batch   T tokens fed now   S tokens attended to (cached + T)   V vocabulary
+    C hidden size   H query heads   K key/value heads   D size of a head (C / H)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
+
+
+class MiniMindConfig(PreTrainedConfig):
+    """Sizes and switches of a model. The defaults are MiniMind-small, 25.83M parameters."""
+
+    model_type = "minimind"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 6400
+    hidden_size: int = 512
+    intermediate_size: int | None = None  # None: 8/3 of hidden_size, rounded up to 64s
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    dropout: float = 0.0
+    qk_norm: bool = False
+    flash_attn: bool = True  # False: the hand-written attention, slower but readable
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"RoPE turns pairs of numbers, but a head has {self.head_dim}")
+        super().__post_init__(**kwargs)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class MiniMindPreTrainedModel(PreTrainedModel):
+    config_class = MiniMindConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["MiniMindBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02²); what writes to the residual stream is smaller by √(2·layers) (GPT-2), so
+        that the stream's variance does not grow with depth."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            if getattr(module, "writes_to_residual", False):
+                std /= math.sqrt(2 * self.config.num_hidden_layers)
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, RotaryEmbedding):
+            # from_pretrained leaves buffers that are not saved uninitialised: compute them again.
+            init.copy_(module.inverse_frequencies, rope_frequencies(self.config))
+
+
+class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
+    """The language model: a stack of blocks and a linear map from its output to the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool = True,
+        **kwargs,  # transformers hands over more settings than this model has a use for
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, and the loss if labels are given.
+
+        Args:
+            input_ids: [B, T] token ids, or inputs_embeds: [B, T, C] instead.
+            attention_mask: [B, S], 1 for real tokens and 0 for padding.
+            position_ids: [B or 1, T]. Without a cache, positions that restart at 0 begin a new
+                document, and documents packed into one row do not see each other.
+            past_key_values: a transformers cache, or anything with its `update(k, v, layer)` and
+                `get_seq_length()`.
+            labels: [B, T], the input_ids themselves with -100 where no loss is wanted; they are
+                shifted here (position t predicts label t+1).
+            logits_to_keep: only the last n positions (0: all), or the positions in a tensor.
+            num_items_in_batch: what the summed token loss is divided by. Default: the labels in
+                this call. Trainers give the count of the whole window over all ranks.
+            return_logits: False saves the memory of [B, T, V] where only the loss is wanted.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state  # [B, T, C]
+
+        loss = None
+        if labels is not None:
+            loss, count = cross_entropy_sum(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
+            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+
+        logits = None
+        if return_logits:
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self.lm_head(hidden[:, kept])  # [B, kept, V]; slice(-0, None) keeps all
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class MiniMindModel(MiniMindPreTrainedModel):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            MiniMindBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The arguments of `MiniMindForCausalLM.forward`; returns last_hidden_state [B, T, C]."""
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        mask = visible_keys(hidden, past, attention_mask, position_ids if past == 0 else None)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
+        rotation = self.rotary(position_ids)
+
+        hidden = self.dropout(hidden)
+        all_hidden = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, mask, past_key_values)
+            all_hidden.append(hidden)
+        hidden = self.norm(hidden)
+        all_hidden[-1] = hidden  # as transformers: the last one is normalised
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden) if output_hidden_states else None,
+        )
+
+
+class MiniMindBlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: MiniMindConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden: Tensor, rotation, mask: Tensor | None, past_key_values) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, mask, past_key_values)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries: H query heads share K key/value heads."""
+
+    def __init__(self, config: MiniMindConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.attend = scaled_dot_product if config.flash_attn else scaled_dot_product_by_hand
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.o_proj.writes_to_residual = True
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, hidden: Tensor, rotation, mask: Tensor | None, past_key_values) -> Tensor:
+        B, T, _ = hidden.shape
+        query = self.q_norm(self.q_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
+        query = rotate(query, *rotation)  # [B, H, T, D]
+        key = rotate(key, *rotation)  # [B, K, T, D]
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer)  # [B, K, S, D]
+        out = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
+        out = self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+        return F.dropout(out, self.dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """down(SiLU(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj.writes_to_residual = True
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden)))
+
+
+class RMSNorm(nn.Module):
+    """weight · x / √(mean(x²) + eps) over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+# -- rotary position embedding (RoFormer, arXiv 2104.09864) ---------------------------------------
+
+
+def rope_frequencies(config: MiniMindConfig) -> Tensor:
+    """[D/2] radians by which each pair of numbers turns from one position to the next:
+    theta^(-2i/D), fast for the first pairs and very slow for the last."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    return config.rope_theta ** (-pairs / config.head_dim)
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions to the cosines and sines by which queries and keys are rotated."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        frequencies = rope_frequencies(config)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B or 1, T] → cos, sin, each [B or 1, 1, T, D], the same for all heads."""
+        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
+        angles = torch.cat((angles, angles), dim=-1)  # number i is paired with number i + D/2
+        return angles.cos(), angles.sin()
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its angle: the inner product of a query
+    and a key then depends on the distance of their positions only."""
+    first, second = heads.chunk(2, dim=-1)
+    turned = heads * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned.to(heads.dtype)
+
+
+# -- attention -------------------------------------------------------------------------------------
+
+
+def visible_keys(
+    hidden: Tensor, past: int, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor | None:
+    """Which keys each query may see, as a bool mask [B or 1, 1, T, S], True = visible.
+
+    None, the fast path, means all earlier positions (causal). Beyond causality, padding is hidden
+    (attention_mask [B, S]), and so are the other documents of a packed row (position_ids [B, T]
+    that restart at 0, given when nothing is cached).
+    """
+    T = hidden.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask  # transformers prepared it already
+    packed = position_ids is not None and attention_mask is None
+    if attention_mask is None and not packed and (past == 0 or T == 1):
+        return None
+    steps = torch.arange(past + T, device=hidden.device)
+    mask = (steps <= steps[past:, None])[None]  # [1, T, S]
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, : past + T].bool()
+    if packed:
+        document = (position_ids == 0).cumsum(-1)
+        mask = mask & (document[:, None, :] == document[:, :, None])
+    return mask[:, None]
+
+
+def scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """softmax(QKᵀ/√D)V by PyTorch's fused kernels. [B, H, T, D], [B, K, S, D] → [B, H, T, D]."""
+    # A query that stands alone sees all keys; is_causal would align it with the first of them.
+    causal = mask is None and query.shape[2] > 1
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def scaled_dot_product_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
+) -> Tensor:
+    """The same, written out: the reference that the tests compare the fused kernels with."""
+    group = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(group, dim=1)  # head h reads key/value head h // group
+    value = value.repeat_interleave(group, dim=1)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [B, H, T, S]
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        # not -inf: a padding row sees nothing at all, and softmax of only -inf is NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return F.dropout(scores.softmax(-1), dropout) @ value
+
+
+# -- loss ------------------------------------------------------------------------------------------
+
+
+def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ −log softmax(head · h)[label] over the positions that have a label, and their number.
+
+    Args:
+        hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
+    """
+    chosen = labels != IGNORED
+    hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
+    fused = (
+        len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
+        and hasattr(F, "linear_cross_entropy")  # since torch 2.13
+        and not torch.is_autocast_enabled(hidden.device.type)  # it knows nothing of autocast
+    )
+    if fused:  # in chunks, so that [B·T, V] never stands in memory as a whole
+        options = nn.LinearCrossEntropyOptions()
+        loss = F.linear_cross_entropy(hidden, head, labels, reduction="sum", options=options)
+    else:
+        loss = F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
+    return loss, chosen.sum()
+
+
+AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)
+AutoModel.register(MiniMindConfig, MiniMindModel, exist_ok=True)
+AutoModelForCausalLM.register(MiniMindConfig, MiniMindForCausalLM, exist_ok=True)

@@ -1,0 +1,353 @@
+"""Weight files: `{stage}_{hidden_size}[_moe].pth` with a `.json` of the same name beside it.
+
+The `.pth` is a plain float16 state dict, with the names of transformers. The `.json` tells what
+the shapes cannot: the config, the stage, the tokenizer (hash) and how the weights were trained.
+A `.pth` without one, such as an earlier MiniMind's, is read by its shapes.
+
+Nothing here executes what a file contains: torch.load runs with weights_only=True throughout.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out"
+TOKENIZER = ROOT / "model"
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def weight_path(stage: str, hidden_size: int, directory: Path | str = OUT) -> Path:
+    """out/{stage}_{hidden_size}.pth"""
+    return Path(directory) / f"{stage}_{hidden_size}.pth"
+
+
+def find_weights(stage: str, hidden_size: int | None = None, directory: Path | str = OUT) -> Path:
+    """The weights of a stage; without a size the newest of them. UserError if there are none."""
+    if hidden_size is not None:
+        found = [weight_path(stage, hidden_size, directory)]
+    else:
+        pattern = re.compile(re.escape(stage) + r"_\d+\.pth")
+        found = [p for p in Path(directory).glob(f"{stage}_*.pth") if pattern.fullmatch(p.name)]
+    found = [path for path in found if path.exists()]
+    if not found:
+        size = f"_{hidden_size}" if hidden_size else "_*"
+        there = sorted(p.name for p in Path(directory).glob("*.pth"))
+        raise UserError(
+            f"there are no weights {Path(directory) / (stage + size)}.pth; "
+            + (f"that folder has {', '.join(there)}" if there else "train that stage first")
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
+    """Write to a temporary file beside `path`, then rename: readers see the old file or the new
+    one, never half of one, whenever the process dies. UserError if the place cannot be written."""
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def save_weights(
+    model: MiniMindForCausalLM,
+    path: Path | str,
+    *,
+    stage: str,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: dict[str, Any],
+) -> Path:
+    """Save `model` as float16 `.pth` and its `.json`.
+
+    Args:
+        stage: what made the weights, such as "pretrain".
+        origin: how: arguments, data, steps, figures; anything that JSON can hold.
+    """
+    path = Path(path)
+    state = {name: tensor.detach().half().cpu() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one tensor in the file too
+    info = {
+        "stage": stage,
+        "config": model.config.to_diff_dict(),
+        "parameters": count_parameters(model),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "origin": origin,
+    }
+    write_json(path.with_suffix(".json"), info)
+    with atomic_write(path) as file:
+        torch.save(state, file)
+    return path
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters, those that are shared counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+def load_model(
+    path: Path | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> MiniMindForCausalLM:
+    """A model from its `.pth`, every weight accounted for.
+
+    Args:
+        tokenizer: if given, it must be the one that the weights were trained with (UserError);
+            where no hash is known, another vocabulary size is an error too.
+        overrides: fields of the config that count more than what the files say.
+
+    Raises:
+        UserError: no checkpoint, a key missing, unknown or of another shape, another tokenizer.
+    """
+    path = Path(path)
+    state = read_state(path)
+    info = read_info(path)
+    known = info["config"] if info else config_from_shapes(state, path)
+    try:
+        config = MiniMindConfig(**{**known, **overrides})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config, info, path)
+    model = MiniMindForCausalLM(config)
+    check_state(state, model, path)
+    model.load_state_dict(state, strict=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """The state dict in a `.pth`, on the CPU. UserError if the file is anything else."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"the weights {path} cannot be read: that {what}")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        raise UserError(f"{path} is a safetensors file; give the folder that it is in instead")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is no plain state dict (a damaged file, or a pickle that "
+            "holds code, which is never executed here)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no checkpoint, or only part of one ({len(head) and path.stat().st_size} "
+            "bytes); copy or download it again"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{path} does not hold a state dict (names and tensors) but something else")
+    # what DistributedDataParallel and torch.compile put before the names
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
+    if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied, and saved once
+    return state
+
+
+def read_info(path: Path | str) -> dict[str, Any] | None:
+    """The `.json` beside a `.pth`, or None where there is none."""
+    path = Path(path).with_suffix(".json")
+    if not path.exists():
+        return None
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(info["config"], dict):
+            raise TypeError
+        return info
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged; without that file the sizes are read from the weights' shapes"
+        ) from error
+
+
+def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") -> dict[str, Any]:
+    """The config of a bare `.pth`, from the shapes of its weights.
+
+    What shapes leave open follows the generation: those with q/k norm (newer) have
+    rms_norm_eps 1e-6, those without (older) 1e-5; both have 8 query heads where no norm tells.
+    """
+    if any(".mlp.experts." in name for name in state):
+        raise UserError(f"{path} is a mixture of experts, which this version cannot read yet")
+    try:
+        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        layers = [re.match(r"model\.layers\.(\d+)\.", name) for name in state]
+        first = "model.layers.0."
+        key_rows = state[first + "self_attn.k_proj.weight"].shape[0]
+        query_rows = state[first + "self_attn.q_proj.weight"].shape[0]
+        intermediate_size = state[first + "mlp.gate_proj.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} has no MiniMind weights: {error} is not among its keys") from error
+    q_norm = state.get(first + "self_attn.q_norm.weight")
+    head_dim = query_rows // 8 if q_norm is None else q_norm.shape[0]
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
+        "intermediate_size": intermediate_size,
+        "num_attention_heads": query_rows // head_dim,
+        "num_key_value_heads": key_rows // head_dim,
+        "qk_norm": q_norm is not None,
+        "rms_norm_eps": 1e-5 if q_norm is None else 1e-6,
+        "tie_word_embeddings": torch.equal(
+            state["lm_head.weight"], state["model.embed_tokens.weight"]
+        ),
+    }
+
+
+def check_state(state: dict[str, Tensor], model: MiniMindForCausalLM, path: Path | str) -> None:
+    """UserError that names the first weight that is missing, unknown or of another shape."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    if missing or unknown:
+        names, what = (missing, "lacks") if missing else (unknown, "has, but the model does not,")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{path} does not fit the model: {name} is {list(tensor.shape)} in the file "
+                f"and {list(expected[name].shape)} in the model; check the size flags"
+            )
+
+
+# -- tokenizer -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; by default MiniMind's own, in model/."""
+    path = Path(path) if path else TOKENIZER
+    if not (path / "tokenizer.json").is_file():
+        raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what every id means: SHA-256 over the vocabulary, in the order of the ids."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    config: MiniMindConfig,
+    info: dict[str, Any] | None,
+    path: Path | str,
+) -> None:
+    """UserError where `tokenizer` is not the one of the weights; a warning where none can tell."""
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {path} only {config.vocab_size}; "
+            "--tokenizer_path names the folder of the right one"
+        )
+    if info is None or "tokenizer_hash" not in info:
+        warnings.warn(
+            f"{path} does not say which tokenizer it was trained with; if it answers with "
+            "nonsense, name the right one with --tokenizer_path",
+            stacklevel=2,
+        )
+    elif info["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"{path} was trained with another tokenizer (hash {info['tokenizer_hash']}, this one "
+            f"is {tokenizer_hash(tokenizer)}); --tokenizer_path names the folder of the right one"
+        )
+
+
+# -- models to talk to -----------------------------------------------------------------------------
+
+
+def load_for_chat(
+    load_from: Path | str,
+    weight: str,
+    *,
+    hidden_size: int | None = None,
+    directory: Path | str = OUT,
+    tokenizer_path: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """A model, its tokenizer and its stage ("" where unknown), from either kind of place.
+
+    Args:
+        load_from: a transformers folder (it has a config.json); any other folder, such as
+            ./model, means MiniMind's own weights, with that folder's tokenizer.
+        weight: own weights only: a stage, or the path of a `.pth`.
+        hidden_size: which size of the stage; default: the newest.
+        directory: where own weights are.
+    """
+    load_from = Path(load_from)
+    if not load_from.is_dir():
+        raise UserError(f"--load_from {load_from} is no folder")
+    tokenizer = load_tokenizer(tokenizer_path or load_from)
+    if (load_from / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(load_from, dtype=dtype)
+        return model.to(device).eval(), tokenizer, ""
+    path = Path(weight)
+    if path.suffix != ".pth":
+        path = find_weights(weight, hidden_size, directory)
+    model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype)
+    return model, tokenizer, (read_info(path) or {}).get("stage", "")

@@ -1,0 +1,82 @@
+"""How good is the model now: held-out loss, bits per byte, a sample of its text."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from dataset.lm_dataset import encode_chat, token_bytes
+from dataset.packing import IGNORED, Rows, collate
+from model.generation import Sampling, generate
+from model.model_minimind import cross_entropy_sum
+from trainer.hardware import autocast
+from trainer.trainer_utils import Run, unwrapped
+
+
+@torch.no_grad()
+def held_out_loss(
+    run: Run, model: nn.Module, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Loss on held-out rows, which all ranks share out between them.
+
+    Returns:
+        val_loss: nats per trained token.
+        val_bpb: bits per UTF-8 byte of the trained text, control tokens left out of both; unlike
+            the loss it can be compared between tokenizers.
+    """
+    model = unwrapped(model)
+    sizes = token_bytes(tokenizer).to(run.device)
+    text_loss = control_loss = text_bytes = labelled = 0.0
+    model.eval()
+    mine = range(run.rank, len(rows), run.ranks)
+    for at in range(0, len(mine), run.args.batch_size):
+        chunk = mine[at : at + run.args.batch_size]
+        batch = collate([rows[row] for row in chunk], tokenizer.pad_token_id).to(run.device)
+        with autocast(run.device, run.dtype):
+            hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+            is_text = (batch.labels != IGNORED) & (sizes[batch.labels.clamp(min=0)] > 0)
+            text, control = (
+                sum_of_loss(model, hidden, batch.labels.masked_fill(~kept, IGNORED))
+                for kept in (is_text, ~is_text)
+            )
+        text_loss, control_loss = text_loss + text, control_loss + control
+        text_bytes += sizes[batch.labels[is_text]].sum().item()
+        labelled += batch.labelled
+    model.train()
+    text_loss, control_loss, text_bytes, labelled = run.sum_over_ranks(
+        text_loss, control_loss, text_bytes, labelled
+    )
+    return {
+        "val_loss": (text_loss + control_loss) / max(1, labelled),
+        "val_bpb": text_loss / math.log(2) / max(1, text_bytes),
+    }
+
+
+def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
+    loss, _ = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, labels[:, 1:])
+    return loss.item()
+
+
+def continuation(
+    run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, length: int = 40
+) -> str:
+    """The beginning of the first held-out document, and how the model goes on from there."""
+    if not run.is_main:
+        return ""
+    ids = rows[0][0]["input_ids"].tolist()
+    prompt = ids[: max(1, min(12, len(ids) // 2))]
+    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    return f"{tokenizer.decode(prompt[1:])} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
+
+
+def answer(
+    run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: str, length: int = 60
+) -> str:
+    """A question to the assistant, and its answer."""
+    if not run.is_main:
+        return ""
+    messages = [{"role": "user", "content": question}]
+    prompt = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    return f"{question} ▸ {tokenizer.decode(reply, skip_special_tokens=True)}"

@@ -1,0 +1,46 @@
+"""Pictures of training runs."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from model.weights import atomic_write
+
+matplotlib.use("Agg")  # no window: the picture goes to a file
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None:
+    """Training loss and held-out bits per byte over the tokens trained, one colour a run.
+
+    Args:
+        runs: name → the records of its metrics.jsonl.
+        path: the PNG.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for name, records in runs.items():
+        losses = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+        held_out = [(r["tokens"], r["val_bpb"]) for r in records if "val_bpb" in r]
+        if losses:
+            left.plot(*zip(*losses, strict=True), label=name)
+        if held_out:
+            right.plot(*zip(*held_out, strict=True), "o-", markersize=4, label=name)
+    left.set(title="training loss", ylabel="nats per token")
+    right.set(title="held-out data", ylabel="bits per byte")
+    for axes in (left, right):
+        axes.set_xlabel("tokens trained")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+        if axes.lines:
+            axes.legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path | str) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    plt.close(figure)
+    with atomic_write(path) as file:
+        file.write(picture.getvalue())

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: learn to answer, from conversations.
+
+    L = −1/N · Σ m_t · log p(x_t | x_1 … x_{t−1})
+
+the loss of pretraining, but m_t is 1 only for the tokens that the assistant writes, the <|im_end|>
+that ends its turn included, and N counts those alone: the model learns to answer and to stop, not
+to ask. The mask comes from the chat template; `python scripts/show_batch.py` shows it.
+
+    python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_mini_512.jsonl
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from model.command_line import option
+from model.weights import load_tokenizer
+from trainer.evaluation import answer, held_out_loss
+from trainer.optimizers import make_optimizer
+from trainer.trainer_utils import (
+    DATASET,
+    Run,
+    TrainArgs,
+    read_rows,
+    run_stage,
+    starting_model,
+)
+
+
+@dataclass
+class Args(TrainArgs):
+    data_path: list[str] = option(
+        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
+    )
+    from_weight: str = option("pretrain", "stage to start from; none: from nothing")
+    batch_size: int = option(16, "rows a device takes at once")
+    learning_rate: float = option(5e-7, "the peak; the same meaning for both optimizers")
+    epochs: int = option(2, "times to go through the data")
+    sample_prompt: str = option("Who are you?", "asked at every evaluation")
+
+
+def main(args: Args) -> dict[str, Any]:
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = starting_model(args, tokenizer)
+    run = Run(args, "full_sft", model.config)
+    rows, held_out = read_rows(run, "conversations", tokenizer)
+    loader = run.loader(rows, tokenizer.pad_token_id)
+    run.announce(model, rows, held_out)
+
+    model = run.distribute(model)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    run.resume(model, optimizer)
+
+    for window in run.steps(loader):
+        for batch in window:
+            with run.forward(model, sync=batch is window[-1]):
+                loss = model(
+                    **batch.inputs,
+                    labels=batch.labels,
+                    num_items_in_batch=window.labelled,
+                    return_logits=False,
+                ).loss
+            run.backward(loss)
+        run.update(model, optimizer)
+        if held_out and run.due(args.eval_interval):
+            figures = held_out_loss(run, model, held_out, tokenizer)
+            run.log_evaluation(answer(run, model, tokenizer, args.sample_prompt), **figures)
+        run.log()
+        run.save_every(model, optimizer, tokenizer)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    run_stage(main, Args, __doc__)

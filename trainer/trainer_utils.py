@@ -1,0 +1,708 @@
+"""What all trainers share: their arguments, and `Run`, the verbs of a training loop.
+
+A trainer reads, in every stage:
+
+    for window in run.steps(loader):              # one window of micro-batches = one update
+        for batch in window:
+            with run.forward(model, sync=batch is window[-1]):
+                loss = …                          # the stage's equation, and nothing else
+            run.backward(loss)
+        run.update(model, optimizer)
+        run.log()
+        run.save_every(model, optimizer)
+
+`Run` never calls the model, computes no loss and does not own the loop.
+"""
+
+import json
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dataset.lm_dataset import load_documents
+from dataset.packing import Batch, Rows, WindowCollator, WindowSampler
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    OUT,
+    ROOT,
+    atomic_write,
+    count_parameters,
+    find_weights,
+    load_model,
+    save_weights,
+)
+from trainer import hardware
+from trainer.optimizers import Together, learning_rate_factor
+from trainer.plots import plot_losses
+
+CHECKPOINTS = ROOT / "checkpoints"
+DATASET = ROOT / "dataset"
+BAD_STEPS = 5  # as many non-finite updates in a row end a run
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainArgs:
+    """The arguments of every trainer. A stage's own class changes defaults and adds its own."""
+
+    data_path: list[str] = option([], "JSONL file(s) to train on, .jsonl or .jsonl.gz")
+    val_path: list[str] = option([], "held-out file(s); default: a share of data_path")
+    val_share: float = option(0.01, "share of the documents held out where val_path is not given")
+    val_documents: int = option(256, "how many held-out documents an evaluation uses at most")
+    from_weight: str = option("none", "stage to start from, such as pretrain; none: from nothing")
+    save_weight: str = option("", "name of the weights that are made; default: the stage's")
+    save_dir: str = option(str(OUT), "folder for weights, metrics and plots")
+    checkpoint_dir: str = option(str(CHECKPOINTS), "folder for what --resume needs")
+    tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
+
+    epochs: int = option(1, "times to go through the data")
+    max_steps: int = option(0, "updates to make at most; 0: all that the epochs hold")
+    batch_size: int = option(32, "rows a device takes at once")
+    accumulation_steps: int = option(1, "batches added up for one update")
+    max_seq_len: int = option(512, "tokens in a row")
+    packing: bool = option(True, "several documents a row; 0: one, padded")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the matrices, AdamW the rest")
+    learning_rate: float = option(5e-4, "the peak; the same meaning for both optimizers")
+    lr_schedule: Literal["trapezoid", "cosine", "constant"] = option(
+        "trapezoid", "after the warm-up; trapezoid: constant, then linearly to 0 over the 2nd half"
+    )
+    warmup_steps: int = option(50, "updates over which the learning rate rises")
+    weight_decay: float = option(0.1, "on matrices only, decoupled")
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
+
+    hidden_size: int | None = option(None, "width; default: 512, or that of from_weight")
+    num_hidden_layers: int | None = option(None, "depth; default: 8, or that of from_weight")
+    num_attention_heads: int | None = option(None, "query heads; default: 8")
+    num_key_value_heads: int | None = option(None, "key/value heads; default: 2")
+    qk_norm: bool | None = option(None, "normalise queries and keys, as Qwen3 and MiniMind-3")
+    dropout: float = option(0.0, "share of activations set to 0 while training")
+    use_moe: bool = option(False, "mixture of experts; not in this version")
+    gradient_checkpointing: bool = option(False, "less memory for a third more time")
+
+    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
+    dtype: Literal["bfloat16", "float16", "float32"] = option(
+        "bfloat16", "to compute in on CUDA; elsewhere float32, which is faster there"
+    )
+    num_workers: int = option(1, "processes that make batches ahead")
+    seed: int = option(42, "of weights, order and sampling")
+
+    log_interval: int = option(100, "updates between lines of the log")
+    eval_interval: int = option(500, "updates between evaluations on held-out data; 0: at the end")
+    save_interval: int = option(100, "updates between saves; 0: at the end")
+    resume: bool = option(False, "go on from the checkpoint of this run, if there is one")
+    from_resume: bool = option(False, "the same as --resume")
+    use_wandb: bool = option(False, "log to a tracker too")
+    tracker: Literal["wandb", "swanlab"] = option("wandb", "which, with --use_wandb")
+    wandb_project: str = option("MiniMind", "the tracker's project")
+
+    def __post_init__(self) -> None:
+        """UserError for values that make no sense, before anything is loaded."""
+        positive = "epochs batch_size accumulation_steps max_seq_len learning_rate log_interval"
+        not_negative = "max_steps warmup_steps weight_decay grad_clip eval_interval save_interval"
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
+        for name in f"{not_negative} val_documents num_workers".split():
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+        if not 0 <= self.val_share < 1:
+            raise UserError(f"--val_share must be at least 0 and less than 1, not {self.val_share}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout must be at least 0 and less than 1, not {self.dropout}")
+        if self.max_seq_len < 2:
+            raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
+        if self.use_moe:
+            raise UserError("--use_moe 1: this version trains dense models only")
+        self.resume = self.resume or self.from_resume
+
+
+def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None:
+    """The command line of a trainer: parse, train, and leave no process group behind."""
+    with exit_on_user_error():
+        try:
+            main(parse_arguments(kind, about))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+# -- model and data --------------------------------------------------------------------------------
+
+
+def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
+    """The weights of `from_weight`, or new ones; on the CPU, in float32."""
+    torch.manual_seed(args.seed)
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm"
+    sizes = {name: getattr(args, name) for name in names.split()}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if args.from_weight == "none":
+        try:
+            config = MiniMindConfig(vocab_size=len(tokenizer), dropout=args.dropout, **sizes)
+        except ValueError as error:
+            raise UserError(f"these sizes do not make a model: {error}") from error
+        model = MiniMindForCausalLM(config)
+    else:
+        path = Path(args.from_weight)
+        if path.suffix != ".pth":
+            path = find_weights(args.from_weight, args.hidden_size, args.save_dir)
+        model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def read_rows(
+    run: "Run", kind: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Rows, Rows | None]:
+    """Rows to train on and held-out rows (None if none are asked for).
+
+    Held-out documents come from --val_path, or are a share of --data_path that the order and
+    number of its documents determine, so that later runs hold out the same ones.
+    """
+    args = run.args
+    with run.main_rank_first():
+        documents = load_documents(args.data_path, kind, tokenizer)
+        separate = load_documents(args.val_path, kind, tokenizer) if args.val_path else None
+    order = np.random.default_rng(0).permutation(len(documents))
+    count = 0 if separate is not None else math.ceil(len(documents) * args.val_share)
+    if count >= len(documents):
+        raise UserError("the data is one document only; hold nothing out with --val_share 0")
+    chosen, held_out = np.sort(order[count:]), order[:count]
+    if separate is not None:
+        held_out = np.random.default_rng(0).permutation(len(separate))
+    rows = Rows(documents, args.max_seq_len, chosen, args.packing)
+    held_out = np.sort(held_out[: args.val_documents])
+    if len(rows) == 0:
+        raise UserError("no document of the data has two tokens, so there is nothing to predict")
+    if len(held_out) == 0:
+        return rows, None
+    source = documents if separate is None else separate
+    return rows, Rows(source, args.max_seq_len, held_out, args.packing)
+
+
+def unwrapped(model: nn.Module) -> MiniMindForCausalLM:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+
+class Window(list[Batch]):
+    """The micro-batches of one update on this rank, and what all ranks hold together."""
+
+    labelled: int  # tokens that carry loss: what the summed loss is divided by
+    tokens: int  # tokens that are not padding
+
+
+class Run:
+    """Device, ranks, precision, accumulation, schedule, log and checkpoints of one training."""
+
+    def __init__(self, args: TrainArgs, stage: str, config: MiniMindConfig):
+        self.args, self.stage, self.config = args, stage, config
+        self.name = f"{args.save_weight or stage}_{config.hidden_size}"
+        self.device = hardware.resolve_device(args.device)
+        self.dtype = hardware.resolve_dtype(args.dtype, self.device)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.ranks = int(os.environ.get("WORLD_SIZE", 1))
+        if self.ranks > 1:
+            self.join_ranks()
+        half = self.dtype == torch.float16  # its small gradients would vanish without scaling
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self.flops = hardware.peak_flops(self.device, self.dtype)
+
+        self.step, self.steps_in_all = 0, 0  # updates made, and to be made
+        self.rows_seen = 0  # place in the data, all epochs counted
+        self.tokens = 0  # trained so far, padding not counted
+        self.seconds = 0.0  # spent training so far; evaluation and saving are not counted
+        self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
+        self.stopping = False  # a signal asked for it
+        self.window_loss = torch.zeros((), device=self.device)
+        self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}  # since the last log
+        self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.evaluation: dict[str, Any] = {}  # the newest one
+        self.origin: dict[str, Any] = {}  # what the weights' .json says of how they were made
+        self.tracker: Any = None
+        self.tracker_id: str | None = None
+        seed_everything(args.seed + self.rank)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank is the one that prints and writes."""
+        return self.rank == 0
+
+    def print(self, *lines: str) -> None:
+        if self.is_main:
+            tqdm.write("\n".join(lines))
+
+    def file(self, suffix: str) -> Path:
+        """out/{name}{suffix}"""
+        return Path(self.args.save_dir) / f"{self.name}{suffix}"
+
+    # -- ranks
+
+    def join_ranks(self) -> None:
+        """The process group that torchrun made room for: NCCL for GPUs, gloo for CPUs."""
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks))
+
+    @contextmanager
+    def main_rank_first(self) -> Iterator[None]:
+        """The main rank does the work (makes a cache, say), and the others find it done."""
+        if self.ranks > 1 and not self.is_main:
+            dist.barrier()
+        yield
+        if self.ranks > 1 and self.is_main:
+            dist.barrier()
+
+    def sum_over_ranks(self, *numbers: float) -> list[float]:
+        """Each number, added up over all ranks."""
+        if self.ranks == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def distribute(self, model: MiniMindForCausalLM) -> nn.Module:
+        """The model on this rank's device, its gradients averaged over the ranks."""
+        model = model.to(self.device)
+        if self.ranks == 1:
+            return model
+        return DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None
+        )
+
+    # -- the loop's verbs, in their order
+
+    def loader(self, rows: Rows, pad_id: int) -> DataLoader:
+        """Windows of micro-batches, in an order that depends on seed and epoch alone."""
+        args = self.args
+        sampler = WindowSampler(
+            len(rows),
+            batch_size=args.batch_size,
+            accumulation_steps=args.accumulation_steps,
+            epochs=args.epochs,
+            seed=args.seed,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        self.steps_in_all = min(len(sampler), args.max_steps or len(sampler))
+        return DataLoader(
+            rows,
+            batch_sampler=sampler,
+            collate_fn=WindowCollator(args.batch_size, pad_id),
+            num_workers=args.num_workers,
+            prefetch_factor=4 if args.num_workers else None,
+        )
+
+    def steps(self, loader: DataLoader) -> Iterator[Window]:
+        """The windows from where the run stands to its end, or until a signal stops it."""
+        sampler: WindowSampler = loader.batch_sampler
+        sampler.start = self.rows_seen
+        self.bar = tqdm(
+            total=self.steps_in_all,
+            initial=self.step,
+            desc=self.name,
+            unit="step",
+            disable=not self.is_main,
+            mininterval=1,
+        )
+        with signals_set(self), self.bar:
+            batches = iter(loader) if self.step < self.steps_in_all else iter(())
+            for micro_batches in batches:
+                self.clock = time.perf_counter()
+                window = Window(batch.to(self.device) for batch in micro_batches)
+                labelled, tokens, stop = self.sum_over_ranks(
+                    sum(batch.labelled for batch in window),
+                    sum(batch.tokens for batch in window),
+                    self.stopping,
+                )
+                window.labelled, window.tokens = int(labelled), int(tokens)
+                self.stopping = bool(stop)  # all ranks agree on the window that is the last
+                self.step += 1
+                self.rows_seen = sampler.place_after(self.rows_seen)
+                self.pending["tokens"] += window.tokens
+                yield window
+                self.bar.update()
+                if self.stopping or self.step == self.steps_in_all:
+                    return
+
+    @contextmanager
+    def forward(self, model: nn.Module, sync: bool) -> Iterator[None]:
+        """A forward pass: autocast, and gradients exchanged between ranks only if `sync`, that is
+        with the last micro-batch of a window."""
+        alone = isinstance(model, DistributedDataParallel) and not sync
+        with (
+            model.no_sync() if alone else nullcontext(),
+            hardware.autocast(self.device, self.dtype),
+        ):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch. `loss` is its share of the whole window's loss: a sum
+        over its tokens, divided by the window's tokens over all ranks."""
+        self.window_loss += loss.detach()
+        self.scaler.scale(loss * self.ranks).backward()  # the ranks' gradients are averaged
+
+    def update(self, model: nn.Module, optimizer: Together) -> None:
+        """One step of the optimizer with what backward has added up. Gradients that are not finite
+        change nothing; several times in a row they end the run with a UserError."""
+        args = self.args
+        self.lr_factor = learning_rate_factor(
+            args.lr_schedule, self.step - 1, self.steps_in_all, args.warmup_steps
+        )
+        for each in optimizer.optimizers:
+            for group in each.param_groups:
+                group["lr"] = group["peak_lr"] * self.lr_factor
+            self.scaler.unscale_(each)
+        limit = args.grad_clip or math.inf
+        self.grad_norm = nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        if math.isfinite(self.grad_norm):
+            self.skipped_in_a_row = 0
+            for each in optimizer.optimizers:
+                self.scaler.step(each)
+        else:
+            self.skip_update()
+        self.scaler.update()
+        optimizer.zero_grad()
+        (self.loss,) = self.sum_over_ranks(self.window_loss.item())
+        self.window_loss.zero_()
+        self.pending["steps"] += 1
+        self.pending["loss"] += self.loss
+        self.pending["seconds"] += time.perf_counter() - self.clock
+
+    def skip_update(self) -> None:
+        self.skipped += 1
+        if self.scaler.is_enabled():  # float16 finds its scale by overflowing now and then
+            return
+        self.skipped_in_a_row += 1
+        self.print(f"step {self.step}: the gradient is not finite; this update is skipped")
+        if self.skipped_in_a_row == BAD_STEPS:
+            raise UserError(
+                f"{BAD_STEPS} updates in a row were not finite, the last at step {self.step}; try "
+                "a lower --learning_rate, more --warmup_steps, or --dtype float32"
+            )
+
+    def due(self, interval: int) -> bool:
+        """Whether something done every `interval` updates is to be done now; always at the end."""
+        last = self.step == self.steps_in_all or self.stopping
+        return last or (interval > 0 and self.step % interval == 0)
+
+    def log(self) -> None:
+        """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker."""
+        pending = self.pending
+        speed = pending["tokens"] / max(1e-9, pending["seconds"])
+        shown = {
+            "loss": f"{self.loss:.3f}",
+            "lr": f"{self.args.learning_rate * self.lr_factor:.1e}",
+            "tok/s": f"{speed:,.0f}",
+            "GB": f"{hardware.memory_in_use(self.device) / 1e9:.1f}",
+        }
+        mfu = None
+        if self.flops:
+            work = hardware.flops_per_token(self.config, self.args.max_seq_len)
+            mfu = work * speed / (self.flops * self.ranks)
+            shown["mfu"] = f"{mfu:.0%}"
+        self.bar.set_postfix(shown, refresh=False)
+        if not self.due(self.args.log_interval) and self.step > 1:
+            return
+        self.tokens += pending["tokens"]
+        self.seconds += pending["seconds"]
+        self.record(
+            tokens=self.tokens,
+            seconds=round(self.seconds, 2),
+            loss=round(pending["loss"] / pending["steps"], 4),
+            lr=self.args.learning_rate * self.lr_factor,
+            grad_norm=round(self.grad_norm, 4),
+            tokens_per_second=round(speed, 1),
+            mfu=mfu and round(mfu, 4),
+            memory_gb=round(hardware.memory_in_use(self.device) / 1e9, 2),
+            skipped=self.skipped,
+        )
+        self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}
+
+    def log_evaluation(self, sample: str = "", **figures: float) -> None:
+        """Figures on held-out data, and a sample of the model's text."""
+        self.evaluation = {name: round(figure, 4) for name, figure in figures.items()}
+        line = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
+        self.print(
+            f"step {self.step}: {line}",
+            *(["    " + sample.replace("\n", "\n    ")] if sample else []),
+        )
+        tokens = self.tokens + self.pending["tokens"]
+        self.record(tokens=tokens, **self.evaluation, **({"sample": sample} if sample else {}))
+
+    def record(self, **values: Any) -> None:
+        """One line of metrics.jsonl, the same to the tracker."""
+        record = {"step": self.step, **values}
+        self.records.append(record)
+        if self.is_main:
+            path = self.file(".metrics.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if self.tracker:
+                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+                self.tracker.log(numbers, step=self.step)
+
+    # -- checkpoints
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return Path(self.args.checkpoint_dir) / f"{self.name}.checkpoint.pt"
+
+    def save_every(
+        self, model: nn.Module, optimizer: Together, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """Every save_interval updates, at the end and when a signal stops the run: the weights
+        (float16, out/) and the checkpoint for --resume (float32, checkpoints/)."""
+        if not self.due(self.args.save_interval):
+            return
+        random_states = [random_state(self.device)]
+        if self.ranks > 1:
+            random_states = [None] * self.ranks
+            dist.all_gather_object(random_states, random_state(self.device))
+        if not self.is_main:
+            return
+        checkpoint = {
+            "model": unwrapped(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random_states,
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+            "pending": self.pending,
+            "records": self.records,
+            "args": asdict(self.args),
+            "origin": self.origin,
+        }
+        with atomic_write(self.checkpoint_path) as file:
+            torch.save(checkpoint, file)
+        figures = {"steps": self.step, "tokens": self.tokens, "seconds": round(self.seconds)}
+        save_weights(
+            unwrapped(model),
+            self.file(".pth"),
+            stage=self.stage,
+            tokenizer=tokenizer,
+            origin={**self.origin, **figures, **self.evaluation, "args": asdict(self.args)},
+        )
+
+    def resume(self, model: nn.Module, optimizer: Together) -> None:
+        """With --resume, go back to where the checkpoint was saved; else begin a new log."""
+        metrics = self.file(".metrics.jsonl")
+        if self.args.resume and self.checkpoint_path.exists():
+            checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            self.check_same_run(checkpoint)
+            unwrapped(model).load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            for name, value in checkpoint["progress"].items():
+                setattr(self, name, value)
+            self.pending, self.records = checkpoint["pending"], checkpoint["records"]
+            if len(checkpoint["random"]) == self.ranks:
+                restore_random_state(checkpoint["random"][self.rank], self.device)
+            at = f"step {self.step} of {self.steps_in_all}"
+            done = "the run is finished already" if self.step >= self.steps_in_all else "going on"
+            self.print(f"resuming {self.checkpoint_path.name} at {at}: {done}")
+        elif self.args.resume:
+            self.print(
+                f"no checkpoint {self.checkpoint_path} to resume: starting from the beginning"
+            )
+        if self.is_main:
+            lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records)
+            with atomic_write(metrics) as file:
+                file.write(lines.encode())
+        self.start_tracker()
+
+    def check_same_run(self, checkpoint: dict[str, Any]) -> None:
+        """UserError that names the first difference between this run and the checkpoint's."""
+        then = {**checkpoint["args"], "data": checkpoint["origin"].get("data")}
+        now = {**asdict(self.args), "data": self.origin.get("data")}
+        for name, value in now.items():
+            if name not in MAY_CHANGE and then.get(name) != value:
+                raise UserError(
+                    f"{self.checkpoint_path} was made with {name} {then.get(name)!r}, and this "
+                    f"run has {value!r}; give the same, or start anew without --resume"
+                )
+
+    def start_tracker(self) -> None:
+        """wandb or SwanLab, the same run again after --resume."""
+        if not (self.args.use_wandb and self.is_main):
+            return
+        try:
+            tracker = __import__(self.args.tracker)
+        except ImportError:
+            name = self.args.tracker
+            raise UserError(f"--tracker {name} is not installed; `pip install {name}`") from None
+        run = tracker.init(
+            project=self.args.wandb_project,
+            name=self.name,
+            config=asdict(self.args),
+            id=self.tracker_id,
+            resume="allow",
+        )
+        self.tracker, self.tracker_id = tracker, run.id
+
+    # -- beginning and end
+
+    def announce(self, model: nn.Module, rows: Rows, held_out: Rows | None) -> None:
+        """What is about to happen and what to expect of it, before the first step."""
+        args, parameters = self.args, count_parameters(model)
+        self.origin = {
+            "data": rows.documents.info.description,
+            "from_weight": args.from_weight,
+            "machine": hardware.describe_machine(self.device),
+        }
+        per_row = rows.tokens / len(rows)
+        tokens = min(rows.tokens * args.epochs, self.steps_in_all * per_row * args.batch_size
+                     * args.accumulation_steps * self.ranks)  # fmt: skip
+        memory = hardware.training_memory(
+            self.config, parameters, args.batch_size * args.max_seq_len, self.dtype, args.optimizer
+        )
+        free = hardware.memory_available(self.device)
+        kind = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.name}: {parameters / 1e6:.2f}M parameters, {hardware.describe_machine(self.device)}, "
+            f"{kind}, {self.ranks} process{'es' * (self.ranks > 1)}",
+            f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows of "
+            f"{args.max_seq_len} ({rows.fill:.1%} full)"
+            + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
+            f"training: {self.steps_in_all:,} steps of "
+            f"{args.batch_size * args.accumulation_steps * self.ranks} rows, {tokens:,.0f} tokens",
+            f"memory: about {memory / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free",
+        ]
+        if self.flops:
+            work = hardware.flops_per_token(self.config, args.max_seq_len) * tokens
+            at_40 = work / (0.4 * self.flops * self.ranks)
+            lines.append(
+                f"time: about {duration(at_40)} if 40% of {self.flops / 1e12:.2f} TFLOP/s are reached"
+            )
+        if args.from_weight == "none":
+            lines.append(
+                f"loss: ln {self.config.vocab_size} = {math.log(self.config.vocab_size):.2f} at the "
+                "start, which is guessing; it falls fast at first"
+            )
+        if self.device.type != "cuda" and args.dtype != "float32":
+            lines.append(f"{self.device.type} trains in float32; --dtype is for CUDA")
+        if memory > free:
+            smaller = max(1, int(args.batch_size * free / memory))
+            lines.append(
+                f"warning: that may not fit; --batch_size {smaller} with --accumulation_steps "
+                f"{args.accumulation_steps * args.batch_size // smaller} should"
+            )
+        self.print(*lines)
+
+    def finish(self) -> dict[str, Any]:
+        """Close the log and draw the curves. Returns the last figures and the whole log."""
+        metrics = {
+            "name": self.name,
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "records": self.records,
+            **self.evaluation,
+        }
+        if not self.is_main:
+            return metrics
+        if self.tracker:
+            self.tracker.finish()
+        plot_losses({self.name: self.records}, self.file(".loss.png"))
+        if self.stopping:
+            self.print(f"stopped at step {self.step}; --resume goes on from there")
+        elif self.file(".pth").exists():
+            self.print(
+                f"{duration(self.seconds)} of training; weights {self.file('.pth')}, "
+                f"curves {self.file('.loss.png').name}, log {self.file('.metrics.jsonl').name}"
+            )
+        return metrics
+
+
+# Progress that a checkpoint carries, and arguments that may differ when it is resumed.
+PROGRESS = "step rows_seen tokens seconds skipped skipped_in_a_row evaluation tracker_id".split()
+MAY_CHANGE = set(
+    "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
+    "checkpoint_dir use_wandb tracker wandb_project val_documents gradient_checkpointing "
+    "batch_size accumulation_steps".split()
+)
+
+
+# -- small helpers ---------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, in types that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def signals_set(run: Run) -> Iterator[None]:
+    """Ctrl-C and SIGTERM let the update in progress end, save it and leave; a second one is
+    immediate."""
+
+    def stop(number: int, frame: Any) -> None:
+        run.stopping = True
+        for each in before:
+            signal.signal(each, before[each])
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def duration(seconds: float) -> str:
+    """8 s, 12 min, 3.4 h"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
