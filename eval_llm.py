@@ -9,14 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from dataset.lm_dataset import Message, encode_chat, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.generation import Sampling, decode, stream_text
 from model.weights import OUT, TOKENIZER, load_for_chat
-
-from dataset.lm_dataset import Message, encode_chat, encode_text
 from trainer.hardware import resolve_device, resolve_dtype
 
 CHAT_PROMPTS = [
@@ -78,9 +78,9 @@ def main(args: Args) -> None:
         dtype=resolve_dtype(args.dtype, device),
     )
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.weight if stage else args.load_from}: {parameters / 1e6:.2f}M parameters, {device}"
-    )
+    foreign = (Path(args.load_from) / "config.json").exists()
+    name = args.load_from if foreign else args.weight
+    print(f"{name}: {parameters / 1e6:.2f}M parameters, {device}")
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -89,6 +89,12 @@ def main(args: Args) -> None:
         repetition_penalty=args.repetition_penalty,
         seed=args.seed,
     )
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{model.config.max_position_embeddings} positions"
+        )
     history: list[Message] = []
     # What only learnt to go on writing has no idea of a conversation.
     continues = stage == "pretrain" or not tokenizer.chat_template
@@ -97,11 +103,12 @@ def main(args: Args) -> None:
             ids = encode_text(tokenizer, prompt).ids[:-1]
         else:
             history.append({"role": "user", "content": prompt})
-            recent = history[-1 - args.historys :]
+            recent = history[-1 - args.historys // 2 * 2 :]  # whole exchanges
             ids = encode_chat(tokenizer, recent, add_generation_prompt=True).ids
-        room = model.config.max_position_embeddings - args.max_new_tokens
         if len(ids) > room:
-            raise UserError(f"that is {len(ids)} tokens; the model has room for {room}")
+            print(f"that is {len(ids)} tokens, and there is room for {room}; say it shorter\n")
+            history.clear()
+            continue
         started, tokens, text = time.perf_counter(), 0, ""
 
         def counted() -> Iterator[int]:
@@ -110,9 +117,12 @@ def main(args: Args) -> None:
                 tokens += 1
                 yield step[0]
 
-        for piece in stream_text(tokenizer, counted()):
-            print(piece, end="", flush=True)
-            text += piece
+        try:
+            for piece in stream_text(tokenizer, counted()):
+                print(piece, end="", flush=True)
+                text += piece
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
         history.append({"role": "assistant", "content": text})
         speed = f"[{tokens / (time.perf_counter() - started):.1f} tokens/s]"
         print(f"\n{speed}\n" if args.show_speed else "\n")
@@ -121,6 +131,7 @@ def main(args: Args) -> None:
 def prompts(source: str, examples: list[str]) -> Iterator[str]:
     """The prompts, one at a time: examples, or what is typed or piped in until it ends."""
     typed = sys.stdin.isatty()
+    sys.stdin.reconfigure(errors="replace")  # a pipe may bring anything
     if source == "ask" and typed:
         source = "auto" if input("[0] examples  [1] type your own: ").strip() == "0" else "type"
     if source == "auto":

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -92,14 +93,16 @@ Pieces = list[tuple[int | str, bool]]
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -> list[Encoded]:
     """Encode the texts of many documents in one call, and put the control tokens between them."""
     escape = escapes(tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # an earlier call of the tokenizer may have left them on
+    backend.no_truncation()
     parts = [  # [document][piece] → ids or texts that hold no control token
         [[piece] if isinstance(piece, int) else escape.control.split(piece) for piece, _ in pieces]
         for pieces in documents
     ]
     texts = [part for document in parts for piece in document for part in piece if part != ""]
     texts = [text for text in texts if isinstance(text, str)]
-    batch = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    encodings = iter(batch)
+    encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
 
     encoded = []
     for pieces, document in zip(documents, parts, strict=True):
@@ -119,28 +122,29 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -
 class Escapes:
     """What keeps a person's text from being read as control tokens.
 
-    `control` and `any_tag` match the empty place behind the first character of a control token
-    (of a control token or tag): a text cut there can no longer be read as one.
+    `any_token` matches the empty place behind the first character of a token that has a name, and
+    `control` does so for all of them but the tags: a text cut there can no longer be read as one.
+    `special` are the tokens that only the template writes.
     """
 
     control: re.Pattern
-    any_tag: re.Pattern
+    any_token: re.Pattern
     special: dict[str, int]
 
 
 @lru_cache(maxsize=8)
 def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
-    added = tokenizer.added_tokens_decoder.items()
-    special = {token.content: number for number, token in added if token.special}
+    added = tokenizer.added_tokens_decoder
+    special = {token.content: number for number, token in added.items() if token.special}
+    names = [token.content for token in added.values()]
 
     def behind_first_character(tokens: Iterable[str]) -> re.Pattern:
         return re.compile(
             "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
         )
 
-    return Escapes(
-        behind_first_character(special), behind_first_character([*special, *TAGS]), special
-    )
+    control = [name for name in names if name not in TAGS]
+    return Escapes(behind_first_character(control), behind_first_character(names), special)
 
 
 def chat_pieces(
@@ -151,7 +155,7 @@ def chat_pieces(
 ) -> Pieces:
     """The rendered conversation, cut at the control tokens that the template wrote."""
     escape = escapes(tokenizer)
-    cut = unused_character(messages)
+    cut = unused_character([messages, template_options])
 
     def mark(value: Any, pattern: re.Pattern) -> Any:
         """Put `cut` inside every control token that stands in a text of a message."""
@@ -165,7 +169,7 @@ def chat_pieces(
 
     # The assistant may write tags such as <think>; nobody else can.
     marked = [
-        mark(message, escape.control if message["role"] == "assistant" else escape.any_tag)
+        mark(message, escape.control if message["role"] == "assistant" else escape.any_token)
         for message in messages
     ]
     rendered, spans = render_jinja_template(
@@ -173,7 +177,7 @@ def chat_pieces(
         chat_template=tokenizer.get_chat_template(),
         return_assistant_tokens_mask=True,
         add_generation_prompt=add_generation_prompt,
-        **{**tokenizer.special_tokens_map, **mark(template_options, escape.any_tag)},
+        **{**tokenizer.special_tokens_map, **mark(template_options, escape.any_token)},
     )
     text, spans = rendered[0], spans[0]
 
@@ -190,9 +194,9 @@ def chat_pieces(
     return pieces
 
 
-def unused_character(messages: list[Message]) -> str:
-    """A character of Unicode's private use area that occurs nowhere in the messages."""
-    text = json.dumps(messages, ensure_ascii=False, default=str)
+def unused_character(content: Any) -> str:
+    """A character of Unicode's private use area that occurs nowhere in `content`."""
+    text = json.dumps(content, ensure_ascii=False, default=str)
     return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
 
 
@@ -248,7 +252,24 @@ def check_messages(messages: Any) -> list[Message]:
             message["content"] = ""
         elif not isinstance(content, str):
             raise UserError(f'has a {message["role"]} message whose "content" is no text')
+        if not isinstance(message.get("reasoning_content") or "", str):
+            raise UserError('has a "reasoning_content" that is no text')
+        for key in ("tools", "tool_calls"):
+            message[key] = parse_list(message.get(key), key)
     return messages
+
+
+def parse_list(value: Any, key: str) -> list[Any] | None:
+    """A list, or the JSON of one in a string, which some files have so that columns are uniform."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value or "[]")
+        except json.JSONDecodeError as error:
+            raise UserError(f'has "{key}" that are not JSON: {error.msg}') from None
+    value = [value] if isinstance(value, dict) else value
+    if value is not None and not isinstance(value, list):
+        raise UserError(f'has "{key}" that are no list')
+    return value
 
 
 # -- files to a memory-mapped dataset --------------------------------------------------------------
@@ -317,7 +338,7 @@ def tokenise_files(
     schema = pa.schema(
         {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "trained": pa.list_(pa.bool_())}
     )
-    digest = hashlib.sha256()
+    all_ids, all_lengths = hashlib.sha256(), hashlib.sha256()
     arrow.parent.mkdir(parents=True, exist_ok=True)
     temporary = arrow.with_name(f".{arrow.name}.{os.getpid()}")
     size = sum(path.stat().st_size for path in files)
@@ -327,7 +348,8 @@ def tokenise_files(
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for ids, trained, lengths, consumed in encode_lines(files, kind, tokenizer, workers):
-                digest.update(ids.astype("<i4").tobytes() + lengths.astype("<i8").tobytes())
+                all_ids.update(ids.astype("<i4").tobytes())
+                all_lengths.update(lengths.astype("<i8").tobytes())
                 offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
                 columns = (
                     pa.ListArray.from_arrays(offsets, pa.array(values))
@@ -335,7 +357,8 @@ def tokenise_files(
                 )
                 writer.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=schema))
                 bar.update(consumed)
-        arrow.with_suffix(".sha256").write_text(digest.hexdigest()[:16])
+        both = hashlib.sha256(all_ids.digest() + all_lengths.digest()).hexdigest()
+        arrow.with_suffix(".sha256").write_text(both[:16])
         os.replace(temporary, arrow)
     finally:
         bar.close()
@@ -397,7 +420,7 @@ def read_lines(path: Path) -> Iterator[Lines]:
                     at = raw.tell()
                     yield Lines(path, first, lines, at - before)
                     lines, first, before = [], number + 1, at
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{path} is damaged, or no gzip file: {error}") from error
         if lines:
             yield Lines(path, first, lines, raw.tell() - before)
@@ -429,10 +452,16 @@ def encode_task(
 def parse_row(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # may spell half of a character
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise UserError("has half a character (a surrogate without its pair)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON: {error.msg} at character {error.pos}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is no JSON that can be read: {error}") from None
     if not isinstance(row, dict):
         raise UserError("is no JSON object")
     return row

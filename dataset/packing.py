@@ -202,8 +202,10 @@ class WindowSampler(torch.utils.data.Sampler):
 
     def __len__(self) -> int:
         epoch, offset = divmod(self.start, self.rows)
-        each = -(-self.rows // self.window)
-        return (self.epochs - epoch) * each - -(-offset // self.window)
+        if epoch >= self.epochs:
+            return 0
+        whole = -(-self.rows // self.window)  # windows of an epoch, the last one perhaps smaller
+        return -(-(self.rows - offset) // self.window) + (self.epochs - epoch - 1) * whole
 
     def place_after(self, place: int) -> int:
         """Rows trained once the window that begins at `place` is done."""

@@ -221,7 +221,7 @@ def row_generator(seed: int | None, row: int, device: torch.device) -> torch.Gen
     if seed is None:
         generator.seed()
     else:
-        generator.manual_seed(seed + row)
+        generator.manual_seed((seed << 20) + row)  # no row of one seed is a row of another
     return generator
 
 

@@ -58,6 +58,9 @@ class MiniMindConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        for name in "hidden_size num_hidden_layers num_attention_heads num_key_value_heads".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -97,9 +100,6 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, RotaryEmbedding):
-            # from_pretrained leaves buffers that are not saved uninitialised: compute them again.
-            init.copy_(module.inverse_frequencies, rope_frequencies(self.config))
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -158,7 +158,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss, count = cross_entropy_sum(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
-            loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+            loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
         logits = None
         if return_logits:
@@ -186,7 +186,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
             MiniMindBlock(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -205,19 +204,22 @@ class MiniMindModel(MiniMindPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # running a layer twice would fill it twice
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        length = past + hidden.shape[1]
 
         mask = visible_keys(hidden, past, attention_mask, position_ids if past == 0 else None)
         if position_ids is None:
-            position_ids = torch.arange(past, past + hidden.shape[1], device=hidden.device)[None]
-        rotation = self.rotary(position_ids)
+            position_ids = torch.arange(past, length, device=hidden.device)[None]
+        rotation = rope_rotation(self.config, position_ids)
 
         hidden = self.dropout(hidden)
         all_hidden = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, rotation, mask, past_key_values)
+            hidden = layer(hidden, rotation, mask, past_key_values, length)
             all_hidden.append(hidden)
         hidden = self.norm(hidden)
         all_hidden[-1] = hidden  # as transformers: the last one is normalised
@@ -239,9 +241,8 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, hidden: Tensor, rotation, mask: Tensor | None, past_key_values) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden), rotation, mask, past_key_values)
-        hidden = hidden + attended
+    def forward(self, hidden: Tensor, *context) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), *context)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -267,7 +268,15 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, hidden: Tensor, rotation, mask: Tensor | None, past_key_values) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past_key_values: object | None,
+        length: int,
+    ) -> Tensor:
+        """[B, T, C] → [B, T, C]; of what the cache holds, the first `length` positions count."""
         B, T, _ = hidden.shape
         query = self.q_norm(self.q_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -276,6 +285,7 @@ class Attention(nn.Module):
         key = rotate(key, *rotation)  # [B, K, T, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)  # [B, K, S, D]
+            key, value = key[:, :, :length], value[:, :, :length]  # caches of fixed size have more
         out = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
         out = self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(out, self.dropout, self.training)
@@ -311,27 +321,18 @@ class RMSNorm(nn.Module):
 # -- rotary position embedding (RoFormer, arXiv 2104.09864) ---------------------------------------
 
 
-def rope_frequencies(config: MiniMindConfig) -> Tensor:
-    """[D/2] radians by which each pair of numbers turns from one position to the next:
-    theta^(-2i/D), fast for the first pairs and very slow for the last."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    return config.rope_theta ** (-pairs / config.head_dim)
+def rope_rotation(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B or 1, T] → cos and sin, each [B or 1, 1, T, D], the same for all heads.
 
-
-class RotaryEmbedding(nn.Module):
-    """Positions to the cosines and sines by which queries and keys are rotated."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        frequencies = rope_frequencies(config)
-        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
-
-    @torch.no_grad()
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B or 1, T] → cos, sin, each [B or 1, 1, T, D], the same for all heads."""
-        angles = position_ids[:, None, :, None].float() * self.inverse_frequencies.float()
-        angles = torch.cat((angles, angles), dim=-1)  # number i is paired with number i + D/2
-        return angles.cos(), angles.sin()
+    From one position to the next, pair i of a head turns by theta^(-2i/D) radians: fast for the
+    first pairs, very slowly for the last. Always in float32, whatever the weights are: half
+    precision cannot tell angles apart at far positions.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # [D/2]
+    angles = position_ids[:, None, :, None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)  # number i is paired with number i + D/2
+    return angles.cos(), angles.sin()
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -356,8 +357,8 @@ def visible_keys(
     """
     T = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask  # transformers prepared it already
-    packed = position_ids is not None and attention_mask is None
+        return attention_mask[..., : past + T]  # transformers prepared it already
+    packed = position_ids is not None
     if attention_mask is None and not packed and (past == 0 or T == 1):
         return None
     steps = torch.arange(past + T, device=hidden.device)
@@ -413,6 +414,7 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Ten
     hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
     fused = (
         len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
+        and hidden.dtype == torch.float32  # it would sum in half precision
         and hasattr(F, "linear_cross_entropy")  # since torch 2.13
         and not torch.is_autocast_enabled(hidden.device.type)  # it knows nothing of autocast
     )

@@ -177,8 +177,11 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise UserError(f"the weights {path} cannot be read: that {what}")
-    with open(path, "rb") as file:
-        head = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"the weights {path} cannot be read: {error.strerror}") from error
     if head.startswith(b"version https://git-lfs"):
         raise UserError(
             f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
@@ -192,10 +195,10 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
             f"{path} is refused: it is no plain state dict (a damaged file, or a pickle that "
             "holds code, which is never executed here)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(
-            f"{path} is no checkpoint, or only part of one ({len(head) and path.stat().st_size} "
-            "bytes); copy or download it again"
+            f"{path} is no checkpoint, or only part of one ({path.stat().st_size} bytes); copy or "
+            "download it again"
         ) from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
@@ -239,17 +242,20 @@ def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") 
         key_rows = state[first + "self_attn.k_proj.weight"].shape[0]
         query_rows = state[first + "self_attn.q_proj.weight"].shape[0]
         intermediate_size = state[first + "mlp.gate_proj.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+        q_norm = state.get(first + "self_attn.q_norm.weight")
+        head_dim = query_rows // 8 if q_norm is None else q_norm.shape[0]
+        heads, key_heads = query_rows // head_dim, key_rows // head_dim
+    except KeyError as error:
         raise UserError(f"{path} has no MiniMind weights: {error} is not among its keys") from error
-    q_norm = state.get(first + "self_attn.q_norm.weight")
-    head_dim = query_rows // 8 if q_norm is None else q_norm.shape[0]
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path} has weights of shapes that are not MiniMind's") from error
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
         "intermediate_size": intermediate_size,
-        "num_attention_heads": query_rows // head_dim,
-        "num_key_value_heads": key_rows // head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
         "qk_norm": q_norm is not None,
         "rms_norm_eps": 1e-5 if q_norm is None else 1e-6,
         "tie_word_embeddings": torch.equal(
@@ -267,6 +273,12 @@ def check_state(state: dict[str, Tensor], model: MiniMindForCausalLM, path: Path
         names, what = (missing, "lacks") if missing else (unknown, "has, but the model does not,")
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
+    embedding, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    if model.config.tie_word_embeddings and not torch.equal(embedding, head):
+        raise UserError(
+            f"{path} has a lm_head.weight of its own, but its config says that it is the embedding "
+            "(tie_word_embeddings)"
+        )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise UserError(

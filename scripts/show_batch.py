@@ -34,13 +34,19 @@ class Args:
     table: bool = option(False, "a line a token: position, id, text, label")
     tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
 
+    def __post_init__(self) -> None:
+        if self.max_seq_len < 2:
+            raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
+        if self.rows < 1 or self.first < 0:
+            raise UserError("--rows must be at least 1 and --first at least 0")
+
 
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     documents = load_documents(args.data_path, args.kind, tokenizer)
     rows = Rows(documents, args.max_seq_len, packing=args.packing)
     chosen = range(args.first, min(args.first + args.rows, len(rows)))
-    if args.rows < 1 or not chosen:
+    if not chosen:
         raise UserError(f"there is no row {args.first}; the data makes {len(rows)} rows")
     batch = collate([rows[row] for row in chosen], tokenizer.pad_token_id)
     console = Console()

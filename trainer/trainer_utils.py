@@ -121,10 +121,13 @@ class TrainArgs:
         """UserError for values that make no sense, before anything is loaded."""
         positive = "epochs batch_size accumulation_steps max_seq_len learning_rate log_interval"
         not_negative = "max_steps warmup_steps weight_decay grad_clip eval_interval save_interval"
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} must be a finite number, not {value}")
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in f"{not_negative} val_documents num_workers".split():
+        for name in f"{not_negative} val_documents num_workers seed".split():
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
         if not 0 <= self.val_share < 1:
@@ -168,8 +171,9 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
         if path.suffix != ".pth":
             path = find_weights(args.from_weight, args.hidden_size, args.save_dir)
         model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:  # transformers 5.23 gave the method its new name
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)()
     return model.train()
 
 
@@ -238,7 +242,8 @@ class Run:
         self.tokens = 0  # trained so far, padding not counted
         self.seconds = 0.0  # spent training so far; evaluation and saving are not counted
         self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
-        self.stopping = False  # a signal asked for it
+        self.stop_asked = False  # a signal reached this rank
+        self.stopping = False  # all ranks know of it: this update is the last
         self.window_loss = torch.zeros((), device=self.device)
         self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}  # since the last log
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
@@ -317,6 +322,7 @@ class Run:
             batch_sampler=sampler,
             collate_fn=WindowCollator(args.batch_size, pad_id),
             num_workers=args.num_workers,
+            generator=torch.Generator(),  # not the global one, whose state a resumed run restores
             prefetch_factor=4 if args.num_workers else None,
         )
 
@@ -324,6 +330,8 @@ class Run:
         """The windows from where the run stands to its end, or until a signal stops it."""
         sampler: WindowSampler = loader.batch_sampler
         sampler.start = self.rows_seen
+        left = self.step + len(sampler)  # another number of ranks makes windows of another size
+        self.steps_in_all = min(left, self.args.max_steps or left)
         self.bar = tqdm(
             total=self.steps_in_all,
             initial=self.step,
@@ -337,13 +345,10 @@ class Run:
             for micro_batches in batches:
                 self.clock = time.perf_counter()
                 window = Window(batch.to(self.device) for batch in micro_batches)
-                labelled, tokens, stop = self.sum_over_ranks(
-                    sum(batch.labelled for batch in window),
-                    sum(batch.tokens for batch in window),
-                    self.stopping,
+                labelled, tokens = self.sum_over_ranks(
+                    sum(batch.labelled for batch in window), sum(batch.tokens for batch in window)
                 )
-                window.labelled, window.tokens = int(labelled), int(tokens)
-                self.stopping = bool(stop)  # all ranks agree on the window that is the last
+                window.labelled, window.tokens = max(1, int(labelled)), int(tokens)
                 self.step += 1
                 self.rows_seen = sampler.place_after(self.rows_seen)
                 self.pending["tokens"] += window.tokens
@@ -390,10 +395,12 @@ class Run:
             self.skip_update()
         self.scaler.update()
         optimizer.zero_grad()
-        (self.loss,) = self.sum_over_ranks(self.window_loss.item())
+        self.loss, stop = self.sum_over_ranks(self.window_loss.item(), self.stop_asked)
+        self.stopping = bool(stop)
         self.window_loss.zero_()
-        self.pending["steps"] += 1
-        self.pending["loss"] += self.loss
+        if math.isfinite(self.loss):
+            self.pending["steps"] += 1
+            self.pending["loss"] += self.loss
         self.pending["seconds"] += time.perf_counter() - self.clock
 
     def skip_update(self) -> None:
@@ -436,9 +443,9 @@ class Run:
         self.record(
             tokens=self.tokens,
             seconds=round(self.seconds, 2),
-            loss=round(pending["loss"] / pending["steps"], 4),
+            loss=finite(pending["loss"] / max(1, pending["steps"])) if pending["steps"] else None,
             lr=self.args.learning_rate * self.lr_factor,
-            grad_norm=round(self.grad_norm, 4),
+            grad_norm=finite(self.grad_norm),
             tokens_per_second=round(speed, 1),
             mfu=mfu and round(mfu, 4),
             memory_gb=round(hardware.memory_in_use(self.device) / 1e9, 2),
@@ -500,8 +507,6 @@ class Run:
             "args": asdict(self.args),
             "origin": self.origin,
         }
-        with atomic_write(self.checkpoint_path) as file:
-            torch.save(checkpoint, file)
         figures = {"steps": self.step, "tokens": self.tokens, "seconds": round(self.seconds)}
         save_weights(
             unwrapped(model),
@@ -510,6 +515,8 @@ class Run:
             tokenizer=tokenizer,
             origin={**self.origin, **figures, **self.evaluation, "args": asdict(self.args)},
         )
+        with atomic_write(self.checkpoint_path) as file:  # last: a finished run has its weights
+            torch.save(checkpoint, file)
 
     def resume(self, model: nn.Module, optimizer: Together) -> None:
         """With --resume, go back to where the checkpoint was saved; else begin a new log."""
@@ -572,10 +579,11 @@ class Run:
     def announce(self, model: nn.Module, rows: Rows, held_out: Rows | None) -> None:
         """What is about to happen and what to expect of it, before the first step."""
         args, parameters = self.args, count_parameters(model)
+        machine = hardware.describe_machine(self.device)
         self.origin = {
             "data": rows.documents.info.description,
             "from_weight": args.from_weight,
-            "machine": hardware.describe_machine(self.device),
+            "machine": machine,
         }
         per_row = rows.tokens / len(rows)
         tokens = min(rows.tokens * args.epochs, self.steps_in_all * per_row * args.batch_size
@@ -586,10 +594,10 @@ class Run:
         free = hardware.memory_available(self.device)
         kind = str(self.dtype).removeprefix("torch.")
         lines = [
-            f"{self.name}: {parameters / 1e6:.2f}M parameters, {hardware.describe_machine(self.device)}, "
-            f"{kind}, {self.ranks} process{'es' * (self.ranks > 1)}",
-            f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows of "
-            f"{args.max_seq_len} ({rows.fill:.1%} full)"
+            f"{self.name}: {parameters / 1e6:.2f}M parameters, {machine}, {kind}, "
+            f"{self.ranks} process{'es' * (self.ranks > 1)}",
+            f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows "
+            f"of {args.max_seq_len} ({rows.fill:.1%} full)"
             + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
             f"training: {self.steps_in_all:,} steps of "
             f"{args.batch_size * args.accumulation_steps * self.ranks} rows, {tokens:,.0f} tokens",
@@ -599,12 +607,13 @@ class Run:
             work = hardware.flops_per_token(self.config, args.max_seq_len) * tokens
             at_40 = work / (0.4 * self.flops * self.ranks)
             lines.append(
-                f"time: about {duration(at_40)} if 40% of {self.flops / 1e12:.2f} TFLOP/s are reached"
+                f"time: about {duration(at_40)}, if 40% of the machine's "
+                f"{self.flops / 1e12:.2f} TFLOP/s are reached"
             )
         if args.from_weight == "none":
             lines.append(
-                f"loss: ln {self.config.vocab_size} = {math.log(self.config.vocab_size):.2f} at the "
-                "start, which is guessing; it falls fast at first"
+                f"loss: ln {self.config.vocab_size} = {math.log(self.config.vocab_size):.2f} at "
+                "the start, which is guessing; it falls fast at first"
             )
         if self.device.type != "cuda" and args.dtype != "float32":
             lines.append(f"{self.device.type} trains in float32; --dtype is for CUDA")
@@ -687,7 +696,7 @@ def signals_set(run: Run) -> Iterator[None]:
     immediate."""
 
     def stop(number: int, frame: Any) -> None:
-        run.stopping = True
+        run.stop_asked = True
         for each in before:
             signal.signal(each, before[each])
 
@@ -699,6 +708,11 @@ def signals_set(run: Run) -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def finite(number: float) -> float | None:
+    """Rounded for the log; None, which JSON knows, for NaN and infinity, which it does not."""
+    return round(number, 4) if math.isfinite(number) else None
 
 
 def duration(seconds: float) -> str:

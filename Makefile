@@ -1,0 +1,35 @@
+# Everything works without make too: README.md has the plain commands.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check lint format clean
+
+demo: STARTED := $(shell date +%s)
+demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
+	$(BIN)/python scripts/demo.py --started $(STARTED)
+
+test: .venv/installed-dev  ## all tests
+	$(BIN)/python -m pytest
+
+check: lint  ## what to run before each commit: style and the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## what demo and tests made, and the environment; your own weights in out/ stay
+	rm -rf .venv out/demo out/demo_report.json dataset/.cache *.egg-info .pytest_cache .ruff_cache
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,119 @@
+"""Pretraining and fine-tuning on real data, in a given time, with what comes out.
+
+    python benchmarks/real_data.py --data_dir DIR --minutes 20 [--json FILE]
+
+DIR holds pretrain, pretrain_val, sft and sft_val (.jsonl.gz). Each stage first measures its speed
+for some steps and then trains as many as fit the time, its schedule fitted to them. Bits per byte
+by the rule of bits_per_byte.py; answers are greedy.
+"""
+
+import shlex
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from bits_per_byte import bits_per_byte, read_texts
+
+from model.command_line import option, parse_arguments
+from model.errors import exit_on_user_error
+from model.generation import Sampling, generate_text
+from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
+from scripts.demo import prompts_of
+from trainer import train_full_sft, train_pretrain
+from trainer.hardware import describe_machine
+from trainer.plots import plot_losses
+
+QUESTIONS = [
+    "Give three tips for staying healthy.",
+    "What is the capital of France?",
+    "Write a short story about a cat.",
+    "Explain what a computer is.",
+    "请介绍一下北京。",
+    "写一首关于春天的诗。",
+    "如何学好英语？",
+    "头痛应该怎么办？",
+]
+CALIBRATION_STEPS = 20
+
+
+@dataclass
+class Args:
+    data_dir: str = option("", "folder of the data files")
+    minutes: float = option(20.0, "training time of each stage")
+    hidden_size: int = option(256, "width")
+    num_hidden_layers: int = option(6, "depth")
+    output: str = option(str(OUT / "real_data"), "folder for weights, logs and plots")
+    json: str = option("", "also write the figures to this file")
+
+
+def main(args: Args) -> dict:
+    data, out = Path(args.data_dir), Path(args.output)
+    common = (
+        f"--hidden_size {args.hidden_size} --batch_size 8 --accumulation_steps 1 --epochs 50 "
+        "--optimizer muon --save_interval 0 --log_interval 20"
+    )
+    pretrained = train_for(
+        train_pretrain,
+        f"--data_path {data}/pretrain.jsonl.gz --val_path {data}/pretrain_val.jsonl.gz "
+        f"--num_hidden_layers {args.num_hidden_layers} --learning_rate 5e-3 {common}",
+        out,
+        args.minutes,
+    )
+    tuned = train_for(
+        train_full_sft,
+        f"--data_path {data}/sft.jsonl.gz --val_path {data}/sft_val.jsonl.gz "
+        f"--learning_rate 2e-3 {common}",
+        out,
+        args.minutes,
+    )
+    tokenizer = load_tokenizer()
+    texts = read_texts(data / "pretrain_val.jsonl.gz", 300)
+    base = load_model(weight_path("pretrain", args.hidden_size, out), tokenizer=tokenizer)
+    chat = load_model(weight_path("full_sft", args.hidden_size, out), tokenizer=tokenizer)
+    sampling = Sampling(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
+    replies = generate_text(chat, tokenizer, prompts_of(tokenizer, QUESTIONS), sampling)
+    report = {
+        "date": str(date.today()),
+        "machine": describe_machine(chat.device),
+        "parameters": count_parameters(chat),
+        "pretrain": summary(pretrained)
+        | {"bits_per_byte_by_the_rule": round(bits_per_byte(base, tokenizer, texts), 4)},
+        "full_sft": summary(tuned),
+        "answers": dict(zip(QUESTIONS, replies, strict=True)),
+    }
+    plot_losses({run["name"]: run["records"] for run in (pretrained, tuned)}, out / "losses.png")
+    for question, reply in report["answers"].items():
+        print(f"{question}\n    {reply}\n")
+    if args.json:
+        write_json(args.json, report)
+    return report
+
+
+def train_for(stage, flags: str, out: Path, minutes: float) -> dict:
+    """Train a stage with these flags for about so many minutes."""
+
+    def run(directory: Path, more: str) -> dict:
+        line = f"{flags} --save_dir {directory} --checkpoint_dir {directory} {more}"
+        return stage.main(parse_arguments(stage.Args, arguments=shlex.split(line)))
+
+    start = "" if stage is train_pretrain else f" --from_weight {out}/pretrain_{hidden(flags)}.pth"
+    trial = run(out / "trial", f"--max_steps {CALIBRATION_STEPS} --val_documents 8{start}")
+    later = [record for record in trial["records"] if "loss" in record][-1]
+    first = [record for record in trial["records"] if "loss" in record][0]
+    each = (later["seconds"] - first["seconds"]) / (later["step"] - first["step"])
+    steps = int(minutes * 60 / each)
+    return run(out, f"--max_steps {steps} --eval_interval {steps // 8}{start}")
+
+
+def hidden(flags: str) -> str:
+    words = flags.split()
+    return words[words.index("--hidden_size") + 1]
+
+
+def summary(run: dict) -> dict:
+    return {name: run[name] for name in ("step", "tokens", "seconds", "val_loss", "val_bpb")}
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

@@ -1,0 +1,411 @@
+"""The rows of every demo file: what is asked, in which words, and how often.
+
+`Material` holds the hand-written tables and splits the problems of every skill once. Below it, one
+function makes the rows of one file; called with "val" instead of "train" it draws on what is held
+out: other problems, other phrasings, other names and numbers.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from itertools import product
+from random import Random
+
+from dataset.demo_skills import LANGUAGES, SKILLS, WEEKDAYS, Problem, Skill, Table, calculations
+
+TRAIN, VAL = "train", "val"
+
+# How much of everything. Together about 1M tokens of pretraining and 1.2M of fine-tuning.
+HELD_OUT = 60  # problems of each skill that only the tests ask, each in both languages
+PRETRAIN_EXERCISES = 2600  # of a skill of weight 1
+PRETRAIN_FACT_PASSES = 3  # each with every training phrasing of every fact, and the chapters
+SFT_EXERCISES = 1700
+SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
+DPO_PAIRS = 200  # for each reason
+RLAIF_PROMPTS = 120  # for each skill
+R1_PROBLEMS = 2000
+TOOL_ROWS = 1200
+
+
+# -- the material: everything that a file may draw on, split once ----------------------------------
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question and its answer; `statement` says both in running text.
+
+    `worse` is the same answer with a fault: unformatted, made up, or in the other language.
+    """
+
+    kind: str
+    lang: str
+    prompt: str
+    answer: str
+    statement: str = ""
+    worse: str = ""
+
+
+def split(
+    problems: list[Problem], rng: Random, testable: Callable[[Problem], bool] = bool
+) -> dict[str, list[Problem]]:
+    """Shuffle, and keep HELD_OUT of the testable problems away from training."""
+    mixed = rng.sample(problems, len(problems))
+    held_out = [problem for problem in mixed if testable(problem)][:HELD_OUT]
+    apart = set(held_out)
+    return {TRAIN: [problem for problem in mixed if problem not in apart], VAL: held_out}
+
+
+def same(text: str) -> str:
+    """What is left of a phrasing when case, spaces and punctuation do not count."""
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
+def is_chinese(text: str) -> bool:
+    """Whether there is any Chinese character in it."""
+    return any("一" <= char <= "鿿" for char in text)
+
+
+class Material:
+    """The hand-written tables, and the problems of every skill in two parts."""
+
+    def __init__(self, tables: dict[str, Table], seed: int):
+        self.tables = tables
+        self.skills = {skill.name: skill for skill in SKILLS}
+        self.problems = {}
+        spaces = [(skill.name, skill.problems, skill.testable) for skill in SKILLS]
+        for name, space, testable in [*spaces, ("calculator", calculations, bool)]:
+            rng = Random(f"{seed}/{space.__name__}")  # skills of the same problems: the same split
+            self.problems[name] = split(space(tables, rng), rng, testable)
+        for skill in SKILLS:
+            if skill.practice:
+                more = skill.practice(tables, Random(f"{seed}/{skill.practice.__name__}"))
+                self.problems[skill.name][TRAIN] += more
+        asked = [entry for kind in (*SFT_PASSES, "persona") for entry in tables[kind]]
+        self.held_out_phrasings = {
+            same(entry[lang]["held_out"])
+            for entry, lang in product(asked, LANGUAGES)
+            if "held_out" in entry[lang]
+        }
+
+    def pose(self, skill: Skill, problem: Problem, lang: str, rng: Random) -> Exchange:
+        """Put a problem into words: one of the skill's prompts, filled in."""
+        row = rng.choice([row for row in self.tables["skills"] if row["skill"] == skill.name])
+        slots = skill.solve(problem, lang, row.get("variant", ""), rng)
+        prompt = rng.choice(row[lang]["prompts"]).format(**slots)
+        statement = row[lang]["statement"].format(**slots)
+        worse = slots.get("worse", "")
+        return Exchange(skill.name, lang, prompt, str(slots["answer"]), statement, worse)
+
+    def exercises(self, skill: Skill, part: str, count: int, rng: Random) -> Iterator[Exchange]:
+        """The languages in turn; no problem comes twice before all came once."""
+        order: list[Problem] = []
+        for i in range(count):
+            order = order or rng.sample(pool := self.problems[skill.name][part], len(pool))
+            yield self.pose(skill, order.pop(), LANGUAGES[i % 2], rng)
+
+    def all_exercises(self, part: str, count: int, rng: Random) -> list[Exchange]:
+        """`count` times the weight of each skill."""
+        counts = ((skill, round(count * skill.weight)) for skill in SKILLS)
+        return [e for skill, count in counts for e in self.exercises(skill, part, count, rng)]
+
+    def questions(self, kind: str, part: str, rng: Random) -> Iterator[Exchange]:
+        """Each phrasing of each entry of a table: the training ones, or the one held out."""
+        for entry, (lang, other) in product(self.tables[kind], (LANGUAGES, LANGUAGES[::-1])):
+            side = entry[lang]
+            worse = side.get("made_up") or rng.choice(entry[other]["answers"])
+            for question in side["questions"] if part == TRAIN else [side["held_out"]]:
+                if part == VAL or same(question) not in self.held_out_phrasings:
+                    yield Exchange(kind, lang, question, rng.choice(side["answers"]), worse=worse)
+
+    def vary(self, exchange: Exchange, rng: Random) -> Exchange:
+        """The prompt as someone else might type it, in a hurry or politely."""
+        prompt, lang, chance = exchange.prompt, exchange.lang, 0.1
+        if exchange.kind == "textbook":
+            chance = 0.5
+            prompt = hurried(prompt, lang, rng) if rng.random() < 0.15 else prompt
+        if rng.random() < chance:
+            prompt = rng.choice(OPENINGS[lang]) + prompt
+        held_out = same(prompt) in self.held_out_phrasings
+        return exchange if held_out else replace(exchange, prompt=prompt)
+
+
+OPENINGS = {
+    "zh": ("请问，", "你好，", "请告诉我：", "我想知道：", "麻烦问下，", "请回答：", "帮我看看："),
+    "en": ("Please tell me: ", "Hi! ", "I would like to know: ", "A question: ", "Please answer: "),
+}
+SMALL_WORDS = {"zh": set("的呢吗"), "en": set("a an the of for to please".split())}
+
+
+def hurried(prompt: str, lang: str, rng: Random) -> str:
+    """Without the last mark, and without some of the small words."""
+    prompt = prompt.rstrip("？?。.")
+    pieces = prompt.split() if lang == "en" else list(prompt)
+    kept = [p for p in pieces if p.lower() not in SMALL_WORDS[lang] or rng.random() < 0.5]
+    return (" " if lang == "en" else "").join(kept).strip()
+
+
+# -- the files: each function makes the rows of one file, of the part to train on or held out ------
+
+
+def conversation(*exchanges: Exchange) -> list[dict]:
+    """User and assistant in turn."""
+    turns = [(("user", e.prompt), ("assistant", e.answer)) for e in exchanges]
+    return [{"role": role, "content": content} for turn in turns for role, content in turn]
+
+
+def documents(exchanges: Iterable[Exchange], rng: Random) -> Iterator[str]:
+    """Three to eight exchanges of one kind and language as one text, in one of three styles."""
+    groups = defaultdict(list)
+    for exchange in exchanges:
+        groups[exchange.kind, exchange.lang].append(exchange)
+    for (_, lang), group in groups.items():
+        rng.shuffle(group)
+        labels = ("问：", "答：") if lang == "zh" else ("Q: ", "A: ")
+        while group:
+            some = [group.pop() for _ in range(min(rng.randint(3, 8), len(group)))]
+            q, a = rng.choice((labels, ("", "")))
+            if some[0].statement and rng.random() < 0.5:
+                yield "\n".join(e.statement for e in some)
+            else:
+                yield "\n\n".join(f"{q}{e.prompt}\n{a}{e.answer}" for e in some)
+
+
+def chapters(m: Material, rng: Random) -> Iterator[str]:
+    """The facts of one topic strung together, up to ten in one text."""
+    topics = defaultdict(list)
+    for fact, lang in product(m.tables["textbook"], LANGUAGES):
+        topics[fact["topic"], lang] += fact[lang]["answers"]
+    for (topic, lang), facts in topics.items():
+        rng.shuffle(facts)
+        for start in range(0, len(facts), 10):
+            yield f"# {topic}\n\n" + ("" if lang == "zh" else " ").join(facts[start : start + 10])
+
+
+def pretrain(m: Material, part: str, rng: Random) -> Table:
+    """Text to learn the languages, the facts and the skills from."""
+    exchanges = m.all_exercises(part, PRETRAIN_EXERCISES if part == TRAIN else HELD_OUT, rng)
+    texts = []
+    for _ in range(PRETRAIN_FACT_PASSES if part == TRAIN else 1):
+        facts = m.questions("textbook", part, rng)
+        exchanges += (m.vary(e, rng) if part == TRAIN else e for e in facts)
+        texts += chapters(m, rng) if part == TRAIN else ()
+    for kind in ("small_talk", "identity", "unknown"):
+        exchanges += m.questions(kind, part, rng)
+    return [{"text": text} for text in (*documents(exchanges, rng), *texts)]
+
+
+def converse(exchanges: list[Exchange], rng: Random) -> Iterator[list[dict]]:
+    """Each exchange once: most alone, the others two or three of different kinds in a row."""
+    for lang in LANGUAGES:
+        queue = [exchange for exchange in exchanges if exchange.lang == lang]
+        rng.shuffle(queue)
+        while queue:
+            turns = [queue.pop()]
+            for _ in range(rng.choice((0, 0, 0, 0, 0, 0, 0, 1, 1, 2))):
+                if queue and queue[-1].kind not in {turn.kind for turn in turns}:
+                    turns.append(queue.pop())
+            yield conversation(*turns)
+
+
+def dialogue(m: Material, entry: dict, lang: str, part: str, rng: Random) -> list[dict]:
+    """What the user said is needed later; at times something else comes in between."""
+    slots = {}
+    for name, values in entry[lang]["slots"].items():
+        kept = len(values) - max(1, len(values) // 6)
+        slots[name] = rng.choice(values[:kept] if part == TRAIN else values[kept:])
+    said = [rng.choice(options).format(**slots) for options in entry[lang]["turns"]]
+    turns = [Exchange("dialogues", lang, *said[i : i + 2]) for i in range(0, len(said), 2)]
+    if rng.random() < 0.4:
+        skill = rng.choice(SKILLS)
+        aside = rng.choice(m.problems[skill.name][part])
+        turns.insert(-1, m.pose(skill, aside, lang, rng))
+    return conversation(*turns)
+
+
+def sft(m: Material, part: str, rng: Random) -> Table:
+    """Conversations: skills, facts and talk, alone and in turn, and dialogues that need memory."""
+    exchanges = m.all_exercises(part, SFT_EXERCISES if part == TRAIN else HELD_OUT, rng)
+    rows = []
+    for kind, passes in SFT_PASSES.items():
+        for _ in range(passes if part == TRAIN else 1):
+            if kind == "dialogues":
+                asked = product(m.tables[kind], LANGUAGES)
+                rows += (dialogue(m, entry, lang, part, rng) for entry, lang in asked)
+            else:
+                exchanges += m.questions(kind, part, rng)
+    if part == TRAIN:
+        talk = set(SFT_PASSES) - {"textbook"}
+        exchanges = [e if e.kind in talk else m.vary(e, rng) for e in exchanges]
+    return [{"conversations": row} for row in (*rows, *converse(exchanges, rng))]
+
+
+REASONS = {  # why the rejected answer is worse → what is asked
+    "wrong_number": ("addition", "subtraction"),
+    "wrong_language": ("textbook",),
+    "rambling": ("textbook",),
+    "rude": ("small_talk",),
+    "made_up": ("unknown",),
+    "missing_format": ("format",),
+}
+
+
+def spoil(e: Exchange, reason: str, manner: dict[tuple, list[str]], rng: Random) -> str:
+    """The answer of `e` with the one fault that `reason` names."""
+    if reason == "wrong_number":
+        working, _, right = e.answer.rpartition(" ")
+        wrong = [n for d in (-10, -1, 1, 10) if (n := int(right) + d) >= 0]
+        return f"{working} {rng.choice(wrong)}"
+    if reason == "rambling":
+        opening, closing = (rng.choice(manner[kind, e.lang]) for kind in ("opening", "closing"))
+        return ("" if e.lang == "zh" else " ").join((opening, e.answer, closing))
+    return rng.choice(manner["rude", e.lang]) if reason == "rude" else e.worse
+
+
+def dpo(m: Material, part: str, rng: Random) -> Table:
+    """Pairs of answers, one better for one reason, which stands in the row."""
+    manner = defaultdict(list)
+    for row, lang in product(m.tables["preferences"], LANGUAGES):
+        manner[row["kind"], lang].append(row[lang])
+    count = DPO_PAIRS if part == TRAIN else DPO_PAIRS // 10
+    rows = []
+    for reason, kinds in REASONS.items():
+        asked = []
+        for kind in kinds:
+            skill = m.skills.get(kind)
+            asked += m.exercises(skill, part, count, rng) if skill else m.questions(kind, part, rng)
+        if reason == "wrong_language":  # not where the answer is the same name in both
+            asked = [e for e in asked if is_chinese(e.answer) != is_chinese(e.worse)]
+        for good in rng.sample(asked, min(count, len(asked))):
+            bad = replace(good, answer=spoil(good, reason, manner, rng))
+            pair = {"chosen": conversation(good), "rejected": conversation(bad)}
+            rows.append(pair | {"reason": reason})
+    return rows
+
+
+def rlaif(m: Material, part: str, rng: Random) -> Table:
+    """Prompts whose answers a rule can check; the model writes the answers itself."""
+    count = RLAIF_PROMPTS if part == TRAIN else RLAIF_PROMPTS // 10
+    rows = []
+    for skill in SKILLS:
+        for e in m.exercises(skill, part, count, rng):
+            asked = conversation(replace(e, answer="无"))  # ignored, says SPEC §4
+            rows.append({"conversations": asked, "answer": e.answer})
+    return rows
+
+
+def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, int]]:
+    """(plus or minus, before, number, after) within 0–99, with no sum that the tests ask."""
+    value = rng.randint(2, 60)
+    while steps:
+        n, way = rng.randint(2, 50), rng.choice(("plus", "minus"))
+        name = "addition" if way == "plus" else "subtraction"
+        after = value + n if way == "plus" else value - n
+        problem = (min(value, n), max(value, n)) if way == "plus" else (value, n)
+        if 0 <= after <= 99 and problem not in m.problems[name][VAL]:
+            yield way, value, n, after
+            value, steps = after, steps - 1
+
+
+def r1(m: Material, part: str, rng: Random) -> Table:
+    """Sums in two or three steps, thought through aloud; held out are four and five steps."""
+    found = {}
+    while len(found) < (R1_PROBLEMS if part == TRAIN else R1_PROBLEMS // 10):
+        story, lang = rng.choice(m.tables["stories"]), rng.choice(LANGUAGES)
+        steps = list(walk(m, rng.choice((2, 3) if part == TRAIN else (4, 5)), rng))
+        told = [rng.choice(story[lang][way]).format(n=n) for way, _, n, _ in steps]
+        told = [story[lang]["start"].format(n=steps[0][1]), *told, story[lang]["question"]]
+        prompt = ("" if lang == "zh" else " ").join(told).strip()
+        sign = {"plus": "+", "minus": "-"}
+        thought = "\n".join(f"{a} {sign[way]} {n} = {b}" for way, a, n, b in steps)
+        answer = f"<think>\n{thought}\n</think>\n<answer>\n{steps[-1][-1]}\n</answer>"
+        found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
+    return [{"conversations": row} for row in found.values()]
+
+
+def function(name: str, description: str, **properties: str) -> dict:
+    """A tool in the form of OpenAI's API; every property is a string and required."""
+    fields = {key: {"type": "string", "description": about} for key, about in properties.items()}
+    parameters = {"type": "object", "properties": fields, "required": list(fields)}
+    about = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": about}
+
+
+def as_json(value: object) -> str:
+    """As the SPEC has tools and calls: a string, so that every row has the same columns."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+TOOLS = {
+    "calculator": function("calculator", "Work out a sum", expression="such as 348 * 27"),
+    "clock": function("clock", "Tell today's date and weekday, and the time of day"),
+}
+SYSTEM = {
+    "zh": "你是 MiniMind，需要时请使用工具。",
+    "en": "You are MiniMind. Use a tool if it helps.",
+}
+
+
+def calculate(m: Material, lang: str, part: str, rng: Random) -> tuple[dict, dict, dict]:
+    """The arguments of a call, its result, and what the messages around it name."""
+    a, sign, b = rng.choice(m.problems["calculator"][part])
+    expression = f"{a} {sign} {b}"
+    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    seen = {"shown": expression.replace("*", "×"), "result": result}
+    return {"expression": expression}, {"result": result}, seen
+
+
+def look_at_clock(m: Material, lang: str, part: str, rng: Random) -> tuple[dict, dict, dict]:
+    """The same for the clock: a moment from 2020 to 2027, or after that where it is held out."""
+    start = date(2020 if part == TRAIN else 2028, 1, 1)
+    day = start + timedelta(days=rng.randrange(2900))
+    time = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
+    seen = {"date": str(day), "weekday": WEEKDAYS[lang][day.weekday()], "time": time}
+    return {}, seen, seen
+
+
+def call(m: Material, use: dict, lang: str, part: str, rng: Random) -> list[dict]:
+    """Question, call, result and answer; or, without the tool, saying so."""
+    side, given = use[lang], list(TOOLS)
+    run = calculate if use["tool"] == "calculator" else look_at_clock
+    arguments, result, seen = run(m, lang, part, rng)
+    question = rng.choice(side["questions"]) if part == TRAIN else side["held_out"]
+    asked = {"role": "user", "content": question.format(**seen)}
+    if rng.random() < 0.2:
+        given.remove(use["tool"])
+        return [*system(given, lang), asked, {"role": "assistant", "content": side["without"]}]
+    calls = as_json([{"name": use["tool"], "arguments": arguments}])
+    return [
+        *system(given, lang),
+        asked,
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": as_json(result)},
+        {"role": "assistant", "content": side["answer"].format(**seen)},
+    ]
+
+
+def system(given: list[str], lang: str) -> list[dict]:
+    """The first message, which says what tools there are."""
+    schemas = as_json([TOOLS[name] for name in given])
+    return [{"role": "system", "content": SYSTEM[lang], "tools": schemas}]
+
+
+def tools(m: Material, part: str, rng: Random) -> Table:
+    """A calculator and a clock, called where they help; talk and easy sums that need neither."""
+    count = TOOL_ROWS if part == TRAIN else TOOL_ROWS // 10
+    talk = m.all_exercises(part, HELD_OUT, rng)
+    talk += (e for kind in ("small_talk", "textbook") for e in m.questions(kind, part, rng))
+    rows = []
+    for i in range(count):
+        if i % 3:
+            rows.append(call(m, rng.choice(m.tables["tool_use"]), LANGUAGES[i % 2], part, rng))
+        else:
+            plain = rng.choice(talk)
+            rows.append(system(list(TOOLS), plain.lang) + conversation(plain))
+    return [{"conversations": row} for row in rows]
+
+
+def lora(m: Material, part: str, rng: Random) -> Table:
+    """A persona: 小海 and Marina, who sail and cheer people up."""
+    return [{"conversations": conversation(e)} for e in m.questions("persona", part, rng)]

@@ -1,0 +1,173 @@
+"""From nothing to a conversation in minutes: what `make demo` runs.
+
+    python scripts/demo.py
+
+Makes the embedded data, pretrains a small model on it, fine-tunes it to answer, asks it questions
+in English and Chinese, and grades it on what it has never seen: other problems of each skill, and
+every fact of the textbook in a phrasing that was held out. The two trainings are ordinary
+commands, which it prints. Everything lands in out/demo; the figures in out/demo_report.json.
+"""
+
+import shlex
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dataset.demo import grade, load_tests, write_demo_data
+from dataset.lm_dataset import encode_chat
+from model.command_line import option, parse_arguments
+from model.errors import exit_on_user_error
+from model.generation import Sampling, generate_text
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
+from trainer import train_full_sft, train_pretrain
+from trainer.hardware import describe_machine, resolve_device
+from trainer.plots import plot_losses
+from trainer.trainer_utils import duration
+
+HIDDEN_SIZE = 192
+# Small batches and many updates, for there is little data and little time. Four heads of 48 see
+# positions better than eight of 24; normalised queries and keys bear the high learning rate.
+PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretrain_hq_val.jsonl
+    --hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
+    --num_key_value_heads 4 --qk_norm 1 --learning_rate 8e-3 --epochs 1"""
+SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
+    --hidden_size {HIDDEN_SIZE} --learning_rate 6e-3 --epochs 2"""
+COMMON = """--save_dir {out} --checkpoint_dir {out} --max_seq_len 256 --batch_size 8
+    --accumulation_steps 1 --optimizer muon --eval_interval 300 --log_interval 20 --device {device}"""
+QUESTIONS = [
+    "Who are you?",
+    "你是谁？",
+    "What is 37 + 45?",
+    "把 37、5、82、14 从小到大排序。",
+    "In a nutshell, what is RoPE?",
+    "什么是 KV cache？",
+    "Will it rain tomorrow?",
+    "你真棒！",
+]
+
+
+@dataclass
+class Args:
+    output: str = option(str(OUT / "demo"), "folder for data, weights, logs and plots")
+    report: str = option(str(OUT / "demo_report.json"), "the figures, as JSON")
+    started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+
+
+def main(args: Args) -> dict:
+    started = args.started or time.time()
+    console, out = Console(highlight=False), Path(args.output)
+    data = out / "data"
+
+    console.rule("1. data, made from dataset/demo.py and dataset/demo/")
+    write_demo_data(data, seed=42)
+    pretrained = train(console, "2. pretraining", train_pretrain, PRETRAIN, data, args)
+    tuned = train(console, "3. fine-tuning", train_full_sft, SFT, data, args)
+
+    console.rule("4. a first conversation")
+    tokenizer = load_tokenizer()
+    weights = weight_path("full_sft", HIDDEN_SIZE, out)
+    model = load_model(weights, tokenizer=tokenizer, device=resolve_device(args.device))
+    for question, reply in zip(QUESTIONS, answers(model, tokenizer, QUESTIONS), strict=True):
+        console.print(f"[bold]{question}[/bold]\n    {reply}", soft_wrap=True)
+
+    console.rule("5. held-out questions")
+    tests = load_tests(data)
+    by_skill = defaultdict(list)
+    for row in tests["skills"]:
+        by_skill[row["skill"]].append(row)
+    scores = {name: score(model, tokenizer, name, rows) for name, rows in by_skill.items()}
+    textbook = score(model, tokenizer, "textbook", tests["textbook"])
+    counts = {
+        name: len(rows) for name, rows in (*by_skill.items(), ("textbook", tests["textbook"]))
+    }
+    report = {
+        "seconds": round(time.time() - started, 1),
+        "parameters": count_parameters(model),
+        "val_bpb": pretrained["val_bpb"],
+        "sft_val_bpb": tuned["val_bpb"],
+        "skills": scores,
+        "skills_mean": sum(scores.values()) / len(scores),
+        "textbook_accuracy": textbook,
+        "training_seconds": round(pretrained["seconds"] + tuned["seconds"], 1),
+        "machine": describe_machine(model.device),
+    }
+    write_json(args.report, report)
+    curves = {run["name"]: run["records"] for run in (pretrained, tuned)}
+    plot_losses(curves, out / "demo_losses.png")
+    show(console, report, counts, out, args)
+    return report
+
+
+def train(console: Console, title: str, stage, flags: str, data: Path, args: Args) -> dict:
+    """Run a trainer with these flags, and show the command that would do the same."""
+    console.rule(title)
+    flags = f"{flags} {COMMON}".format(data=data, out=args.output, device=args.device)
+    script = Path(stage.__file__).name
+    console.print(f"$ python trainer/{script} {' '.join(flags.split())}\n", soft_wrap=True)
+    return stage.main(parse_arguments(stage.Args, arguments=shlex.split(flags)))
+
+
+def answers(
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[str]
+) -> list[str]:
+    """What the model says to each question, each time its likeliest words."""
+    sampling = Sampling(max_new_tokens=64, temperature=0)
+    prompts = prompts_of(tokenizer, questions)
+    return list(generate_text(model, tokenizer, prompts, sampling, batch_size=128))
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, questions: list[str]) -> list[list[int]]:
+    """Each question as the tokens of a conversation that the assistant is to go on with."""
+    turns = ([{"role": "user", "content": question}] for question in questions)
+    return [encode_chat(tokenizer, turn, add_generation_prompt=True).ids for turn in turns]
+
+
+def score(
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str, rows: list[dict]
+) -> float:
+    """The share of a test's prompts that are answered exactly right."""
+    bar = tqdm(rows, desc=f"{name:20}", unit="question", leave=False)
+    right = 0
+    for at in range(0, len(rows), 128):
+        some = rows[at : at + 128]
+        replies = answers(model, tokenizer, [row["prompt"] for row in some])
+        right += sum(grade(row["answer"], r) for row, r in zip(some, replies, strict=True))
+        bar.update(len(some))
+    bar.close()
+    return right / len(rows)
+
+
+def show(console: Console, report: dict, counts: dict[str, int], out: Path, args: Args) -> None:
+    table = Table(title="held-out questions, exactly right", title_justify="left")
+    table.add_column("what")
+    table.add_column("questions", justify="right")
+    table.add_column("right", justify="right")
+    table.add_column("")
+    for name, accuracy in [*report["skills"].items(), ("textbook", report["textbook_accuracy"])]:
+        bar = "█" * round(20 * accuracy)
+        table.add_row(name, str(counts[name]), f"{accuracy:.0%}", f"[green]{bar}[/green]")
+    table.add_section()
+    table.add_row("mean of the skills", "", f"{report['skills_mean']:.1%}")
+    table.add_row("textbook", "", f"{report['textbook_accuracy']:.1%}")
+    console.print(table)
+    console.print(
+        f"{report['parameters'] / 1e6:.2f}M parameters, {report['val_bpb']:.2f} bits per byte on "
+        f"held-out text, {duration(report['seconds'])} in all, of which "
+        f"{duration(report['training_seconds'])} training ({report['machine']})\n"
+        f"figures: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"
+        f"talk:    python eval_llm.py --save_dir {args.output} --weight full_sft",
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

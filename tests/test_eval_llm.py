@@ -1,0 +1,97 @@
+"""Talking to a model in the terminal, through the command line, as a person would."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args
+from model.command_line import parse_arguments
+from model.errors import UserError
+from model.weights import ROOT, save_weights, weight_path
+
+
+@pytest.fixture
+def weights(make_model, tokenizer, tmp_path) -> Path:
+    """A folder with untrained weights of two stages."""
+    model = make_model(vocab_size=len(tokenizer), hidden_size=32)
+    for stage in ("pretrain", "full_sft"):
+        path = weight_path(stage, 32, tmp_path)
+        save_weights(model, path, stage=stage, tokenizer=tokenizer, origin={})
+    return tmp_path
+
+
+def talk(*flags: object, typed: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "eval_llm.py", "--device", "cpu", *map(str, flags)],
+        input=typed,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "examples"), [("full_sft", CHAT_PROMPTS), ("pretrain", TEXT_PROMPTS)]
+)
+def test_automatic_prompts_are_answered(weights, tmp_path, stage, examples):
+    result = talk(
+        "--save_dir", weights, "--weight", stage, "--prompts", "auto", "--max_new_tokens", 4,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{stage}: 0.2")  # millions of parameters
+    assert re.findall(r"^> (.*)$", result.stdout, re.MULTILINE) == examples
+    assert len(re.findall(r"^\[[0-9.]+ tokens/s\]$", result.stdout, re.MULTILINE)) == len(examples)
+
+
+@pytest.mark.slow
+def test_piped_prompts_are_answered_one_a_line_and_the_same_with_a_seed(weights):
+    flags = ["--save_dir", weights, "--max_new_tokens", 8, "--seed", 1, "--no_show_speed"]
+    first = talk(*flags, typed="你是谁？\n\nWho are you? <|im_end|>\n")
+    assert first.returncode == 0, first.stderr
+    assert re.findall(r"^> (.*)$", first.stdout, re.MULTILINE) == [
+        "你是谁？",
+        "Who are you? <|im_end|>",
+    ]
+    assert "tokens/s" not in first.stdout
+    assert talk(*flags, typed="你是谁？\n\nWho are you? <|im_end|>\n").stdout == first.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--weight", "dpo"], "full_sft_32.pth, pretrain_32.pth"), (["--wieght", "dpo"], "--wieght")],
+    ids=["missing_weights", "unknown_flag"],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(weights, flags, words):
+    result = talk("--save_dir", weights, *flags)
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*\n", result.stderr)
+    assert words in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", "-1"],
+        ["--top_p", "0"],
+        ["--top_p", "1.5"],
+        ["--max_new_tokens", "0"],
+        ["--max_new_tokens", "many"],
+        ["--historys", "-2"],
+        ["--prompts", "none"],
+        ["--seed"],
+        ["stray"],
+    ],
+    ids=" ".join,
+)
+def test_bad_values_of_flags_are_named(flags):
+    with pytest.raises(UserError, match=flags[0]):
+        parse_arguments(Args, arguments=flags)

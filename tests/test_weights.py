@@ -1,0 +1,466 @@
+"""Weight files: exact round trips, strict loading, and bad files refused in one sentence."""
+
+import json
+import os
+import pickle
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    TOKENIZER,
+    atomic_write,
+    find_weights,
+    load_for_chat,
+    load_model,
+    load_tokenizer,
+    read_state,
+    save_weights,
+    tokenizer_hash,
+    weight_path,
+    write_json,
+)
+
+IDS = torch.tensor([[1, 20, 30, 40]])
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(hidden_size=32, vocab_size=6400, num_hidden_layers=1, rope_theta=5e5)
+
+
+@pytest.fixture
+def saved(model, tokenizer, tmp_path):
+    """The model in a file of its own."""
+    path = weight_path("pretrain", 32, tmp_path)
+    return save_weights(model, path, stage="pretrain", tokenizer=tokenizer, origin={"steps": 3})
+
+
+def bare(path: Path, state: dict) -> Path:
+    """A `.pth` without a `.json`."""
+    torch.save(state, path)
+    return path
+
+
+def check_sentence(error: pytest.ExceptionInfo, path: Path) -> str:
+    """One sentence of reasonable length that names the file; returns it."""
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message.replace(str(path), "")) < 250
+    return message
+
+
+# -- round trips -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_round_trip_is_exact_but_for_float16(model, saved, tokenizer):
+    loaded = load_model(saved, tokenizer=tokenizer)
+    assert not loaded.training
+    for weight in model.parameters():
+        weight.copy_(weight.half())
+    assert all(
+        torch.equal(tensor, loaded.state_dict()[name])
+        for name, tensor in model.state_dict().items()
+    )
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_saving_what_was_loaded_gives_the_same_tensors(saved, tokenizer, tmp_path):
+    again = tmp_path / "again_32.pth"
+    save_weights(load_model(saved), again, stage="again", tokenizer=tokenizer, origin={})
+    first, second = torch.load(saved), torch.load(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_json_beside_the_weights(model, saved, tokenizer):
+    info = json.loads(saved.with_suffix(".json").read_text())
+    assert info["stage"] == "pretrain"
+    assert info["origin"] == {"steps": 3}
+    assert info["tokenizer_hash"] == tokenizer_hash(tokenizer)
+    assert info["parameters"] == 6400 * 32 + 32 * 32 * 3 + 32 * 128 * 3 + 3 * 32
+    assert MiniMindConfig(**info["config"]).to_dict() == model.config.to_dict()
+
+
+def test_the_file_is_a_plain_float16_state_dict(model, saved):
+    state = torch.load(saved, weights_only=True)
+    assert type(state) is dict
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert saved.stat().st_size < 2 * model.num_parameters() + 10_000  # the tied matrix once
+    MiniMindForCausalLM(model.config).load_state_dict(state, strict=True)
+
+
+def test_untied_head_is_kept(make_model, tokenizer, tmp_path):
+    model = make_model(tie_word_embeddings=False)
+    path = tmp_path / "x_64.pth"
+    save_weights(model, path, stage="x", tokenizer=tokenizer, origin={})
+    path.with_suffix(".json").unlink()  # by shapes too
+    loaded = load_model(path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.half().float())
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
+def test_dtype_and_overrides(saved):
+    loaded = load_model(saved, dtype=torch.bfloat16, flash_attn=False)
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.config.flash_attn is False
+    assert loaded.config.rope_theta == 5e5
+
+
+# -- a `.pth` alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "eps"),
+    [
+        (dict(num_attention_heads=8, num_key_value_heads=2), 1e-5),
+        (dict(num_attention_heads=8, num_key_value_heads=4, qk_norm=True), 1e-6),
+        (dict(num_attention_heads=4, num_key_value_heads=1, qk_norm=True), 1e-6),
+    ],
+    ids=["older", "newer", "newer_with_other_heads"],
+)
+@torch.no_grad()
+def test_bare_file_is_read_by_its_shapes(make_model, tmp_path, fields, eps):
+    model = make_model(
+        **fields, hidden_size=96, num_hidden_layers=3, intermediate_size=320, rms_norm_eps=eps
+    )
+    path = bare(tmp_path / "any name.pth", model.state_dict())
+    loaded = load_model(path, max_position_embeddings=256)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert {**loaded.config.to_dict(), "initializer_range": 0.2} == model.config.to_dict()
+
+
+def test_overrides_count_more_than_shapes(make_model, tmp_path):
+    path = bare(tmp_path / "x.pth", make_model().state_dict())
+    loaded = load_model(path, num_attention_heads=4, num_key_value_heads=2)
+    assert loaded.config.head_dim == 16
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", ""])
+def test_prefixes_of_wrappers_and_a_tied_head_left_out(make_model, tmp_path, prefix):
+    state = make_model().state_dict()
+    del state["lm_head.weight"]
+    path = bare(tmp_path / "x.pth", {prefix + name: tensor for name, tensor in state.items()})
+    loaded = load_model(path, num_attention_heads=4, num_key_value_heads=2)
+    assert torch.equal(loaded.lm_head.weight, state["model.embed_tokens.weight"])
+
+
+def test_mixture_of_experts_is_refused_until_it_is_built(make_model, tmp_path):
+    state = make_model().state_dict()
+    state["model.layers.0.mlp.experts.0.gate_proj.weight"] = torch.ones(1)
+    path = bare(tmp_path / "x.pth", state)
+    with pytest.raises(UserError, match="mixture of experts") as error:
+        load_model(path)
+    check_sentence(error, path)
+
+
+# -- files that are no weights ---------------------------------------------------------------------
+
+
+class Bomb:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+BAD_FILES = {
+    "git_lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs"),
+    "empty": (b"", "0 bytes"),
+    "text": (b"hello world\n" * 20, "is (refused|no checkpoint)"),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "is (refused|no checkpoint)"),
+    "list": ([torch.ones(1)], "state dict"),
+    "tensor": (torch.ones(1), "state dict"),
+    "training_state": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "state dict"),
+    "another_model": ({"weight": torch.ones(1)}, "no MiniMind weights"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file_is_refused(tmp_path, content, words):
+    path = tmp_path / "bad.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=words) as error:
+        load_model(path)
+    check_sentence(error, path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_never_executed(tmp_path, zipped):
+    path, target = tmp_path / "bomb.pth", tmp_path / "executed"
+    content = {"model.embed_tokens.weight": Bomb(target)}
+    if zipped:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(UserError, match="never executed") as error:
+        load_model(path)
+    check_sentence(error, path)
+    assert not target.exists()
+    torch.load(path, weights_only=False) if zipped else pickle.loads(path.read_bytes())
+    assert target.exists()  # it would have gone off
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.5, 0.9, 0.999, 0.9999])
+def test_truncated_file_is_refused(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError) as error:
+        load_model(saved)
+    check_sentence(error, saved)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_truncated_file_of_the_older_format_is_refused_at_any_length(make_model, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save(make_model().state_dict(), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for length in range(200):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError):
+            read_state(path)
+
+
+def test_older_format_of_torch_is_read(make_model, tmp_path):
+    path, state = tmp_path / "x.pth", make_model().state_dict()
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read_state(path).items())
+
+
+@pytest.mark.parametrize(("kind", "words"), [("missing", "does not exist"), ("folder", "folder")])
+def test_no_file_is_refused(tmp_path, kind, words):
+    path = tmp_path / "x.pth"
+    if kind == "folder":
+        path.mkdir()
+    with pytest.raises(UserError, match=words) as error:
+        load_model(path)
+    check_sentence(error, path)
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+BAD_STATES = {
+    "missing": (without("model.norm.weight"), "lacks model.norm.weight"),
+    "missing_in_a_layer": (
+        without("model.layers.0.mlp.up_proj.weight"),
+        "lacks model.layers.0.mlp.up_proj.weight",
+    ),
+    "missing_embedding": (without("model.embed_tokens.weight"), "lacks model.embed_tokens.weight"),
+    "unknown": (lambda state: state.update(extra=torch.ones(1)), "does not, extra"),
+    "two_unknown": (
+        lambda state: state.update(a=torch.ones(1), b=torch.ones(1)),
+        "does not, a and 1 more",
+    ),
+    "wrong_shape": (
+        lambda state: state.update({"model.norm.weight": torch.ones(7)}),
+        r"model.norm.weight is \[7\] in the file and \[32\] in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+@pytest.mark.parametrize(("change", "words"), BAD_STATES.values(), ids=BAD_STATES)
+def test_a_weight_too_few_too_many_or_of_another_shape_is_named(saved, change, words, with_json):
+    state = torch.load(saved)
+    change(state)
+    torch.save(state, saved)
+    if not with_json:
+        saved.with_suffix(".json").unlink()
+        words = words.replace("lacks model.embed", "model.embed")
+    with pytest.raises(UserError, match=words) as error:
+        load_model(saved)
+    check_sentence(error, saved)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 64)])
+def test_shapes_that_make_no_sense_are_refused(make_model, tmp_path, shape):
+    state = make_model().state_dict()
+    state["model.layers.0.self_attn.q_proj.weight"] = torch.ones(shape)
+    with pytest.raises(UserError):
+        load_model(bare(tmp_path / "x.pth", state))
+
+
+def test_a_head_of_its_own_is_refused_where_the_config_says_tied(saved):
+    state = torch.load(saved)
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    torch.save(state, saved)
+    with pytest.raises(UserError, match="lm_head.weight"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"hidden_size": 30}}', b"\xff\xfe"],
+)
+def test_damaged_json_is_refused(saved, content):
+    path = saved.with_suffix(".json")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load_model(saved)
+    check_sentence(error, saved.with_suffix(""))
+
+
+# -- tokenizer -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_tokenizer(tokenizer, tmp_path):
+    """The same tokens, two of them in each other's place."""
+    folder = tmp_path / "other"
+    tokenizer.save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def test_another_tokenizer_is_refused(saved, tokenizer, other_tokenizer):
+    load_model(saved, tokenizer=tokenizer)
+    with pytest.raises(UserError, match="another tokenizer.*--tokenizer_path") as error:
+        load_model(saved, tokenizer=other_tokenizer)
+    check_sentence(error, saved)
+
+
+def test_tokenizer_hash_is_of_the_vocabulary(tokenizer, other_tokenizer):
+    assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer())
+    assert tokenizer_hash(tokenizer) != tokenizer_hash(other_tokenizer)
+
+
+def test_unknown_tokenizer_is_warned_about(saved, tokenizer):
+    saved.with_suffix(".json").unlink()
+    with pytest.warns(UserWarning, match="--tokenizer_path"):
+        load_model(saved, tokenizer=tokenizer, num_attention_heads=4, num_key_value_heads=2)
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_refused(make_model, tokenizer, tmp_path):
+    path = bare(tmp_path / "x.pth", make_model().state_dict())
+    with pytest.raises(UserError, match="6400 tokens, but .* only 128") as error:
+        load_model(path, tokenizer=tokenizer)
+    check_sentence(error, path)
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json") as error:
+        load_tokenizer(tmp_path)
+    check_sentence(error, tmp_path)
+
+
+# -- finding and writing ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Weights of several stages, the newest first."""
+    names = "sft_64_moe.pth sft_big_64.pth sft_64.pth sft_512.pth pretrain_64.pth sft_64.json"
+    for age, name in enumerate(names.split()):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "name"),
+    [("sft", None, "sft_64"), ("sft", 512, "sft_512"), ("sft_big", None, "sft_big_64")],
+)
+def test_find_weights(folder, stage, size, name):
+    assert find_weights(stage, size, folder) == folder / f"{name}.pth"
+
+
+def test_newest_weights_are_found_whatever_their_size(folder):
+    os.utime(folder / "sft_512.pth")
+    assert find_weights("sft", None, folder).name == "sft_512.pth"
+
+
+@pytest.mark.parametrize("size", [None, 64])
+def test_weights_that_are_not_there(folder, size):
+    with pytest.raises(UserError, match="that folder has .*pretrain_64.pth, sft_512.pth"):
+        find_weights("dpo", size, folder)
+    with pytest.raises(UserError, match="train that stage first"):
+        find_weights("dpo", size, folder / "nowhere")
+
+
+def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
+        file.write(b"half of the new one")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_appears_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "new folder" / "file"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+
+
+def test_who_is_reading_the_old_file_reads_it_to_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        with atomic_write(path) as file:
+            file.write(b"new")
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write") as error:
+        write_json(tmp_path / "file" / "x.json", {})
+    check_sentence(error, tmp_path / "file" / "x.json")
+
+
+def test_json_is_readable_by_people(tmp_path):
+    write_json(tmp_path / "x.json", {"text": "你好"})
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "text": "你好"\n}\n'
+
+
+# -- a model to talk to ----------------------------------------------------------------------------
+
+
+def test_load_for_chat_takes_own_weights_and_transformers_folders(saved, tokenizer, tmp_path):
+    own, _, stage = load_for_chat(TOKENIZER, "pretrain", directory=tmp_path)
+    assert stage == "pretrain"
+    own.save_pretrained(tmp_path / "export")
+    tokenizer.save_pretrained(tmp_path / "export")
+    exported, other, stage = load_for_chat(tmp_path / "export", "ignored")
+    assert stage == ""
+    assert tokenizer_hash(other) == tokenizer_hash(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(exported(IDS).logits, own(IDS).logits)
+
+
+def test_load_for_chat_takes_a_file_and_a_tokenizer_of_its_own(saved, other_tokenizer):
+    assert load_for_chat(TOKENIZER, str(saved))[2] == "pretrain"
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_for_chat(TOKENIZER, str(saved), tokenizer_path=other_tokenizer.name_or_path)
+
+
+@pytest.mark.parametrize("place", ["nowhere", "."])
+def test_load_for_chat_says_what_is_wrong_with_a_place(tmp_path, place):
+    with pytest.raises(UserError, match="no folder|no tokenizer.json") as error:
+        load_for_chat(tmp_path / place, "pretrain")
+    check_sentence(error, tmp_path / place)
