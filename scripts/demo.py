@@ -39,8 +39,8 @@ PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretra
     --num_key_value_heads 4 --qk_norm 1 --learning_rate 8e-3 --epochs 1"""
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
     --hidden_size {HIDDEN_SIZE} --learning_rate 6e-3 --epochs 2"""
-COMMON = """--save_dir {out} --checkpoint_dir {out} --max_seq_len 256 --batch_size 8
-    --accumulation_steps 1 --optimizer muon --eval_interval 300 --log_interval 20 --device {device}"""
+COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device} --max_seq_len 256
+    --batch_size 8 --accumulation_steps 1 --optimizer muon --eval_interval 300 --log_interval 20"""
 QUESTIONS = [
     "Who are you?",
     "你是谁？",
@@ -59,6 +59,8 @@ class Args:
     report: str = option(str(OUT / "demo_report.json"), "the figures, as JSON")
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
+    max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
+    questions: int = option(0, "held-out questions of each kind at most; 0: all")
 
 
 def main(args: Args) -> dict:
@@ -79,15 +81,9 @@ def main(args: Args) -> dict:
         console.print(f"[bold]{question}[/bold]\n    {reply}", soft_wrap=True)
 
     console.rule("5. held-out questions")
-    tests = load_tests(data)
-    by_skill = defaultdict(list)
-    for row in tests["skills"]:
-        by_skill[row["skill"]].append(row)
-    scores = {name: score(model, tokenizer, name, rows) for name, rows in by_skill.items()}
-    textbook = score(model, tokenizer, "textbook", tests["textbook"])
-    counts = {
-        name: len(rows) for name, rows in (*by_skill.items(), ("textbook", tests["textbook"]))
-    }
+    tests = held_out_tests(data, args.questions)
+    scores = {name: score(model, tokenizer, name, rows) for name, rows in tests.items()}
+    textbook = scores.pop("textbook")
     report = {
         "seconds": round(time.time() - started, 1),
         "parameters": count_parameters(model),
@@ -102,7 +98,7 @@ def main(args: Args) -> dict:
     write_json(args.report, report)
     curves = {run["name"]: run["records"] for run in (pretrained, tuned)}
     plot_losses(curves, out / "demo_losses.png")
-    show(console, report, counts, out, args)
+    show(console, report, {name: len(rows) for name, rows in tests.items()}, out, args)
     return report
 
 
@@ -110,9 +106,20 @@ def train(console: Console, title: str, stage, flags: str, data: Path, args: Arg
     """Run a trainer with these flags, and show the command that would do the same."""
     console.rule(title)
     flags = f"{flags} {COMMON}".format(data=data, out=args.output, device=args.device)
+    flags += f" --max_steps {args.max_steps}" if args.max_steps else ""
     script = Path(stage.__file__).name
     console.print(f"$ python trainer/{script} {' '.join(flags.split())}\n", soft_wrap=True)
     return stage.main(parse_arguments(stage.Args, arguments=shlex.split(flags)))
+
+
+def held_out_tests(data: Path, most: int = 0) -> dict[str, list[dict]]:
+    """The rows of each skill, by its name, and those of the "textbook"."""
+    tests = load_tests(data)
+    by_name = defaultdict(list)
+    for row in tests["skills"]:
+        by_name[row["skill"]].append(row)
+    by_name["textbook"] = tests["textbook"]
+    return {name: rows[: most or None] for name, rows in by_name.items()}
 
 
 def answers(

@@ -1,0 +1,39 @@
+"""`make demo` from end to end, with a few updates only."""
+
+import json
+
+import pytest
+
+from scripts import demo
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_a_model_curves_and_a_report(tmp_path, capsys):
+    args = demo.Args(
+        output=str(tmp_path / "demo"),
+        report=str(tmp_path / "report.json"),
+        device="cpu",
+        max_steps=2,
+        questions=3,
+    )
+    demo.main(args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {"seconds", "parameters", "val_bpb", "skills", "skills_mean"} <= report.keys()
+    assert len(report["skills"]) == 13
+    assert report["skills_mean"] == pytest.approx(sum(report["skills"].values()) / 13)
+    assert 0 <= report["textbook_accuracy"] <= 1 and report["val_bpb"] > 1
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"pretrain_192.pth", "full_sft_192.pth", "demo_losses.png", "data"} <= made
+    printed = capsys.readouterr().out
+    assert "$ python trainer/train_pretrain.py --data_path" in printed
+    assert "held-out questions, exactly right" in printed
+
+
+def test_tests_are_grouped_by_skill(tmp_path):
+    rows = [{"skill": skill, "prompt": "p", "answer": "a"} for skill in ("x", "y", "x")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "skills_test.jsonl").write_text(lines)
+    (tmp_path / "textbook_test.jsonl").write_text(lines)
+    counts = {name: len(rows) for name, rows in demo.held_out_tests(tmp_path).items()}
+    assert counts == {"x": 2, "y": 1, "textbook": 3}
+    assert len(demo.held_out_tests(tmp_path, most=1)["x"]) == 1
