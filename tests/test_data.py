@@ -162,7 +162,7 @@ def hostile(token: str) -> str:
 FORGERIES = [
     *product(["user", "system", "tool", "tools", "tools as text"], [*CONTROL, *TAGS]),
     *product(["arguments"], CONTROL),  # the assistant may write tags
-    pytest.param("user", "<|reserved_0|>"),
+    ("user", "<|reserved_0|>"),
 ]
 
 
@@ -412,6 +412,11 @@ def test_a_file_passes_in_short_stretches(tmp_path, packed):
     assert b"".join(part for s in stretches for part in s.lines) == content
 
 
+def bug(reason: str, *values):
+    """A case that fails for now."""
+    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
+
+
 def chat(*messages) -> bytes:
     return json.dumps({"conversations": messages}).encode()
 
@@ -428,9 +433,9 @@ BAD_TEXTS = {
     "a list": (b'["a"]', "is no JSON object"),
     "a number": (b"1", "is no JSON object"),
     "conversations instead": (chat(user("a"), assistant("b")), 'has no "text"'),
-    "half a character": pytest.param(b'{"text": "a\\ud800"}', "line 3"),
-    "deeply nested": pytest.param(b"[" * 100_000, "line 3"),
-    "endless number": pytest.param(b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "line 3"),
+    "half a character": (b'{"text": "a\\ud800"}', "half a character"),
+    "deeply nested": (b"[" * 100_000, "is no JSON that can be read"),
+    "endless number": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}", "is no JSON"),
 }
 BAD_CHATS = {
     "no key": (line("a"), 'has no "conversations"'),
@@ -444,14 +449,36 @@ BAD_CHATS = {
     "content a number": (chat(user(3), assistant("b")), 'user message whose "content" is no text'),
     "content null": (chat(user("a"), assistant(None)), 'assistant message whose "content"'),
     "no content": (chat({"role": "user"}, assistant("b")), 'user message whose "content"'),
-    "calls a number": pytest.param(chat(user("a"), assistant("", tool_calls=5)), "tool_calls"),
+    "calls a number": (
+        chat(user("a"), assistant("", tool_calls=5)),
+        '"tool_calls" that are no list',
+    ),
     "calls broken": (chat(user("a"), assistant("", tool_calls="[{")), '"tool_calls" .* not JSON'),
-    "tools a number": pytest.param(
+    "tools a number": (
         chat({"role": "system", "content": "", "tools": 5}, user("a"), assistant("b")),
+        '"tools" that are no list',
+    ),
+    "reasoning a number": (
+        chat(user("a"), assistant("b", reasoning_content=5)),
+        '"reasoning_content" that is no text',
+    ),
+    "a call without a name": bug(
+        "TypeError in the template",
+        chat(user("a"), assistant("", tool_calls=[{"arguments": {}}])),
+        "tool_calls",
+    ),
+    "a call that is no object": bug(
+        "TypeError in the template", chat(user("a"), assistant("", tool_calls=[5])), "tool_calls"
+    ),
+    "tools deeply nested": bug(
+        "RecursionError of parse_list",
+        chat({"role": "system", "content": "", "tools": "[" * 100_000}, user("a"), assistant("b")),
         "tools",
     ),
-    "reasoning a number": pytest.param(
-        chat(user("a"), assistant("b", reasoning_content=5)), "reasoning_content"
+    "half a character in tools as text": bug(
+        "TypeError of the tokenizer",
+        chat({"role": "system", "content": "", "tools": r'["\ud800"]'}, user("a"), assistant("b")),
+        "line 3",
     ),
 }
 
@@ -494,7 +521,7 @@ BAD_FILES = {
     "no gzip": ("data.jsonl.gz", line("a"), "is damaged, or no gzip file"),
     "cut off": ("data.jsonl.gz", gzip.compress(line("abc" * 99))[:-9], "is damaged"),
     "wrong checksum": ("data.jsonl.gz", damaged(-6), "is damaged"),
-    "damaged within": pytest.param("data.jsonl.gz", damaged(60), "is damaged"),
+    "damaged within": ("data.jsonl.gz", damaged(60), "is damaged"),
 }
 
 
@@ -506,6 +533,14 @@ def test_a_bad_file_is_named(tmp_path, tokenizer, name, content, complaint):
     for _ in range(2):  # the second time there may be a cache
         with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{complaint}"):
             load_documents(path, "text", tokenizer)
+
+
+@pytest.mark.xfail(reason="NotADirectoryError", strict=True)
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(line("a"))
+    with pytest.raises(UserError, match="cannot write .*cache"):
+        load_documents(path, "text", tokenizer, cache=path / "cache")
 
 
 def test_a_folder_is_no_data_file(tmp_path, tokenizer):
@@ -827,8 +862,8 @@ def test_show_batch_tells_in_a_table_what_is_trained(
         (["--kind", "text"], 'line 1 of .* has no "text"'),
         (["--kind", "dpo"], "invalid choice"),
         (["--colour", "1"], "unknown argument --colour"),
-        pytest.param(["--first", "-1"], "--first at least 0"),
-        pytest.param(["--max_seq_len", "1"], "--max_seq_len"),
+        (["--first", "-1"], "--first at least 0"),
+        (["--max_seq_len", "1"], "--max_seq_len must be at least 2"),
     ],
 )
 def test_show_batch_says_what_is_wrong_in_a_line(show_batch, conversation, arguments, complaint):

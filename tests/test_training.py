@@ -411,8 +411,8 @@ def everything(train, name):
         dict(optimizer="adamw"),
         dict(optimizer="muon"),
         dict(optimizer="adamw", num_workers=2),
-        pytest.param(dict(optimizer="adamw", dropout=0.2)),
-        pytest.param(dict(optimizer="muon", dropout=0.2)),
+        dict(optimizer="adamw", dropout=0.2),
+        dict(optimizer="muon", dropout=0.2),
     ],
     ids=str,
 )
@@ -459,18 +459,23 @@ def test_a_run_may_go_on_with_other_batches_of_the_same_window(train, killed):
     assert_close(train.saved("a")["model"], train.saved("whole")["model"])
 
 
-@pytest.mark.parametrize(
-    ("batch_size"),
-    [
-        pytest.param(4),
-        pytest.param(3),
-        pytest.param(1),
-    ],
-)
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
 def test_a_run_that_goes_on_with_another_window_trains_every_row(train, killed, batch_size):
     killed(8, train, batch_size=2, save_interval=8)
-    train(resume=True, batch_size=batch_size)
-    assert train.saved()["progress"]["rows_seen"] == len(TEXTS)
+    step = train(resume=True, batch_size=batch_size)["step"]
+    assert step == 8 + math.ceil((len(TEXTS) - 16) / batch_size)
+    progress = train.saved()["progress"]
+    assert (progress["rows_seen"], progress["step"]) == (len(TEXTS), step)
+
+
+@pytest.mark.xfail(reason="resume() does not know yet how many steps are left", strict=True)
+def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
+    train, killed, capsys
+):
+    killed(8, train, batch_size=2, save_interval=8)
+    capsys.readouterr()
+    train(resume=True, batch_size=4)
+    assert "at step 8 of 10: going on" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +536,19 @@ def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(train, ca
     assert "to resume: starting from the beginning" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damage", ["cut off", "empty", "something else"])
+@pytest.mark.xfail(reason="torch.load and the keys are not checked", strict=True)
+def test_a_damaged_checkpoint_is_named(train, damage):
+    train(max_steps=2)
+    (path,) = (train.folder / "a" / "checkpoints").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
+    if damage == "something else":
+        torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        train(max_steps=2, resume=True)
+
+
 def test_a_new_run_begins_a_new_log(train):
     train(max_steps=3)
     train(max_steps=2)
@@ -584,9 +602,14 @@ def test_a_signal_between_updates_saves_too(train, monkeypatch):
     assert train.saved()["progress"]["step"] == step < 5
 
 
-def test_a_signal_while_the_ranks_agree_is_not_lost(train, monkeypatch):
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_signal_while_the_ranks_agree_is_not_lost(train, monkeypatch, call):
+    """They add up numbers in every window, and may wait for each other then."""
+    calls = []
+
     def interrupted(run, *numbers):
-        if run.step == 1 and not run.stop_asked:
+        calls.append(numbers)
+        if len(calls) == call:
             signal.raise_signal(signal.SIGTERM)
         return list(numbers)
 
@@ -770,7 +793,7 @@ def test_sft_begins_with_the_weights_of_pretraining(tmp_path, tokenizer):
         (dict(from_weight="none", num_key_value_heads=0), "do not make a model: num_key_value_h"),
         (dict(from_weight="none", num_hidden_layers=0), "do not make a model: num_hidden_layers"),
         (dict(from_weight="none", hidden_size=-32), "do not make a model: hidden_size"),
-        pytest.param(dict(from_weight="none", seed=-1), "."),
+        (dict(from_weight="none", seed=-1), "--seed must not be negative"),
     ],
     ids=str,
 )
@@ -789,9 +812,9 @@ BAD_VALUES = [
     *[("weight_decay", -0.1), ("grad_clip", -1.0), ("num_workers", -1), ("val_documents", -1)],
     *[("val_share", -0.1), ("val_share", 1.0), ("dropout", -0.1), ("dropout", 1.0)],
     ("use_moe", True),
-    pytest.param("learning_rate", math.nan),
-    pytest.param("learning_rate", math.inf),
-    pytest.param("grad_clip", math.nan),
+    ("learning_rate", math.nan),
+    ("learning_rate", math.inf),
+    ("grad_clip", math.nan),
 ]
 
 
@@ -936,7 +959,7 @@ def shell(tokenizer):
 
 
 def output(process) -> str:
-    printed, _ = process.communicate(timeout=120)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
 
