@@ -16,7 +16,7 @@ from dataset.lm_dataset import Message, encode_chat, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.generation import Sampling, decode, stream_text
-from model.weights import OUT, TOKENIZER, load_for_chat
+from model.weights import OUT, TOKENIZER, count_parameters, load_for_chat
 from trainer.hardware import resolve_device, resolve_dtype
 
 CHAT_PROMPTS = [
@@ -77,7 +77,7 @@ def main(args: Args) -> None:
         device=device,
         dtype=resolve_dtype(args.dtype, device),
     )
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = count_parameters(model)
     foreign = (Path(args.load_from) / "config.json").exists()
     name = args.load_from if foreign else args.weight
     print(f"{name}: {parameters / 1e6:.2f}M parameters, {device}")

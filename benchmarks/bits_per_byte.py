@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import encode_text
+from dataset.lm_dataset import check_file, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.model_minimind import IGNORED, MiniMindForCausalLM, cross_entropy_sum
@@ -39,6 +39,7 @@ class Args:
 
 def read_texts(path: str | Path, documents: int) -> list[str]:
     """The first CHARACTERS characters of the first documents of a JSONL file."""
+    path = check_file(path)
     opened = gzip.open if str(path).endswith(".gz") else open
 
     def texts() -> Iterator[str]:

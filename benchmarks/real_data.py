@@ -7,7 +7,6 @@ for some steps and then trains as many as fit the time, its schedule fitted to t
 by the rule of bits_per_byte.py; answers are greedy.
 """
 
-import shlex
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -48,23 +47,13 @@ class Args:
 
 def main(args: Args) -> dict:
     data, out = Path(args.data_dir), Path(args.output)
-    common = (
-        f"--hidden_size {args.hidden_size} --batch_size 8 --accumulation_steps 1 --epochs 50 "
-        "--optimizer muon --save_interval 0 --log_interval 20"
-    )
-    pretrained = train_for(
-        train_pretrain,
-        f"--data_path {data}/pretrain.jsonl.gz --val_path {data}/pretrain_val.jsonl.gz "
-        f"--num_hidden_layers {args.num_hidden_layers} --learning_rate 5e-3 {common}",
-        out,
-        args.minutes,
-    )
+    pretrained = train_for(args, train_pretrain, "pretrain", learning_rate=5e-3)
     tuned = train_for(
+        args,
         train_full_sft,
-        f"--data_path {data}/sft.jsonl.gz --val_path {data}/sft_val.jsonl.gz "
-        f"--learning_rate 2e-3 {common}",
-        out,
-        args.minutes,
+        "sft",
+        learning_rate=2e-3,
+        from_weight=str(weight_path("pretrain", args.hidden_size, out)),
     )
     tokenizer = load_tokenizer()
     texts = read_texts(data / "pretrain_val.jsonl.gz", 300)
@@ -89,25 +78,35 @@ def main(args: Args) -> dict:
     return report
 
 
-def train_for(stage, flags: str, out: Path, minutes: float) -> dict:
-    """Train a stage with these flags for about so many minutes."""
+def train_for(args: Args, stage, name: str, **settings) -> dict:
+    """Train a stage on the data of that name, for about args.minutes."""
+    data, out = Path(args.data_dir), Path(args.output)
 
-    def run(directory: Path, more: str) -> dict:
-        line = f"{flags} --save_dir {directory} --checkpoint_dir {directory} {more}"
-        return stage.main(parse_arguments(stage.Args, arguments=shlex.split(line)))
+    def run(directory: Path, **more) -> dict:
+        return stage.main(
+            stage.Args(
+                data_path=[str(data / f"{name}.jsonl.gz")],
+                val_path=[str(data / f"{name}_val.jsonl.gz")],
+                save_dir=str(directory),
+                checkpoint_dir=str(directory),
+                hidden_size=args.hidden_size,
+                num_hidden_layers=args.num_hidden_layers,
+                batch_size=8,
+                accumulation_steps=1,
+                epochs=50,
+                optimizer="muon",
+                save_interval=0,
+                log_interval=20,
+                **settings,
+                **more,
+            )
+        )
 
-    start = "" if stage is train_pretrain else f" --from_weight {out}/pretrain_{hidden(flags)}.pth"
-    trial = run(out / "trial", f"--max_steps {CALIBRATION_STEPS} --val_documents 8{start}")
-    later = [record for record in trial["records"] if "loss" in record][-1]
-    first = [record for record in trial["records"] if "loss" in record][0]
-    each = (later["seconds"] - first["seconds"]) / (later["step"] - first["step"])
-    steps = int(minutes * 60 / each)
-    return run(out, f"--max_steps {steps} --eval_interval {steps // 8}{start}")
-
-
-def hidden(flags: str) -> str:
-    words = flags.split()
-    return words[words.index("--hidden_size") + 1]
+    trial = run(out / "trial", max_steps=CALIBRATION_STEPS, val_documents=8)
+    first, *_, last = [record for record in trial["records"] if "loss" in record]
+    each = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    steps = int(args.minutes * 60 / each)
+    return run(out, max_steps=steps, eval_interval=max(1, steps // 8))
 
 
 def summary(run: dict) -> dict:

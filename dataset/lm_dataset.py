@@ -6,7 +6,8 @@ One encoder and one mask for every stage:
   its {% generation %} blocks say: what the assistant writes, its <|im_end|> included.
 
 A control token that a person writes in a text or message, such as "<|im_end|>", stays text: it is
-encoded as characters and never as the control token.
+encoded as characters and never as the control token. Tags such as <think> are tokens in plain text
+and in what the assistant writes, and characters in what anybody else does.
 
 Files are tokenised once, by all cores, into an Arrow file that later runs map into memory; at no
 time is a whole file in RAM.
@@ -170,7 +171,7 @@ def chat_pieces(
     # The assistant may write tags such as <think>; nobody else can.
     marked = [
         mark(message, escape.control if message["role"] == "assistant" else escape.any_token)
-        for message in messages
+        for message in map(with_lists, messages)
     ]
     rendered, spans = render_jinja_template(
         [marked],
@@ -254,22 +255,27 @@ def check_messages(messages: Any) -> list[Message]:
             raise UserError(f'has a {message["role"]} message whose "content" is no text')
         if not isinstance(message.get("reasoning_content") or "", str):
             raise UserError('has a "reasoning_content" that is no text')
-        for key in ("tools", "tool_calls"):
-            message[key] = parse_list(message.get(key), key)
     return messages
 
 
-def parse_list(value: Any, key: str) -> list[Any] | None:
-    """A list, or the JSON of one in a string, which some files have so that columns are uniform."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value or "[]")
-        except json.JSONDecodeError as error:
-            raise UserError(f'has "{key}" that are not JSON: {error.msg}') from None
-    value = [value] if isinstance(value, dict) else value
-    if value is not None and not isinstance(value, list):
-        raise UserError(f'has "{key}" that are no list')
-    return value
+def with_lists(message: Message) -> Message:
+    """The message with "tools" and "tool_calls" as lists; files may have them as JSON in a string,
+    so that their columns are uniform. UserError if they are neither."""
+    lists = {key: message[key] for key in ("tools", "tool_calls") if message.get(key)}
+    for key, value in lists.items():
+        if isinstance(value, str):
+            try:
+                value = parse_json(value)
+            except UserError as error:
+                raise UserError(f'has "{key}" whose text {error}') from None
+        value = [value] if isinstance(value, dict) else value
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise UserError(f'has "{key}" that are no list of objects')
+        lists[key] = value
+    for call in lists.get("tool_calls", []):
+        if not isinstance((call.get("function") or call).get("name"), str):
+            raise UserError('has a tool call without a "name"')
+    return {**message, **lists}
 
 
 # -- files to a memory-mapped dataset --------------------------------------------------------------
@@ -339,7 +345,12 @@ def tokenise_files(
         {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "trained": pa.list_(pa.bool_())}
     )
     all_ids, all_lengths = hashlib.sha256(), hashlib.sha256()
-    arrow.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        arrow.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {arrow.parent}: {error.strerror}"
+        ) from None
     temporary = arrow.with_name(f".{arrow.name}.{os.getpid()}")
     size = sum(path.stat().st_size for path in files)
     if size < 1e6:
@@ -450,18 +461,26 @@ def encode_task(
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
+    """The JSON object in a line; UserError if it is anything else."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:  # may spell half of a character
-            json.dumps(row, ensure_ascii=False).encode()
+        row = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
+    if not isinstance(row, dict):
+        raise UserError("is no JSON object")
+    return row
+
+
+def parse_json(text: str) -> Any:
+    """json.loads, with everything that can be wrong as a UserError."""
+    try:
+        value = json.loads(text)
+        if "\\u" in text:  # may spell half of a character
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError("has half a character (a surrogate without its pair)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"is not JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"is no JSON that can be read: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError("is no JSON object")
-    return row
+    return value

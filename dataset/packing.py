@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-IGNORED = -100  # the label of what carries no loss
+from model.model_minimind import IGNORED
 
 
 @dataclass

@@ -37,7 +37,12 @@ def parse_arguments(
     Raises:
         UserError: an unknown flag, a value that is missing or of the wrong kind.
     """
-    parser = Parser(kind, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        kind,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     args, unknown = parser.parse_args_into_dataclasses(
         arguments, look_for_args_file=False, return_remaining_strings=True
     )

@@ -93,8 +93,10 @@ def decode(
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     tokens = torch.tensor(padded, device=device)  # [B, T]
     real = torch.arange(longest, device=device) >= padding[:, None]  # [B, T]
-    seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=device)
-    seen.scatter_reduce_(1, tokens, real, "amax")  # tokens that have occurred in a row
+    V = model.config.vocab_size
+    seen = torch.zeros(len(prompts), V + 1, dtype=torch.bool, device=device)
+    seen.scatter_(1, tokens.masked_fill(~real, V), True)  # padding marks a column of its own
+    seen = seen[:, :V]  # tokens that have occurred in a row
     rows = list(range(len(prompts)))  # which prompt each row of the batch belongs to
     noise = [row_generator(sampling.seed, row, device) for row in rows]
 

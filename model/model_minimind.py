@@ -315,7 +315,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(hidden.dtype)  # under autocast queries and keys come in half
+        return F.rms_norm(hidden, weight.shape, weight, self.eps)
 
 
 # -- rotary position embedding (RoFormer, arXiv 2104.09864) ---------------------------------------
@@ -378,6 +379,10 @@ def scaled_dot_product(
     # A query that stands alone sees all keys; is_causal would align it with the first of them.
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None and query.is_cuda:
+        # CUDA's kernels know groups (flash) or masks (memory-efficient), but not both
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=causal, enable_gqa=grouped
     )

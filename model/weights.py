@@ -34,6 +34,10 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 TOKENIZER = ROOT / "model"
+STRUCTURE = set(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads qk_norm".split()
+)
 
 
 # -- names -----------------------------------------------------------------------------------------
@@ -44,8 +48,14 @@ def weight_path(stage: str, hidden_size: int, directory: Path | str = OUT) -> Pa
     return Path(directory) / f"{stage}_{hidden_size}.pth"
 
 
-def find_weights(stage: str, hidden_size: int | None = None, directory: Path | str = OUT) -> Path:
-    """The weights of a stage; without a size the newest of them. UserError if there are none."""
+def find_weights(
+    stage: str,
+    hidden_size: int | None = None,
+    directory: Path | str = OUT,
+    newest: bool = True,
+) -> Path:
+    """The weights of a stage; without a size the newest of them, or the only ones there are if not
+    `newest`. UserError if there are none, or several to choose from."""
     if hidden_size is not None:
         found = [weight_path(stage, hidden_size, directory)]
     else:
@@ -59,6 +69,9 @@ def find_weights(stage: str, hidden_size: int | None = None, directory: Path | s
             f"there are no weights {Path(directory) / (stage + size)}.pth; "
             + (f"that folder has {', '.join(there)}" if there else "train that stage first")
         )
+    if len(found) > 1 and not newest:
+        names = ", ".join(sorted(path.name for path in found))
+        raise UserError(f"there are several sizes of {stage} ({names}); choose with --hidden_size")
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
@@ -150,7 +163,8 @@ def load_model(
     Args:
         tokenizer: if given, it must be the one that the weights were trained with (UserError);
             where no hash is known, another vocabulary size is an error too.
-        overrides: fields of the config that count more than what the files say.
+        overrides: fields of the config that count more than what the files say; but the structure
+            of the model must be as a `.json` says it.
 
     Raises:
         UserError: no checkpoint, a key missing, unknown or of another shape, another tokenizer.
@@ -163,6 +177,12 @@ def load_model(
         config = MiniMindConfig(**{**known, **overrides})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
+    for name in STRUCTURE & overrides.keys() if info else ():
+        said = getattr(MiniMindConfig(**known), name)
+        if said != overrides[name]:
+            raise UserError(
+                f"{path} has {name} {said}, as its .json says, and not {overrides[name]}"
+            )
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
     model = MiniMindForCausalLM(config)
@@ -329,6 +349,25 @@ def check_tokenizer(
         )
 
 
+def load_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A transformers folder, every weight accounted for. UserError if it cannot be loaded so."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:  # of many kinds: no such architecture, an LFS pointer, half a file
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder} cannot be loaded ({reason}); if its files are small, they may be Git LFS "
+            "pointers: fetch them with `git lfs pull`"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            name = min(map(str, info[what]))
+            raise UserError(f"{folder} does not fit its config.json: {what[:-5]} weight {name}")
+    return model
+
+
 # -- models to talk to -----------------------------------------------------------------------------
 
 
@@ -356,8 +395,7 @@ def load_for_chat(
         raise UserError(f"--load_from {load_from} is no folder")
     tokenizer = load_tokenizer(tokenizer_path or load_from)
     if (load_from / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(load_from, dtype=dtype)
-        return model.to(device).eval(), tokenizer, ""
+        return load_transformers(load_from, dtype).to(device).eval(), tokenizer, ""
     path = Path(weight)
     if path.suffix != ".pth":
         path = find_weights(weight, hidden_size, directory)

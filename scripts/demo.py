@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.demo import grade, load_tests, write_demo_data
 from dataset.lm_dataset import encode_chat
 from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
+from model.errors import UserError, exit_on_user_error
 from model.generation import Sampling, generate_text
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
@@ -105,11 +105,16 @@ def main(args: Args) -> dict:
 def train(console: Console, title: str, stage, flags: str, data: Path, args: Args) -> dict:
     """Run a trainer with these flags, and show the command that would do the same."""
     console.rule(title)
-    flags = f"{flags} {COMMON}".format(data=data, out=args.output, device=args.device)
-    flags += f" --max_steps {args.max_steps}" if args.max_steps else ""
+    words = f"{flags} {COMMON}".split()
+    words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
+    # filled in word by word: a path may have spaces
+    words = [word.format(data=data, out=args.output, device=args.device) for word in words]
     script = Path(stage.__file__).name
-    console.print(f"$ python trainer/{script} {' '.join(flags.split())}\n", soft_wrap=True)
-    return stage.main(parse_arguments(stage.Args, arguments=shlex.split(flags)))
+    console.print(f"$ python trainer/{script} {shlex.join(words)}\n", soft_wrap=True)
+    result = stage.main(parse_arguments(stage.Args, arguments=words))
+    if result["stopped"]:
+        raise UserError("the demo was stopped")
+    return result
 
 
 def held_out_tests(data: Path, most: int = 0) -> dict[str, list[dict]]:

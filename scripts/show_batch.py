@@ -85,7 +85,12 @@ def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
         trained = "yes" if label != IGNORED else ""
         style = "green" if trained else "bright_black"
         table.add_row(
-            str(place), str(position), str(token), readable(tokenizer, token), trained, style=style
+            str(place),
+            str(position),
+            str(token),
+            Text(readable(tokenizer, token)),
+            trained,
+            style=style,
         )
     return table
 

@@ -22,7 +22,8 @@ history, school arithmetic and reading tasks count little, for they are not what
 and the demo data:
 
     python -m dataset.demo --output out/demo/data
-    python scripts/train_tokenizer.py --zh_weight 0.8 --file_weight 1 0.2 0.06 0.06 \
+    python scripts/train_tokenizer.py --output_dir model \
+        --zh_weight 0.8 --file_weight 1 0.2 0.06 0.06 \
         --data_path tokenizer_corpus.jsonl.gz out/demo/data/pretrain_hq.jsonl \
             out/demo/data/sft_mini_512.jsonl out/demo/data/tools.jsonl \
         --row_weight '患者|治疗|症状|疾病=0.1' '太守|将军|皇帝|太子|刺史|朝廷|黄帝=0.1' \
@@ -42,19 +43,16 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from dataset.lm_dataset import TAGS
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.weights import TOKENIZER, atomic_write, write_json
+from model.weights import OUT, atomic_write, write_json
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # never shown: ids 0, 1, 2
-TAGS = [  # single tokens too, but part of the answer's text
-    *("<think>", "</think>", "<answer>", "</answer>"),
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-]
 RESERVED = [f"<|reserved_{number}|>" for number in range(5)]  # for what you may want to add
-CONTROL = SPECIAL + TAGS + RESERVED
+CONTROL = [*SPECIAL, *TAGS, *RESERVED]  # tags are tokens too, but part of the answer's text
 ROLES = ["system", "user", "assistant"]  # every turn begins with one: they count in every document
 
 # How text is cut into pieces: Qwen2's rule, which llama.cpp knows by the name "qwen2".
@@ -82,7 +80,7 @@ class Args:
     )
     max_bytes: int = option(3000, "count no more than this of a document, in UTF-8 bytes")
     vocab_size: int = option(6400, "tokens in all")
-    output_dir: str = option(str(TOKENIZER), "where tokenizer.json is written")
+    output_dir: str = option(str(OUT / "tokenizer"), "where tokenizer.json is written")
     eval_path: list[str] = option([], "measure on these files too")
 
 

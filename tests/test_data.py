@@ -412,11 +412,6 @@ def test_a_file_passes_in_short_stretches(tmp_path, packed):
     assert b"".join(part for s in stretches for part in s.lines) == content
 
 
-def bug(reason: str, *values):
-    """A case that fails for now."""
-    return pytest.param(*values, marks=pytest.mark.xfail(reason=reason, strict=True))
-
-
 def chat(*messages) -> bytes:
     return json.dumps({"conversations": messages}).encode()
 
@@ -462,21 +457,18 @@ BAD_CHATS = {
         chat(user("a"), assistant("b", reasoning_content=5)),
         '"reasoning_content" that is no text',
     ),
-    "a call without a name": bug(
-        "TypeError in the template",
+    "a call without a name": pytest.param(
         chat(user("a"), assistant("", tool_calls=[{"arguments": {}}])),
-        "tool_calls",
+        "a tool call without",
     ),
-    "a call that is no object": bug(
-        "TypeError in the template", chat(user("a"), assistant("", tool_calls=[5])), "tool_calls"
+    "a call that is no object": pytest.param(
+        chat(user("a"), assistant("", tool_calls=[5])), "tool_calls"
     ),
-    "tools deeply nested": bug(
-        "RecursionError of parse_list",
+    "tools deeply nested": pytest.param(
         chat({"role": "system", "content": "", "tools": "[" * 100_000}, user("a"), assistant("b")),
         "tools",
     ),
-    "half a character in tools as text": bug(
-        "TypeError of the tokenizer",
+    "half a character in tools as text": pytest.param(
         chat({"role": "system", "content": "", "tools": r'["\ud800"]'}, user("a"), assistant("b")),
         "line 3",
     ),
@@ -535,11 +527,10 @@ def test_a_bad_file_is_named(tmp_path, tokenizer, name, content, complaint):
             load_documents(path, "text", tokenizer)
 
 
-@pytest.mark.xfail(reason="NotADirectoryError", strict=True)
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_bytes(line("a"))
-    with pytest.raises(UserError, match="cannot write .*cache"):
+    with pytest.raises(UserError, match="cannot write to .*cache"):
         load_documents(path, "text", tokenizer, cache=path / "cache")
 
 

@@ -468,7 +468,6 @@ def test_a_run_that_goes_on_with_another_window_trains_every_row(train, killed, 
     assert (progress["rows_seen"], progress["step"]) == (len(TEXTS), step)
 
 
-@pytest.mark.xfail(reason="resume() does not know yet how many steps are left", strict=True)
 def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
     train, killed, capsys
 ):
@@ -537,7 +536,6 @@ def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(train, ca
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "something else"])
-@pytest.mark.xfail(reason="torch.load and the keys are not checked", strict=True)
 def test_a_damaged_checkpoint_is_named(train, damage):
     train(max_steps=2)
     (path,) = (train.folder / "a" / "checkpoints").iterdir()

@@ -464,3 +464,27 @@ def test_load_for_chat_says_what_is_wrong_with_a_place(tmp_path, place):
     with pytest.raises(UserError, match="no folder|no tokenizer.json") as error:
         load_for_chat(tmp_path / place, "pretrain")
     check_sentence(error, tmp_path / place)
+
+
+def test_a_structure_that_contradicts_the_json_is_refused(saved):
+    """Eight heads read as four would fit the shapes, and compute nonsense."""
+    with pytest.raises(UserError, match="has num_attention_heads 4, as its .json says, and not 2"):
+        load_model(saved, num_attention_heads=2)
+
+
+def test_an_incomplete_transformers_folder_is_refused(make_model, tmp_path, tokenizer):
+    model = make_model(vocab_size=6400)
+    state = model.state_dict()
+    state.pop("model.layers.1.mlp.up_proj.weight")
+    model.save_pretrained(tmp_path, state_dict=state)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="missing weight model.layers.1.mlp.up_proj"):
+        load_for_chat(tmp_path, "")
+
+
+def test_training_does_not_guess_among_several_sizes(tmp_path):
+    for size in (64, 128):
+        (tmp_path / f"pretrain_{size}.pth").touch()
+    with pytest.raises(UserError, match="several sizes of pretrain .*choose with --hidden_size"):
+        find_weights("pretrain", directory=tmp_path, newest=False)
+    assert find_weights("pretrain", 64, tmp_path, newest=False).name == "pretrain_64.pth"

@@ -49,8 +49,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     the safe choice on MPS. The weights themselves are float32 always."""
     if device.type != "cuda":
         return torch.float32
-    if name == "bfloat16" and not torch.cuda.is_bf16_supported():
-        raise UserError("this GPU has no bfloat16; use --dtype float16 or --dtype float32")
+    if name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16  # GPUs before Ampere only emulate bfloat16, slowly
     return getattr(torch, name)
 
 
@@ -62,7 +62,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Multiply-adds the device can do, as floating point operations a second.
+    """Floating point operations a second that the device can do, a multiply-add counted as two.
 
     CUDA: from the data sheet, None for a GPU that is not in the table. Otherwise measured here,
     with a matrix product, in a fraction of a second.
@@ -95,20 +95,26 @@ def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
 
 
 def training_memory(
-    config: MiniMindConfig, parameters: int, tokens: int, dtype: torch.dtype, optimizer: str
-) -> float:
-    """An estimate, in bytes, of what a training step needs.
+    config: MiniMindConfig,
+    parameters: int,
+    dtype: torch.dtype,
+    optimizer: str,
+    gradient_checkpointing: bool,
+) -> tuple[float, float]:
+    """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
 
-    Weights, gradients and the optimizer's averages in float32 (AdamW keeps two, Muon one), and for
-    each token of a micro-batch what backward needs of every layer: about 12 vectors of the hidden
-    size and 4 of the intermediate size, and a few chunks of logits.
+    In any case: weights, gradients and the optimizer's averages in float32 (AdamW keeps two, Muon
+    one). For each token, what backward needs of every layer: about 12 vectors of the hidden size
+    and 4 of the intermediate size, or with gradient checkpointing one vector a layer and one layer
+    at a time; and logits, which float32 makes in chunks and autocast as a whole, three times.
     """
-    state = parameters * 4 * (4 if optimizer == "adamw" else 3)
-    size = 4 if dtype == torch.float32 else 3  # under autocast part of it stays float32
+    fixed = parameters * 4 * (4 if optimizer == "adamw" else 3)
+    whole = dtype == torch.float32
+    size = 4 if whole else 3  # under autocast part of it stays float32
     layer = 12 * config.hidden_size + 4 * config.intermediate_size
-    return (
-        state + tokens * size * config.num_hidden_layers * layer + tokens * size * config.vocab_size
-    )
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
+    return fixed, size * kept + config.vocab_size * (1 if whole else 14)
 
 
 def memory_in_use(device: torch.device) -> float:

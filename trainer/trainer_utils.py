@@ -9,7 +9,7 @@ A trainer reads, in every stage:
             run.backward(loss)
         run.update(model, optimizer)
         run.log()
-        run.save_every(model, optimizer)
+        run.save_every(model, optimizer, tokenizer)
 
 `Run` never calls the model, computes no loss and does not own the loop.
 """
@@ -19,6 +19,7 @@ import math
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -169,7 +170,7 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
     else:
         path = Path(args.from_weight)
         if path.suffix != ".pth":
-            path = find_weights(args.from_weight, args.hidden_size, args.save_dir)
+            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, newest=False)
         model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 gave the method its new name
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -289,7 +290,7 @@ class Run:
         """Each number, added up over all ranks."""
         if self.ranks == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)  # CUDA or CPU
         dist.all_reduce(total)
         return total.tolist()
 
@@ -316,22 +317,28 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
         )
-        self.steps_in_all = min(len(sampler), args.max_steps or len(sampler))
+        self.sampler = sampler
+        self.plan_steps()
         return DataLoader(
             rows,
             batch_sampler=sampler,
             collate_fn=WindowCollator(args.batch_size, pad_id),
             num_workers=args.num_workers,
+            worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # not the global one, whose state a resumed run restores
             prefetch_factor=4 if args.num_workers else None,
         )
 
+    def plan_steps(self) -> None:
+        """The windows that are left, from where the run stands; after a resume with another number
+        of ranks they are of another size than those before."""
+        self.sampler.start = self.rows_seen
+        steps = self.step + len(self.sampler)
+        self.steps_in_all = min(steps, self.args.max_steps or steps)
+
     def steps(self, loader: DataLoader) -> Iterator[Window]:
         """The windows from where the run stands to its end, or until a signal stops it."""
-        sampler: WindowSampler = loader.batch_sampler
-        sampler.start = self.rows_seen
-        left = self.step + len(sampler)  # another number of ranks makes windows of another size
-        self.steps_in_all = min(left, self.args.max_steps or left)
+        self.plan_steps()
         self.bar = tqdm(
             total=self.steps_in_all,
             initial=self.step,
@@ -342,20 +349,21 @@ class Run:
         )
         with signals_set(self), self.bar:
             batches = iter(loader) if self.step < self.steps_in_all else iter(())
+            self.clock = time.perf_counter()  # waiting for data counts
             for micro_batches in batches:
-                self.clock = time.perf_counter()
                 window = Window(batch.to(self.device) for batch in micro_batches)
                 labelled, tokens = self.sum_over_ranks(
                     sum(batch.labelled for batch in window), sum(batch.tokens for batch in window)
                 )
                 window.labelled, window.tokens = max(1, int(labelled)), int(tokens)
                 self.step += 1
-                self.rows_seen = sampler.place_after(self.rows_seen)
+                self.rows_seen = self.sampler.place_after(self.rows_seen)
                 self.pending["tokens"] += window.tokens
                 yield window
                 self.bar.update()
                 if self.stopping or self.step == self.steps_in_all:
                     return
+                self.clock = time.perf_counter()
 
     @contextmanager
     def forward(self, model: nn.Module, sync: bool) -> Iterator[None]:
@@ -405,13 +413,14 @@ class Run:
 
     def skip_update(self) -> None:
         self.skipped += 1
-        if self.scaler.is_enabled():  # float16 finds its scale by overflowing now and then
-            return
         self.skipped_in_a_row += 1
-        self.print(f"step {self.step}: the gradient is not finite; this update is skipped")
-        if self.skipped_in_a_row == BAD_STEPS:
+        # float16 finds its scale by overflowing: from 2^16 down, a factor of 2 each time
+        allowed = BAD_STEPS + 16 * self.scaler.is_enabled()
+        if not self.scaler.is_enabled():
+            self.print(f"step {self.step}: the gradient is not finite; this update is skipped")
+        if self.skipped_in_a_row == allowed:
             raise UserError(
-                f"{BAD_STEPS} updates in a row were not finite, the last at step {self.step}; try "
+                f"{allowed} updates in a row were not finite, the last at step {self.step}; try "
                 "a lower --learning_rate, more --warmup_steps, or --dtype float32"
             )
 
@@ -521,8 +530,11 @@ class Run:
     def resume(self, model: nn.Module, optimizer: Together) -> None:
         """With --resume, go back to where the checkpoint was saved; else begin a new log."""
         metrics = self.file(".metrics.jsonl")
+        if self.is_main:
+            for directory in (self.args.save_dir, self.args.checkpoint_dir):
+                check_writable(directory)
         if self.args.resume and self.checkpoint_path.exists():
-            checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            checkpoint = self.read_checkpoint()
             self.check_same_run(checkpoint)
             unwrapped(model).load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -532,6 +544,7 @@ class Run:
             self.pending, self.records = checkpoint["pending"], checkpoint["records"]
             if len(checkpoint["random"]) == self.ranks:
                 restore_random_state(checkpoint["random"][self.rank], self.device)
+            self.plan_steps()
             at = f"step {self.step} of {self.steps_in_all}"
             done = "the run is finished already" if self.step >= self.steps_in_all else "going on"
             self.print(f"resuming {self.checkpoint_path.name} at {at}: {done}")
@@ -544,6 +557,17 @@ class Run:
             with atomic_write(metrics) as file:
                 file.write(lines.encode())
         self.start_tracker()
+
+    def read_checkpoint(self) -> dict[str, Any]:
+        path = self.checkpoint_path
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            missing = CHECKPOINT - checkpoint.keys()
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
+            raise UserError(f"{path} is damaged; start anew without --resume") from error
+        if missing:
+            raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
+        return checkpoint
 
     def check_same_run(self, checkpoint: dict[str, Any]) -> None:
         """UserError that names the first difference between this run and the checkpoint's."""
@@ -588,9 +612,10 @@ class Run:
         per_row = rows.tokens / len(rows)
         tokens = min(rows.tokens * args.epochs, self.steps_in_all * per_row * args.batch_size
                      * args.accumulation_steps * self.ranks)  # fmt: skip
-        memory = hardware.training_memory(
-            self.config, parameters, args.batch_size * args.max_seq_len, self.dtype, args.optimizer
+        fixed, per_token = hardware.training_memory(
+            self.config, parameters, self.dtype, args.optimizer, args.gradient_checkpointing
         )
+        memory = fixed + per_token * args.batch_size * args.max_seq_len
         free = hardware.memory_available(self.device)
         kind = str(self.dtype).removeprefix("torch.")
         lines = [
@@ -618,7 +643,7 @@ class Run:
         if self.device.type != "cuda" and args.dtype != "float32":
             lines.append(f"{self.device.type} trains in float32; --dtype is for CUDA")
         if memory > free:
-            smaller = max(1, int(args.batch_size * free / memory))
+            smaller = max(1, int((free - fixed) / (per_token * args.max_seq_len)))
             lines.append(
                 f"warning: that may not fit; --batch_size {smaller} with --accumulation_steps "
                 f"{args.accumulation_steps * args.batch_size // smaller} should"
@@ -629,6 +654,7 @@ class Run:
         """Close the log and draw the curves. Returns the last figures and the whole log."""
         metrics = {
             "name": self.name,
+            "stopped": self.stopping,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -650,16 +676,28 @@ class Run:
         return metrics
 
 
-# Progress that a checkpoint carries, and arguments that may differ when it is resumed.
+# What a checkpoint holds, the progress in it, and arguments that may differ when it is resumed
+# (the data and the tokenizer are compared by what they hold, not by where they lie).
+CHECKPOINT = set("model optimizer scaler random progress pending records args origin".split())
 PROGRESS = "step rows_seen tokens seconds skipped skipped_in_a_row evaluation tracker_id".split()
 MAY_CHANGE = set(
     "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
     "checkpoint_dir use_wandb tracker wandb_project val_documents gradient_checkpointing "
-    "batch_size accumulation_steps".split()
+    "batch_size accumulation_steps data_path val_path tokenizer_path".split()
 )
 
 
 # -- small helpers ---------------------------------------------------------------------------------
+
+
+def check_writable(directory: str) -> None:
+    """UserError now, rather than after hours of training."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def seed_everything(seed: int) -> None:
@@ -713,6 +751,12 @@ def signals_set(run: Run) -> Iterator[None]:
 def finite(number: float) -> float | None:
     """Rounded for the log; None, which JSON knows, for NaN and infinity, which it does not."""
     return round(number, 4) if math.isfinite(number) else None
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the run has saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def duration(seconds: float) -> str:
