@@ -290,7 +290,7 @@ class Run:
         """Each number, added up over all ranks."""
         if self.ranks == 1:
             return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)  # CUDA or CPU
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
