@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -311,8 +312,14 @@ def load_documents(
     seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = json.dumps([FORMAT, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, seen])
     arrow = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow"
-    if not arrow.exists():
-        tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
+    try:
+        arrow.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(arrow.with_name(".lock")):  # several ranks, or runs, tokenise it once
+            if not arrow.exists():
+                tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
+    except OSError as error:  # a full disk too
+        why = error.strerror or error
+        raise UserError(f"cannot write to the cache folder {arrow.parent}: {why}") from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
     documents.info.description = arrow.with_suffix(".sha256").read_text()
     if len(documents) == 0:
@@ -345,19 +352,13 @@ def tokenise_files(
         {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "trained": pa.list_(pa.bool_())}
     )
     all_ids, all_lengths = hashlib.sha256(), hashlib.sha256()
-    try:
-        arrow.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache folder {arrow.parent}: {error.strerror}"
-        ) from None
-    temporary = arrow.with_name(f".{arrow.name}.{os.getpid()}")
+    partial = arrow.with_name(f".{arrow.name}.partial")
     size = sum(path.stat().st_size for path in files)
     if size < 1e6:
         workers = 1  # starting processes would take longer than the work
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
             for ids, trained, lengths, consumed in encode_lines(files, kind, tokenizer, workers):
                 all_ids.update(ids.astype("<i4").tobytes())
                 all_lengths.update(lengths.astype("<i8").tobytes())
@@ -370,10 +371,10 @@ def tokenise_files(
                 bar.update(consumed)
         both = hashlib.sha256(all_ids.digest() + all_lengths.digest()).hexdigest()
         arrow.with_suffix(".sha256").write_text(both[:16])
-        os.replace(temporary, arrow)
+        os.replace(partial, arrow)
     finally:
         bar.close()
-        temporary.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @dataclass

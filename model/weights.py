@@ -12,10 +12,9 @@ import json
 import os
 import pickle
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,30 +79,30 @@ def find_weights(
 
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
-    """Write to a temporary file beside `path`, then rename: readers see the old file or the new
-    one, never half of one, whenever the process dies. UserError if the place cannot be written."""
+    """Write to a file beside `path`, then rename: whoever reads sees the old file or the new one,
+    never half of one, whenever the process dies. UserError if the place cannot be written.
+
+    What a killed process leaves, `.{name}.partial`, the next one writes over.
+    """
     path = Path(path)
-    temporary = None
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError while it handles the OSError of a full disk
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        why = reason.strerror or reason
+        raise UserError(f"cannot write {path}: {why}; what was there before is whole") from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -315,7 +314,11 @@ def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     path = Path(path) if path else TOKENIZER
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of many kinds: damaged JSON, a model type nobody knows
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

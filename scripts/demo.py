@@ -27,9 +27,9 @@ from model.generation import Sampling, generate_text
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from trainer import train_full_sft, train_pretrain
+from trainer.forecast import duration
 from trainer.hardware import describe_machine, resolve_device
 from trainer.plots import plot_losses
-from trainer.trainer_utils import duration
 
 HIDDEN_SIZE = 192
 # Small batches and many updates, for there is little data and little time. Four heads of 48 see

@@ -1,14 +1,23 @@
 """What several test files share."""
 
+import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from toy import STAGES, Trainer, name_of
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import load_documents
+from dataset.lm_dataset import CACHE, load_documents
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer
+from model.weights import ROOT, load_tokenizer
+from trainer import hardware, trainer_utils
+from trainer.trainer_utils import Run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +58,108 @@ def make_model() -> Callable[..., MiniMindForCausalLM]:
         return MiniMindForCausalLM(MiniMindConfig(**{**tiny, **fields})).eval()
 
     return make
+
+
+# -- toy trainings ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch) -> None:
+    """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""
+    monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
+    monkeypatch.setattr(trainer_utils, "plot_losses", lambda runs, path: None)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def train(tmp_path) -> Trainer:
+    return Trainer(tmp_path)
+
+
+@pytest.fixture(params=STAGES, ids=name_of)
+def any_stage(request, tmp_path) -> Trainer:
+    """Every trainer in turn."""
+    return Trainer(tmp_path, request.param)
+
+
+@pytest.fixture
+def trajectory(monkeypatch):
+    """The weights after each update, in memory instead of files; train() empties it first."""
+    states = []
+
+    def remember(run, model, optimizer):
+        if run.step == 1:
+            states.clear()
+        state = trainer_utils.unwrapped(model).state_dict()
+        states.append({name: tensor.clone() for name, tensor in state.items()})
+
+    monkeypatch.setattr(Run, "save_every", remember)
+    return states
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Run something until `step` is done (and saved, where that is due), and no further."""
+
+    def until(step, call, *args, **settings):
+        with monkeypatch.context() as patch:
+            save_every = Run.save_every
+
+            def die(run, *everything):
+                save_every(run, *everything)
+                if run.step == step:
+                    raise Killed
+
+            patch.setattr(Run, "save_every", die)
+            try:
+                call(*args, **settings)
+            except Killed:
+                return
+        pytest.fail(f"there was no step {step}")
+
+    return until
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A trainer's script, run in this process: (exit code, what it prints)."""
+
+    def call(stage, *arguments):
+        monkeypatch.setattr(sys, "argv", [stage.__file__, *arguments])
+        try:
+            runpy.run_path(stage.__file__, run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def shell(tokenizer):
+    """Start a program as a person does. What it put into the project's cache is removed."""
+    started, used = [], []
+
+    def start(*words, reads, kind="text", cwd=ROOT) -> subprocess.Popen:
+        used.extend((path, kind) for path in reads)
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, **pipe))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:  # and torchrun's workers with it
+            for each in psutil.Process(process.pid).children(recursive=True):
+                each.kill()
+            process.kill()
+            process.wait()
+    for path, kind in set(used):
+        for file in load_documents(path, kind, tokenizer, cache=CACHE).cache_files:
+            Path(file["filename"]).unlink()
+            Path(file["filename"]).with_suffix(".sha256").unlink()

@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, token_bytes
 from dataset.packing import IGNORED, Rows, collate
@@ -15,9 +14,7 @@ from trainer.trainer_utils import Run, unwrapped
 
 
 @torch.no_grad()
-def held_out_loss(
-    run: Run, model: nn.Module, rows: Rows, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
+def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
     """Loss on held-out rows, which all ranks share out between them.
 
     Returns:
@@ -26,13 +23,13 @@ def held_out_loss(
             the loss it can be compared between tokenizers.
     """
     model = unwrapped(model)
-    sizes = token_bytes(tokenizer).to(run.device)
+    sizes = token_bytes(run.tokenizer).to(run.device)
     text_loss = control_loss = text_bytes = labelled = 0.0
     model.eval()
     mine = range(run.rank, len(rows), run.ranks)
     for at in range(0, len(mine), run.args.batch_size):
         chunk = mine[at : at + run.args.batch_size]
-        batch = collate([rows[row] for row in chunk], tokenizer.pad_token_id).to(run.device)
+        batch = collate([rows[row] for row in chunk], run.tokenizer.pad_token_id).to(run.device)
         with autocast(run.device, run.dtype):
             hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
             is_text = (batch.labels != IGNORED) & (sizes[batch.labels.clamp(min=0)] > 0)
@@ -58,25 +55,22 @@ def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
     return loss.item()
 
 
-def continuation(
-    run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Rows, length: int = 40
-) -> str:
+def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> str:
     """The beginning of the first held-out document, and how the model goes on from there."""
     if not run.is_main:
         return ""
     ids = rows[0][0]["input_ids"].tolist()
     prompt = ids[: max(1, min(12, len(ids) // 2))]
     (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
-    return f"{tokenizer.decode(prompt[1:])} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
+    shown = run.tokenizer.decode(prompt[1:])
+    return f"{shown} ▸{run.tokenizer.decode(reply, skip_special_tokens=True)}"
 
 
-def answer(
-    run: Run, model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: str, length: int = 60
-) -> str:
+def answer(run: Run, model: nn.Module, question: str, length: int = 60) -> str:
     """A question to the assistant, and its answer."""
     if not run.is_main:
         return ""
     messages = [{"role": "user", "content": question}]
-    prompt = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    prompt = encode_chat(run.tokenizer, messages, add_generation_prompt=True).ids
     (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
-    return f"{question} ▸ {tokenizer.decode(reply, skip_special_tokens=True)}"
+    return f"{question} ▸ {run.tokenizer.decode(reply, skip_special_tokens=True)}"

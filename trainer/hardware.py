@@ -94,29 +94,6 @@ def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
     return 6 * matrices + 6 * config.num_hidden_layers * C * row_length
 
 
-def training_memory(
-    config: MiniMindConfig,
-    parameters: int,
-    dtype: torch.dtype,
-    optimizer: str,
-    gradient_checkpointing: bool,
-) -> tuple[float, float]:
-    """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
-
-    In any case: weights, gradients and the optimizer's averages in float32 (AdamW keeps two, Muon
-    one). For each token, what backward needs of every layer: about 12 vectors of the hidden size
-    and 4 of the intermediate size, or with gradient checkpointing one vector a layer and one layer
-    at a time; and logits, which float32 makes in chunks and autocast as a whole, three times.
-    """
-    fixed = parameters * 4 * (4 if optimizer == "adamw" else 3)
-    whole = dtype == torch.float32
-    size = 4 if whole else 3  # under autocast part of it stays float32
-    layer = 12 * config.hidden_size + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
-    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
-    return fixed, size * kept + config.vocab_size * (1 if whole else 14)
-
-
 def memory_in_use(device: torch.device) -> float:
     """Bytes: the peak of PyTorch's allocations on CUDA, else this process's resident memory."""
     if device.type == "cuda":
@@ -129,6 +106,13 @@ def memory_available(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def memory_in_all(device: torch.device) -> float:
+    """Bytes of the whole machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total
 
 
 def describe_machine(device: torch.device) -> str:

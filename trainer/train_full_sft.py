@@ -41,9 +41,9 @@ class Args(TrainArgs):
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = starting_model(args, tokenizer)
-    run = Run(args, "full_sft", model.config)
-    rows, held_out = read_rows(run, "conversations", tokenizer)
-    loader = run.loader(rows, tokenizer.pad_token_id)
+    run = Run(args, "full_sft", model.config, tokenizer)
+    rows, held_out = read_rows(run, "conversations")
+    loader = run.loader(rows)
     run.announce(model, rows, held_out)
 
     model = run.distribute(model)
@@ -62,10 +62,10 @@ def main(args: Args) -> dict[str, Any]:
             run.backward(loss)
         run.update(model, optimizer)
         if held_out and run.due(args.eval_interval):
-            figures = held_out_loss(run, model, held_out, tokenizer)
-            run.log_evaluation(answer(run, model, tokenizer, args.sample_prompt), **figures)
+            figures = held_out_loss(run, model, held_out)
+            run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
         run.log()
-        run.save_every(model, optimizer, tokenizer)
+        run.save_every(model, optimizer)
     return run.finish()
 
 

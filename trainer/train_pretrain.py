@@ -36,9 +36,9 @@ class Args(TrainArgs):
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = starting_model(args, tokenizer)
-    run = Run(args, "pretrain", model.config)
-    rows, held_out = read_rows(run, "text", tokenizer)
-    loader = run.loader(rows, tokenizer.pad_token_id)
+    run = Run(args, "pretrain", model.config, tokenizer)
+    rows, held_out = read_rows(run, "text")
+    loader = run.loader(rows)
     run.announce(model, rows, held_out)
 
     model = run.distribute(model)
@@ -57,10 +57,10 @@ def main(args: Args) -> dict[str, Any]:
             run.backward(loss)
         run.update(model, optimizer)
         if held_out and run.due(args.eval_interval):
-            figures = held_out_loss(run, model, held_out, tokenizer)
-            run.log_evaluation(continuation(run, model, tokenizer, held_out), **figures)
+            figures = held_out_loss(run, model, held_out)
+            run.log_evaluation(continuation(run, model, held_out), **figures)
         run.log()
-        run.save_every(model, optimizer, tokenizer)
+        run.save_every(model, optimizer)
     return run.finish()
 
 

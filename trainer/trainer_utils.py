@@ -9,16 +9,17 @@ A trainer reads, in every stage:
             run.backward(loss)
         run.update(model, optimizer)
         run.log()
-        run.save_every(model, optimizer, tokenizer)
+        run.save_every(model, optimizer)
 
 `Run` never calls the model, computes no loss and does not own the loop.
 """
 
+import errno
 import json
 import math
 import os
-import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -39,26 +40,30 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Batch, Rows, WindowCollator, WindowSampler
+from dataset.packing import Batch, Rows, WindowCollator, WindowSampler, document_lengths
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    OUT,
-    ROOT,
-    atomic_write,
-    count_parameters,
-    find_weights,
-    load_model,
-    save_weights,
-)
+from model.weights import OUT, ROOT, atomic_write, find_weights, load_model, save_weights
 from trainer import hardware
+from trainer.checkpoint import (
+    changed_share,
+    identity_of,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    seed_everything,
+    stored_values,
+)
+from trainer.forecast import duration, forecast
 from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
+from trainer.trackers import start_tracker
 
 CHECKPOINTS = ROOT / "checkpoints"
 DATASET = ROOT / "dataset"
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
+SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -143,13 +148,48 @@ class TrainArgs:
 
 
 def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None:
-    """The command line of a trainer: parse, train, and leave no process group behind."""
-    with exit_on_user_error():
-        try:
-            main(parse_arguments(kind, about))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+    """The command line of a trainer: parse and train; a mistake or an accident ends it with one
+    sentence and exit code 2, and no process group is left behind."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        with exit_on_user_error():
+            try:
+                main(parse_arguments(kind, about))
+            except UserError:
+                if int(os.environ.get("RANK", 0)):
+                    time.sleep(3)  # most likely all processes see it: the first one tells it
+                raise
+            except (OSError, RuntimeError) as error:
+                raise accident(error) or error from error
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+    except SystemExit as end:
+        if several:  # a thread that waits for a dead process would keep this one from ending
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code)
+        raise
+
+
+def accident(error: Exception) -> UserError | None:
+    """What befell a training from outside, in a sentence; None for a bug, which keeps its trace."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"the disk is full ({error.filename or error.strerror}); make room, and --resume goes "
+            "on from the last checkpoint"
+        )
+    if "DataLoader worker" in str(error):
+        return UserError(
+            "a process that makes batches was killed, most likely for want of memory; try "
+            "--num_workers 0, and --resume goes on from the last checkpoint"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+        return UserError(
+            "another process of this training has died, so this one ends too; what that one said "
+            "tells why, and --resume goes on from the last checkpoint"
+        )
+    return None
 
 
 # -- model and data --------------------------------------------------------------------------------
@@ -178,23 +218,26 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
     return model.train()
 
 
-def read_rows(
-    run: "Run", kind: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Rows, Rows | None]:
+def read_rows(run: "Run", kind: str) -> tuple[Rows, Rows | None]:
     """Rows to train on and held-out rows (None if none are asked for).
 
     Held-out documents come from --val_path, or are a share of --data_path that the order and
     number of its documents determine, so that later runs hold out the same ones.
     """
     args = run.args
-    with run.main_rank_first():
-        documents = load_documents(args.data_path, kind, tokenizer)
-        separate = load_documents(args.val_path, kind, tokenizer) if args.val_path else None
+    documents = load_documents(args.data_path, kind, run.tokenizer)
+    separate = load_documents(args.val_path, kind, run.tokenizer) if args.val_path else None
     order = np.random.default_rng(0).permutation(len(documents))
     count = 0 if separate is not None else math.ceil(len(documents) * args.val_share)
     if count >= len(documents):
         raise UserError("the data is one document only; hold nothing out with --val_share 0")
     chosen, held_out = np.sort(order[count:]), order[:count]
+    shortest = document_lengths(documents)[chosen].min()
+    if kind != "text" and shortest > args.max_seq_len:
+        raise UserError(
+            f"every conversation is longer than --max_seq_len {args.max_seq_len} (the shortest has "
+            f"{shortest} tokens), which would cut each answer from its question; raise it"
+        )
     if separate is not None:
         held_out = np.random.default_rng(0).permutation(len(separate))
     rows = Rows(documents, args.max_seq_len, chosen, args.packing)
@@ -225,8 +268,14 @@ class Window(list[Batch]):
 class Run:
     """Device, ranks, precision, accumulation, schedule, log and checkpoints of one training."""
 
-    def __init__(self, args: TrainArgs, stage: str, config: MiniMindConfig):
-        self.args, self.stage, self.config = args, stage, config
+    def __init__(
+        self,
+        args: TrainArgs,
+        stage: str,
+        config: MiniMindConfig,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        self.args, self.stage, self.config, self.tokenizer = args, stage, config, tokenizer
         self.name = f"{args.save_weight or stage}_{config.hidden_size}"
         self.device = hardware.resolve_device(args.device)
         self.dtype = hardware.resolve_dtype(args.dtype, self.device)
@@ -250,6 +299,9 @@ class Run:
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.evaluation: dict[str, Any] = {}  # the newest one
         self.origin: dict[str, Any] = {}  # what the weights' .json says of how they were made
+        self.smaller_batch = ""  # what to try if memory runs out
+        self.stored_at_start: dict[str, Tensor] = {}  # the weights, as a file holds them
+        self.changed: float | None = None  # the share of them that training has changed
         self.tracker: Any = None
         self.tracker_id: str | None = None
         seed_everything(args.seed + self.rank)
@@ -277,15 +329,6 @@ class Run:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks))
 
-    @contextmanager
-    def main_rank_first(self) -> Iterator[None]:
-        """The main rank does the work (makes a cache, say), and the others find it done."""
-        if self.ranks > 1 and not self.is_main:
-            dist.barrier()
-        yield
-        if self.ranks > 1 and self.is_main:
-            dist.barrier()
-
     def sum_over_ranks(self, *numbers: float) -> list[float]:
         """Each number, added up over all ranks."""
         if self.ranks == 1:
@@ -305,7 +348,7 @@ class Run:
 
     # -- the loop's verbs, in their order
 
-    def loader(self, rows: Rows, pad_id: int) -> DataLoader:
+    def loader(self, rows: Rows) -> DataLoader:
         """Windows of micro-batches, in an order that depends on seed and epoch alone."""
         args = self.args
         sampler = WindowSampler(
@@ -322,7 +365,7 @@ class Run:
         return DataLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=WindowCollator(args.batch_size, pad_id),
+            collate_fn=WindowCollator(args.batch_size, self.tokenizer.pad_token_id),
             num_workers=args.num_workers,
             worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # not the global one, whose state a resumed run restores
@@ -371,6 +414,7 @@ class Run:
         with the last micro-batch of a window."""
         alone = isinstance(model, DistributedDataParallel) and not sync
         with (
+            self.memory_watched(),
             model.no_sync() if alone else nullcontext(),
             hardware.autocast(self.device, self.dtype),
         ):
@@ -380,7 +424,21 @@ class Run:
         """Add the gradients of a micro-batch. `loss` is its share of the whole window's loss: a sum
         over its tokens, divided by the window's tokens over all ranks."""
         self.window_loss += loss.detach()
-        self.scaler.scale(loss * self.ranks).backward()  # the ranks' gradients are averaged
+        with self.memory_watched():
+            self.scaler.scale(loss * self.ranks).backward()  # the ranks' gradients are averaged
+
+    @contextmanager
+    def memory_watched(self) -> Iterator[None]:
+        """Running out of memory ends the run with what would fit."""
+        try:
+            yield
+        except RuntimeError as error:
+            on_cpu = "can't allocate memory" in str(error)
+            if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+                raise
+            raise UserError(
+                f"out of memory with --batch_size {self.args.batch_size}; {self.smaller_batch}"
+            ) from error
 
     def update(self, model: nn.Module, optimizer: Together) -> None:
         """One step of the optimizer with what backward has added up. Gradients that are not finite
@@ -492,9 +550,7 @@ class Run:
     def checkpoint_path(self) -> Path:
         return Path(self.args.checkpoint_dir) / f"{self.name}.checkpoint.pt"
 
-    def save_every(
-        self, model: nn.Module, optimizer: Together, tokenizer: PreTrainedTokenizerBase
-    ) -> None:
+    def save_every(self, model: nn.Module, optimizer: Together) -> None:
         """Every save_interval updates, at the end and when a signal stops the run: the weights
         (float16, out/) and the checkpoint for --resume (float32, checkpoints/)."""
         if not self.due(self.args.save_interval):
@@ -505,37 +561,42 @@ class Run:
             dist.all_gather_object(random_states, random_state(self.device))
         if not self.is_main:
             return
+        model = unwrapped(model)
+        self.changed = changed_share(self.stored_at_start, stored_values(model))
+        figures = {
+            **dict(steps=self.step, tokens=self.tokens, seconds=round(self.seconds)),
+            **self.evaluation,
+            "changed_share": round(self.changed, 4),
+        }
+        origin = {**self.origin, **figures, "args": asdict(self.args)}
+        path = self.file(".pth")
+        save_weights(model, path, stage=self.stage, tokenizer=self.tokenizer, origin=origin)
         checkpoint = {
-            "model": unwrapped(model).state_dict(),
+            "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_states,
             "progress": {name: getattr(self, name) for name in PROGRESS},
             "pending": self.pending,
             "records": self.records,
-            "args": asdict(self.args),
-            "origin": self.origin,
+            "identity": self.identity,
         }
-        figures = {"steps": self.step, "tokens": self.tokens, "seconds": round(self.seconds)}
-        save_weights(
-            unwrapped(model),
-            self.file(".pth"),
-            stage=self.stage,
-            tokenizer=tokenizer,
-            origin={**self.origin, **figures, **self.evaluation, "args": asdict(self.args)},
-        )
         with atomic_write(self.checkpoint_path) as file:  # last: a finished run has its weights
             torch.save(checkpoint, file)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return identity_of(self.args, self.config, self.origin["data"], self.tokenizer)
+
     def resume(self, model: nn.Module, optimizer: Together) -> None:
         """With --resume, go back to where the checkpoint was saved; else begin a new log."""
-        metrics = self.file(".metrics.jsonl")
+        path = self.checkpoint_path
         if self.is_main:
             for directory in (self.args.save_dir, self.args.checkpoint_dir):
                 check_writable(directory)
-        if self.args.resume and self.checkpoint_path.exists():
-            checkpoint = self.read_checkpoint()
-            self.check_same_run(checkpoint)
+            self.stored_at_start = stored_values(unwrapped(model))
+        if self.args.resume and path.exists():
+            checkpoint = read_checkpoint(path, self.identity)
             unwrapped(model).load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             self.scaler.load_state_dict(checkpoint["scaler"])
@@ -547,107 +608,27 @@ class Run:
             self.plan_steps()
             at = f"step {self.step} of {self.steps_in_all}"
             done = "the run is finished already" if self.step >= self.steps_in_all else "going on"
-            self.print(f"resuming {self.checkpoint_path.name} at {at}: {done}")
+            self.print(f"resuming {path.name} at {at}: {done}")
         elif self.args.resume:
-            self.print(
-                f"no checkpoint {self.checkpoint_path} to resume: starting from the beginning"
-            )
+            self.print(f"no checkpoint {path} to resume: starting from the beginning")
         if self.is_main:
             lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.records)
-            with atomic_write(metrics) as file:
+            with atomic_write(self.file(".metrics.jsonl")) as file:
                 file.write(lines.encode())
-        self.start_tracker()
-
-    def read_checkpoint(self) -> dict[str, Any]:
-        path = self.checkpoint_path
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            missing = CHECKPOINT - checkpoint.keys()
-        except Exception as error:  # what a damaged file raises depends on where it is damaged
-            raise UserError(f"{path} is damaged; start anew without --resume") from error
-        if missing:
-            raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
-        return checkpoint
-
-    def check_same_run(self, checkpoint: dict[str, Any]) -> None:
-        """UserError that names the first difference between this run and the checkpoint's."""
-        then = {**checkpoint["args"], "data": checkpoint["origin"].get("data")}
-        now = {**asdict(self.args), "data": self.origin.get("data")}
-        for name, value in now.items():
-            if name not in MAY_CHANGE and then.get(name) != value:
-                raise UserError(
-                    f"{self.checkpoint_path} was made with {name} {then.get(name)!r}, and this "
-                    f"run has {value!r}; give the same, or start anew without --resume"
-                )
-
-    def start_tracker(self) -> None:
-        """wandb or SwanLab, the same run again after --resume."""
-        if not (self.args.use_wandb and self.is_main):
-            return
-        try:
-            tracker = __import__(self.args.tracker)
-        except ImportError:
-            name = self.args.tracker
-            raise UserError(f"--tracker {name} is not installed; `pip install {name}`") from None
-        run = tracker.init(
-            project=self.args.wandb_project,
-            name=self.name,
-            config=asdict(self.args),
-            id=self.tracker_id,
-            resume="allow",
-        )
-        self.tracker, self.tracker_id = tracker, run.id
+            if self.args.use_wandb:
+                self.tracker, self.tracker_id = start_tracker(self)
 
     # -- beginning and end
 
     def announce(self, model: nn.Module, rows: Rows, held_out: Rows | None) -> None:
         """What is about to happen and what to expect of it, before the first step."""
-        args, parameters = self.args, count_parameters(model)
-        machine = hardware.describe_machine(self.device)
         self.origin = {
             "data": rows.documents.info.description,
-            "from_weight": args.from_weight,
-            "machine": machine,
+            "row_fill": round(rows.fill, 4),
+            "from_weight": self.args.from_weight,
+            "machine": hardware.describe_machine(self.device),
         }
-        per_row = rows.tokens / len(rows)
-        tokens = min(rows.tokens * args.epochs, self.steps_in_all * per_row * args.batch_size
-                     * args.accumulation_steps * self.ranks)  # fmt: skip
-        fixed, per_token = hardware.training_memory(
-            self.config, parameters, self.dtype, args.optimizer, args.gradient_checkpointing
-        )
-        memory = fixed + per_token * args.batch_size * args.max_seq_len
-        free = hardware.memory_available(self.device)
-        kind = str(self.dtype).removeprefix("torch.")
-        lines = [
-            f"{self.name}: {parameters / 1e6:.2f}M parameters, {machine}, {kind}, "
-            f"{self.ranks} process{'es' * (self.ranks > 1)}",
-            f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows "
-            f"of {args.max_seq_len} ({rows.fill:.1%} full)"
-            + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
-            f"training: {self.steps_in_all:,} steps of "
-            f"{args.batch_size * args.accumulation_steps * self.ranks} rows, {tokens:,.0f} tokens",
-            f"memory: about {memory / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free",
-        ]
-        if self.flops:
-            work = hardware.flops_per_token(self.config, args.max_seq_len) * tokens
-            at_40 = work / (0.4 * self.flops * self.ranks)
-            lines.append(
-                f"time: about {duration(at_40)}, if 40% of the machine's "
-                f"{self.flops / 1e12:.2f} TFLOP/s are reached"
-            )
-        if args.from_weight == "none":
-            lines.append(
-                f"loss: ln {self.config.vocab_size} = {math.log(self.config.vocab_size):.2f} at "
-                "the start, which is guessing; it falls fast at first"
-            )
-        if self.device.type != "cuda" and args.dtype != "float32":
-            lines.append(f"{self.device.type} trains in float32; --dtype is for CUDA")
-        if memory > free:
-            smaller = max(1, int((free - fixed) / (per_token * args.max_seq_len)))
-            lines.append(
-                f"warning: that may not fit; --batch_size {smaller} with --accumulation_steps "
-                f"{args.accumulation_steps * args.batch_size // smaller} should"
-            )
+        lines, self.smaller_batch = forecast(self, model, rows, held_out)
         self.print(*lines)
 
     def finish(self) -> dict[str, Any]:
@@ -663,6 +644,8 @@ class Run:
         }
         if not self.is_main:
             return metrics
+        if self.changed is not None:
+            self.tell_what_rounding_left()
         if self.tracker:
             self.tracker.finish()
         plot_losses({self.name: self.records}, self.file(".loss.png"))
@@ -675,15 +658,19 @@ class Run:
             )
         return metrics
 
+    def tell_what_rounding_left(self) -> None:
+        self.record(changed_share=round(self.changed, 4))
+        self.print(f"{self.changed:.1%} of the values stored in float16 differ from the start's")
+        if self.changed < SMALL_CHANGE:
+            self.print(
+                "warning: most updates were too small for float16 and are lost in the saved "
+                "weights; raise --learning_rate, or train longer"
+            )
 
-# What a checkpoint holds, the progress in it, and arguments that may differ when it is resumed
-# (the data and the tokenizer are compared by what they hold, not by where they lie).
-CHECKPOINT = set("model optimizer scaler random progress pending records args origin".split())
-PROGRESS = "step rows_seen tokens seconds skipped skipped_in_a_row evaluation tracker_id".split()
-MAY_CHANGE = set(
-    "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
-    "checkpoint_dir use_wandb tracker wandb_project val_documents gradient_checkpointing "
-    "batch_size accumulation_steps data_path val_path tokenizer_path".split()
+
+# What of a Run a checkpoint keeps.
+PROGRESS = (
+    "step rows_seen tokens seconds skipped skipped_in_a_row evaluation changed tracker_id".split()
 )
 
 
@@ -698,34 +685,6 @@ def check_writable(directory: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator, in types that torch.load reads with weights_only."""
-    version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 @contextmanager
@@ -757,10 +716,3 @@ def leave_signals_to_the_run(worker: int) -> None:
     """A signal to the whole process group must not end the workers before the run has saved."""
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-
-
-def duration(seconds: float) -> str:
-    """8 s, 12 min, 3.4 h"""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,187 @@
+"""Toy trainings for the tests of trainers: a model of 0.2M parameters on some lines of data."""
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from trainer import train_full_sft, train_pretrain
+
+TINY = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    device="cpu",
+    num_workers=0,
+    max_seq_len=32,
+    packing=False,  # so that there are as many rows as documents
+    batch_size=2,
+    accumulation_steps=1,
+    learning_rate=1e-3,
+    warmup_steps=2,
+    val_share=0.0,
+    log_interval=1,
+    save_interval=0,
+)
+TEXTS = ["one two three " * (1 + n % 5) + str(n) for n in range(24)]
+CHATS = [
+    [{"role": "user", "content": f"{n} + 1 =" + " please" * (n % 3)}]
+    + [{"role": "assistant", "content": f"{n + 1}" + " indeed" * (n % 4)}]
+    for n in range(12)
+]
+
+
+def text_file(path: Path, texts=TEXTS) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def chat_file(path: Path, chats=CHATS) -> str:
+    path.write_text("".join(json.dumps({"conversations": chat}) + "\n" for chat in chats))
+    return str(path)
+
+
+# Every trainer is in this table, and with it in the tests of resuming, ranks and mistakes: how its
+# data is written, examples of it, and the settings that it needs beyond TINY.
+STAGES = {
+    train_pretrain: (text_file, TEXTS, {}),
+    train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
+}
+
+
+def name_of(stage) -> str:
+    return Path(stage.__file__).stem
+
+
+class Trainer:
+    """Trainings in a folder each: train("a", seed=1), then saved("a"), log("a")."""
+
+    def __init__(self, folder: Path, stage=train_pretrain):
+        self.folder, self.stage = folder, stage
+        self.write_data, self.examples, self.more = STAGES[stage]
+        self.data = self.write_data(folder / "data.jsonl", self.examples)
+
+    def settings(self, name="a", **changes) -> dict:
+        places = dict(
+            data_path=[self.data],
+            save_dir=str(self.folder / name / "out"),
+            checkpoint_dir=str(self.folder / name / "checkpoints"),
+        )
+        return {**TINY, **self.more, **places, **changes}
+
+    def __call__(self, name="a", **changes) -> dict:
+        return self.stage.main(self.stage.Args(**self.settings(name, **changes)))
+
+    def checkpoint(self, name="a") -> Path:
+        (path,) = (self.folder / name / "checkpoints").glob("*.checkpoint.pt")
+        return path
+
+    def saved(self, name="a") -> dict:
+        return torch.load(self.checkpoint(name), weights_only=True)
+
+    def log(self, name="a", kind="loss") -> list[dict]:
+        (path,) = (self.folder / name / "out").glob("*.metrics.jsonl")
+        records = map(json.loads, path.read_text().splitlines())
+        return [record for record in records if kind in record]
+
+
+def logged(metrics: dict) -> list[dict]:
+    """The log of a run, without the line on what its weight file keeps."""
+    return [record for record in metrics["records"] if "changed_share" not in record]
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+TIMES = ("seconds", "tokens_per_second", "mfu", "memory_gb")
+
+
+def timeless(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def everything(train: Trainer, name="a") -> list:
+    """All that must be the same after a run that was interrupted and one that was not."""
+    saved = train.saved(name)
+    return [
+        *(saved[key] for key in ("model", "optimizer")),
+        *(saved["progress"][key] for key in ("step", "rows_seen", "tokens", "evaluation")),
+        timeless(saved["records"]),
+        timeless(train.log(name, kind="step")),
+    ]
+
+
+def same(a, b) -> bool:
+    """Whether nested states are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_close(a, b, tolerance=1e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def fork(call: Callable[[], object], log: Path | None = None) -> int:
+    """Start `call` in a forked process, which has everything imported already; returns its id.
+
+    It ends with the exit code of `call`; what it prints goes to `log`.
+    """
+    process = os.fork()
+    if process:
+        return process
+    code = 70
+    try:
+        if log is not None:
+            with open(log, "wb") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        call()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(process: int) -> int:
+    """Wait for a forked process: its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def flags(settings: dict) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        words.append(f"--{name}")
+        words += [str(each) for each in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def output(process) -> str:
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def wait_for_steps(process, settings):
+    log = Path(settings["save_dir"]) / "pretrain_32.metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, output(process)
+        time.sleep(0.05)

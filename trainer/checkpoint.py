@@ -1,0 +1,115 @@
+"""What a run must remember to go on as if it had never stopped: `checkpoints/`, for --resume.
+
+A checkpoint holds weights and optimizer in float32, every random state, the place in the data, the
+log, and the identity of the run: its arguments, the model's config, and hashes of data and
+tokenizer, so that another run is not taken for this one.
+"""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig
+from model.weights import tokenizer_hash
+
+PARTS = set("model optimizer scaler random progress pending records identity".split())
+# Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
+# cut into batches. The data and the tokenizer are compared by what they hold, not by their place.
+MAY_CHANGE = set(
+    "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
+    "checkpoint_dir use_wandb tracker wandb_project val_documents gradient_checkpointing "
+    "batch_size accumulation_steps data_path val_path tokenizer_path".split()
+)
+
+
+def identity_of(
+    args: Any, config: MiniMindConfig, data: str, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """What makes a run this one and no other; `data` is the hash of its tokens."""
+    sizes = {name: getattr(config, name) for name in MiniMindConfig.__annotations__}
+    arguments = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
+    return {**arguments, **sizes, "data": data, "tokenizer": tokenizer_hash(tokenizer)}
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of the run of that identity.
+
+    Raises:
+        UserError: the file is damaged or no checkpoint, or is another run's (which names the first
+            thing that differs).
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        missing = PARTS - checkpoint.keys()
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise UserError(f"{path} is damaged; start anew without --resume") from error
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
+    for name, then in checkpoint["identity"].items():
+        now = identity.get(name, then)
+        if now != then:
+            raise UserError(
+                f"{path} was made with {name} {then!r}, and this run has {now!r}; give the same, "
+                "or start anew without --resume"
+            )
+    return checkpoint
+
+
+# -- random states ---------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, in types that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# -- what rounding leaves of a training ------------------------------------------------------------
+
+
+def stored_values(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters as a weight file holds them: float16, on the CPU."""
+    return {
+        name: parameter.detach().half().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def changed_share(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The share of the stored values that are no longer what they were.
+
+    Near a weight of 0.05 float16 knows steps of 3e-5: a training whose updates add up to less than
+    that leaves the file as it was, whatever its loss said.
+    """
+    changed = sum(int((after[name] != old).sum()) for name, old in before.items())
+    return changed / max(1, sum(old.numel() for old in before.values()))

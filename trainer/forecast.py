@@ -1,0 +1,113 @@
+"""What to expect of a training, told before its first step: data, steps, memory, time, loss."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dataset.packing import Rows
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig
+from model.weights import count_parameters
+from trainer import hardware
+
+if TYPE_CHECKING:
+    from trainer.trainer_utils import Run
+
+
+def forecast(
+    run: "Run", model: nn.Module, rows: Rows, held_out: Rows | None
+) -> tuple[list[str], str]:
+    """Lines that tell what to expect, and what to try if memory runs out all the same.
+
+    Raises:
+        UserError: a batch cannot fit this machine, with one that would.
+    """
+    args, parameters = run.args, count_parameters(model)
+    at_once = args.batch_size * args.accumulation_steps * run.ranks  # rows of an update
+    tokens = min(rows.tokens * args.epochs, run.steps_in_all * rows.tokens / len(rows) * at_once)
+    kind = str(run.dtype).removeprefix("torch.")
+    lines = [
+        f"{run.name}: {parameters / 1e6:.2f}M parameters, {run.origin['machine']}, {kind}, "
+        f"{run.ranks} process{'es' * (run.ranks > 1)}",
+        f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows of "
+        f"{args.max_seq_len} ({rows.fill:.1%} full, {1 - rows.fill:.1%} wasted on padding)"
+        + (f"; {rows.cut:,} documents are longer than a row and cut" if rows.cut else "")
+        + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
+        f"training: {run.steps_in_all:,} steps of {at_once} rows, {tokens:,.0f} tokens",
+    ]
+    told, smaller_batch = memory_forecast(run, parameters, min(args.batch_size, len(rows)))
+    lines.append(told)
+    if run.flops:
+        work = hardware.flops_per_token(run.config, args.max_seq_len) * tokens
+        lines.append(
+            f"time: about {duration(work / (0.4 * run.flops * run.ranks))}, if 40% of the "
+            f"machine's {run.flops / 1e12:.2f} TFLOP/s are reached"
+        )
+    if args.from_weight == "none":
+        size = run.config.vocab_size
+        lines.append(
+            f"loss: ln {size} = {math.log(size):.2f} at the start, which is guessing; it falls "
+            "fast at first"
+        )
+    if kind != args.dtype and run.device.type == "cuda":
+        lines.append(f"this GPU has no {args.dtype} of its own: computing in {kind}")
+    elif kind != args.dtype:
+        lines.append(f"{run.device.type} trains in float32; --dtype is for CUDA")
+    return lines, smaller_batch
+
+
+def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, str]:
+    """A line on memory, and which batch to try should it run out; UserError if the batch is far
+    beyond what the machine has."""
+    args = run.args
+    fixed, per_token = training_memory(
+        run.config, parameters, run.dtype, args.optimizer, args.gradient_checkpointing
+    )
+    need = fixed + per_token * batch_size * args.max_seq_len
+    free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
+    fitting = int((free - fixed) / (per_token * args.max_seq_len))
+    fitting = min(fitting, batch_size // 2)
+    if fitting < 1:
+        smaller = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
+    else:
+        steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)
+        smaller = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
+    if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
+        raise UserError(
+            f"--batch_size {args.batch_size} with rows of {args.max_seq_len} tokens needs about "
+            f"{need / 1e9:.0f} GB a process, and this machine has {whole / 1e9:.0f} GB; {smaller}"
+        )
+    told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
+    return told + (f"; warning: that may not fit; {smaller}" if need > free else ""), smaller
+
+
+def training_memory(
+    config: MiniMindConfig,
+    parameters: int,
+    dtype: torch.dtype,
+    optimizer: str,
+    gradient_checkpointing: bool,
+) -> tuple[float, float]:
+    """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
+
+    In any case: weights, gradients and the optimizer's averages in float32 (AdamW keeps two, Muon
+    one). For each token, what backward needs of every layer: about 12 vectors of the hidden size
+    and 4 of the intermediate size, or with gradient checkpointing one vector a layer and one layer
+    at a time; and logits, which float32 makes in chunks and autocast as a whole, three times.
+    """
+    fixed = parameters * 4 * (4 if optimizer == "adamw" else 3)
+    whole = dtype == torch.float32
+    size = 4 if whole else 3  # under autocast part of it stays float32
+    layer = 12 * config.hidden_size + 4 * config.intermediate_size
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
+    return fixed, size * kept + config.vocab_size * (1 if whole else 14)
+
+
+def duration(seconds: float) -> str:
+    """8 s, 12 min, 3.4 h"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
