@@ -15,7 +15,7 @@ from typing import Literal
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import Sampling, decode, stream_text
+from model.generation import Sampling, decode, prepare_to_decode, stream_text
 from model.weights import OUT, TOKENIZER, count_parameters, load_for_chat
 from trainer.hardware import resolve_device, resolve_dtype
 
@@ -56,12 +56,14 @@ class Args:
     show_speed: bool = option(True, "tokens a second after each answer")
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nor is NaN
             raise UserError(f"--temperature must not be negative, as {self.temperature} is")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p must be more than 0 and at most 1, not {self.top_p}")
         if self.max_new_tokens < 1:
             raise UserError(f"--max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= (self.seed or 0) < 2**31:
+            raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
         if self.historys < 0:
             raise UserError(f"--historys must not be negative, as {self.historys} is")
 
@@ -80,6 +82,7 @@ def main(args: Args) -> None:
     parameters = count_parameters(model)
     foreign = (Path(args.load_from) / "config.json").exists()
     name = args.load_from if foreign else args.weight
+    model = prepare_to_decode(model)
     print(f"{name}: {parameters / 1e6:.2f}M parameters, {device}")
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
@@ -133,7 +136,12 @@ def prompts(source: str, examples: list[str]) -> Iterator[str]:
     typed = sys.stdin.isatty()
     sys.stdin.reconfigure(errors="replace")  # a pipe may bring anything
     if source == "ask" and typed:
-        source = "auto" if input("[0] examples  [1] type your own: ").strip() == "0" else "type"
+        try:
+            choice = input("[0] examples  [1] type your own: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        source = "auto" if choice == "0" else "type"
     if source == "auto":
         for example in examples:
             print(f"> {example}")

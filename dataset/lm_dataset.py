@@ -18,12 +18,15 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ from model.weights import ROOT, tokenizer_hash
 CACHE = ROOT / "dataset" / ".cache"
 FORMAT = 1  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_TASK = 500
+FEW_BYTES = 1_000_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
     "<tool_call>",
     "</tool_call>",
@@ -99,7 +103,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -
     backend.no_padding()  # an earlier call of the tokenizer may have left them on
     backend.no_truncation()
     parts = [  # [document][piece] → ids or texts that hold no control token
-        [[piece] if isinstance(piece, int) else escape.control.split(piece) for piece, _ in pieces]
+        [escape.control.split(piece) if escape.may_be_in(piece) else [piece] for piece, _ in pieces]
         for pieces in documents
     ]
     texts = [part for document in parts for piece in document for part in piece if part != ""]
@@ -132,6 +136,11 @@ class Escapes:
     control: re.Pattern
     any_token: re.Pattern
     special: dict[str, int]
+    first_characters: set[str]
+
+    def may_be_in(self, piece: int | str) -> bool:
+        """False for most texts, which saves them the slow search for tokens."""
+        return isinstance(piece, str) and any(c in piece for c in self.first_characters)
 
 
 @lru_cache(maxsize=8)
@@ -146,7 +155,12 @@ def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
         )
 
     control = [name for name in names if name not in TAGS]
-    return Escapes(behind_first_character(control), behind_first_character(names), special)
+    return Escapes(
+        behind_first_character(control),
+        behind_first_character(names),
+        special,
+        {name[0] for name in names},
+    )
 
 
 def chat_pieces(
@@ -162,7 +176,7 @@ def chat_pieces(
     def mark(value: Any, pattern: re.Pattern) -> Any:
         """Put `cut` inside every control token that stands in a text of a message."""
         if isinstance(value, str):
-            return pattern.sub(cut, value)
+            return pattern.sub(cut, value) if escape.may_be_in(value) else value
         if isinstance(value, list):
             return [mark(item, pattern) for item in value]
         if isinstance(value, dict):
@@ -314,8 +328,8 @@ def load_documents(
     arrow = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow"
     try:
         arrow.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(arrow.with_name(".lock")):  # several ranks, or runs, tokenise it once
-            if not arrow.exists():
+        with FileLock(arrow.with_suffix(".lock")):  # several ranks, or runs, tokenise it once
+            if not is_whole(arrow):
                 tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
     except OSError as error:  # a full disk too
         why = error.strerror or error
@@ -325,6 +339,16 @@ def load_documents(
     if len(documents) == 0:
         raise UserError(f"{', '.join(map(str, files))} holds no documents")
     return documents
+
+
+def is_whole(arrow: Path) -> bool:
+    """Whether a cache is there and undamaged, as after a power cut it may not be."""
+    try:
+        with pa.memory_map(str(arrow)) as file:
+            pa.ipc.open_stream(file).read_all()  # maps it, without reading the tokens
+        return arrow.with_suffix(".sha256").exists()
+    except (OSError, pa.ArrowInvalid):
+        return False
 
 
 def check_file(path: str | Path) -> Path:
@@ -354,7 +378,7 @@ def tokenise_files(
     all_ids, all_lengths = hashlib.sha256(), hashlib.sha256()
     partial = arrow.with_name(f".{arrow.name}.partial")
     size = sum(path.stat().st_size for path in files)
-    if size < 1e6:
+    if size < FEW_BYTES:
         workers = 1  # starting processes would take longer than the work
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
@@ -369,6 +393,7 @@ def tokenise_files(
                 )
                 writer.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=schema))
                 bar.update(consumed)
+        flush_to_disk(partial)
         both = hashlib.sha256(all_ids.digest() + all_lengths.digest()).hexdigest()
         arrow.with_suffix(".sha256").write_text(both[:16])
         os.replace(partial, arrow)
@@ -398,7 +423,9 @@ def encode_lines(
         return
     # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with ProcessPoolExecutor(workers, initializer=worker_starts, initargs=(tokenizer,)) as pool:
+    with ProcessPoolExecutor(
+        workers, initializer=worker_starts, initargs=(tokenizer, os.getpid())
+    ) as pool:
         waiting: deque[Future] = deque()
         try:
             for task in tasks:
@@ -411,9 +438,22 @@ def encode_lines(
             pool.shutdown(cancel_futures=True)
 
 
-def worker_starts(tokenizer: PreTrainedTokenizerBase) -> None:
+def flush_to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def worker_starts(tokenizer: PreTrainedTokenizerBase, parent: int) -> None:
     global worker_tokenizer  # sent once to each process, not with every task
     worker_tokenizer = tokenizer
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+
+
+def end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for its next task for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def encode_task_in_worker(kind: str, task: "Lines"):
@@ -454,8 +494,8 @@ def encode_task(
             documents.append(pieces)
     encoded = encode_pieces(tokenizer, documents)
     return (
-        np.fromiter((i for document in encoded for i in document.ids), np.int32),
-        np.fromiter((t for document in encoded for t in document.trained), bool),
+        np.array(list(chain.from_iterable(d.ids for d in encoded)), np.int32),
+        np.array(list(chain.from_iterable(d.trained for d in encoded)), bool),
         np.fromiter((len(document.ids) for document in encoded), np.int64),
         task.consumed,
     )

@@ -43,7 +43,8 @@ class Batch:
 
 @dataclass
 class Pieces:
-    """Stretches of documents, none longer than a row; arrays of the same length."""
+    """Stretches of documents, none longer than a row; int32 arrays of the same length, for there
+    may be tens of millions."""
 
     document: np.ndarray
     start: np.ndarray
@@ -57,8 +58,9 @@ def split_documents(lengths: np.ndarray, row_length: int) -> Pieces:
         raise ValueError("a row must hold at least two tokens")
     stride = row_length - 1
     pieces = np.maximum(0, -(-(lengths - 1) // stride))  # ceil: predicted tokens / stride
-    document = np.repeat(np.arange(len(lengths)), pieces)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * stride
+    document = np.repeat(np.arange(len(lengths), dtype=np.int32), pieces)
+    first = np.repeat((np.cumsum(pieces) - pieces).astype(np.int32), pieces)
+    start = (np.arange(len(document), dtype=np.int32) - first) * np.int32(stride)
     return Pieces(document, start, np.minimum(lengths[document] - start, row_length))
 
 
@@ -72,9 +74,10 @@ def best_fit_rows(lengths: np.ndarray, row_length: int) -> np.ndarray:
     row_of = np.empty(len(lengths), dtype=np.int32)
     open_rows: dict[int, np.ndarray] = {}  # room left → the rows that have it
     rows = 0
-    order = np.argsort(-lengths, kind="stable")
-    sizes, starts = np.unique(-lengths[order], return_index=True)
-    for length, pieces in zip(-sizes, np.split(order, starts[1:]), strict=True):
+    counts = np.bincount(lengths)
+    by_length = np.split(np.argsort(lengths, kind="stable"), np.cumsum(counts)[:-1])
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        pieces = by_length[length]
         for room in [*sorted(room for room in open_rows if room >= length), row_length]:
             if len(pieces) == 0:
                 break
@@ -120,7 +123,7 @@ class Rows(torch.utils.data.Dataset):
         count = len(self.pieces.length)
         row_of = best_fit_rows(self.pieces.length, row_length) if packing else np.arange(count)
         # pieces in the order of their rows, and where each row's pieces begin and end
-        self.by_row = np.argsort(row_of, kind="stable")
+        self.by_row = np.argsort(row_of, kind="stable").astype(np.int32)
         self.edges = np.concatenate(([0], np.cumsum(np.bincount(row_of)))).astype(np.int64)
 
     def __len__(self) -> int:
@@ -156,10 +159,10 @@ class Rows(torch.utils.data.Dataset):
 
 
 def document_lengths(documents: Dataset) -> np.ndarray:
-    """[documents] tokens of each, read from the Arrow offsets alone."""
+    """[documents] tokens of each (int32), read from the Arrow offsets alone."""
     column = documents.data.column("input_ids")
     offsets = [np.asarray(chunk.offsets) for chunk in column.chunks]
-    return np.concatenate([np.diff(offset) for offset in offsets]).astype(np.int64)
+    return np.concatenate([np.diff(offset) for offset in offsets])
 
 
 def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:

@@ -10,6 +10,7 @@ Letters in the shape comments:
 """
 
 import math
+from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
+# What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
+CACHE = fields(BaseModelOutputWithPast)[1].name
 
 
 class MiniMindConfig(PreTrainedConfig):
     """Sizes and switches of a model. The defaults are MiniMind-small, 25.83M parameters."""
 
     model_type = "minimind"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [CACHE]
 
     vocab_size: int = 6400
     hidden_size: int = 512
@@ -86,7 +89,7 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["MiniMindBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02²); what writes to the residual stream is smaller by √(2·layers) (GPT-2), so
@@ -126,6 +129,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
+        cache: object | None = None,
         **kwargs,  # transformers hands over more settings than this model has a use for
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, and the loss if labels are given.
@@ -136,7 +140,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             position_ids: [B or 1, T]. Without a cache, positions that restart at 0 begin a new
                 document, and documents packed into one row do not see each other.
             past_key_values: a transformers cache, or anything with its `update(k, v, layer)` and
-                `get_seq_length()`.
+                `get_seq_length()`; since transformers 5.24 its name is `cache`.
             labels: [B, T], the input_ids themselves with -100 where no loss is wanted; they are
                 shifted here (position t predicts label t+1).
             logits_to_keep: only the last n positions (0: all), or the positions in a tensor.
@@ -149,6 +153,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -170,8 +175,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -198,10 +203,12 @@ class MiniMindModel(MiniMindPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
+        cache: object | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """The arguments of `MiniMindForCausalLM.forward`; returns last_hidden_state [B, T, C]."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = cache if past_key_values is None else past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
@@ -226,8 +233,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
+            **{CACHE: past_key_values},
         )
 
 
@@ -379,6 +386,12 @@ def scaled_dot_product(
     # A query that stands alone sees all keys; is_causal would align it with the first of them.
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.shape[2] == 1:
+        # A new token: the query heads of a group are to the kernel so many queries of one head,
+        # and it reads each key once for all of them.
+        queries = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, K, H / K, D]
+        out = F.scaled_dot_product_attention(queries, key, value, mask, dropout)
+        return out.reshape(query.shape)
     if grouped and mask is not None and query.is_cuda:
         # CUDA's kernels know groups (flash) or masks (memory-efficient), but not both
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

@@ -240,9 +240,10 @@ def read_info(path: Path | str) -> dict[str, Any] | None:
         if not isinstance(info["config"], dict):
             raise TypeError
         return info
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged; without that file the sizes are read from the weights' shapes"
+            f"{path} is damaged or cannot be read; without that file the sizes are read from the "
+            "weights' shapes"
         ) from error
 
 

@@ -23,7 +23,7 @@ from dataset.demo import grade, load_tests, write_demo_data
 from dataset.lm_dataset import encode_chat
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import Sampling, generate_text
+from model.generation import Sampling, generate_text, prepare_to_decode
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from trainer import train_full_sft, train_pretrain
@@ -77,6 +77,8 @@ def main(args: Args) -> dict:
     tokenizer = load_tokenizer()
     weights = weight_path("full_sft", HIDDEN_SIZE, out)
     model = load_model(weights, tokenizer=tokenizer, device=resolve_device(args.device))
+    parameters = count_parameters(model)
+    model = prepare_to_decode(model)
     for question, reply in zip(QUESTIONS, answers(model, tokenizer, QUESTIONS), strict=True):
         console.print(f"[bold]{question}[/bold]\n    {reply}", soft_wrap=True)
 
@@ -86,7 +88,7 @@ def main(args: Args) -> dict:
     textbook = scores.pop("textbook")
     report = {
         "seconds": round(time.time() - started, 1),
-        "parameters": count_parameters(model),
+        "parameters": parameters,
         "val_bpb": pretrained["val_bpb"],
         "sft_val_bpb": tuned["val_bpb"],
         "skills": scores,

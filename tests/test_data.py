@@ -496,7 +496,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, kind, row, com
         load_documents(path, kind, tokenizer)
     assert str(caught.value).startswith(f"line 3 of {path} ")
     assert "\n" not in str(caught.value)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock"}
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
 
 
 def damaged(flip: int) -> bytes:

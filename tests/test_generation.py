@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import (
     LlamaConfig,
@@ -25,6 +26,7 @@ from model.generation import (
     filter_logits,
     generate,
     generate_text,
+    prepare_to_decode,
     row_generator,
     sample,
     stream_text,
@@ -366,3 +368,30 @@ def test_control_tokens_are_not_shown_but_tags_are(tokenizer):
     end = tokenizer.eos_token_id
     ids = [*plain_ids(tokenizer, "<think>好</think>"), end]
     assert "".join(stream_text(tokenizer, ids)) == "<think>好</think>"
+
+
+# -- weights in half the bytes ---------------------------------------------------------------------
+
+X86 = torch.backends.quantized.engine in ("x86", "fbgemm")
+
+
+@pytest.mark.skipif(not X86, reason="FBGEMM is for x86")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_prepared_to_decode_has_halves_and_the_same_logits(make_model, monkeypatch, tied):
+    model = make_model(initializer_range=0.1, tie_word_embeddings=tied).half().float()
+    ids = torch.tensor(PROMPTS[:1])
+    expected = model(ids).logits
+    prepared = prepare_to_decode(model)
+    monkeypatch.setattr(F, "linear", None)  # not used any more
+    assert_close(prepared(ids).logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["single", "batch"])
+def test_greedy_with_halves_equals_greedy_without(make_model, prompts):
+    model = make_model().half().float()
+    expected = generate(model, prompts, GREEDY)
+    assert generate(prepare_to_decode(model), prompts, GREEDY) == expected
+
+
+def test_weights_that_are_no_halves_are_left_alone(model):
+    assert type(prepare_to_decode(model).lm_head) is torch.nn.Linear

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -125,6 +126,20 @@ def broken_tokenizer(train: Trainer) -> dict:
     return {"tokenizer_path": str(folder)}
 
 
+def tokenizer_without(key: str):
+    def write(train: Trainer) -> dict:
+        folder = train.folder / "tokenizer"
+        folder.mkdir()
+        shutil.copy(TOKENIZER / "tokenizer.json", folder)
+        config = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({name: value for name, value in config.items() if name != key})
+        )
+        return {"tokenizer_path": str(folder)}
+
+    return write
+
+
 def other_tokenizer(train: Trainer) -> dict:
     folder = train.folder / "tokenizer"
     folder.mkdir()
@@ -214,6 +229,7 @@ MISTAKES = {
     "another tokenizer": (other_tokenizer, "was trained with another tokenizer .*--tokenizer_path"),
     # tokenizer
     "no tokenizer": (given(tokenizer_path="nowhere"), "no tokenizer.json in nowhere"),
+    "no padding": (tokenizer_without("pad_token"), "tokenizer .* has no pad_token"),
     "a broken tokenizer": (broken_tokenizer, "tokenizer .* cannot be read"),
     # places
     "weights to nowhere": (occupied("save_dir"), "cannot write to .*file/folder"),
@@ -244,13 +260,14 @@ MISTAKES = {
             "val_documents": (-1,),
             "val_share": (-0.1, 1.0),
             "dropout": (-0.1, 1.0),
-            "seed": (-1,),
+            "seed": (-1, 2**32, 10**20),
         }.items()
         for value in values
     },
 }
 # Mistakes in conversations, which trainers of plain text do not read.
 IN_CONVERSATIONS = {
+    "no template": (tokenizer_without("chat_template"), "tokenizer .* has no chat_template"),
     "text instead": (third_line('{"text": "a"}'), 'has no "conversations"'),
     "no messages": (messages(), 'has no "conversations"'),
     "no assistant turn": (messages(("user", "hi")), "line 3 of .*bad.jsonl has no assistant turn"),
@@ -342,6 +359,30 @@ def test_running_out_of_memory_names_a_smaller_batch(any_stage, command, monkeyp
     assert "out of memory with --batch_size 8; --batch_size 4 with --accumulation_steps 2" in said
 
 
+@pytest.mark.parametrize("place", [(Run, "update"), (Run, "distribute")], ids=["update", "model"])
+def test_running_out_of_memory_elsewhere_is_told_too(any_stage, command, monkeypatch, place):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(*place, full)
+    assert "out of memory; try a smaller --batch_size" in run(any_stage, command)
+
+
+def test_data_that_may_not_be_read_is_named(any_stage, command, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "data.jsonl may not be read by this user" in run(any_stage, command)
+
+
+@pytest.mark.parametrize("method", ["loader", "forward"])
+def test_ctrl_c_is_no_traceback(any_stage, command, monkeypatch, method):
+    def interrupted(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, method, interrupted)
+    code, printed = command(any_stage.stage, *flags(any_stage.settings()))
+    assert code == 130 and "Traceback" not in printed.err
+
+
 def test_a_real_allocation_that_fails_is_recognised(train, command, monkeypatch):
     monkeypatch.setattr(MiniMindForCausalLM, "forward", lambda *args, **more: torch.empty(2**55))
     assert "out of memory with --batch_size 2" in run(train, command)
@@ -369,7 +410,7 @@ def test_a_worker_that_is_killed_is_named(any_stage, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *flags(train.settings(num_workers=1, epochs=200))])
     log = train.folder / "log"
     assert ended(fork(lambda: run_stage(train.stage.main, train.stage.Args, ""), log)) == 2
-    assert "error: a process that makes batches was killed" in log.read_text()
+    assert "error: a process that prepares data was killed" in log.read_text()
     assert "--num_workers 0" in log.read_text()
 
 
@@ -391,7 +432,7 @@ def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_named(any_stage, command, monkeypatch):
     monkeypatch.setitem(sys.modules, "swanlab", None)
     said = run(any_stage, command, use_wandb=True, tracker="swanlab")
-    assert "--tracker swanlab is not installed; `pip install swanlab`" in said
+    assert "--tracker swanlab is not installed" in said and "`pip install swanlab`" in said
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "swanlab"])

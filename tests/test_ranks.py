@@ -7,11 +7,11 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 
 import numpy as np
 import psutil
 import pytest
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from toy import (
     Trainer,
@@ -43,10 +43,7 @@ def start_ranks(train: Trainer, ranks: int, **settings) -> list[int]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
         sys.argv = ["train", *flags(train.settings(**settings))]
-        try:
-            run_stage(train.stage.main, train.stage.Args, "")
-        finally:
-            assert not dist.is_initialized()
+        run_stage(train.stage.main, train.stage.Args, "")
 
     logs = [train.folder / f"log{rank}" for rank in range(ranks)]
     return [fork(lambda rank=rank: start(rank), log) for rank, log in enumerate(logs)]
@@ -166,6 +163,52 @@ def test_a_rank_that_dies_ends_the_others_with_one_clear_error(
     together(train, 2, **{**windows, "eval_interval": 1}, resume=True)
     train("one", batch_size=4, **{**windows, "eval_interval": 1})
     assert_close(train.saved()["model"], train.saved("one")["model"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("bug", [ValueError, KeyboardInterrupt])
+def test_a_bug_in_one_rank_does_not_hang_the_others(any_stage, windows, monkeypatch, rank, bug):
+    update = Run.update
+
+    def faulty(run, *args):
+        if run.rank == rank and run.step == 2:
+            raise bug("a bug")
+        update(run, *args)
+
+    monkeypatch.setattr(Run, "update", faulty)
+    started = time.monotonic()
+    codes = [ended(process) for process in start_ranks(any_stage, 2, **windows)]
+    assert time.monotonic() - started < 60
+    assert codes[rank] == {ValueError: 1, KeyboardInterrupt: 130}[bug] and codes[1 - rank] == 2
+    assert len(errors(any_stage, 1 - rank)) == 1
+
+
+def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(
+    any_stage, windows, monkeypatch
+):
+    backward = Run.backward
+
+    def poisoned(run, loss):
+        backward(run, loss * float("nan") if run.rank == 1 and run.step == 2 else loss)
+
+    monkeypatch.setattr(Run, "backward", poisoned)
+    together(any_stage, 2, **windows)
+    saved = any_stage.saved()
+    assert saved["progress"]["skipped"] == 1 and saved["progress"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+
+
+@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_processes_that_cannot_meet_are_told_to_use_torchrun(any_stage, monkeypatch, address):
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(trainer_utils, "timedelta", lambda minutes: timedelta(seconds=1))
+    for variable, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
+    log = any_stage.folder / "log0"
+    assert ended(fork(lambda: run_stage(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+    assert "the 2 processes cannot find each other" in errors(any_stage, 0)[0]
 
 
 def test_a_rank_that_cannot_save_says_so_and_takes_the_others_along(

@@ -10,7 +10,10 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 
+import psutil
 import pytest
 import torch
 from toy import (
@@ -21,16 +24,18 @@ from toy import (
     everything,
     flags,
     fork,
+    name_of,
     output,
     same,
     text_file,
     wait_for_steps,
 )
 
+from dataset import lm_dataset
 from dataset.lm_dataset import load_documents
 from model.errors import UserError
-from model.weights import ROOT
-from trainer import train_full_sft, trainer_utils
+from model.weights import ROOT, load_tokenizer
+from trainer import hardware, train_full_sft, trainer_utils
 from trainer.trainer_utils import Run, run_stage
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -159,18 +164,18 @@ def test_a_run_that_is_killed_again_and_again_at_any_time_gets_there(whole):
 # -- no room, no permission ------------------------------------------------------------------------
 
 
-def full_disk() -> None:
+def full_disk(run: Run) -> None:
     """From now on no file grows beyond 64 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
 
 
-def no_permission() -> None:
+def no_permission(run: Run) -> None:
     if os.geteuid() == 0:
-        os.seteuid(65534)
-        return
-    for folder in ("out", "checkpoints"):
-        os.chmod(folder, 0o555)
+        os.seteuid(65534)  # may do everything otherwise
+    for folder in (run.args.save_dir, run.args.checkpoint_dir):
+        with suppress(PermissionError):
+            os.chmod(folder, 0o555)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
 
     def troubled(run, *args):
         if run.step == 3:
-            trouble()
+            trouble(run)
         update(run, *args)
 
     with monkeypatch.context() as patch:
@@ -196,9 +201,61 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
         assert ended(process) == 2
     said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "cannot write" in said[0] and complaint in said[0]
+    for folder in (train.folder / "a").iterdir():
+        folder.chmod(0o755)
     assert train.saved()["progress"]["step"] == 2
     train(resume=True, **settings)
     assert_all_is_well(train, result)
+
+
+def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_stage, monkeypatch):
+    record = Run.record
+
+    def no_log(run, **values):
+        path = run.file(".metrics.jsonl")
+        path.unlink()
+        path.mkdir()
+        record(run, **values)
+
+    monkeypatch.setattr(Run, "record", no_log)
+    monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
+    log = any_stage.folder / "log"
+    assert ended(fork(lambda: run_stage(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+    assert re.search(r"^error: .*metrics.jsonl: Is a directory", log.read_text(), re.M)
+
+
+def test_a_file_has_its_name_only_once_it_is_on_the_disk(train, monkeypatch):
+    """Flushed with fsync, which the other tests leave out."""
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("name") or replace(*paths))
+    train(max_steps=1)
+    assert events == ["fsync", "name"] * 5  # tokens, log, .json, .pth, checkpoint
+
+
+def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage, monkeypatch):
+    monkeypatch.setattr(lm_dataset, "LINES_PER_TASK", 1)
+    encode = lm_dataset.encode_task
+    monkeypatch.setattr(lm_dataset, "encode_task", lambda *args: time.sleep(0.1) or encode(*args))
+    load = partial(
+        load_documents,
+        any_stage.data,
+        {"train_pretrain": "text"}.get(name_of(any_stage.stage), "conversations"),
+        load_tokenizer(),
+        cache=any_stage.folder / "cache",
+    )
+    monkeypatch.setattr(lm_dataset, "FEW_BYTES", 0)  # use processes even for this
+    process = fork(lambda: load(workers=2))
+    workers = []
+    while len(workers) < 2:
+        time.sleep(0.05)
+        workers = psutil.Process(process).children()
+    os.kill(process, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    monkeypatch.undo()
+    assert len(load()) == len(any_stage.examples)
 
 
 # -- stopped between updates -----------------------------------------------------------------------
@@ -241,13 +298,10 @@ def test_what_came_after_the_checkpoint_is_done_and_logged_once(train, killed):
     assert same(everything(train, "a"), everything(train, "whole"))
 
 
-def test_sft_resumes_as_well(tmp_path, killed):
-    train = Trainer(tmp_path, train_full_sft)
-    common = dict(epochs=2, packing=True, save_interval=1)
-    train("whole", **common)
-    killed(3, train, "a", **common)
-    train("a", from_resume=True, **common)
-    assert same(everything(train, "a"), everything(train, "whole"))
+def test_from_resume_is_resume(train, killed):
+    killed(3, train, save_interval=1)
+    assert train(from_resume=True, max_steps=0)["step"] == len(TEXTS) / 2
+    assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
 
 
 def test_a_run_may_go_on_with_other_batches_of_the_same_window(train, killed):
@@ -273,7 +327,9 @@ def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
     killed(8, train, batch_size=2, save_interval=8)
     capsys.readouterr()
     train(resume=True, batch_size=4)
-    assert "at step 8 of 10: going on" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "at step 8 of 10: going on" in printed
+    assert "warning: an update has 4 rows from here on, and had 2" in printed
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +364,41 @@ def test_another_run_is_not_resumed(stopped, change, then, now):
     with pytest.raises(UserError, match=re.escape(sentence)):
         stopped(resume=True, **{"max_steps": 2, **change})
     assert stopped.log() == before
+
+
+def test_another_held_out_share_is_not_resumed(any_stage):
+    """It leaves other documents to training."""
+    any_stage(max_steps=2, val_share=0.3)
+    held_out = any_stage.write_data(any_stage.folder / "val.jsonl", any_stage.examples[:2])
+    with pytest.raises(UserError, match="was made with documents trained '[0-9a-f]{16}'"):
+        any_stage(max_steps=2, val_share=0.3, val_path=[held_out], resume=True)
+
+
+def test_a_run_from_other_weights_is_not_resumed(tmp_path):
+    (tmp_path / "texts").mkdir()
+    start, sft = Trainer(tmp_path / "texts"), Trainer(tmp_path, train_full_sft)
+    start("start", max_steps=1)
+    first = str(start.folder / "start" / "out" / "pretrain_32.pth")
+    sft(max_steps=2, from_weight=first)
+    start("start", max_steps=2)
+    with pytest.raises(UserError, match="was made with first weights '[0-9a-f]{16}'"):
+        sft(max_steps=2, from_weight=first, resume=True)
+
+
+def test_float16_with_its_scaler_resumes_as_well(any_stage, killed, monkeypatch):
+    """On a CPU, which can do it, if slowly; the first scales overflow, and those updates skip."""
+    monkeypatch.setattr(hardware, "resolve_dtype", lambda name, device: torch.float16)
+    scaler = torch.amp.GradScaler
+    high = dict(init_scale=2.0**20)  # too large for these gradients, by a few halvings
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, **high))
+    common = dict(epochs=3, max_steps=12, save_interval=1, dropout=0.1)
+    any_stage("whole", **common)
+    saved = any_stage.saved("whole")
+    assert 0 < saved["progress"]["skipped"] < 12 and saved["scaler"]["scale"] < 2.0**20
+    killed(2, any_stage, **common)
+    any_stage(resume=True, **common)
+    assert same(everything(any_stage), everything(any_stage, "whole"))
+    assert any_stage.saved()["scaler"] == saved["scaler"]
 
 
 def test_other_data_is_not_resumed(train):

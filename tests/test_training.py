@@ -386,12 +386,14 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
 
 def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     train(max_steps=1)
-    tokens, places = re.search(
-        r"([\d,]+) tokens in 24 rows of (32)", capsys.readouterr().out
-    ).groups()
+    told = re.search(
+        r"(\d+) tokens in 24 rows of 32 \((.*)% full, (.*)% wasted", capsys.readouterr().out
+    )
+    tokens, full, wasted = map(float, told.groups())
+    assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
+    assert full + wasted == pytest.approx(100)
     (info,) = train.folder.glob("a/out/*.json")
-    fill = json.loads(info.read_text())["origin"]["row_fill"]
-    assert fill == pytest.approx(int(tokens) / (24 * int(places)), abs=1e-4)
+    assert json.loads(info.read_text())["origin"]["row_fill"] == pytest.approx(full / 100, abs=1e-3)
 
 
 def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):

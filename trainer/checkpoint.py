@@ -5,6 +5,7 @@ log, and the identity of the run: its arguments, the model's config, and hashes 
 tokenizer, so that another run is not taken for this one.
 """
 
+import hashlib
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -13,41 +14,71 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.packing import Rows
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig
 from model.weights import tokenizer_hash
 
-PARTS = set("model optimizer scaler random progress pending records identity".split())
+PARTS = set(
+    "model optimizer scaler random progress pending records identity rows_per_update".split()
+)
 # Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
-# cut into batches. The data and the tokenizer are compared by what they hold, not by their place.
+# cut into batches. Data, tokenizer and first weights are compared by what they hold.
 MAY_CHANGE = set(
     "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
-    "checkpoint_dir use_wandb tracker wandb_project val_documents gradient_checkpointing "
-    "batch_size accumulation_steps data_path val_path tokenizer_path".split()
+    "checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing batch_size "
+    "accumulation_steps data_path val_path tokenizer_path sample_prompt".split()
 )
 
 
 def identity_of(
-    args: Any, config: MiniMindConfig, data: str, tokenizer: PreTrainedTokenizerBase
+    args: Any,
+    stage: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
 ) -> dict[str, Any]:
-    """What makes a run this one and no other; `data` is the hash of its tokens."""
-    sizes = {name: getattr(config, name) for name in MiniMindConfig.__annotations__}
+    """What makes a run this one and no other.
+
+    Args:
+        model: as it is before the first update. Only loaded weights count, since new ones follow
+            from the seed.
+        rows: what is trained: all of the data, or without a held-out share of it.
+    """
     arguments = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
-    return {**arguments, **sizes, "data": data, "tokenizer": tokenizer_hash(tokenizer)}
+    sizes = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
+    loaded = args.from_weight != "none"
+    return {
+        **arguments,
+        **sizes,
+        "stage": stage,
+        "data": rows.documents.info.description,
+        "documents trained": hash_of(np.ascontiguousarray(rows.chosen)),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "first weights": hash_of(*stored_values(model).values()) if loaded else "new",
+    }
+
+
+def hash_of(*arrays: np.ndarray | Tensor) -> str:
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(np.asarray(array).data)
+    return sha.hexdigest()[:16]
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint of the run of that identity.
 
     Raises:
-        UserError: the file is damaged or no checkpoint, or is another run's (which names the first
-            thing that differs).
+        UserError: the file cannot be read or is no checkpoint, or is another run's (which names
+            the first thing that differs).
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         missing = PARTS - checkpoint.keys()
+    except (OSError, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(f"{path} is damaged; start anew without --resume") from error
     if missing:
@@ -79,7 +110,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "device": generator_of(device).get_rng_state() if device.type != "cpu" else None,
     }
 
 
@@ -89,8 +120,13 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if state["device"] is not None and device.type != "cpu":
+        generator_of(device).set_rng_state(state["device"])
+
+
+def generator_of(device: torch.device) -> Any:
+    """torch.cuda or torch.mps, which have the state of the current GPU's generator."""
+    return getattr(torch, device.type)
 
 
 # -- what rounding leaves of a training ------------------------------------------------------------

@@ -67,6 +67,8 @@ def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, 
     )
     need = fixed + per_token * batch_size * args.max_seq_len
     free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
+    if run.device.type != "cuda":  # all processes share it
+        free, whole = free / hardware.ranks_here(), whole / hardware.ranks_here()
     fitting = int((free - fixed) / (per_token * args.max_seq_len))
     fitting = min(fitting, batch_size // 2)
     if fitting < 1:
@@ -77,7 +79,7 @@ def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, 
     if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
         raise UserError(
             f"--batch_size {args.batch_size} with rows of {args.max_seq_len} tokens needs about "
-            f"{need / 1e9:.0f} GB a process, and this machine has {whole / 1e9:.0f} GB; {smaller}"
+            f"{need / 1e9:.0f} GB a process, and there are {whole / 1e9:.0f} GB; {smaller}"
         )
     told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
     return told + (f"; warning: that may not fit; {smaller}" if need > free else ""), smaller

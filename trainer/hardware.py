@@ -21,7 +21,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "auto":
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and ranks_here() == 1  # there is one such GPU
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
@@ -30,6 +30,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: this PyTorch sees no CUDA GPU; use --device auto")
+        if device.index is not None and ranks_here() > 1:
+            raise UserError(f"--device {name} is one GPU for all processes; use --device cuda")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(
@@ -42,6 +44,16 @@ def resolve_device(name: str = "auto") -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name} is not supported; try auto, cuda, mps or cpu")
     return device
+
+
+def ranks_here() -> int:
+    """How many processes of this training run on this machine (torchrun tells)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def physical_cores() -> int:
+    """More threads than these make training slower."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -119,5 +131,4 @@ def describe_machine(device: torch.device) -> str:
     """One line for logs and reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = psutil.cpu_count(logical=False) or os.cpu_count()
-    return f"{device.type}, {cores} cores, {torch.get_num_threads()} threads"
+    return f"{device.type}, {physical_cores()} cores, {torch.get_num_threads()} threads"

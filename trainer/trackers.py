@@ -9,12 +9,9 @@ import os
 import signal
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from model.errors import UserError
-
-if TYPE_CHECKING:
-    from trainer.trainer_utils import Run
 
 QUIET = {
     "WANDB_CONSOLE": "off",  # neither of them needs to record what is printed
@@ -24,14 +21,14 @@ QUIET = {
 }
 
 
-def start_tracker(run: "Run") -> tuple[Any, str]:
-    """The tracker's module and the id that it logs under: a new one, or `run.tracker_id`, so that
-    a run that goes on after --resume goes on there too.
+def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, str]:
+    """The tracker's module and the id that it logs under: a new one, or `run_id`, so that a run
+    that goes on after --resume goes on there too.
 
     Raises:
         UserError: it is not installed, or does not start (nobody is logged in, say).
     """
-    name, folder = run.args.tracker, Path(run.args.save_dir)
+    name, folder = args.tracker, Path(args.save_dir)
     where = {"dir": folder} if name == "wandb" else {"log_dir": folder / "swanlog"}
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
@@ -39,15 +36,17 @@ def start_tracker(run: "Run") -> tuple[Any, str]:
     try:
         tracker = importlib.import_module(name)
         started = tracker.init(
-            project=run.args.wandb_project,
-            name=run.name,
-            config=asdict(run.args),
-            id=run.tracker_id,
+            project=args.wandb_project,
+            name=run_name,
+            config=asdict(args),
+            id=run_id,
             resume="allow",
             **where,
         )
-    except ImportError:
-        raise UserError(f"--tracker {name} is not installed; `pip install {name}`") from None
+    except ImportError as error:
+        raise UserError(
+            f"--tracker {name} is not installed, or not whole ({error}); `pip install {name}`"
+        ) from error
     except Exception as error:  # of many kinds: neither has one class for all of its errors
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(

@@ -23,7 +23,9 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -140,6 +142,8 @@ class TrainArgs:
             raise UserError(f"--val_share must be at least 0 and less than 1, not {self.val_share}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"--dropout must be at least 0 and less than 1, not {self.dropout}")
+        if self.seed >= 2**31:
+            raise UserError(f"--seed must be less than 2^31, not {self.seed}")
         if self.max_seq_len < 2:
             raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
         if self.use_moe:
@@ -151,45 +155,71 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
     """The command line of a trainer: parse and train; a mistake or an accident ends it with one
     sentence and exit code 2, and no process group is left behind."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    code = 1
     try:
         with exit_on_user_error():
             try:
                 main(parse_arguments(kind, about))
+                code = 0
+            except (OSError, RuntimeError) as error:
+                told = accident(error)
+                if told is None:
+                    raise
+                raise told from error
             except UserError:
-                if int(os.environ.get("RANK", 0)):
+                if several and os.environ.get("RANK") != "0":
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     time.sleep(3)  # most likely all processes see it: the first one tells it
                 raise
-            except (OSError, RuntimeError) as error:
-                raise accident(error) or error from error
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
     except SystemExit as end:
-        if several:  # a thread that waits for a dead process would keep this one from ending
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code)
-        raise
+        code = end.code
+    except KeyboardInterrupt:
+        print("stopped at once, nothing saved", file=sys.stderr)
+        code = 130  # as shells have it
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+    if code and several:  # a thread that waits for a dead process would keep this one from ending
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 def accident(error: Exception) -> UserError | None:
     """What befell a training from outside, in a sentence; None for a bug, which keeps its trace."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    text, go_on = str(error), "--resume goes on from the last checkpoint"
+    if isinstance(error, OSError) and not isinstance(error, dist.DistError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return UserError(
+                f"the disk is full ({error.filename or error}); make room, and {go_on}"
+            )
+        return UserError(f"{error.filename or 'a file'}: {error.strerror or error}; {go_on}")
+    if out_of_memory(error):
         return UserError(
-            f"the disk is full ({error.filename or error.strerror}); make room, and --resume goes "
-            "on from the last checkpoint"
+            "out of memory; try a smaller --batch_size with more --accumulation_steps, "
+            "--gradient_checkpointing 1, or a smaller model"
         )
-    if "DataLoader worker" in str(error):
+    if "DataLoader worker" in text or isinstance(error, BrokenProcessPool):
         return UserError(
-            "a process that makes batches was killed, most likely for want of memory; try "
-            "--num_workers 0, and --resume goes on from the last checkpoint"
+            "a process that prepares data was killed, most likely for want of memory; try "
+            f"--num_workers 0, and {go_on}"
         )
-    if isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error):
+    if isinstance(error, dist.DistError) or "/gloo/" in text or "NCCL" in text:
         return UserError(
             "another process of this training has died, so this one ends too; what that one said "
-            "tells why, and --resume goes on from the last checkpoint"
+            f"tells why, and {go_on}"
         )
     return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    on_cpu = "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
 # -- model and data --------------------------------------------------------------------------------
@@ -225,6 +255,14 @@ def read_rows(run: "Run", kind: str) -> tuple[Rows, Rows | None]:
     number of its documents determine, so that later runs hold out the same ones.
     """
     args = run.args
+    lacking = "pad_token" if run.tokenizer.pad_token_id is None else ""
+    if kind != "text" and not run.tokenizer.chat_template:
+        lacking = "chat_template"
+    if lacking:
+        raise UserError(
+            f"the tokenizer in {args.tokenizer_path} has no {lacking}; add it to its "
+            "tokenizer_config.json, or leave --tokenizer_path away"
+        )
     documents = load_documents(args.data_path, kind, run.tokenizer)
     separate = load_documents(args.val_path, kind, run.tokenizer) if args.val_path else None
     order = np.random.default_rng(0).permutation(len(documents))
@@ -299,6 +337,7 @@ class Run:
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.evaluation: dict[str, Any] = {}  # the newest one
         self.origin: dict[str, Any] = {}  # what the weights' .json says of how they were made
+        self.identity: dict[str, Any] = {}  # what makes a checkpoint one of this run
         self.smaller_batch = ""  # what to try if memory runs out
         self.stored_at_start: dict[str, Tensor] = {}  # the weights, as a file holds them
         self.changed: float | None = None  # the share of them that training has changed
@@ -325,9 +364,16 @@ class Run:
         """The process group that torchrun made room for: NCCL for GPUs, gloo for CPUs."""
         if not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            try:
+                dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            except (RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"the {self.ranks} processes cannot find each other ({reason}); start them "
+                    "with torchrun --nproc_per_node N"
+                ) from error
         if self.device.type == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks))
+            torch.set_num_threads(max(1, hardware.physical_cores() // hardware.ranks_here()))
 
     def sum_over_ranks(self, *numbers: float) -> list[float]:
         """Each number, added up over all ranks."""
@@ -433,8 +479,7 @@ class Run:
         try:
             yield
         except RuntimeError as error:
-            on_cpu = "can't allocate memory" in str(error)
-            if not (on_cpu or isinstance(error, torch.OutOfMemoryError)):
+            if not out_of_memory(error):
                 raise
             raise UserError(
                 f"out of memory with --batch_size {self.args.batch_size}; {self.smaller_batch}"
@@ -484,8 +529,7 @@ class Run:
 
     def due(self, interval: int) -> bool:
         """Whether something done every `interval` updates is to be done now; always at the end."""
-        last = self.step == self.steps_in_all or self.stopping
-        return last or (interval > 0 and self.step % interval == 0)
+        return self.step == self.steps_in_all or (interval > 0 and self.step % interval == 0)
 
     def log(self) -> None:
         """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker."""
@@ -528,8 +572,12 @@ class Run:
             f"step {self.step}: {line}",
             *(["    " + sample.replace("\n", "\n    ")] if sample else []),
         )
-        tokens = self.tokens + self.pending["tokens"]
-        self.record(tokens=tokens, **self.evaluation, **({"sample": sample} if sample else {}))
+        self.record(
+            tokens=self.tokens + self.pending["tokens"],
+            seconds=round(self.seconds + self.pending["seconds"], 2),
+            **self.evaluation,
+            **({"sample": sample} if sample else {}),
+        )
 
     def record(self, **values: Any) -> None:
         """One line of metrics.jsonl, the same to the tracker."""
@@ -553,7 +601,7 @@ class Run:
     def save_every(self, model: nn.Module, optimizer: Together) -> None:
         """Every save_interval updates, at the end and when a signal stops the run: the weights
         (float16, out/) and the checkpoint for --resume (float32, checkpoints/)."""
-        if not self.due(self.args.save_interval):
+        if not (self.due(self.args.save_interval) or self.stopping):
             return
         random_states = [random_state(self.device)]
         if self.ranks > 1:
@@ -580,16 +628,14 @@ class Run:
             "pending": self.pending,
             "records": self.records,
             "identity": self.identity,
+            "rows_per_update": self.sampler.window,
         }
         with atomic_write(self.checkpoint_path) as file:  # last: a finished run has its weights
             torch.save(checkpoint, file)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return identity_of(self.args, self.config, self.origin["data"], self.tokenizer)
-
     def resume(self, model: nn.Module, optimizer: Together) -> None:
-        """With --resume, go back to where the checkpoint was saved; else begin a new log."""
+        """With --resume, go back to where the checkpoint was saved; else begin a new log. Comes
+        after `announce`, which finds out what run this is."""
         path = self.checkpoint_path
         if self.is_main:
             for directory in (self.args.save_dir, self.args.checkpoint_dir):
@@ -599,7 +645,8 @@ class Run:
             checkpoint = read_checkpoint(path, self.identity)
             unwrapped(model).load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.scaler.is_enabled() and checkpoint["scaler"]:  # empty where it was not needed
+                self.scaler.load_state_dict(checkpoint["scaler"])
             for name, value in checkpoint["progress"].items():
                 setattr(self, name, value)
             self.pending, self.records = checkpoint["pending"], checkpoint["records"]
@@ -609,6 +656,9 @@ class Run:
             at = f"step {self.step} of {self.steps_in_all}"
             done = "the run is finished already" if self.step >= self.steps_in_all else "going on"
             self.print(f"resuming {path.name} at {at}: {done}")
+            before, now = checkpoint["rows_per_update"], self.sampler.window
+            if before != now:
+                self.print(f"warning: an update has {now} rows from here on, and had {before}")
         elif self.args.resume:
             self.print(f"no checkpoint {path} to resume: starting from the beginning")
         if self.is_main:
@@ -616,7 +666,7 @@ class Run:
             with atomic_write(self.file(".metrics.jsonl")) as file:
                 file.write(lines.encode())
             if self.args.use_wandb:
-                self.tracker, self.tracker_id = start_tracker(self)
+                self.tracker, self.tracker_id = start_tracker(self.args, self.name, self.tracker_id)
 
     # -- beginning and end
 
@@ -628,6 +678,7 @@ class Run:
             "from_weight": self.args.from_weight,
             "machine": hardware.describe_machine(self.device),
         }
+        self.identity = identity_of(self.args, self.stage, unwrapped(model), self.tokenizer, rows)
         lines, self.smaller_batch = forecast(self, model, rows, held_out)
         self.print(*lines)
 
@@ -644,7 +695,7 @@ class Run:
         }
         if not self.is_main:
             return metrics
-        if self.changed is not None:
+        if self.changed is not None and not self.stopping:
             self.tell_what_rounding_left()
         if self.tracker:
             self.tracker.finish()
