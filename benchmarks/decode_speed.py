@@ -28,14 +28,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import transformers
+from peers import peer_of
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
@@ -77,7 +72,10 @@ def main(args: Args) -> dict:
     torch.manual_seed(args.seed)
     model = load_model(args.weight) if args.weight else MiniMindForCausalLM(MiniMindConfig())
     model = model.half().float().to(device).eval()  # numbers as in a .pth file
-    models = Models(prepare_to_decode(deepcopy(model)), model, peer_of(model))
+    peer = peer_of(model.config)
+    peer.load_state_dict(model.state_dict(), strict=True)
+    peer.generation_config.eos_token_id = None  # so that all tokens are made
+    models = Models(prepare_to_decode(deepcopy(model)), model, peer.to(device).eval())
     report = {
         "date": str(date.today()),
         "machine": describe_machine(device),
@@ -160,34 +158,6 @@ def multiply_all(model: MiniMindForCausalLM, size: int, times: int) -> None:
     for _ in range(times):
         for weight in weights:
             F.linear(inputs[weight.shape[1]], weight)
-
-
-def peer_of(model: MiniMindForCausalLM) -> PreTrainedModel:
-    """The model of transformers that computes the same, with the same weights; it has no EOS."""
-    config = model.config
-    settings = dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        attn_implementation="sdpa",
-    )
-    if config.qk_norm:
-        peer = Qwen3ForCausalLM(Qwen3Config(**settings))
-    else:
-        peer = LlamaForCausalLM(LlamaConfig(**settings))
-    peer.load_state_dict(model.state_dict(), strict=True)
-    return peer.to(model.device).eval()
 
 
 @torch.inference_mode()

@@ -62,13 +62,13 @@ import torch
 import transformers
 from data_speed import kind_of
 from datasets import Dataset, disable_progress_bars
+from peers import peer_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -211,6 +211,7 @@ def make_contestants(
     disable_progress_bars()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would send some
     transformers.logging.set_verbosity_error()
+    sizes = MiniMindConfig(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
     dataset = with_labels(documents)
     cut = with_labels(documents, args.max_seq_len)
     settings = dict(
@@ -236,7 +237,7 @@ def make_contestants(
         collator = DataCollatorForSeq2Seq(tokenizer, padding=padding, max_length=args.max_seq_len)
         return HuggingFace(
             Trainer(
-                llama(args.hidden_size, args.num_hidden_layers),
+                peer_of(sizes, use_cache=False),
                 TrainingArguments(**settings),
                 collator,
                 cut,
@@ -257,7 +258,7 @@ def make_contestants(
             )
         )
         trainer = SFTTrainer(
-            llama(args.hidden_size, args.num_hidden_layers),
+            peer_of(sizes, use_cache=False),
             config,
             train_dataset=dataset,
             processing_class=tokenizer,
@@ -288,29 +289,6 @@ def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
     return Dataset(
         pa.table({name: pa.ListArray.from_arrays(offsets, ids) for name, ids in columns.items()})
     )
-
-
-def llama(hidden_size: int, num_hidden_layers: int) -> LlamaForCausalLM:
-    """transformers' model with the sizes of ours and random weights."""
-    ours = MiniMindConfig(hidden_size=hidden_size, num_hidden_layers=num_hidden_layers)
-    config = LlamaConfig(
-        vocab_size=ours.vocab_size,
-        hidden_size=ours.hidden_size,
-        intermediate_size=ours.intermediate_size,
-        num_hidden_layers=ours.num_hidden_layers,
-        num_attention_heads=ours.num_attention_heads,
-        num_key_value_heads=ours.num_key_value_heads,
-        max_position_embeddings=ours.max_position_embeddings,
-        rms_norm_eps=ours.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
-        tie_word_embeddings=ours.tie_word_embeddings,
-        bos_token_id=ours.bos_token_id,
-        eos_token_id=ours.eos_token_id,
-        pad_token_id=ours.pad_token_id,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config)
 
 
 class MiniMind:

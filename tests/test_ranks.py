@@ -26,7 +26,7 @@ from toy import (
 from trainer import trainer_utils
 from trainer.trainer_utils import Run, run_stage
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
+pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
 
 # 7 or more rows in windows of 4: the last window of an epoch has too few rows for every rank
 WINDOWS = dict(epochs=2, eval_interval=2, save_interval=1)
@@ -240,7 +240,6 @@ TORCHRUN = (
 )
 
 
-@pytest.mark.slow
 def test_all_ranks_end_together_when_one_is_told_to(train, shell):
     settings = train.settings("a", epochs=5000)
     process = shell(*TORCHRUN, *flags(settings), reads=[train.data])
@@ -250,7 +249,6 @@ def test_all_ranks_end_together_when_one_is_told_to(train, shell):
     assert train.saved("a")["progress"]["step"] == step == train.log("a")[-1]["step"]
 
 
-@pytest.mark.slow
 def test_torchrun_does_not_hang_when_a_rank_dies(train, shell):
     settings = train.settings("a", epochs=5000)
     process = shell(*TORCHRUN, *flags(settings), reads=[train.data])

@@ -139,6 +139,7 @@ def assert_all_is_well(train: Trainer, result: list) -> None:
     assert made == expected  # no half of a file lies about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, monkeypatch, moment):
     train, settings, result = whole
@@ -149,6 +150,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, monkeypatch, mom
     assert_all_is_well(train, result)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_at_any_time_gets_there(whole):
     train, settings, result = whole
     for attempt in range(100):

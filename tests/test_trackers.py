@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from toy import Trainer, logged
 
-pytestmark = pytest.mark.usefixtures("in_a_hurry")
+pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
 
 
 def stored(path: Path) -> Iterator[bytes]:
