@@ -23,7 +23,8 @@ from toy import Trainer, ended, flags, fork, text_file
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import TOKENIZER
 from trainer import hardware
-from trainer.trainer_utils import Run, run_stage
+from trainer.command import run_stage
+from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 

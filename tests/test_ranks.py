@@ -24,7 +24,8 @@ from toy import (
 )
 
 from trainer import trainer_utils
-from trainer.trainer_utils import Run, run_stage
+from trainer.command import run_stage
+from trainer.trainer_utils import Run
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
 

@@ -36,7 +36,8 @@ from dataset.lm_dataset import load_documents
 from model.errors import UserError
 from model.weights import ROOT, load_tokenizer
 from trainer import hardware, train_full_sft, trainer_utils
-from trainer.trainer_utils import Run, run_stage
+from trainer.command import run_stage
+from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 

@@ -27,10 +27,11 @@ from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
 from model.weights import ROOT
 from trainer import hardware, train_full_sft, train_pretrain, trainer_utils
+from trainer.arguments import TrainArgs
 from trainer.evaluation import answer, continuation, held_out_loss
 from trainer.optimizers import learning_rate_factor, make_optimizer, split_parameters
 from trainer.plots import plot_losses
-from trainer.trainer_utils import BAD_STEPS, Run, TrainArgs, read_rows, starting_model
+from trainer.trainer_utils import BAD_STEPS, Run, read_rows, starting_model
 
 LN_V = math.log(6400)
 pytestmark = pytest.mark.usefixtures("in_a_hurry")

@@ -15,16 +15,11 @@ from typing import Any
 
 from model.command_line import option
 from model.weights import load_tokenizer
+from trainer.arguments import DATASET, TrainArgs
+from trainer.command import run_stage
 from trainer.evaluation import continuation, held_out_loss
 from trainer.optimizers import make_optimizer
-from trainer.trainer_utils import (
-    DATASET,
-    Run,
-    TrainArgs,
-    read_rows,
-    run_stage,
-    starting_model,
-)
+from trainer.trainer_utils import Run, read_rows, starting_model
 
 
 @dataclass

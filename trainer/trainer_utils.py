@@ -1,4 +1,4 @@
-"""What all trainers share: their arguments, and `Run`, the verbs of a training loop.
+"""What all trainers share: model and data to begin with, and `Run`, the verbs of a training loop.
 
 A trainer reads, in every stage:
 
@@ -14,23 +14,19 @@ A trainer reads, in every stage:
 `Run` never calls the model, computes no loss and does not own the loop.
 """
 
-import errno
 import json
 import math
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,11 +39,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import Batch, Rows, WindowCollator, WindowSampler, document_lengths
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
+from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import OUT, ROOT, atomic_write, find_weights, load_model, save_weights
+from model.weights import atomic_write, find_weights, load_model, save_weights
 from trainer import hardware
+from trainer.arguments import TrainArgs
 from trainer.checkpoint import (
     changed_share,
     identity_of,
@@ -57,169 +53,14 @@ from trainer.checkpoint import (
     seed_everything,
     stored_values,
 )
+from trainer.command import out_of_memory
 from trainer.forecast import duration, forecast
 from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
-CHECKPOINTS = ROOT / "checkpoints"
-DATASET = ROOT / "dataset"
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
-
-
-# -- arguments -------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainArgs:
-    """The arguments of every trainer. A stage's own class changes defaults and adds its own."""
-
-    data_path: list[str] = option([], "JSONL file(s) to train on, .jsonl or .jsonl.gz")
-    val_path: list[str] = option([], "held-out file(s); default: a share of data_path")
-    val_share: float = option(0.01, "share of the documents held out where val_path is not given")
-    val_documents: int = option(256, "how many held-out documents an evaluation uses at most")
-    from_weight: str = option("none", "stage to start from, such as pretrain; none: from nothing")
-    save_weight: str = option("", "name of the weights that are made; default: the stage's")
-    save_dir: str = option(str(OUT), "folder for weights, metrics and plots")
-    checkpoint_dir: str = option(str(CHECKPOINTS), "folder for what --resume needs")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
-
-    epochs: int = option(1, "times to go through the data")
-    max_steps: int = option(0, "updates to make at most; 0: all that the epochs hold")
-    batch_size: int = option(32, "rows a device takes at once")
-    accumulation_steps: int = option(1, "batches added up for one update")
-    max_seq_len: int = option(512, "tokens in a row")
-    packing: bool = option(True, "several documents a row; 0: one, padded")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the matrices, AdamW the rest")
-    learning_rate: float = option(5e-4, "the peak; the same meaning for both optimizers")
-    lr_schedule: Literal["trapezoid", "cosine", "constant"] = option(
-        "trapezoid", "after the warm-up; trapezoid: constant, then linearly to 0 over the 2nd half"
-    )
-    warmup_steps: int = option(50, "updates over which the learning rate rises")
-    weight_decay: float = option(0.1, "on matrices only, decoupled")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
-
-    hidden_size: int | None = option(None, "width; default: 512, or that of from_weight")
-    num_hidden_layers: int | None = option(None, "depth; default: 8, or that of from_weight")
-    num_attention_heads: int | None = option(None, "query heads; default: 8")
-    num_key_value_heads: int | None = option(None, "key/value heads; default: 2")
-    qk_norm: bool | None = option(None, "normalise queries and keys, as Qwen3 and MiniMind-3")
-    dropout: float = option(0.0, "share of activations set to 0 while training")
-    use_moe: bool = option(False, "mixture of experts; not in this version")
-    gradient_checkpointing: bool = option(False, "less memory for a third more time")
-
-    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
-    dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", "to compute in on CUDA; elsewhere float32, which is faster there"
-    )
-    num_workers: int = option(1, "processes that make batches ahead")
-    seed: int = option(42, "of weights, order and sampling")
-
-    log_interval: int = option(100, "updates between lines of the log")
-    eval_interval: int = option(500, "updates between evaluations on held-out data; 0: at the end")
-    save_interval: int = option(100, "updates between saves; 0: at the end")
-    resume: bool = option(False, "go on from the checkpoint of this run, if there is one")
-    from_resume: bool = option(False, "the same as --resume")
-    use_wandb: bool = option(False, "log to a tracker too")
-    tracker: Literal["wandb", "swanlab"] = option("wandb", "which, with --use_wandb")
-    wandb_project: str = option("MiniMind", "the tracker's project")
-
-    def __post_init__(self) -> None:
-        """UserError for values that make no sense, before anything is loaded."""
-        positive = "epochs batch_size accumulation_steps max_seq_len learning_rate log_interval"
-        not_negative = "max_steps warmup_steps weight_decay grad_clip eval_interval save_interval"
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name} must be a finite number, not {value}")
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in f"{not_negative} val_documents num_workers seed".split():
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
-        if not 0 <= self.val_share < 1:
-            raise UserError(f"--val_share must be at least 0 and less than 1, not {self.val_share}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout must be at least 0 and less than 1, not {self.dropout}")
-        if self.seed >= 2**31:
-            raise UserError(f"--seed must be less than 2^31, not {self.seed}")
-        if self.max_seq_len < 2:
-            raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
-        if self.use_moe:
-            raise UserError("--use_moe 1: this version trains dense models only")
-        self.resume = self.resume or self.from_resume
-
-
-def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None:
-    """The command line of a trainer: parse and train; a mistake or an accident ends it with one
-    sentence and exit code 2, and no process group is left behind."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    code = 1
-    try:
-        with exit_on_user_error():
-            try:
-                main(parse_arguments(kind, about))
-                code = 0
-            except (OSError, RuntimeError) as error:
-                told = accident(error)
-                if told is None:
-                    raise
-                raise told from error
-            except UserError:
-                if several and os.environ.get("RANK") != "0":
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                    time.sleep(3)  # most likely all processes see it: the first one tells it
-                raise
-    except SystemExit as end:
-        code = end.code
-    except KeyboardInterrupt:
-        print("stopped at once, nothing saved", file=sys.stderr)
-        code = 130  # as shells have it
-    except Exception:
-        if not several:
-            raise
-        traceback.print_exc()
-    if code and several:  # a thread that waits for a dead process would keep this one from ending
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if code:
-        sys.exit(code)
-
-
-def accident(error: Exception) -> UserError | None:
-    """What befell a training from outside, in a sentence; None for a bug, which keeps its trace."""
-    text, go_on = str(error), "--resume goes on from the last checkpoint"
-    if isinstance(error, OSError) and not isinstance(error, dist.DistError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return UserError(
-                f"the disk is full ({error.filename or error}); make room, and {go_on}"
-            )
-        return UserError(f"{error.filename or 'a file'}: {error.strerror or error}; {go_on}")
-    if out_of_memory(error):
-        return UserError(
-            "out of memory; try a smaller --batch_size with more --accumulation_steps, "
-            "--gradient_checkpointing 1, or a smaller model"
-        )
-    if "DataLoader worker" in text or isinstance(error, BrokenProcessPool):
-        return UserError(
-            "a process that prepares data was killed, most likely for want of memory; try "
-            f"--num_workers 0, and {go_on}"
-        )
-    if isinstance(error, dist.DistError) or "/gloo/" in text or "NCCL" in text:
-        return UserError(
-            "another process of this training has died, so this one ends too; what that one said "
-            f"tells why, and {go_on}"
-        )
-    return None
-
-
-def out_of_memory(error: Exception) -> bool:
-    on_cpu = "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
 
 # -- model and data --------------------------------------------------------------------------------
