@@ -16,6 +16,8 @@ import torch.distributed as dist
 from model.command_line import parse_arguments
 from model.errors import UserError, exit_on_user_error
 
+WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
+
 
 def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None:
     """The command line of a trainer: parse and train; a mistake or an accident ends it with one
@@ -27,7 +29,7 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
             try:
                 main(parse_arguments(kind, about))
                 code = 0
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, EOFError) as error:
                 told = accident(error)
                 if told is None:
                     raise
@@ -59,7 +61,13 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
 def accident(error: Exception) -> UserError | None:
     """What befell a training from outside, in a sentence; None for a bug, which keeps its trace."""
     text, go_on = str(error), "--resume goes on from the last checkpoint"
-    if isinstance(error, OSError) and not isinstance(error, dist.DistError):
+    # a worker that dies breaks the pipe, or is noticed by the DataLoader or the pool, as it happens
+    if "DataLoader worker" in text or isinstance(error, WORKER_DIED):
+        return UserError(
+            "a process that prepares data was killed, most likely for want of memory; try "
+            f"--num_workers 0, and {go_on}"
+        )
+    if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return UserError(
                 f"the disk is full ({error.filename or error}); make room, and {go_on}"
@@ -69,11 +77,6 @@ def accident(error: Exception) -> UserError | None:
         return UserError(
             "out of memory; try a smaller --batch_size with more --accumulation_steps, "
             "--gradient_checkpointing 1, or a smaller model"
-        )
-    if "DataLoader worker" in text or isinstance(error, BrokenProcessPool):
-        return UserError(
-            "a process that prepares data was killed, most likely for want of memory; try "
-            f"--num_workers 0, and {go_on}"
         )
     if isinstance(error, dist.DistError) or "/gloo/" in text or "NCCL" in text:
         return UserError(
