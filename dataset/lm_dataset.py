@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash
 
 CACHE = ROOT / "dataset" / ".cache"
-FORMAT = 1  # part of the cache's name: raise it whenever the encoding changes
+FORMAT = 2  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_TASK = 500
+TASKS_PER_BATCH = 20  # few batches: the head of each costs a mapped file 64 kB of memory or more
 FEW_BYTES = 1_000_000
 TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
     "<tool_call>",
@@ -383,7 +384,9 @@ def tokenise_files(
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for ids, trained, lengths, consumed in encode_lines(files, kind, tokenizer, workers):
+            stretches = encode_lines(files, kind, tokenizer, workers)
+            while some := list(islice(stretches, TASKS_PER_BATCH)):
+                ids, trained, lengths = map(np.concatenate, list(zip(*some, strict=True))[:3])
                 all_ids.update(ids.astype("<i4").tobytes())
                 all_lengths.update(lengths.astype("<i8").tobytes())
                 offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
@@ -392,7 +395,7 @@ def tokenise_files(
                     for values in (ids.astype(number), trained)
                 )
                 writer.write_batch(pa.RecordBatch.from_arrays(list(columns), schema=schema))
-                bar.update(consumed)
+                bar.update(sum(consumed for *_, consumed in some))
         flush_to_disk(partial)
         both = hashlib.sha256(all_ids.digest() + all_lengths.digest()).hexdigest()
         arrow.with_suffix(".sha256").write_text(both[:16])
