@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,11 +33,13 @@ from trainer.hardware import describe_machine, resolve_device
 from trainer.plots import plot_losses
 
 HIDDEN_SIZE = 192
+TRIAL_STEPS = 30
 # Small batches and many updates, for there is little data and little time. Four heads of 48 see
 # positions better than eight of 24; normalised queries and keys bear the high learning rate.
+SIZES = f"""--hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
+    --num_key_value_heads 4 --qk_norm 1"""
 PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretrain_hq_val.jsonl
-    --hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
-    --num_key_value_heads 4 --qk_norm 1 --learning_rate 8e-3 --epochs 1"""
+    {SIZES} --learning_rate 8e-3 --epochs 1"""
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
     --hidden_size {HIDDEN_SIZE} --learning_rate 6e-3 --epochs 2"""
 COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device} --max_seq_len 256
@@ -59,6 +62,9 @@ class Args:
     report: str = option(str(OUT / "demo_report.json"), "the figures, as JSON")
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
+    minutes: float = option(
+        8.5, "training time, both together; a slow machine makes fewer updates; 0: no limit"
+    )
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")
 
@@ -70,8 +76,9 @@ def main(args: Args) -> dict:
 
     console.rule("1. data, made from dataset/demo.py and dataset/demo/")
     write_demo_data(data, seed=42)
-    pretrained = train(console, "2. pretraining", train_pretrain, PRETRAIN, data, args)
-    tuned = train(console, "3. fine-tuning", train_full_sft, SFT, data, args)
+    third = args.minutes * 60 / 3
+    pretrained = train(console, "2. pretraining", train_pretrain, PRETRAIN, third, args)
+    tuned = train(console, "3. fine-tuning", train_full_sft, SFT, 2 * third, args)
 
     console.rule("4. a first conversation")
     tokenizer = load_tokenizer()
@@ -104,19 +111,38 @@ def main(args: Args) -> dict:
     return report
 
 
-def train(console: Console, title: str, stage, flags: str, data: Path, args: Args) -> dict:
-    """Run a trainer with these flags, and show the command that would do the same."""
+def train(
+    console: Console, title: str, stage, flags: str, seconds: float, args: Args
+) -> dict[str, Any]:
+    """Run a trainer with these flags for at most so many seconds, and show the command that would
+    do the same."""
     console.rule(title)
-    words = f"{flags} {COMMON}".split()
-    words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
     # filled in word by word: a path may have spaces
-    words = [word.format(data=data, out=args.output, device=args.device) for word in words]
+    places = dict(data=Path(args.output) / "data", out=args.output, device=args.device)
+    words = [word.format(**places) for word in f"{flags} {COMMON}".split()]
+    steps = args.max_steps
+    if seconds and not steps:
+        console.print(f"how fast is this machine? {TRIAL_STEPS} updates to find out")
+        steps = steps_within(seconds, stage, words, Path(args.output) / "trial")
+    words += ["--max_steps", str(steps)] if steps else []
     script = Path(stage.__file__).name
     console.print(f"$ python trainer/{script} {shlex.join(words)}\n", soft_wrap=True)
     result = stage.main(parse_arguments(stage.Args, arguments=words))
     if result["stopped"]:
         raise UserError("the demo was stopped")
     return result
+
+
+def steps_within(seconds: float, stage, words: list[str], folder: Path) -> int:
+    """How many updates of a trainer with these flags fit the time, judged by some first ones."""
+    few = f"--max_steps {TRIAL_STEPS} --val_documents 4 --log_interval 5 --save_interval 0".split()
+    places = ["--save_dir", str(folder), "--checkpoint_dir", str(folder)]
+    from_weight = [] if stage is train_pretrain else ["--from_weight", "none", *SIZES.split()]
+    args = parse_arguments(stage.Args, arguments=[*words, *few, *places, *from_weight])
+    records = [record for record in stage.main(args)["records"] if "loss" in record]
+    _, first, *_, last = records  # the very first updates are slow
+    each = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    return max(1, round(seconds / each))
 
 
 def held_out_tests(data: Path, most: int = 0) -> dict[str, list[dict]]:

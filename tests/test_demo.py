@@ -1,10 +1,12 @@
 """`make demo` from end to end, with a few updates only."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from scripts import demo
+from trainer import train_pretrain
 
 
 @pytest.mark.slow
@@ -37,3 +39,12 @@ def test_tests_are_grouped_by_skill(tmp_path):
     counts = {name: len(rows) for name, rows in demo.held_out_tests(tmp_path).items()}
     assert counts == {"x": 2, "y": 1, "textbook": 3}
     assert len(demo.held_out_tests(tmp_path, most=1)["x"]) == 1
+
+
+def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path):
+    """Two seconds an update, but for the first ones."""
+    times = {1: 9.0, 5: 20.0, 10: 30.0, 30: 70.0}
+    records = [{"step": step, "seconds": seconds, "loss": 1.0} for step, seconds in times.items()]
+    stage = SimpleNamespace(Args=train_pretrain.Args, main=lambda args: {"records": records})
+    words = ["--data_path", "x", "--max_steps", "7"]
+    assert demo.steps_within(100, stage, words, tmp_path) == 50
