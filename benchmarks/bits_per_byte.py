@@ -39,15 +39,15 @@ class Args:
 
 def read_texts(path: str | Path, documents: int) -> list[str]:
     """The first CHARACTERS characters of the first documents of a JSONL file."""
+    lines = islice(read_lines(path), documents)
+    return [json.loads(line)["text"][:CHARACTERS] for line in lines]
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
     path = check_file(path)
     opened = gzip.open if str(path).endswith(".gz") else open
-
-    def texts() -> Iterator[str]:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)["text"][:CHARACTERS]
-
-    return list(islice(texts(), documents))
+    with opened(path, "rt", encoding="utf-8") as file:
+        yield from file
 
 
 @torch.inference_mode()

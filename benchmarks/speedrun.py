@@ -1,17 +1,20 @@
-"""Time to quality: how soon a recipe reaches the bits per byte that the plain way has at its end.
+"""Time to quality: how soon a recipe is as good as the plain way is at its end.
 
     python benchmarks/speedrun.py --data_path FILE --val_path FILE [--json FILE] [--long 1]
+    python benchmarks/speedrun.py --stage full_sft --from_weight W.pth --data_path … --val_path …
 
-The model has a fixed size: 256×6 (5.87M parameters), or 512×8 with --long. Held-out bits per byte
-are those of bits_per_byte.py, on the first 300 documents of the validation file. Only training is
-timed: not tokenising, evaluation or saving.
+The model has a fixed size: 256×6 (5.87M parameters), or 512×8 with --long. Quality is held-out bits
+per byte by the rule of bits_per_byte.py, or with --stage full_sft the loss of the answers' tokens,
+on the first 300 documents of the validation file. Only training is timed: not tokenising,
+evaluation or saving.
 
 - The baseline is the plain way, written out below: a Llama of transformers, one document a row,
-  cut off at 512 tokens and padded to them, 32 rows an update, AdamW at 5e-4, cosine over one epoch
-  to a tenth, no warm-up, gradients clipped to norm 1, float32. 12 minutes.
-- The recipe is what train_pretrain.py does by default, its schedule fitted to the time it is given
-  (some steps before tell how many go into it): for each of --budgets, from the shortest, until a
-  run ends below the baseline; and for 4 minutes.
+  cut off at 512 tokens and padded to them, 32 rows an update (16 in fine-tuning), AdamW at 5e-4
+  (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine over one
+  epoch to a tenth, no warm-up, gradients clipped to norm 1, float32. 12 minutes.
+- The recipe is what the trainer does by default, its schedule fitted to the time it is given (some
+  updates before tell how many go into it): for each of --budgets, from the shortest, until a run
+  ends below the baseline; and for 4 minutes.
 
 seconds_to_baseline is when the shortest such run passed the baseline's figure, interpolated between
 two evaluations; ratio is the baseline's time over it.
@@ -21,48 +24,65 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from bits_per_byte import bits_per_byte, read_texts
+from bits_per_byte import bits_per_byte, read_lines, read_texts
 from datasets import Dataset
 from matplotlib import pyplot as plt
 from peers import peer_of
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dataset.lm_dataset import load_documents
+from dataset.packing import Rows, WindowSampler, collate
 from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
-from model.model_minimind import MiniMindConfig
-from model.weights import OUT, load_tokenizer, write_json
-from trainer import train_pretrain
+from model.errors import UserError, exit_on_user_error
+from model.model_minimind import IGNORED, MiniMindConfig
+from model.weights import OUT, load_model, load_tokenizer, write_json
+from trainer import train_full_sft, train_pretrain
 from trainer.hardware import describe_machine
 from trainer.plots import save_figure
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
-Curve = list[tuple[float, float]]  # (seconds of training, bits per byte)
+Curve = list[tuple[float, float]]  # (seconds of training, held-out figure)
+TRAINERS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
+KINDS = {"pretrain": "text", "full_sft": "conversations"}
+FIGURES = {"pretrain": "bpb", "full_sft": "loss"}
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity
 class Args:
-    data_path: str = option("", 'JSONL of {"text": …}, .jsonl or .jsonl.gz')
+    stage: Literal["pretrain", "full_sft"] = option("pretrain", "what to train")
+    data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz")
     val_path: str = option("", "held-out documents, likewise")
+    from_weight: str = option("", "with --stage full_sft: the .pth that all begin with")
     long: bool = option(False, "512×8 instead of 256×6")
     baseline_minutes: float = option(12.0, "how long the plain way trains")
-    baseline_bpb: float = option(0.0, "do not run the baseline, it came to this")
-    budgets: list[float] = option([40, 50, 60, 75, 90, 120, 180], "seconds to try, ascending")
+    baseline_lrs: list[float] = option([2e-4, 5e-4, 1e-3], "learning rates tried in fine-tuning")
+    baseline_figure: float = option(0.0, "do not run the baseline, it came to this")
+    budgets: list[float] = option([20, 25, 30, 40, 50, 60, 75, 90], "seconds to try, ascending")
     minutes: float = option(4.0, "how long the recipe trains in its second run; 0: leave it out")
-    recipe: str = option("", "further flags of train_pretrain.py, for experiments")
+    recipe: str = option("", "further flags of the trainer, for experiments")
     seed: int = option(42, "of weights and order")
     plot: str = option(str(OUT / "speedrun.png"), "the curves")
     json: str = option("", "also write the figures to this file")
+
+    def __post_init__(self) -> None:
+        if self.stage == "full_sft" and not self.from_weight:
+            raise UserError("--stage full_sft needs the weights to begin with: --from_weight FILE")
+
+    @property
+    def figure(self) -> str:
+        return FIGURES[self.stage]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -71,36 +91,35 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
-    tokenizer = load_tokenizer()
-    texts = read_texts(args.val_path, DOCUMENTS)
-    curves: dict[str, Curve] = {}
+    figure, curves = args.figure, {}
     report: dict[str, Any] = {
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
+        "stage": args.stage,
         "data": Path(args.data_path).name,
         "recipe": args.recipe,
         **args.sizes,
     }
-    if not args.baseline_bpb:
-        curves["baseline"], speed = train_plainly(args, tokenizer, texts)
-        args.baseline_bpb = curves["baseline"][-1][1]
-        report["baseline_tokens_per_second"] = round(speed, 1)
-    report["baseline_bpb"] = round(args.baseline_bpb, 4)
+    if not args.baseline_figure:
+        curves["baseline"], more = baseline(args)
+        report |= more
+        args.baseline_figure = curves["baseline"][-1][1]
+    report[f"baseline_{figure}"] = round(args.baseline_figure, 4)
     report["baseline_minutes"] = args.baseline_minutes
     for seconds in sorted(args.budgets):
-        curve = train_by_recipe(args, texts, seconds)
-        if curve[-1][1] <= args.baseline_bpb:
+        curve = train_by_recipe(args, seconds)
+        if curve[-1][1] <= args.baseline_figure:
             curves[f"recipe, {seconds:g} s"] = curve
-            reached = passing(curve, args.baseline_bpb)
+            reached = passing(curve, args.baseline_figure)
             report["seconds_to_baseline"] = round(reached, 1)
             report["ratio"] = round(args.baseline_minutes * 60 / reached, 2)
             break
     if args.minutes:
-        curve = train_by_recipe(args, texts, args.minutes * 60)
+        curve = train_by_recipe(args, args.minutes * 60)
         curves[f"recipe, {args.minutes:g} min"] = curve
-        report[f"bpb_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
+        report[f"{figure}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
     report["curves"] = {
-        name: [[round(seconds, 1), round(bpb, 4)] for seconds, bpb in curve]
+        name: [[round(seconds, 1), round(value, 4)] for seconds, value in curve]
         for name, curve in curves.items()
     }
     print(json.dumps({k: v for k, v in report.items() if k != "curves"}, indent=2))
@@ -113,26 +132,81 @@ def main(args: Args) -> dict[str, Any]:
 # -- the plain way ---------------------------------------------------------------------------------
 
 
+def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
+    """The plain way's curve, and what else there is to report of it."""
+    tokenizer = load_tokenizer()
+    documents = load_documents(args.data_path, KINDS[args.stage], tokenizer)
+    evaluate = held_out_figure(args)
+    seconds = args.baseline_minutes * 60
+    if args.stage == "pretrain":
+        torch.manual_seed(args.seed)
+        model = peer_of(MiniMindConfig(**args.sizes), use_cache=False)
+        curve, speed = train_plainly(model, documents, evaluate, 5e-4, 32, seconds, args.seed)
+        return curve, {"baseline_tokens_per_second": round(speed, 1)}
+
+    def tuned(lr: float, seconds: float) -> tuple[Curve, float]:
+        model = load_model(Path(args.from_weight), tokenizer=tokenizer)
+        peer = peer_of(model.config, use_cache=False)
+        peer.load_state_dict(model.state_dict())
+        return train_plainly(peer, documents, evaluate, lr, 16, seconds, args.seed)
+
+    tried = {lr: tuned(lr, seconds / 3)[0][-1][1] for lr in args.baseline_lrs}
+    best = min(tried, key=tried.get)
+    curve, speed = tuned(best, seconds)
+    return curve, {
+        "baseline_tokens_per_second": round(speed, 1),
+        "baseline_lr": best,
+        "baseline_lrs": {str(lr): round(loss, 4) for lr, loss in tried.items()},
+    }
+
+
+def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
+    """What measures a model of transformers as the trainer measures its own."""
+    tokenizer = load_tokenizer()
+    if args.stage == "pretrain":
+        texts = read_texts(args.val_path, DOCUMENTS)
+        return lambda model: bits_per_byte(model, tokenizer, texts)
+    documents = load_documents(args.val_path, "conversations", tokenizer)
+    rows = Rows(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
+    order = np.argsort(rows.pieces.length, kind="stable")
+
+    @torch.inference_mode()
+    def loss(model: PreTrainedModel) -> float:
+        nats = labelled = 0.0
+        for at in range(0, len(rows), 16):
+            batch = collate([rows[row] for row in order[at : at + 16].tolist()])
+            logits = model(batch.input_ids).logits[:, :-1]  # padding stands behind the text
+            labels = batch.labels[:, 1:]
+            nats += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
+            labelled += batch.labelled
+        return nats / labelled
+
+    return loss
+
+
 def train_plainly(
-    args: Args, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+    model: PreTrainedModel,
+    documents: Dataset,
+    evaluate: Callable[[PreTrainedModel], float],
+    learning_rate: float,
+    batch_size: int,
+    limit: float,
+    seed: int,
 ) -> tuple[Curve, float]:
-    """The baseline's curve, and its real tokens a second."""
-    documents = load_documents(args.data_path, "text", tokenizer)
-    torch.manual_seed(args.seed)
-    model = peer_of(MiniMindConfig(**args.sizes), use_cache=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    steps = math.ceil(len(documents) / 32)
+    """The curve of the plain way in so many seconds, and its real tokens a second."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    steps = math.ceil(len(documents) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, step / steps)))
     )
-    limit = args.baseline_minutes * 60
-    curve: Curve = [(0.0, bits_per_byte(model, tokenizer, texts))]
+    curve: Curve = [(0.0, evaluate(model))]
     seconds = tokens = 0.0
-    bar = tqdm(total=round(limit), unit="s", desc="baseline")
-    for ids in padded_batches(documents, args.seed):
+    bar = tqdm(total=round(limit), unit="s", desc=f"baseline, learning rate {learning_rate:g}")
+    for ids, labels in padded_batches(documents, batch_size, seed):
         start = time.perf_counter()
-        real = ids != tokenizer.pad_token_id
-        labels = ids.masked_fill(~real, -100)
+        real = ids != 0
         model(input_ids=ids, attention_mask=real.long(), labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -143,82 +217,115 @@ def train_plainly(
         bar.update(round(seconds) - bar.n)
         over = seconds >= limit
         if over or seconds - curve[-1][0] > limit / 12:
-            curve.append((seconds, bits_per_byte(model, tokenizer, texts)))
-            bar.set_postfix(bpb=f"{curve[-1][1]:.3f}")
+            curve.append((seconds, evaluate(model)))
+            bar.set_postfix(held_out=f"{curve[-1][1]:.3f}")
         if over:
             break
     bar.close()
     return curve, tokens / seconds
 
 
-def padded_batches(documents: Dataset, seed: int) -> Iterator[torch.Tensor]:
-    """[32, 512] token ids, a document a row, shuffled anew in every epoch."""
+def padded_batches(
+    documents: Dataset, batch_size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and labels [batch_size, 512], a document a row, shuffled anew in every epoch."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(documents))
-        for at in range(0, len(order), 32):
-            batch = np.zeros((32, ROW), dtype=np.int64)
-            for row, ids in zip(batch, documents[order[at : at + 32]]["input_ids"], strict=False):
-                row[: min(ROW, len(ids))] = ids[:ROW]
-            yield torch.from_numpy(batch)
+        for at in range(0, len(order), batch_size):
+            ids = np.zeros((batch_size, ROW), dtype=np.int64)
+            labels = np.full_like(ids, IGNORED)
+            some = documents[order[at : at + batch_size]]
+            for row, (tokens, trained) in enumerate(
+                zip(some["input_ids"], some["trained"], strict=True)
+            ):
+                tokens, trained = tokens[:ROW], trained[:ROW]
+                ids[row, : len(tokens)] = tokens
+                labels[row, : len(tokens)] = np.where(trained, tokens, IGNORED)
+            yield torch.from_numpy(ids), torch.from_numpy(labels)
 
 
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-def train_by_recipe(args: Args, texts: list[str], seconds: float) -> Curve:
-    """The curve of train_pretrain.py with as many steps as fit the time."""
+def train_by_recipe(args: Args, seconds: float) -> Curve:
+    """The curve of the trainer with as many updates as fit the time."""
+    settings = parse_arguments(TRAINERS[args.stage].Args, None, args.recipe.split())
+    full = settings.batch_size * settings.accumulation_steps
+    sampler = WindowSampler(10**9, batch_size=full, batch_ramp=settings.batch_ramp)
+    fixed, per_row = seconds_of_an_update(args)
+    steps, needed = 0, 0.0
+    for before, after in sampler.windows():
+        needed += fixed + per_row * (after - before)
+        if needed > seconds:
+            break
+        steps += 1
+    records = train(args, args.recipe, max_steps=steps, eval_interval=math.ceil(steps / 12))
+    name = f"val_{args.figure}"
+    return [(r["seconds"], r[name]) for r in records if name in r]
+
+
+@cache
+def seconds_of_an_update(args: Args) -> tuple[float, float]:
+    """What an update takes in any case, and more for each row: from some of 2 rows and of 8."""
+    took = {}
+    for rows in (2, 8):
+        flags = f"{args.recipe} --batch_ramp 0 --batch_size {rows} --accumulation_steps 1"
+        records = train(args, flags, max_steps=25, eval_interval=0)
+        _, first, *_, last = [record for record in records if "loss" in record]
+        took[rows] = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    per_row = (took[8] - took[2]) / 6
+    return took[2] - 2 * per_row, per_row
+
+
+def train(args: Args, more: str, **settings: int) -> list[dict]:
+    """The log of the trainer, with its defaults and these flags."""
     with tempfile.TemporaryDirectory() as folder:
         held_out = Path(folder) / "val.jsonl"
-        held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-        def train(max_steps: int, eval_interval: int) -> list[dict]:
-            flags = {
-                "data_path": args.data_path,
-                "val_path": held_out,
-                "val_documents": DOCUMENTS,
-                "epochs": 100,
-                "max_steps": max_steps,
-                "eval_interval": eval_interval,
-                "log_interval": 5,
-                "save_interval": 0,
-                "save_dir": folder,
-                "checkpoint_dir": folder,
-                "seed": args.seed,
-                **args.sizes,
-            }
-            words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-            words += args.recipe.split()
-            return train_pretrain.main(parse_arguments(train_pretrain.Args, None, words))["records"]
-
-        trial = [record for record in train(20, 0) if "loss" in record]
-        per_step = (trial[-1]["seconds"] - trial[1]["seconds"]) / (
-            trial[-1]["step"] - trial[1]["step"]
-        )
-        steps = round(seconds / per_step)
-        records = train(steps, math.ceil(steps / 12))
-    return [(r["seconds"], r["val_bpb"]) for r in records if "val_bpb" in r]
+        if args.stage == "pretrain":
+            texts = read_texts(args.val_path, DOCUMENTS)
+            held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            held_out.write_text("".join(islice(read_lines(args.val_path), DOCUMENTS)))
+        flags = {
+            "data_path": args.data_path,
+            "val_path": held_out,
+            "val_documents": DOCUMENTS,
+            "from_weight": args.from_weight or "none",
+            "epochs": 100,
+            "log_interval": 5,
+            "save_interval": 0,
+            "save_dir": folder,
+            "checkpoint_dir": folder,
+            "seed": args.seed,
+            **args.sizes,
+            **settings,
+        }
+        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        trainer = TRAINERS[args.stage]
+        return trainer.main(parse_arguments(trainer.Args, None, words + more.split()))["records"]
 
 
-def passing(curve: Curve, bpb: float) -> float:
+def passing(curve: Curve, figure: float) -> float:
     """When the curve falls below that figure."""
     before = (0.0, math.inf)
     for seconds, value in curve:
-        if value <= bpb:
+        if value <= figure:
             if before[1] == math.inf:
                 return seconds
-            share = (before[1] - bpb) / (before[1] - value)
+            share = (before[1] - figure) / (before[1] - value)
             return before[0] + share * (seconds - before[0])
         before = (seconds, value)
-    raise ValueError(f"the curve ends at {curve[-1][1]}, above {bpb}")
+    raise ValueError(f"the curve ends at {curve[-1][1]}, above {figure}")
 
 
 def plot(curves: dict[str, Curve], args: Args) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*[p for p in curve if p[0] > 0], strict=True), "o-", ms=3, label=name)
-    axes.axhline(args.baseline_bpb, color="grey", lw=0.8, ls="--")
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out bits per byte")
+    axes.axhline(args.baseline_figure, color="grey", lw=0.8, ls="--")
+    label = {"bpb": "bits per byte", "loss": "loss, nats a token of the answers"}[args.figure]
+    axes.set(xscale="log", xlabel="seconds of training", ylabel=f"held-out {label}")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, args.plot)

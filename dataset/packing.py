@@ -193,10 +193,16 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
 class WindowSampler(torch.utils.data.Sampler):
     """Which rows this rank reads for each update ("window"), epoch after epoch.
 
-    The order of all rows depends on seed and epoch alone. A window takes the next
-    batch_size · accumulation_steps · ranks of them, and its micro-batches are dealt out to the
-    ranks in turn, so that any number of ranks walks through the same rows in the same order. The
-    last window of an epoch is what is left; a rank left without rows gets an empty one (None).
+    The order of all rows depends on seed and epoch alone, and a window takes the next of them: any
+    number of ranks walks through the same rows in the same order. A full window has
+    batch_size · accumulation_steps · ranks rows; its micro-batches are dealt out to the ranks in
+    turn. The last window of an epoch is what is left; a rank left without rows gets an empty one
+    (None).
+
+    With `batch_ramp` n, windows grow: each has at least FIRST_WINDOW rows and an n-th of the rows
+    trained so far, until they are full. How many rows an update should average over grows with
+    what the model has learnt (arXiv 1812.06162, 2410.21676): at first even a few agree on where
+    to go.
     """
 
     def __init__(
@@ -209,36 +215,47 @@ class WindowSampler(torch.utils.data.Sampler):
         seed: int = 42,
         rank: int = 0,
         ranks: int = 1,
+        batch_ramp: int = 0,
     ):
         self.rows, self.batch_size, self.epochs, self.seed = rows, batch_size, epochs, seed
         self.window = batch_size * accumulation_steps * ranks
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.batch_ramp = rank, ranks, batch_ramp
         self.start = 0  # rows already trained, in all epochs together
 
-    def __len__(self) -> int:
-        epoch, offset = divmod(self.start, self.rows)
-        if epoch >= self.epochs:
-            return 0
-        whole = -(-self.rows // self.window)  # windows of an epoch, the last one perhaps smaller
-        return -(-(self.rows - offset) // self.window) + (self.epochs - epoch - 1) * whole
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """Of each window from `start` on, the rows trained before it and after it."""
+        place = self.start
+        while place < self.rows * self.epochs:
+            size = self.window
+            if self.batch_ramp:
+                size = min(size, max(FIRST_WINDOW, place // self.batch_ramp))
+            after = min(place + size, (place // self.rows + 1) * self.rows)
+            yield place, after
+            place = after
 
-    def place_after(self, place: int) -> int:
-        """Rows trained once the window that begins at `place` is done."""
-        return min(place + self.window, (place // self.rows + 1) * self.rows)
+    def __len__(self) -> int:
+        return sum(1 for _ in self.windows())
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        first, offset = divmod(self.start, self.rows)
-        for epoch in range(first, self.epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-            for at in range(offset, self.rows, self.window):
-                window = order[at : at + self.window].tolist()
-                step = self.batch_size * self.ranks
-                mine: list[int | None] = []
-                for micro in range(0, len(window), step):
-                    begin = micro + self.rank * self.batch_size
-                    mine += window[begin : begin + self.batch_size] or [None]
-                yield mine
-            offset = 0
+        epoch = None
+        for place, after in self.windows():
+            if place // self.rows != epoch:
+                epoch = place // self.rows
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            begin = place - epoch * self.rows
+            yield self.share(order[begin : begin + after - place].tolist())
+
+    def share(self, window: list[int]) -> list[int | None]:
+        """This rank's rows of a window; of each micro-step, a micro-batch or a filler."""
+        batch = min(self.batch_size, -(-len(window) // self.ranks))
+        mine: list[int | None] = []
+        for micro in range(0, len(window), batch * self.ranks):
+            begin = micro + self.rank * batch
+            mine += window[begin : begin + batch] or [None]
+        return mine
+
+
+FIRST_WINDOW = 2  # rows
 
 
 @dataclass

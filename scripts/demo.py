@@ -43,7 +43,7 @@ PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretra
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
     --hidden_size {HIDDEN_SIZE} --learning_rate 6e-3 --epochs 2"""
 COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device} --max_seq_len 256
-    --batch_size 8 --accumulation_steps 1 --optimizer muon --eval_interval 300 --log_interval 20"""
+    --batch_size 8 --accumulation_steps 1 --batch_ramp 0 --eval_interval 300 --log_interval 20"""
 QUESTIONS = [
     "Who are you?",
     "你是谁？",

@@ -701,9 +701,9 @@ def test_a_document_cannot_feel_what_stands_beside_it(tiny_model):
 # -- order -----------------------------------------------------------------------------------------
 
 SETTINGS = [
-    dict(rows=rows, batch_size=batch, accumulation_steps=steps, ranks=ranks, epochs=epochs)
-    for rows, batch, steps, ranks, epochs in product(
-        (1, 2, 5, 12, 13), (1, 3), (1, 2), (1, 2, 3), (1, 3)
+    dict(rows=rows, batch_size=batch, accumulation_steps=steps, ranks=ranks, epochs=n, batch_ramp=r)
+    for rows, batch, steps, ranks, n, r in product(
+        (1, 2, 5, 12, 13), (1, 3), (1, 2), (1, 2, 3), (1, 3), (0, 3)
     )
 ]
 
@@ -716,9 +716,10 @@ def windows(rank=0, start=0, **setting) -> list[list[int | None]]:
 
 def as_one_rank_sees_them(setting, start=0) -> list[list[int]]:
     """Windows of all ranks put together: their micro-batches in turn, without fillers."""
-    size, together = setting["batch_size"], []
+    together = []
     ranks = [windows(rank, start, **setting) for rank in range(setting["ranks"])]
     for parts in zip(*ranks, strict=True):
+        size = min(setting["batch_size"], len(parts[0]))  # the first rank's first is a full one
         micro = [[part[at : at + size] for at in range(0, len(part), size)] for part in parts]
         turns = zip(*micro, strict=True)  # each rank has as many micro-batches
         together.append([row for turn in turns for part in turn for row in part if row is not None])
@@ -769,7 +770,7 @@ def test_going_on_from_any_window_gives_the_rest():
             sampler.start = place
             assert list(sampler) == whole[done:]
             assert len(sampler) == len(whole) - done
-            place = sampler.place_after(place)
+            place = next(sampler.windows(), (place, place))[1]
 
 
 def test_going_on_with_other_ranks_drops_and_repeats_no_row():
@@ -780,6 +781,21 @@ def test_going_on_with_other_ranks_drops_and_repeats_no_row():
         setting = {**alone, "ranks": ranks, "accumulation_steps": steps}
         rest = [row for window in as_one_rank_sees_them(setting, start) for row in window]
         assert rest == order[start:]
+
+
+def test_windows_grow_with_what_is_trained():
+    sizes = list(map(len, windows(rows=100, batch_size=4, accumulation_steps=4, batch_ramp=10)))
+    assert sizes[:10] == [2] * 10  # up to row 20 a tenth would be less
+    trained = np.cumsum([0, *sizes])[:-1]
+    assert sizes == [min(max(2, t // 10), 100 - t) for t in trained]
+    later = list(map(len, windows(rows=100, batch_size=4, epochs=3, batch_ramp=10)))
+    assert max(later) == 4 and later[-25:] == [4] * 25  # full from row 40 on
+
+
+def test_small_windows_are_shared_out_evenly():
+    for rank in range(2):
+        first = windows(rank, rows=100, batch_size=8, batch_ramp=10, ranks=2)[0]
+        assert len(first) == 1
 
 
 def test_the_number_of_windows_left_is_right_after_windows_of_another_size():

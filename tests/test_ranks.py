@@ -79,12 +79,14 @@ def windows(any_stage) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch_size", "accumulation_steps"), [(1, 1, 4), (2, 1, 2), (2, 2, 1), (3, 1, 2)]
+    ("ranks", "batch_size", "accumulation_steps", "batch_ramp"),
+    [(1, 1, 4, 0), (2, 1, 2, 0), (2, 2, 1, 0), (3, 1, 2, 0), (2, 2, 1, 2)],
 )
 def test_however_a_window_is_shared_out_the_training_is_the_same(
-    any_stage, windows, ranks, batch_size, accumulation_steps
+    any_stage, windows, ranks, batch_size, accumulation_steps, batch_ramp
 ):
     train, window = any_stage, ranks * batch_size * accumulation_steps
+    windows["batch_ramp"] = batch_ramp
     train("one", batch_size=window, **windows)
     shape = dict(batch_size=batch_size, accumulation_steps=accumulation_steps)
     together(train, ranks, **windows, **shape)

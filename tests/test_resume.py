@@ -291,6 +291,17 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, sett
         assert same(everything(train, str(step)), whole)
 
 
+def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed):
+    """24 rows in updates of 2, 2, 2, 3, 4, 6 and the rest of 5."""
+    common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
+    train("whole", **common)
+    assert [record["step"] for record in train.log("whole")] == list(range(1, 8))
+    for step in (2, 5):
+        killed(step, train, str(step), **common)
+        train(str(step), resume=True, **common)
+        assert same(everything(train, str(step)), everything(train, "whole"))
+
+
 def test_what_came_after_the_checkpoint_is_done_and_logged_once(train, killed):
     common = dict(max_steps=6, save_interval=2)
     train("whole", **common)
@@ -353,7 +364,7 @@ def stopped(tmp_path_factory):
         (dict(seed=7), "42", "7"),
         (dict(max_steps=3), "2", "3"),
         (dict(epochs=9), "1", "9"),
-        (dict(optimizer="muon"), "'adamw'", "'muon'"),
+        (dict(optimizer="adamw"), "'muon'", "'adamw'"),
         (dict(packing=True), "False", "True"),
         (dict(num_hidden_layers=1), "2", "1"),
         (dict(dropout=0.5), "0.0", "0.5"),

@@ -29,7 +29,16 @@ from model.weights import ROOT
 from trainer import hardware, train_full_sft, train_pretrain, trainer_utils
 from trainer.arguments import TrainArgs
 from trainer.evaluation import answer, continuation, held_out_loss
-from trainer.optimizers import learning_rate_factor, make_optimizer, split_parameters
+from trainer.optimizers import (
+    EMBEDDING,
+    MUON,
+    VECTORS,
+    Muon,
+    learning_rate_factor,
+    make_optimizer,
+    orthogonal,
+    split_parameters,
+)
 from trainer.plots import plot_losses
 from trainer.trainer_utils import BAD_STEPS, Run, read_rows, starting_model
 
@@ -103,10 +112,10 @@ def test_the_gradient_is_no_longer_than_grad_clip(train, monkeypatch, limit, cli
         return step(self)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", measured)
-    records = logged(train(grad_clip=limit, max_steps=3))
+    records = logged(train(grad_clip=limit, max_steps=3, optimizer="adamw"))
     whole = [record["grad_norm"] for record in records]
     assert min(whole) > 0.05
-    assert norms == pytest.approx([limit] * 3 if clipped else whole, abs=1e-4)
+    assert norms == pytest.approx([limit] * 3 if clipped else whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -115,13 +124,14 @@ def test_every_group_follows_the_schedule(train, monkeypatch, optimizer):
 
     def watched(self, model, optimizer):
         update(self, model, optimizer)
-        rates.append({group["lr"] for group in optimizer.param_groups})
+        rates.append({group["lr"] / group["peak_lr"] for group in optimizer.param_groups})
 
     monkeypatch.setattr(Run, "update", watched)
     records = logged(train(optimizer=optimizer, max_steps=6, lr_schedule="cosine"))
-    expected = [1e-3 * learning_rate_factor("cosine", step, 6, 2) for step in range(6)]
-    assert [rate for (rate,) in rates] == pytest.approx(expected)
-    assert [record["lr"] for record in records] == pytest.approx(expected)
+    expected = [learning_rate_factor("cosine", step, step / 6, 2) for step in range(6)]
+    for factors, factor in zip(rates, expected, strict=True):
+        assert list(factors) == pytest.approx([factor] * len(factors))
+    assert [record["lr"] for record in records] == pytest.approx([1e-3 * f for f in expected])
 
 
 BY_HAND = {  # (schedule, steps, warmup): the factor of each step
@@ -132,13 +142,15 @@ BY_HAND = {  # (schedule, steps, warmup): the factor of each step
     ("trapezoid", 4, 9): [1 / 10, 2 / 10, 3 / 10, 4 / 10],
     ("cosine", 4, 0): [1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5)],
     ("cosine", 2, 1): [1 / 2, 0.55],
+    ("linear", 4, 0): [1, 3 / 4, 2 / 4, 1 / 4],
+    ("linear", 4, 1): [1 / 2, 3 / 4, 2 / 4, 1 / 4],
 }
 
 
 @pytest.mark.parametrize(("case", "factors"), BY_HAND.items())
 def test_the_schedules_by_hand(case, factors):
     schedule, steps, warmup = case
-    ours = [learning_rate_factor(schedule, step, steps, warmup) for step in range(steps)]
+    ours = [learning_rate_factor(schedule, s, s / steps, warmup) for s in range(steps)]
     assert ours == pytest.approx(factors)
 
 
@@ -171,21 +183,67 @@ def test_weight_decay_shrinks_matrices_only(make_model, name):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
+    rate = 0.1 * (MUON if name == "muon" else 1)
     for key, parameter in model.named_parameters():
-        factor = 1 - 0.1 * 0.5 if "_proj" in key else 1
+        factor = 1 - rate * 0.5 if "_proj" in key else 1
         assert_close(parameter.detach(), before[key] * factor)
 
 
-def test_muon_moves_a_matrix_as_far_as_adamw(make_model):
-    """The root mean square of an update is about 0.2 · learning rate."""
+@pytest.mark.parametrize(("name", "multiple"), [("adamw", 1), ("muon", MUON)])
+def test_one_learning_rate_maps_to_every_group(make_model, name, multiple):
+    model = make_model()
+    optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    multiples = {"matrices": multiple, "embedding": EMBEDDING, "vectors": VECTORS}
+    for role, parameters in split_parameters(model).items():
+        for parameter in parameters:
+            assert rates[id(parameter)] == pytest.approx(0.1 * multiples[role])
+
+
+def test_muon_moves_a_matrix_by_its_rate(make_model):
+    """The root mean square of an update is about 0.2 · its learning rate, as AdamW's is."""
     model = make_model()
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    optimizer = make_optimizer(model, "muon", learning_rate=0.1, weight_decay=0.0)
+    optimizer = make_optimizer(model, "muon", learning_rate=0.1 / MUON, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     optimizer.step()
     moved = (model.model.layers[0].mlp.up_proj.weight - before).square().mean().sqrt().item()
     assert moved == pytest.approx(0.02, rel=0.25)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 88), (88, 32)])
+def test_orthogonal_is_the_polar_factor_nearly(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    ours = orthogonal(matrices)
+    mapped = (left.mT @ ours @ right.mT).diagonal(dim1=-2, dim2=-1)  # what became of each value
+    assert_close(ours, left @ (mapped[..., None] * right), 1e-4)  # no direction has changed
+    strong = values / values.square().sum(-1, keepdim=True).sqrt() > 0.01
+    assert strong.float().mean() > 0.9
+    assert (mapped[strong] - 1).abs().max() < 0.28
+
+
+def test_muon_is_momentum_looked_ahead_and_orthogonal():
+    """Two steps by hand, of two matrices of one shape and one of another."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [
+        torch.nn.Parameter(torch.randn(*shape, generator=generator))
+        for shape in [(8, 16), (8, 16), (16, 16)]
+    ]
+    expected = [matrix.detach().clone() for matrix in matrices]
+    averages = [torch.zeros_like(matrix) for matrix in expected]
+    optimizer = Muon(matrices, lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        for k, matrix in enumerate(matrices):
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+            averages[k] = 0.8 * averages[k] + 0.2 * matrix.grad
+            ahead = 0.8 * averages[k] + 0.2 * matrix.grad
+            update = 0.2 * max(matrix.shape) ** 0.5 * orthogonal(ahead[None])[0]
+            expected[k] = (1 - 0.1 * 0.5) * expected[k] - 0.1 * update
+        optimizer.step()
+    for matrix, value in zip(matrices, expected, strict=True):
+        assert_close(matrix.detach(), value, 1e-5)
 
 
 # -- not finite ------------------------------------------------------------------------------------

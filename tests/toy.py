@@ -23,6 +23,7 @@ TINY = dict(
     packing=False,  # so that there are as many rows as documents
     batch_size=2,
     accumulation_steps=1,
+    batch_ramp=0,
     learning_rate=1e-3,
     warmup_steps=2,
     val_share=0.0,

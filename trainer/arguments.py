@@ -10,6 +10,7 @@ from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
 DATASET = ROOT / "dataset"
+LEARNING_RATE = "the peak for matrices under AdamW; the others follow from it (optimizers.py)"
 
 
 @dataclass
@@ -30,14 +31,19 @@ class TrainArgs:
     max_steps: int = option(0, "updates to make at most; 0: all that the epochs hold")
     batch_size: int = option(32, "rows a device takes at once")
     accumulation_steps: int = option(1, "batches added up for one update")
+    batch_ramp: int = option(
+        0, "n: updates begin small and grow, with an n-th of the rows trained so far; 0: all full"
+    )
     max_seq_len: int = option(512, "tokens in a row")
     packing: bool = option(True, "several documents a row; 0: one, padded")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the matrices, AdamW the rest")
-    learning_rate: float = option(5e-4, "the peak; the same meaning for both optimizers")
-    lr_schedule: Literal["trapezoid", "cosine", "constant"] = option(
-        "trapezoid", "after the warm-up; trapezoid: constant, then linearly to 0 over the 2nd half"
+    optimizer: Literal["adamw", "muon"] = option(
+        "muon", "muon: for the matrices, AdamW the rest; learns more from each update"
     )
-    warmup_steps: int = option(50, "updates over which the learning rate rises")
+    learning_rate: float = option(5e-4, LEARNING_RATE)
+    lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = option(
+        "linear", "after the warm-up: to 0; trapezoid: over the 2nd half only; cosine: to a tenth"
+    )
+    warmup_steps: int = option(10, "updates over which the learning rate rises")
     weight_decay: float = option(0.1, "on matrices only, decoupled")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no limit")
 
@@ -76,7 +82,7 @@ class TrainArgs:
         for name in positive.split():
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in f"{not_negative} val_documents num_workers seed".split():
+        for name in f"{not_negative} batch_ramp val_documents num_workers seed".split():
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
         if not 0 <= self.val_share < 1:

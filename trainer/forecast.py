@@ -1,6 +1,7 @@
 """What to expect of a training, told before its first step: data, steps, memory, time, loss."""
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,7 @@ def forecast(
         UserError: a batch cannot fit this machine, with one that would.
     """
     args, parameters = run.args, count_parameters(model)
-    at_once = args.batch_size * args.accumulation_steps * run.ranks  # rows of an update
-    tokens = min(rows.tokens * args.epochs, run.steps_in_all * rows.tokens / len(rows) * at_once)
+    tokens = run.rows_in_all * rows.tokens / len(rows)
     kind = str(run.dtype).removeprefix("torch.")
     lines = [
         f"{run.name}: {parameters / 1e6:.2f}M parameters, {run.origin['machine']}, {kind}, "
@@ -35,7 +35,7 @@ def forecast(
         f"{args.max_seq_len} ({rows.fill:.1%} full, {1 - rows.fill:.1%} wasted on padding)"
         + (f"; {rows.cut:,} documents are longer than a row and cut" if rows.cut else "")
         + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
-        f"training: {run.steps_in_all:,} steps of {at_once} rows, {tokens:,.0f} tokens",
+        f"training: {run.steps_in_all:,} steps of {window_sizes(run)} rows, {tokens:,.0f} tokens",
     ]
     told, smaller_batch = memory_forecast(run, parameters, min(args.batch_size, len(rows)))
     lines.append(told)
@@ -56,6 +56,12 @@ def forecast(
     elif kind != args.dtype:
         lines.append(f"{run.device.type} trains in float32; --dtype is for CUDA")
     return lines, smaller_batch
+
+
+def window_sizes(run: "Run") -> str:
+    """Rows of an update: of the first, and of the largest."""
+    sizes = [after - before for before, after in islice(run.sampler.windows(), run.steps_in_all)]
+    return f"{sizes[0]} to {max(sizes)}" if sizes[0] < max(sizes) else f"{sizes[0]}"
 
 
 def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, str]:

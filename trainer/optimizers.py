@@ -1,9 +1,83 @@
 """What turns gradients into better weights: AdamW or Muon, and the learning rate over time."""
 
 import math
+from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+# --learning_rate is that of AdamW for matrices, the one that people quote. The other roles bear
+# more: an orthogonal update spends nothing on a few strong directions, and a token's vector, or a
+# norm's, is a small part of what a batch moves (measured: benchmarks/RECIPE_LOG.md).
+MUON = 5
+EMBEDDING = 30
+VECTORS = 20
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    A gradient matrix has a few strong directions and many weak ones, and a step along it learns
+    little but the strong. Muon takes from the averaged gradient M = U·S·Vᵀ only U·Vᵀ, so that all
+    directions are learnt at one speed:
+
+        M ← momentum · M + (1 − momentum) · gradient
+        W ← (1 − lr · decay) · W − lr · 0.2 · √max(rows, columns) · U·Vᵀ of (Nesterov's look ahead)
+
+    The factor gives the update the size of AdamW's (arXiv 2502.16982). Matrices of one shape are
+    worked on together, which takes a few large operations instead of many small ones.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.8))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape].append(matrix)
+            for matrices in alike.values():
+                self.step_together(matrices, group)
+
+    def step_together(self, matrices: list[nn.Parameter], group: dict) -> None:
+        """One update of matrices of the same shape."""
+        momentum = group["momentum"]
+        gradients = [matrix.grad for matrix in matrices]
+        averages = [self.average(matrix) for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, averages, momentum)
+        updates = orthogonal(torch.stack(ahead))
+        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)
+
+    def average(self, matrix: nn.Parameter) -> Tensor:
+        state = self.state[matrix]
+        if not state:
+            state["average"] = torch.zeros_like(matrix)
+        return state["average"]
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """U·Vᵀ of each matrix U·S·Vᵀ, nearly. [N, rows, columns] → the same.
+
+    An odd polynomial of a matrix, a·X + b·(XXᵀ)X + c·(XXᵀ)²X, is the same polynomial of its
+    singular values. Three of them in a row bring singular values between 0.01 and 1 (smaller ones
+    are noise) to 1 ± 0.27, which serves as well as exactly 1. Each is the best approximation of 1
+    on the interval that the one before leaves (Polar Express, arXiv 2505.16932).
+    """
+    wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if wide else matrices.mT  # XXᵀ is smaller
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)  # no singular value beyond 1
+    for a, b, c in POLYNOMIALS:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)]
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -53,42 +127,40 @@ def make_optimizer(
 ) -> Together:
     """AdamW for everything, or Muon for the matrices and AdamW for the rest.
 
-    `learning_rate` means the same for both: Muon's update is an orthogonal matrix, scaled to the
-    size of AdamW's (0.2·√max(rows, columns), arXiv 2502.16982). Weight decay is decoupled and for
-    the matrices only: norms and embeddings have no reason to shrink.
+    `learning_rate` means the same for both: that of AdamW for matrices, from which those of all
+    groups follow (MULTIPLES). Weight decay is decoupled and for the matrices only: norms and
+    embeddings have no reason to shrink.
     """
     groups = split_parameters(model)
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    adamw_groups = [
-        {"params": groups["embedding"], "weight_decay": 0.0},
-        {"params": groups["vectors"], "weight_decay": 0.0},
+    matrices = groups["matrices"]
+    rest = [
+        {"params": groups[role], "lr": multiple * learning_rate, "weight_decay": 0.0}
+        for role, multiple in (("embedding", EMBEDDING), ("vectors", VECTORS))
+        if groups[role]
     ]
-    if name == "adamw":
-        adamw_groups.insert(0, {"params": groups["matrices"], "weight_decay": weight_decay})
-    adamw_groups = [group for group in adamw_groups if group["params"]]
-    adamw = torch.optim.AdamW(adamw_groups, lr=learning_rate, betas=(0.9, 0.95), fused=fused)
-    if name == "adamw":
-        return Together(adamw)
-    muon = torch.optim.Muon(
-        groups["matrices"],
-        lr=learning_rate,
-        weight_decay=weight_decay,
-        momentum=0.95,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return Together(muon, adamw)
+    if name == "muon":
+        return Together(Muon(matrices, MUON * learning_rate, weight_decay), adamw(rest))
+    first = {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay}
+    return Together(adamw([first, *rest]))
 
 
-def learning_rate_factor(schedule: str, step: int, steps: int, warmup_steps: int) -> float:
-    """What the peak learning rate is multiplied with at update `step` of `steps` (from 0).
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, betas=(0.8, 0.99), fused=fused)
 
-    A linear warm-up, then: "cosine" down to a tenth, "trapezoid" constant and over the second
-    half linearly to 0, or "constant".
+
+def learning_rate_factor(schedule: str, step: int, done: float, warmup_steps: int) -> float:
+    """What the peak learning rate is multiplied with at update `step` (from 0), before which the
+    share `done` of all rows was trained.
+
+    A linear warm-up, then: "linear" down to 0 (arXiv 2502.15938), "cosine" down to a tenth,
+    "trapezoid" constant and over the second half linearly to 0, or "constant".
     """
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
-    done = step / max(1, steps)
-    if schedule == "constant":
-        return warmup
+    if schedule == "linear":
+        return min(warmup, 1 - done)
     if schedule == "trapezoid":
         return min(warmup, 2 * (1 - done))
-    return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    if schedule == "cosine":
+        return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    return warmup

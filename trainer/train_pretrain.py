@@ -26,6 +26,9 @@ from trainer.trainer_utils import Run, read_rows, starting_model
 class Args(TrainArgs):
     data_path: list[str] = option([str(DATASET / "pretrain_hq.jsonl")], 'JSONL of {"text": …}')
     accumulation_steps: int = option(8, "batches added up for one update")
+    batch_ramp: int = option(
+        200, "n: updates begin small and grow, with an n-th of the rows trained so far; 0: all full"
+    )
 
 
 def main(args: Args) -> dict[str, Any]:

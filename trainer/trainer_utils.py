@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ class Run:
         self.flops = hardware.peak_flops(self.device, self.dtype)
 
         self.step, self.steps_in_all = 0, 0  # updates made, and to be made
-        self.rows_seen = 0  # place in the data, all epochs counted
+        self.rows_seen, self.rows_in_all = 0, 0  # place in the data, all epochs counted
+        self.done = 0.0  # share of the rows trained before this update
         self.tokens = 0  # trained so far, padding not counted
         self.seconds = 0.0  # spent training so far; evaluation and saving are not counted
         self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
@@ -246,6 +248,7 @@ class Run:
             seed=args.seed,
             rank=self.rank,
             ranks=self.ranks,
+            batch_ramp=args.batch_ramp,
         )
         self.sampler = sampler
         self.plan_steps()
@@ -263,8 +266,10 @@ class Run:
         """The windows that are left, from where the run stands; after a resume with another number
         of ranks they are of another size than those before."""
         self.sampler.start = self.rows_seen
-        steps = self.step + len(self.sampler)
-        self.steps_in_all = min(steps, self.args.max_steps or steps)
+        limit = max(0, self.args.max_steps - self.step) if self.args.max_steps else None
+        ends = [after for _, after in islice(self.sampler.windows(), limit)]
+        self.steps_in_all = self.step + len(ends)
+        self.rows_in_all = ends[-1] if ends else self.rows_seen
 
     def steps(self, loader: DataLoader) -> Iterator[Window]:
         """The windows from where the run stands to its end, or until a signal stops it."""
@@ -280,14 +285,15 @@ class Run:
         with signals_set(self), self.bar:
             batches = iter(loader) if self.step < self.steps_in_all else iter(())
             self.clock = time.perf_counter()  # waiting for data counts
-            for micro_batches in batches:
+            places = self.sampler.windows()
+            for micro_batches, (before, after) in zip(batches, places, strict=False):
                 window = Window(batch.to(self.device) for batch in micro_batches)
                 labelled, tokens = self.sum_over_ranks(
                     sum(batch.labelled for batch in window), sum(batch.tokens for batch in window)
                 )
                 window.labelled, window.tokens = max(1, int(labelled)), int(tokens)
                 self.step += 1
-                self.rows_seen = self.sampler.place_after(self.rows_seen)
+                self.done, self.rows_seen = before / self.rows_in_all, after
                 self.pending["tokens"] += window.tokens
                 yield window
                 self.bar.update()
@@ -331,7 +337,7 @@ class Run:
         change nothing; several times in a row they end the run with a UserError."""
         args = self.args
         self.lr_factor = learning_rate_factor(
-            args.lr_schedule, self.step - 1, self.steps_in_all, args.warmup_steps
+            args.lr_schedule, self.step - 1, self.done, args.warmup_steps
         )
         for each in optimizer.optimizers:
             for group in each.param_groups:
