@@ -47,12 +47,12 @@ class Args:
 
 def main(args: Args) -> dict:
     data, out = Path(args.data_dir), Path(args.output)
-    pretrained = train_for(args, train_pretrain, "pretrain", learning_rate=5e-3)
+    pretrained = train_for(args, train_pretrain, "pretrain", learning_rate=5e-4)
     tuned = train_for(
         args,
         train_full_sft,
         "sft",
-        learning_rate=2e-3,
+        learning_rate=2e-4,
         from_weight=str(weight_path("pretrain", args.hidden_size, out)),
     )
     tokenizer = load_tokenizer()
@@ -94,7 +94,7 @@ def train_for(args: Args, stage, name: str, **settings) -> dict:
                 batch_size=8,
                 accumulation_steps=1,
                 epochs=50,
-                optimizer="muon",
+                batch_ramp=0,
                 save_interval=0,
                 log_interval=20,
                 **settings,

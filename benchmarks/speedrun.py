@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -50,16 +49,18 @@ from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
 from trainer.hardware import describe_machine
 from trainer.plots import save_figure
+from trainer.trainer_utils import FIRST_WINDOW
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
 Curve = list[tuple[float, float]]  # (seconds of training, held-out figure)
-TRAINERS = {"pretrain": train_pretrain, "full_sft": train_full_sft}
-KINDS = {"pretrain": "text", "full_sft": "conversations"}
-FIGURES = {"pretrain": "bpb", "full_sft": "loss"}
+STAGES = {  # stage: its trainer, the kind of its data, the figure that counts, and its name
+    "pretrain": (train_pretrain, "text", "bpb", "bits per byte"),
+    "full_sft": (train_full_sft, "conversations", "loss", "loss, nats a token of the answers"),
+}
 
 
-@dataclass(eq=False)  # hashed by identity
+@dataclass
 class Args:
     stage: Literal["pretrain", "full_sft"] = option("pretrain", "what to train")
     data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz")
@@ -81,17 +82,14 @@ class Args:
             raise UserError("--stage full_sft needs the weights to begin with: --from_weight FILE")
 
     @property
-    def figure(self) -> str:
-        return FIGURES[self.stage]
-
-    @property
     def sizes(self) -> dict[str, int]:
         width, depth = (512, 8) if self.long else (256, 6)
         return {"hidden_size": width, "num_hidden_layers": depth}
 
 
 def main(args: Args) -> dict[str, Any]:
-    figure, curves = args.figure, {}
+    _, _, figure, _ = STAGES[args.stage]
+    curves: dict[str, Curve] = {}
     report: dict[str, Any] = {
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
@@ -100,30 +98,36 @@ def main(args: Args) -> dict[str, Any]:
         "recipe": args.recipe,
         **args.sizes,
     }
-    if not args.baseline_figure:
+    goal = args.baseline_figure
+    if not goal:
         curves["baseline"], more = baseline(args)
         report |= more
-        args.baseline_figure = curves["baseline"][-1][1]
-    report[f"baseline_{figure}"] = round(args.baseline_figure, 4)
-    report["baseline_minutes"] = args.baseline_minutes
-    for seconds in sorted(args.budgets):
-        curve = train_by_recipe(args, seconds)
-        if curve[-1][1] <= args.baseline_figure:
-            curves[f"recipe, {seconds:g} s"] = curve
-            reached = passing(curve, args.baseline_figure)
-            report["seconds_to_baseline"] = round(reached, 1)
-            report["ratio"] = round(args.baseline_minutes * 60 / reached, 2)
-            break
-    if args.minutes:
-        curve = train_by_recipe(args, args.minutes * 60)
-        curves[f"recipe, {args.minutes:g} min"] = curve
-        report[f"{figure}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
+        goal = curves["baseline"][-1][1]
+    report |= {f"baseline_{figure}": round(goal, 4), "baseline_minutes": args.baseline_minutes}
+    report |= {"seconds_to_baseline": None, "ratio": None}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Recipe(args, Path(folder))
+        for seconds in sorted(args.budgets):
+            curve = recipe.curve(seconds)
+            if curve[-1][1] <= goal:
+                curves[f"recipe, {seconds:g} s"] = curve
+                reached = passing(curve, goal)
+                report["seconds_to_baseline"] = round(reached, 1)
+                report["ratio"] = round(args.baseline_minutes * 60 / reached, 2)
+                break
+        else:
+            print(f"no run of {args.budgets} s reached the baseline's {goal:.4f}")
+        if args.minutes:
+            curve = recipe.curve(args.minutes * 60)
+            curves[f"recipe, {args.minutes:g} min"] = curve
+            report[f"{figure}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
+            report["seconds_of_that"] = round(curve[-1][0], 1)
     report["curves"] = {
         name: [[round(seconds, 1), round(value, 4)] for seconds, value in curve]
         for name, curve in curves.items()
     }
     print(json.dumps({k: v for k, v in report.items() if k != "curves"}, indent=2))
-    plot(curves, args)
+    plot(curves, goal, args)
     if args.json:
         write_json(args.json, report)
     return report
@@ -135,7 +139,7 @@ def main(args: Args) -> dict[str, Any]:
 def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
     """The plain way's curve, and what else there is to report of it."""
     tokenizer = load_tokenizer()
-    documents = load_documents(args.data_path, KINDS[args.stage], tokenizer)
+    documents = load_documents(args.data_path, STAGES[args.stage][1], tokenizer)
     evaluate = held_out_figure(args)
     seconds = args.baseline_minutes * 60
     if args.stage == "pretrain":
@@ -228,14 +232,15 @@ def train_plainly(
 def padded_batches(
     documents: Dataset, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels [batch_size, 512], a document a row, shuffled anew in every epoch."""
+    """Token ids and labels [batch_size, 512], a document a row, shuffled anew in every epoch, the
+    last batch of which is smaller."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(documents))
         for at in range(0, len(order), batch_size):
-            ids = np.zeros((batch_size, ROW), dtype=np.int64)
-            labels = np.full_like(ids, IGNORED)
             some = documents[order[at : at + batch_size]]
+            ids = np.zeros((len(some["input_ids"]), ROW), dtype=np.int64)
+            labels = np.full_like(ids, IGNORED)
             for row, (tokens, trained) in enumerate(
                 zip(some["input_ids"], some["trained"], strict=True)
             ):
@@ -248,62 +253,69 @@ def padded_batches(
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-def train_by_recipe(args: Args, seconds: float) -> Curve:
-    """The curve of the trainer with as many updates as fit the time."""
-    settings = parse_arguments(TRAINERS[args.stage].Args, None, args.recipe.split())
-    full = settings.batch_size * settings.accumulation_steps
-    sampler = WindowSampler(10**9, batch_size=full, batch_ramp=settings.batch_ramp)
-    fixed, per_row = seconds_of_an_update(args)
-    steps, needed = 0, 0.0
-    for before, after in sampler.windows():
-        needed += fixed + per_row * (after - before)
-        if needed > seconds:
-            break
-        steps += 1
-    records = train(args, args.recipe, max_steps=steps, eval_interval=math.ceil(steps / 12))
-    name = f"val_{args.figure}"
-    return [(r["seconds"], r[name]) for r in records if name in r]
+class Recipe:
+    """The stage's trainer with its defaults, as many updates as fit a time, on the CPU."""
 
-
-@cache
-def seconds_of_an_update(args: Args) -> tuple[float, float]:
-    """What an update takes in any case, and more for each row: from some of 2 rows and of 8."""
-    took = {}
-    for rows in (2, 8):
-        flags = f"{args.recipe} --batch_ramp 0 --batch_size {rows} --accumulation_steps 1"
-        records = train(args, flags, max_steps=25, eval_interval=0)
-        _, first, *_, last = [record for record in records if "loss" in record]
-        took[rows] = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    per_row = (took[8] - took[2]) / 6
-    return took[2] - 2 * per_row, per_row
-
-
-def train(args: Args, more: str, **settings: int) -> list[dict]:
-    """The log of the trainer, with its defaults and these flags."""
-    with tempfile.TemporaryDirectory() as folder:
-        held_out = Path(folder) / "val.jsonl"
-        if args.stage == "pretrain":
+    def __init__(self, args: Args, folder: Path):
+        self.args, self.folder = args, folder
+        self.trainer, kind, figure, _ = STAGES[args.stage]
+        self.figure = f"val_{figure}"
+        self.held_out = folder / "val.jsonl"
+        if kind == "text":
             texts = read_texts(args.val_path, DOCUMENTS)
-            held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            lines = [json.dumps({"text": text}) + "\n" for text in texts]
         else:
-            held_out.write_text("".join(islice(read_lines(args.val_path), DOCUMENTS)))
+            lines = list(islice(read_lines(args.val_path), DOCUMENTS))
+        self.held_out.write_text("".join(lines), encoding="utf-8")
+        # what an update takes in any case, and more for each row
+        two, eight = self.seconds_of_an_update(2), self.seconds_of_an_update(8)
+        self.per_row = (eight - two) / 6
+        self.fixed = two - 2 * self.per_row
+
+    def seconds_of_an_update(self, rows: int) -> float:
+        size = f"--batch_ramp 0 --batch_size {rows} --accumulation_steps 1 --val_share 0"
+        records = self.train(size, max_steps=25)
+        _, first, *_, last = [record for record in records if "loss" in record]
+        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+
+    def curve(self, seconds: float) -> Curve:
+        steps = max(1, self.steps_within(seconds))
+        every = math.ceil(steps / 12)
+        held_out = f"--val_path {self.held_out} --val_documents {DOCUMENTS}"
+        records = self.train(held_out, max_steps=steps, eval_interval=every)
+        return [(r["seconds"], r[self.figure]) for r in records if self.figure in r]
+
+    def steps_within(self, seconds: float) -> int:
+        settings = parse_arguments(self.trainer.Args, None, self.args.recipe.split())
+        full = settings.batch_size * settings.accumulation_steps
+        first = max(1, FIRST_WINDOW // settings.max_seq_len)
+        ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
+        steps, needed = 0, 0.0
+        for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():
+            needed += self.fixed + self.per_row * (after - before)
+            if needed > seconds:
+                break
+            steps += 1
+        return steps
+
+    def train(self, more: str, **settings: int) -> list[dict]:
+        """The trainer's log, with these flags after those of --recipe."""
         flags = {
-            "data_path": args.data_path,
-            "val_path": held_out,
-            "val_documents": DOCUMENTS,
-            "from_weight": args.from_weight or "none",
+            "data_path": self.args.data_path,
+            "from_weight": self.args.from_weight or "none",
+            "device": "cpu",
             "epochs": 100,
             "log_interval": 5,
             "save_interval": 0,
-            "save_dir": folder,
-            "checkpoint_dir": folder,
-            "seed": args.seed,
-            **args.sizes,
+            "save_dir": self.folder,
+            "checkpoint_dir": self.folder,
+            "seed": self.args.seed,
+            **self.args.sizes,
             **settings,
         }
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        trainer = TRAINERS[args.stage]
-        return trainer.main(parse_arguments(trainer.Args, None, words + more.split()))["records"]
+        words += [*self.args.recipe.split(), *more.split()]
+        return self.trainer.main(parse_arguments(self.trainer.Args, None, words))["records"]
 
 
 def passing(curve: Curve, figure: float) -> float:
@@ -319,13 +331,13 @@ def passing(curve: Curve, figure: float) -> float:
     raise ValueError(f"the curve ends at {curve[-1][1]}, above {figure}")
 
 
-def plot(curves: dict[str, Curve], args: Args) -> None:
+def plot(curves: dict[str, Curve], goal: float, args: Args) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*[p for p in curve if p[0] > 0], strict=True), "o-", ms=3, label=name)
-    axes.axhline(args.baseline_figure, color="grey", lw=0.8, ls="--")
-    label = {"bpb": "bits per byte", "loss": "loss, nats a token of the answers"}[args.figure]
-    axes.set(xscale="log", xlabel="seconds of training", ylabel=f"held-out {label}")
+    axes.axhline(goal, color="grey", lw=0.8, ls="--")
+    what = STAGES[args.stage][3]
+    axes.set(xscale="log", xlabel="seconds of training", ylabel=f"held-out {what}")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, args.plot)

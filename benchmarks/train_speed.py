@@ -308,6 +308,8 @@ class MiniMind:
             num_hidden_layers=self.args.num_hidden_layers,
             max_seq_len=self.args.max_seq_len,
             batch_size=self.args.batch_size,
+            batch_ramp=0,
+            optimizer="adamw",
             accumulation_steps=1,
             learning_rate=5e-4,
             epochs=ENDLESS,

@@ -199,10 +199,10 @@ class WindowSampler(torch.utils.data.Sampler):
     turn. The last window of an epoch is what is left; a rank left without rows gets an empty one
     (None).
 
-    With `batch_ramp` n, windows grow: each has at least FIRST_WINDOW rows and an n-th of the rows
-    trained so far, until they are full. How many rows an update should average over grows with
-    what the model has learnt (arXiv 1812.06162, 2410.21676): at first even a few agree on where
-    to go.
+    With `batch_ramp` n, windows grow: each has an n-th of the rows trained so far, but at least
+    `first_window` and at most a full window. How many rows an update should average over grows
+    with what the model has learnt (arXiv 1812.06162, 2410.21676): at first even a few agree on
+    where to go.
     """
 
     def __init__(
@@ -216,10 +216,12 @@ class WindowSampler(torch.utils.data.Sampler):
         rank: int = 0,
         ranks: int = 1,
         batch_ramp: int = 0,
+        first_window: int = 1,
     ):
         self.rows, self.batch_size, self.epochs, self.seed = rows, batch_size, epochs, seed
         self.window = batch_size * accumulation_steps * ranks
-        self.rank, self.ranks, self.batch_ramp = rank, ranks, batch_ramp
+        self.rank, self.ranks = rank, ranks
+        self.batch_ramp, self.first_window = batch_ramp, first_window
         self.start = 0  # rows already trained, in all epochs together
 
     def windows(self) -> Iterator[tuple[int, int]]:
@@ -228,7 +230,7 @@ class WindowSampler(torch.utils.data.Sampler):
         while place < self.rows * self.epochs:
             size = self.window
             if self.batch_ramp:
-                size = min(size, max(FIRST_WINDOW, place // self.batch_ramp))
+                size = min(size, max(self.first_window, place // self.batch_ramp))
             after = min(place + size, (place // self.rows + 1) * self.rows)
             yield place, after
             place = after
@@ -253,9 +255,6 @@ class WindowSampler(torch.utils.data.Sampler):
             begin = micro + self.rank * batch
             mine += window[begin : begin + batch] or [None]
         return mine
-
-
-FIRST_WINDOW = 2  # rows
 
 
 @dataclass

@@ -39,11 +39,11 @@ TRIAL_STEPS = 30
 SIZES = f"""--hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
     --num_key_value_heads 4 --qk_norm 1"""
 PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretrain_hq_val.jsonl
-    {SIZES} --learning_rate 8e-3 --epochs 1"""
+    {SIZES} --learning_rate 1e-3 --epochs 1 --max_seq_len 256 --batch_size 8"""
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
-    --hidden_size {HIDDEN_SIZE} --learning_rate 6e-3 --epochs 2"""
-COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device} --max_seq_len 256
-    --batch_size 8 --accumulation_steps 1 --batch_ramp 0 --eval_interval 300 --log_interval 20"""
+    --hidden_size {HIDDEN_SIZE} --learning_rate 8e-4 --epochs 3 --max_seq_len 160 --batch_size 12"""
+COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device}
+    --accumulation_steps 1 --batch_ramp 0 --eval_interval 300 --log_interval 20"""
 QUESTIONS = [
     "Who are you?",
     "你是谁？",
@@ -63,7 +63,7 @@ class Args:
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
     minutes: float = option(
-        8.5, "training time, both together; a slow machine makes fewer updates; 0: no limit"
+        9.6, "training time, both together; a slow machine makes fewer updates; 0: no limit"
     )
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")

@@ -784,18 +784,20 @@ def test_going_on_with_other_ranks_drops_and_repeats_no_row():
 
 
 def test_windows_grow_with_what_is_trained():
-    sizes = list(map(len, windows(rows=100, batch_size=4, accumulation_steps=4, batch_ramp=10)))
+    growing = dict(rows=100, batch_size=4, batch_ramp=10, first_window=2)
+    sizes = list(map(len, windows(**growing, accumulation_steps=4)))
     assert sizes[:10] == [2] * 10  # up to row 20 a tenth would be less
     trained = np.cumsum([0, *sizes])[:-1]
     assert sizes == [min(max(2, t // 10), 100 - t) for t in trained]
-    later = list(map(len, windows(rows=100, batch_size=4, epochs=3, batch_ramp=10)))
+    later = list(map(len, windows(**growing, epochs=3)))
     assert max(later) == 4 and later[-25:] == [4] * 25  # full from row 40 on
 
 
 def test_small_windows_are_shared_out_evenly():
-    for rank in range(2):
-        first = windows(rank, rows=100, batch_size=8, batch_ramp=10, ranks=2)[0]
-        assert len(first) == 1
+    for rank, count in ((0, 2), (1, 2), (2, 1)):
+        common = dict(rows=100, batch_size=8, batch_ramp=10, ranks=3)
+        first = windows(rank, **common, first_window=5)[0]
+        assert len(first) == count and None not in first
 
 
 def test_the_number_of_windows_left_is_right_after_windows_of_another_size():

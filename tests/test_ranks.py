@@ -83,9 +83,10 @@ def windows(any_stage) -> dict:
     [(1, 1, 4, 0), (2, 1, 2, 0), (2, 2, 1, 0), (3, 1, 2, 0), (2, 2, 1, 2)],
 )
 def test_however_a_window_is_shared_out_the_training_is_the_same(
-    any_stage, windows, ranks, batch_size, accumulation_steps, batch_ramp
+    any_stage, windows, monkeypatch, ranks, batch_size, accumulation_steps, batch_ramp
 ):
     train, window = any_stage, ranks * batch_size * accumulation_steps
+    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 2)  # tokens, so a row
     windows["batch_ramp"] = batch_ramp
     train("one", batch_size=window, **windows)
     shape = dict(batch_size=batch_size, accumulation_steps=accumulation_steps)

@@ -291,8 +291,9 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, sett
         assert same(everything(train, str(step)), whole)
 
 
-def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed):
-    """24 rows in updates of 2, 2, 2, 3, 4, 6 and the rest of 5."""
+def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed, monkeypatch):
+    """24 rows of 13 tokens in updates of 2, 2, 2, 3, 4, 6 and the rest of 5."""
+    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
     train("whole", **common)
     assert [record["step"] for record in train.log("whole")] == list(range(1, 8))
@@ -343,7 +344,7 @@ def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
     train(resume=True, batch_size=4)
     printed = capsys.readouterr().out
     assert "at step 8 of 10: going on" in printed
-    assert "warning: an update has 4 rows from here on, and had 2" in printed
+    assert "warning: a full update has 4 rows from here on, and had 2" in printed
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,9 @@ from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
 DATASET = ROOT / "dataset"
-LEARNING_RATE = "the peak for matrices under AdamW; the others follow from it (optimizers.py)"
+LEARNING_RATE_HELP = "the peak, for matrices; others have fixed multiples of it (optimizers.py)"
+BATCH_RAMP_HELP = """n: an update has an n-th of the rows trained so far, at least 1,024 tokens, at
+most a full batch: while much is to learn, few rows tell where to go; 0: always a full batch"""
 
 
 @dataclass
@@ -31,17 +33,17 @@ class TrainArgs:
     max_steps: int = option(0, "updates to make at most; 0: all that the epochs hold")
     batch_size: int = option(32, "rows a device takes at once")
     accumulation_steps: int = option(1, "batches added up for one update")
-    batch_ramp: int = option(
-        0, "n: updates begin small and grow, with an n-th of the rows trained so far; 0: all full"
-    )
+    batch_ramp: int = option(0, BATCH_RAMP_HELP)
     max_seq_len: int = option(512, "tokens in a row")
     packing: bool = option(True, "several documents a row; 0: one, padded")
     optimizer: Literal["adamw", "muon"] = option(
-        "muon", "muon: for the matrices, AdamW the rest; learns more from each update"
+        "muon", "muon: for the matrices, AdamW for the rest; learns more from each update"
     )
-    learning_rate: float = option(5e-4, LEARNING_RATE)
+    learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
     lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = option(
-        "linear", "after the warm-up: to 0; trapezoid: over the 2nd half only; cosine: to a tenth"
+        "linear",
+        "after the warm-up. linear: straight to 0, which averages most noise out; trapezoid: the "
+        "same over the 2nd half only; cosine: to a tenth, the custom",
     )
     warmup_steps: int = option(10, "updates over which the learning rate rises")
     weight_decay: float = option(0.1, "on matrices only, decoupled")

@@ -6,10 +6,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-# --learning_rate is that of AdamW for matrices, the one that people quote. The other roles bear
-# more: an orthogonal update spends nothing on a few strong directions, and a token's vector, or a
-# norm's, is a small part of what a batch moves (measured: benchmarks/RECIPE_LOG.md).
-MUON = 5
+# How much faster than the matrices the other roles learn: a batch moves each token's vector, and
+# each norm, by little (measured: benchmarks/RECIPE_LOG.md).
 EMBEDDING = 30
 VECTORS = 20
 
@@ -18,14 +16,15 @@ class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
     A gradient matrix has a few strong directions and many weak ones, and a step along it learns
-    little but the strong. Muon takes from the averaged gradient M = U·S·Vᵀ only U·Vᵀ, so that all
-    directions are learnt at one speed:
+    little but the strong. Muon makes all singular values of the step 1, so that every direction is
+    learnt at the same speed:
 
-        M ← momentum · M + (1 − momentum) · gradient
-        W ← (1 − lr · decay) · W − lr · 0.2 · √max(rows, columns) · U·Vᵀ of (Nesterov's look ahead)
+        M ← momentum · M + (1 − momentum) · G               (G the gradient)
+        U·S·Vᵀ = momentum · M + (1 − momentum) · G          (Nesterov's look ahead)
+        W ← (1 − lr · decay) · W − lr · √max(rows, columns) · U·Vᵀ
 
-    The factor gives the update the size of AdamW's (arXiv 2502.16982). Matrices of one shape are
-    worked on together, which takes a few large operations instead of many small ones.
+    The root makes each element of W move by about lr, as with AdamW (arXiv 2502.16982). Matrices
+    of one shape are worked on together, in few large operations instead of many small ones.
     """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float):
@@ -49,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, averages, momentum)
         updates = orthogonal(torch.stack(ahead))
-        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        size = math.sqrt(max(matrices[0].shape))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * size)
 
@@ -60,13 +59,17 @@ class Muon(torch.optim.Optimizer):
         return state["average"]
 
 
+# Coefficients a, b, c. Each polynomial is the best approximation of 1 on the interval that the one
+# before leaves, beginning with 0.01 to 1 (Polar Express, arXiv 2505.16932).
+POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)]
+
+
 def orthogonal(matrices: Tensor) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ, nearly. [N, rows, columns] → the same.
 
     An odd polynomial of a matrix, a·X + b·(XXᵀ)X + c·(XXᵀ)²X, is the same polynomial of its
-    singular values. Three of them in a row bring singular values between 0.01 and 1 (smaller ones
-    are noise) to 1 ± 0.27, which serves as well as exactly 1. Each is the best approximation of 1
-    on the interval that the one before leaves (Polar Express, arXiv 2505.16932).
+    singular values. Three in a row bring values from 0.01 to 1, of a matrix whose norm is 1, to
+    1 ± 0.27, which serves as well as exactly 1; smaller ones grow 78-fold.
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT  # XXᵀ is smaller
@@ -75,9 +78,6 @@ def orthogonal(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
-
-
-POLYNOMIALS = [(8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526)]
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -127,31 +127,30 @@ def make_optimizer(
 ) -> Together:
     """AdamW for everything, or Muon for the matrices and AdamW for the rest.
 
-    `learning_rate` means the same for both: that of AdamW for matrices, from which those of all
-    groups follow (MULTIPLES). Weight decay is decoupled and for the matrices only: norms and
-    embeddings have no reason to shrink.
+    `learning_rate` is that of the matrices, about what an element moves by in an update, whatever
+    the optimizer; those of the other roles are fixed multiples of it. Weight decay is decoupled and
+    for the matrices only: norms and embeddings have no reason to shrink.
     """
-    groups = split_parameters(model)
-    matrices = groups["matrices"]
-    rest = [
-        {"params": groups[role], "lr": multiple * learning_rate, "weight_decay": 0.0}
-        for role, multiple in (("embedding", EMBEDDING), ("vectors", VECTORS))
-        if groups[role]
-    ]
-    if name == "muon":
-        return Together(Muon(matrices, MUON * learning_rate, weight_decay), adamw(rest))
-    first = {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay}
-    return Together(adamw([first, *rest]))
-
-
-def adamw(groups: list[dict]) -> torch.optim.AdamW:
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=(0.8, 0.99), fused=fused)
+    roles = split_parameters(model)
+    matrices, rest = roles["matrices"], []
+    for role, multiple in (("embedding", EMBEDDING), ("vectors", VECTORS)):
+        rest.append(dict(params=roles[role], lr=multiple * learning_rate, weight_decay=0.0))
+    first = []
+    if name == "muon" and matrices:
+        first.append(Muon(matrices, learning_rate, weight_decay))
+    elif name == "adamw":
+        rest.append(dict(params=matrices, lr=learning_rate, weight_decay=weight_decay))
+    rest = [group for group in rest if group["params"]]
+    if rest:
+        fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+        # a shorter memory of gradients than the usual 0.9, a longer one of their size than 0.95
+        first.append(torch.optim.AdamW(rest, betas=(0.8, 0.99), fused=fused))
+    return Together(*first)
 
 
 def learning_rate_factor(schedule: str, step: int, done: float, warmup_steps: int) -> float:
     """What the peak learning rate is multiplied with at update `step` (from 0), before which the
-    share `done` of all rows was trained.
+    run has trained the share `done` of its rows.
 
     A linear warm-up, then: "linear" down to 0 (arXiv 2502.15938), "cosine" down to a tenth,
     "trapezoid" constant and over the second half linearly to 0, or "constant".

@@ -15,7 +15,7 @@ from typing import Any
 
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, TrainArgs
+from trainer.arguments import BATCH_RAMP_HELP, DATASET, TrainArgs
 from trainer.command import run_stage
 from trainer.evaluation import continuation, held_out_loss
 from trainer.optimizers import make_optimizer
@@ -26,9 +26,7 @@ from trainer.trainer_utils import Run, read_rows, starting_model
 class Args(TrainArgs):
     data_path: list[str] = option([str(DATASET / "pretrain_hq.jsonl")], 'JSONL of {"text": …}')
     accumulation_steps: int = option(8, "batches added up for one update")
-    batch_ramp: int = option(
-        200, "n: updates begin small and grow, with an n-th of the rows trained so far; 0: all full"
-    )
+    batch_ramp: int = option(200, BATCH_RAMP_HELP)
 
 
 def main(args: Args) -> dict[str, Any]:

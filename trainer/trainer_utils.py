@@ -60,6 +60,7 @@ from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
+FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
 
@@ -169,7 +170,7 @@ class Run:
 
         self.step, self.steps_in_all = 0, 0  # updates made, and to be made
         self.rows_seen, self.rows_in_all = 0, 0  # place in the data, all epochs counted
-        self.done = 0.0  # share of the rows trained before this update
+        self.done = 0.0  # share of the rows of this run trained before this update
         self.tokens = 0  # trained so far, padding not counted
         self.seconds = 0.0  # spent training so far; evaluation and saving are not counted
         self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
@@ -240,6 +241,7 @@ class Run:
     def loader(self, rows: Rows) -> DataLoader:
         """Windows of micro-batches, in an order that depends on seed and epoch alone."""
         args = self.args
+        first_window = max(1, round(FIRST_WINDOW * len(rows) / rows.tokens))
         sampler = WindowSampler(
             len(rows),
             batch_size=args.batch_size,
@@ -249,6 +251,7 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
             batch_ramp=args.batch_ramp,
+            first_window=first_window,
         )
         self.sampler = sampler
         self.plan_steps()
@@ -505,7 +508,7 @@ class Run:
             self.print(f"resuming {path.name} at {at}: {done}")
             before, now = checkpoint["rows_per_update"], self.sampler.window
             if before != now:
-                self.print(f"warning: an update has {now} rows from here on, and had {before}")
+                self.print(f"warning: a full update has {now} rows from here on, and had {before}")
         elif self.args.resume:
             self.print(f"no checkpoint {path} to resume: starting from the beginning")
         if self.is_main:

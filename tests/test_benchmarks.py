@@ -1,0 +1,61 @@
+"""What the benchmarks compute besides running things."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from toy import TEXTS, text_file
+
+from dataset.lm_dataset import load_documents
+from model.model_minimind import IGNORED
+from model.weights import ROOT, load_tokenizer
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import speedrun  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("figure", "seconds"), [(4.0, 0.0), (3.5, 5.0), (3.0, 10.0), (2.25, 25.0), (2.0, 30.0)]
+)
+def test_when_a_curve_passes_a_figure(figure, seconds):
+    curve = [(0.0, 4.0), (10.0, 3.0), (20.0, 2.5), (30.0, 2.0)]
+    assert speedrun.passing(curve, figure) == pytest.approx(seconds)
+
+
+def test_a_curve_that_never_passes():
+    with pytest.raises(ValueError, match="ends at 3.0, above 2"):
+        speedrun.passing([(0.0, 4.0), (10.0, 3.0)], 2.0)
+
+
+def test_the_plain_way_has_a_document_a_row(tmp_path):
+    texts = [*TEXTS[:5], "one " * 900]
+    documents = load_documents(text_file(tmp_path / "a.jsonl", texts), "text", load_tokenizer())
+    lengths = sorted(map(len, documents["input_ids"]))
+    assert lengths[-1] > 512
+    batches = speedrun.padded_batches(documents, 4, seed=0)
+    for _ in range(2):  # epochs
+        first, rest = next(batches), next(batches)
+        assert (first[0].shape, rest[0].shape) == ((4, 512), (2, 512))
+        real = [row for ids, _ in (first, rest) for row in (ids != 0).sum(1).tolist()]
+        assert sorted(real) == [*lengths[:-1], 512]
+        for ids, labels in (first, rest):
+            kept = labels != IGNORED
+            assert np.array_equal(labels[kept], ids[kept])
+            assert kept.sum() == (ids != 0).sum()
+
+
+def test_as_many_updates_as_fit_the_time():
+    recipe = speedrun.Recipe.__new__(speedrun.Recipe)
+    recipe.args = speedrun.Args(recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2")
+    recipe.trainer = speedrun.train_pretrain
+    recipe.fixed, recipe.per_row = 0.5, 0.25
+    assert recipe.steps_within(0.9) == 0
+    assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
+    steps, trained, seconds = 0, 0, 0.0
+    while (seconds := seconds + 0.5 + 0.25 * min(8, max(2, trained // 100))) <= 2000:
+        trained += min(8, max(2, trained // 100))
+        steps += 1
+    assert recipe.steps_within(2000) == steps
+    assert math.isclose(trained / steps, 7, abs_tol=1)
