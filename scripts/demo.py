@@ -33,7 +33,9 @@ from trainer.hardware import describe_machine, resolve_device
 from trainer.plots import plot_losses
 
 HIDDEN_SIZE = 192
-TRIAL_STEPS = 30
+TRIAL_STEPS = 20
+PRETRAIN_SHARE = 0.3  # of the time that is left for training; fine-tuning has the rest
+GRADING_SECONDS = 30  # left for what comes after training
 # Small batches and many updates, for there is little data and little time. Four heads of 48 see
 # positions better than eight of 24; normalised queries and keys bear the high learning rate.
 SIZES = f"""--hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
@@ -63,7 +65,7 @@ class Args:
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
     minutes: float = option(
-        9.6, "training time, both together; a slow machine makes fewer updates; 0: no limit"
+        11.4, "time for everything; a slow machine makes fewer updates; 0: no limit"
     )
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")
@@ -76,9 +78,10 @@ def main(args: Args) -> dict:
 
     console.rule("1. data, made from dataset/demo.py and dataset/demo/")
     write_demo_data(data, seed=42)
-    third = args.minutes * 60 / 3
-    pretrained = train(console, "2. pretraining", train_pretrain, PRETRAIN, third, args)
-    tuned = train(console, "3. fine-tuning", train_full_sft, SFT, 2 * third, args)
+    until = started + args.minutes * 60 - GRADING_SECONDS if args.minutes else None
+    share = PRETRAIN_SHARE
+    pretrained = train(console, "2. pretraining", train_pretrain, PRETRAIN, until, share, args)
+    tuned = train(console, "3. fine-tuning", train_full_sft, SFT, until, 1.0, args)
 
     console.rule("4. a first conversation")
     tokenizer = load_tokenizer()
@@ -112,18 +115,25 @@ def main(args: Args) -> dict:
 
 
 def train(
-    console: Console, title: str, stage, flags: str, seconds: float, args: Args
+    console: Console,
+    title: str,
+    stage,
+    flags: str,
+    until: float | None,
+    share: float,
+    args: Args,
 ) -> dict[str, Any]:
-    """Run a trainer with these flags for at most so many seconds, and show the command that would
-    do the same."""
+    """Run a trainer with these flags, for at most that share of the time until then, and show the
+    command that would do the same."""
     console.rule(title)
     # filled in word by word: a path may have spaces
     places = dict(data=Path(args.output) / "data", out=args.output, device=args.device)
     words = [word.format(**places) for word in f"{flags} {COMMON}".split()]
     steps = args.max_steps
-    if seconds and not steps:
+    if until and not steps:
         console.print(f"how fast is this machine? {TRIAL_STEPS} updates to find out")
-        steps = steps_within(seconds, stage, words, Path(args.output) / "trial")
+        each = seconds_of_an_update(stage, words, Path(args.output) / "trial")
+        steps = max(1, round(share * (until - time.time()) / each))
     words += ["--max_steps", str(steps)] if steps else []
     script = Path(stage.__file__).name
     console.print(f"$ python trainer/{script} {shlex.join(words)}\n", soft_wrap=True)
@@ -133,16 +143,15 @@ def train(
     return result
 
 
-def steps_within(seconds: float, stage, words: list[str], folder: Path) -> int:
-    """How many updates of a trainer with these flags fit the time, judged by some first ones."""
+def seconds_of_an_update(stage, words: list[str], folder: Path) -> float:
+    """How long an update of a trainer with these flags takes, judged by some first ones."""
     few = f"--max_steps {TRIAL_STEPS} --val_documents 4 --log_interval 5 --save_interval 0".split()
     places = ["--save_dir", str(folder), "--checkpoint_dir", str(folder)]
     from_weight = [] if stage is train_pretrain else ["--from_weight", "none", *SIZES.split()]
     args = parse_arguments(stage.Args, arguments=[*words, *few, *places, *from_weight])
     records = [record for record in stage.main(args)["records"] if "loss" in record]
     _, first, *_, last = records  # the very first updates are slow
-    each = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    return max(1, round(seconds / each))
+    return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 
 def held_out_tests(data: Path, most: int = 0) -> dict[str, list[dict]]:
