@@ -41,10 +41,20 @@ def test_tests_are_grouped_by_skill(tmp_path):
     assert len(demo.held_out_tests(tmp_path, most=1)["x"]) == 1
 
 
-def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path):
-    """Two seconds an update, but for the first ones."""
-    times = {1: 9.0, 5: 20.0, 10: 30.0, 30: 70.0}
+def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypatch):
+    """Two seconds an update, but for the first ones; 200 s are left when that is known."""
+    times = {1: 9.0, 5: 20.0, 10: 30.0, 20: 50.0}
     records = [{"step": step, "seconds": seconds, "loss": 1.0} for step, seconds in times.items()]
-    stage = SimpleNamespace(Args=train_pretrain.Args, main=lambda args: {"records": records})
-    words = ["--data_path", "x", "--max_steps", "7"]
-    assert demo.steps_within(100, stage, words, tmp_path) == 50
+    asked = []
+
+    def main(args):
+        asked.append(args.max_steps)
+        return {"records": records, "stopped": False}
+
+    stage = SimpleNamespace(Args=train_pretrain.Args, main=main, __file__="train_toy.py")
+    monkeypatch.setattr(demo.time, "time", lambda: 1000.0)
+    args = demo.Args(output=str(tmp_path))
+    for until, share in ((1200.0, 1.0), (1200.0, 0.3), (900.0, 1.0), (None, 1.0)):
+        demo.train(demo.Console(), "toy", stage, "--data_path x", until, share, args)
+    trial = demo.TRIAL_STEPS
+    assert asked == [trial, 100, trial, 30, trial, 1, 0]
