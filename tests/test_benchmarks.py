@@ -1,19 +1,15 @@
 """What the benchmarks compute besides running things."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
+import speedrun
 from toy import TEXTS, text_file
 
 from dataset.lm_dataset import load_documents
 from model.model_minimind import IGNORED
-from model.weights import ROOT, load_tokenizer
-
-sys.path.append(str(ROOT / "benchmarks"))
-
-import speedrun  # noqa: E402
+from model.weights import load_tokenizer
 
 
 @pytest.mark.parametrize(
