@@ -11,7 +11,8 @@ evaluation or saving.
 - The baseline is the plain way, written out below: a Llama of transformers, one document a row,
   cut off at 512 tokens and padded to them, 32 rows an update (16 in fine-tuning), AdamW at 5e-4
   (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine over one
-  epoch to a tenth, no warm-up, gradients clipped to norm 1, float32. 12 minutes.
+  epoch to a tenth, no warm-up, gradients clipped to norm 1, float32 (on a GPU bfloat16 autocast, as
+  the recipe). 12 minutes.
 - The recipe is what the trainer does by default, its schedule fitted to the time it is given (some
   updates before tell how many go into it): for each of --budgets, from the shortest, until a run
   ends below the baseline; and for 4 minutes.
@@ -47,7 +48,7 @@ from model.errors import UserError, exit_on_user_error
 from model.model_minimind import IGNORED, MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
-from trainer.hardware import describe_machine
+from trainer.hardware import autocast, describe_machine, resolve_device, resolve_dtype
 from trainer.plots import save_figure
 from trainer.trainer_utils import FIRST_WINDOW
 
@@ -67,9 +68,11 @@ class Args:
     val_path: str = option("", "held-out documents, likewise")
     from_weight: str = option("", "with --stage full_sft: the .pth that all begin with")
     long: bool = option(False, "512×8 instead of 256×6")
+    size: str = option("", "another than these, as 768x16")
     baseline_minutes: float = option(12.0, "how long the plain way trains")
     baseline_lrs: list[float] = option([2e-4, 5e-4, 1e-3], "learning rates tried in fine-tuning")
     baseline_figure: float = option(0.0, "do not run the baseline, it came to this")
+    device: str = option("cpu", "cpu or cuda")
     budgets: list[float] = option([20, 25, 30, 40, 50, 60, 75, 90], "seconds to try, ascending")
     minutes: float = option(4.0, "how long the recipe trains in its second run; 0: leave it out")
     recipe: str = option("", "further flags of the trainer, for experiments")
@@ -83,7 +86,8 @@ class Args:
 
     @property
     def sizes(self) -> dict[str, int]:
-        width, depth = (512, 8) if self.long else (256, 6)
+        named = self.size or ("512x8" if self.long else "256x6")
+        width, depth = map(int, named.split("x"))
         return {"hidden_size": width, "num_hidden_layers": depth}
 
 
@@ -92,7 +96,7 @@ def main(args: Args) -> dict[str, Any]:
     curves: dict[str, Curve] = {}
     report: dict[str, Any] = {
         "date": str(date.today()),
-        "machine": describe_machine(torch.device("cpu")),
+        "machine": describe_machine(resolve_device(args.device)),
         "stage": args.stage,
         "data": Path(args.data_path).name,
         "recipe": args.recipe,
@@ -144,7 +148,7 @@ def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
     seconds = args.baseline_minutes * 60
     if args.stage == "pretrain":
         torch.manual_seed(args.seed)
-        model = peer_of(MiniMindConfig(**args.sizes), use_cache=False)
+        model = peer_of(MiniMindConfig(**args.sizes), use_cache=False).to(args.device)
         curve, speed = train_plainly(model, documents, evaluate, 5e-4, 32, seconds, args.seed)
         return curve, {"baseline_tokens_per_second": round(speed, 1)}
 
@@ -152,7 +156,7 @@ def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
         model = load_model(Path(args.from_weight), tokenizer=tokenizer)
         peer = peer_of(model.config, use_cache=False)
         peer.load_state_dict(model.state_dict())
-        return train_plainly(peer, documents, evaluate, lr, 16, seconds, args.seed)
+        return train_plainly(peer.to(args.device), documents, evaluate, lr, 16, seconds, args.seed)
 
     tried = {lr: tuned(lr, seconds / 3)[0][-1][1] for lr in args.baseline_lrs}
     best = min(tried, key=tried.get)
@@ -178,7 +182,7 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
     def loss(model: PreTrainedModel) -> float:
         nats = labelled = 0.0
         for at in range(0, len(rows), 16):
-            batch = collate([rows[row] for row in order[at : at + 16].tolist()])
+            batch = collate([rows[row] for row in order[at : at + 16].tolist()]).to(args.device)
             logits = model(batch.input_ids).logits[:, :-1]  # padding stands behind the text
             labels = batch.labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(
@@ -200,6 +204,7 @@ def train_plainly(
     seed: int,
 ) -> tuple[Curve, float]:
     """The curve of the plain way in so many seconds, and its real tokens a second."""
+    device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     steps = math.ceil(len(documents) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -210,14 +215,17 @@ def train_plainly(
     bar = tqdm(total=round(limit), unit="s", desc=f"baseline, learning rate {learning_rate:g}")
     for ids, labels in padded_batches(documents, batch_size, seed):
         start = time.perf_counter()
+        ids, labels = ids.to(device), labels.to(device)
         real = ids != 0
-        model(input_ids=ids, attention_mask=real.long(), labels=labels).loss.backward()
+        with autocast(device, resolve_dtype("bfloat16", device)):
+            loss = model(input_ids=ids, attention_mask=real.long(), labels=labels).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        tokens += int(real.sum())  # waits for a GPU
         seconds += time.perf_counter() - start
-        tokens += int(real.sum())
         bar.update(round(seconds) - bar.n)
         over = seconds >= limit
         if over or seconds - curve[-1][0] > limit / 12:
@@ -254,7 +262,7 @@ def padded_batches(
 
 
 class Recipe:
-    """The stage's trainer with its defaults, as many updates as fit a time, on the CPU."""
+    """The stage's trainer with its defaults, as many updates as fit a time."""
 
     def __init__(self, args: Args, folder: Path):
         self.args, self.folder = args, folder
@@ -289,6 +297,8 @@ class Recipe:
         settings = parse_arguments(self.trainer.Args, None, self.args.recipe.split())
         full = settings.batch_size * settings.accumulation_steps
         first = max(1, FIRST_WINDOW // settings.max_seq_len)
+        if self.args.device == "cuda":
+            first = settings.batch_size
         ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
         steps, needed = 0, 0.0
         for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():
@@ -303,7 +313,7 @@ class Recipe:
         flags = {
             "data_path": self.args.data_path,
             "from_weight": self.args.from_weight or "none",
-            "device": "cpu",
+            "device": self.args.device,
             "epochs": 100,
             "log_interval": 5,
             "save_interval": 0,

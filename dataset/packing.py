@@ -6,7 +6,7 @@ apart. A document longer than a row is split, its pieces overlapping by one toke
 token but the first is still predicted once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,20 +25,23 @@ class Batch:
     labels: Tensor  # input_ids where trained, else -100; the model shifts them
     position_ids: Tensor
     tokens: int  # real tokens, padding not counted
+    labelled: int  # tokens that the loss is summed over
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_ids, self.labels, self.position_ids)
-        return Batch(*(t.to(device, non_blocking=True) for t in tensors), self.tokens)
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that the GPU can read while the CPU goes on (DataLoader calls this)."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = map(function, (self.input_ids, self.labels, self.position_ids))
+        return Batch(*tensors, self.tokens, self.labelled)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The model's arguments."""
         return {"input_ids": self.input_ids, "position_ids": self.position_ids}
-
-    @property
-    def labelled(self) -> int:
-        """How many tokens the loss is summed over."""
-        return int((self.labels != IGNORED).sum())
 
 
 @dataclass
@@ -187,7 +190,8 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
             at = end
         position_ids[r, at:] = np.arange(longest - at)
         tokens += at
-    return Batch(*map(torch.from_numpy, (input_ids, labels, position_ids)), tokens)
+    tensors = map(torch.from_numpy, (input_ids, labels, position_ids))
+    return Batch(*tensors, tokens, int((labels != IGNORED).sum()))
 
 
 class WindowSampler(torch.utils.data.Sampler):

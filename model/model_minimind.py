@@ -28,6 +28,14 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from model.attention import (
+    Documents,
+    scaled_dot_product,
+    scaled_dot_product_by_hand,
+    varlen_runs,
+    visible_keys,
+)
+
 IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
 # What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
 CACHE = fields(BaseModelOutputWithPast)[1].name
@@ -218,7 +226,8 @@ class MiniMindModel(MiniMindPreTrainedModel):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         length = past + hidden.shape[1]
 
-        mask = visible_keys(hidden, past, attention_mask, position_ids if past == 0 else None)
+        documents = position_ids if past == 0 else None
+        mask = visible_keys(hidden, past, attention_mask, documents, self.uses_varlen(hidden))
         if position_ids is None:
             position_ids = torch.arange(past, length, device=hidden.device)[None]
         rotation = rope_rotation(self.config, position_ids)
@@ -236,6 +245,10 @@ class MiniMindModel(MiniMindPreTrainedModel):
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             **{CACHE: past_key_values},
         )
+
+    def uses_varlen(self, hidden: Tensor) -> bool:
+        dropout = self.training and self.config.dropout > 0  # varlen has none
+        return self.config.flash_attn and not dropout and varlen_runs(hidden, self.config.head_dim)
 
 
 class MiniMindBlock(GradientCheckpointingLayer):
@@ -279,7 +292,7 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         past_key_values: object | None,
         length: int,
     ) -> Tensor:
@@ -351,74 +364,6 @@ def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(heads.dtype)
 
 
-# -- attention -------------------------------------------------------------------------------------
-
-
-def visible_keys(
-    hidden: Tensor, past: int, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Tensor | None:
-    """Which keys each query may see, as a bool mask [B or 1, 1, T, S], True = visible.
-
-    None, the fast path, means all earlier positions (causal). Beyond causality, padding is hidden
-    (attention_mask [B, S]), and so are the other documents of a packed row (position_ids [B, T]
-    that restart at 0, given when nothing is cached).
-    """
-    T = hidden.shape[1]
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[..., : past + T]  # transformers prepared it already
-    packed = position_ids is not None
-    if attention_mask is None and not packed and (past == 0 or T == 1):
-        return None
-    steps = torch.arange(past + T, device=hidden.device)
-    mask = (steps <= steps[past:, None])[None]  # [1, T, S]
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, None, : past + T].bool()
-    if packed:
-        document = (position_ids == 0).cumsum(-1)
-        mask = mask & (document[:, None, :] == document[:, :, None])
-    return mask[:, None]
-
-
-def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """softmax(QKᵀ/√D)V by PyTorch's fused kernels. [B, H, T, D], [B, K, S, D] → [B, H, T, D]."""
-    # A query that stands alone sees all keys; is_causal would align it with the first of them.
-    causal = mask is None and query.shape[2] > 1
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.shape[2] == 1:
-        # A new token: the query heads of a group are to the kernel so many queries of one head,
-        # and it reads each key once for all of them.
-        queries = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, K, H / K, D]
-        out = F.scaled_dot_product_attention(queries, key, value, mask, dropout)
-        return out.reshape(query.shape)
-    if grouped and mask is not None and query.is_cuda:
-        # CUDA's kernels know groups (flash) or masks (memory-efficient), but not both
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        grouped = False
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=causal, enable_gqa=grouped
-    )
-
-
-def scaled_dot_product_by_hand(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
-) -> Tensor:
-    """The same, written out: the reference that the tests compare the fused kernels with."""
-    group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1)  # head h reads key/value head h // group
-    value = value.repeat_interleave(group, dim=1)
-    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [B, H, T, S]
-    if mask is None and query.shape[2] > 1:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        # not -inf: a padding row sees nothing at all, and softmax of only -inf is NaN
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return F.dropout(scores.softmax(-1), dropout) @ value
-
-
 # -- loss ------------------------------------------------------------------------------------------
 
 
@@ -429,7 +374,10 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Ten
         hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
     """
     chosen = labels != IGNORED
-    hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
+    if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    else:
+        hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
     fused = (
         len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
         and hidden.dtype == torch.float32  # it would sum in half precision

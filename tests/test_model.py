@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
 )
 
+from model.attention import scaled_dot_product, scaled_dot_product_by_hand
 from model.generation import KVCache
 from model.model_minimind import (
     IGNORED,
@@ -26,8 +27,6 @@ from model.model_minimind import (
     cross_entropy_sum,
     rope_rotation,
     rotate,
-    scaled_dot_product,
-    scaled_dot_product_by_hand,
 )
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.

@@ -62,6 +62,9 @@ class TrainArgs:
     dtype: Literal["bfloat16", "float16", "float32"] = option(
         "bfloat16", "to compute in on CUDA; elsewhere float32, which is faster there"
     )
+    compile: bool | None = option(
+        None, "join each block's many small operations (torch.compile); default: on CUDA"
+    )
     num_workers: int = option(1, "processes that make batches ahead")
     seed: int = option(42, "of weights, order and sampling")
 

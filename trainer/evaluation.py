@@ -13,6 +13,7 @@ from trainer.hardware import autocast
 from trainer.trainer_utils import Run, unwrapped
 
 
+@torch.compiler.set_stance("force_eager")  # compiled for training, not for this
 @torch.no_grad()
 def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
     """Loss on held-out rows, which all ranks share out between them.
@@ -55,6 +56,7 @@ def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
     return loss.item()
 
 
+@torch.compiler.set_stance("force_eager")
 def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> str:
     """The beginning of the first held-out document, and how the model goes on from there."""
     if not run.is_main:
@@ -66,6 +68,7 @@ def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> st
     return f"{shown} ▸{run.tokenizer.decode(reply, skip_special_tokens=True)}"
 
 
+@torch.compiler.set_stance("force_eager")
 def answer(run: Run, model: nn.Module, question: str, length: int = 60) -> str:
     """A question to the assistant, and its answer."""
     if not run.is_main:

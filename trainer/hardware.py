@@ -1,5 +1,6 @@
 """What the machine is and can do: device, precision, peak speed, memory."""
 
+import importlib.util
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -64,6 +65,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16  # GPUs before Ampere only emulate bfloat16, slowly
     return getattr(torch, name)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile is worth its minute: on CUDA, for which it needs Triton."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

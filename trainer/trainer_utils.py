@@ -164,6 +164,7 @@ class Run:
         self.ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.ranks > 1:
             self.join_ranks()
+        self.compiled = hardware.compiles(self.device) if args.compile is None else args.compile
         half = self.dtype == torch.float16  # its small gradients would vanish without scaling
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.flops = hardware.peak_flops(self.device, self.dtype)
@@ -230,6 +231,9 @@ class Run:
     def distribute(self, model: MiniMindForCausalLM) -> nn.Module:
         """The model on this rank's device, its gradients averaged over the ranks."""
         model = model.to(self.device)
+        if self.compiled:  # block by block, which they share: one compilation for all
+            for block in model.model.layers:
+                block.compile()
         if self.ranks == 1:
             return model
         return DistributedDataParallel(
@@ -241,7 +245,10 @@ class Run:
     def loader(self, rows: Rows) -> DataLoader:
         """Windows of micro-batches, in an order that depends on seed and epoch alone."""
         args = self.args
-        first_window = max(1, round(FIRST_WINDOW * len(rows) / rows.tokens))
+        if self.device.type == "cuda":  # which takes a full batch in the time of a few rows
+            first_window = args.batch_size
+        else:
+            first_window = max(1, round(FIRST_WINDOW * len(rows) / rows.tokens))
         sampler = WindowSampler(
             len(rows),
             batch_size=args.batch_size,
@@ -263,6 +270,7 @@ class Run:
             worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # not the global one, whose state a resumed run restores
             prefetch_factor=4 if args.num_workers else None,
+            pin_memory=self.device.type == "cuda",
         )
 
     def plan_steps(self) -> None:
