@@ -48,6 +48,7 @@ from model.errors import UserError, exit_on_user_error
 from model.model_minimind import IGNORED, MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
+from trainer.arguments import TrainArgs
 from trainer.hardware import autocast, describe_machine, resolve_device, resolve_dtype
 from trainer.plots import save_figure
 from trainer.trainer_utils import FIRST_WINDOW
@@ -276,12 +277,19 @@ class Recipe:
             lines = list(islice(read_lines(args.val_path), DOCUMENTS))
         self.held_out.write_text("".join(lines), encoding="utf-8")
         # what an update takes in any case, and more for each row
-        two, eight = self.seconds_of_an_update(2), self.seconds_of_an_update(8)
-        self.per_row = (eight - two) / 6
-        self.fixed = two - 2 * self.per_row
+        few, many = (2, 8) if args.device == "cpu" else (32, 128)
+        seconds = {rows: self.seconds_of_an_update(rows) for rows in (few, many)}
+        self.per_row = (seconds[many] - seconds[few]) / (many - few)
+        self.fixed = seconds[few] - few * self.per_row
+
+    @property
+    def settings(self) -> TrainArgs:
+        return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
 
     def seconds_of_an_update(self, rows: int) -> float:
-        size = f"--batch_ramp 0 --batch_size {rows} --accumulation_steps 1 --val_share 0"
+        batch = min(rows, self.settings.batch_size)
+        size = f"--batch_size {batch} --accumulation_steps {rows // batch}"
+        size += " --batch_ramp 0 --val_share 0"
         records = self.train(size, max_steps=25)
         _, first, *_, last = [record for record in records if "loss" in record]
         return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
@@ -294,7 +302,7 @@ class Recipe:
         return [(r["seconds"], r[self.figure]) for r in records if self.figure in r]
 
     def steps_within(self, seconds: float) -> int:
-        settings = parse_arguments(self.trainer.Args, None, self.args.recipe.split())
+        settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
         first = max(1, FIRST_WINDOW // settings.max_seq_len)
         if self.args.device == "cuda":

@@ -73,11 +73,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if wide else matrices.mT  # XXᵀ is smaller
+    if x.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        x = x.bfloat16()  # many times faster there, and exact enough for ± 0.27
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)  # no singular value beyond 1
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
