@@ -203,10 +203,10 @@ class WindowSampler(torch.utils.data.Sampler):
     turn. The last window of an epoch is what is left; a rank left without rows gets an empty one
     (None).
 
-    With `batch_ramp` n, windows grow: each has an n-th of the rows trained so far, but at least
-    `first_window` and at most a full window. How many rows an update should average over grows
-    with what the model has learnt (arXiv 1812.06162, 2410.21676): at first even a few agree on
-    where to go.
+    With `batch_ramp` n, windows grow: each has an n-th of the rows trained so far, in whole
+    multiples of `first_window`, at least one of them and at most a full window. How many rows an
+    update should average over grows with what the model has learnt (arXiv 1812.06162, 2410.21676):
+    at first even a few agree on where to go.
     """
 
     def __init__(
@@ -234,7 +234,8 @@ class WindowSampler(torch.utils.data.Sampler):
         while place < self.rows * self.epochs:
             size = self.window
             if self.batch_ramp:
-                size = min(size, max(self.first_window, place // self.batch_ramp))
+                times = max(1, place // self.batch_ramp // self.first_window)
+                size = min(size, times * self.first_window)
             after = min(place + size, (place // self.rows + 1) * self.rows)
             yield place, after
             place = after

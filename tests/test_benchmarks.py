@@ -50,8 +50,8 @@ def test_as_many_updates_as_fit_the_time():
     assert recipe.steps_within(0.9) == 0
     assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
     steps, trained, seconds = 0, 0, 0.0
-    while (seconds := seconds + 0.5 + 0.25 * min(8, max(2, trained // 100))) <= 2000:
-        trained += min(8, max(2, trained // 100))
+    while (seconds := seconds + 0.5 + 0.25 * min(8, max(2, trained // 200 * 2))) <= 2000:
+        trained += min(8, max(2, trained // 200 * 2))
         steps += 1
     assert recipe.steps_within(2000) == steps
     assert math.isclose(trained / steps, 7, abs_tol=1)

@@ -788,7 +788,7 @@ def test_windows_grow_with_what_is_trained():
     sizes = list(map(len, windows(**growing, accumulation_steps=4)))
     assert sizes[:10] == [2] * 10  # up to row 20 a tenth would be less
     trained = np.cumsum([0, *sizes])[:-1]
-    assert sizes == [min(max(2, t // 10), 100 - t) for t in trained]
+    assert sizes == [min(max(2, t // 10 // 2 * 2), 100 - t) for t in trained]
     later = list(map(len, windows(**growing, epochs=3)))
     assert max(later) == 4 and later[-25:] == [4] * 25  # full from row 40 on
 

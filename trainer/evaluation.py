@@ -1,6 +1,9 @@
 """How good is the model now: held-out loss, bits per byte, a sample of its text."""
 
 import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +16,18 @@ from trainer.hardware import autocast
 from trainer.trainer_utils import Run, unwrapped
 
 
-@torch.compiler.set_stance("force_eager")  # compiled for training, not for this
+def uncompiled(evaluate: Callable) -> Callable:
+    """Blocks are compiled for training; caches and other shapes would each be compiled anew."""
+
+    @wraps(evaluate)
+    def evaluate_eagerly(run: Run, *args, **settings) -> Any:
+        with run.compiler("force_eager"):
+            return evaluate(run, *args, **settings)
+
+    return evaluate_eagerly
+
+
+@uncompiled
 @torch.no_grad()
 def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
     """Loss on held-out rows, which all ranks share out between them.
@@ -56,7 +70,7 @@ def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
     return loss.item()
 
 
-@torch.compiler.set_stance("force_eager")
+@uncompiled
 def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> str:
     """The beginning of the first held-out document, and how the model goes on from there."""
     if not run.is_main:
@@ -68,7 +82,7 @@ def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> st
     return f"{shown} ▸{run.tokenizer.decode(reply, skip_special_tokens=True)}"
 
 
-@torch.compiler.set_stance("force_eager")
+@uncompiled
 def answer(run: Run, model: nn.Module, question: str, length: int = 60) -> str:
     """A question to the assistant, and its answer."""
     if not run.is_main:

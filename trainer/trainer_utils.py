@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
@@ -60,6 +60,7 @@ from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
+COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
 FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
@@ -246,7 +247,7 @@ class Run:
         """Windows of micro-batches, in an order that depends on seed and epoch alone."""
         args = self.args
         if self.device.type == "cuda":  # which takes a full batch in the time of a few rows
-            first_window = args.batch_size
+            first_window = args.batch_size * self.ranks
         else:
             first_window = max(1, round(FIRST_WINDOW * len(rows) / rows.tokens))
         sampler = WindowSampler(
@@ -319,10 +320,15 @@ class Run:
         alone = isinstance(model, DistributedDataParallel) and not sync
         with (
             self.memory_watched(),
+            self.compiler("default" if self.step <= COMPILING else "eager_on_recompile"),
             model.no_sync() if alone else nullcontext(),
             hardware.autocast(self.device, self.dtype),
         ):
             yield
+
+    def compiler(self, stance: str) -> AbstractContextManager:
+        """What compiled blocks do here, in the words of torch.compiler.set_stance."""
+        return torch.compiler.set_stance(stance) if self.compiled else nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch. `loss` is its share of the whole window's loss: a sum
