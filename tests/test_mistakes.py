@@ -258,6 +258,7 @@ MISTAKES = {
             "weight_decay": (-0.1,),
             "grad_clip": (-1.0, math.nan),
             "num_workers": (-1,),
+            "batch_ramp": (-1,),
             "val_documents": (-1,),
             "val_share": (-0.1, 1.0),
             "dropout": (-0.1, 1.0),

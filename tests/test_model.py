@@ -291,7 +291,7 @@ def test_no_labels_at_all_give_zero_loss_and_gradients(make_model, ids):
     assert all((weight.grad == 0).all() for weight in model.parameters())
 
 
-@pytest.mark.parametrize(("labels", "fused"), [(100, True), (10, False), (0, False)])
+@pytest.mark.parametrize(("labels", "fused"), [(1100, True), (100, True), (10, False), (0, False)])
 def test_cross_entropy_equals_that_of_the_logits(monkeypatch, labels, fused):
     calls = []
     original = F.linear_cross_entropy
@@ -299,11 +299,11 @@ def test_cross_entropy_equals_that_of_the_logits(monkeypatch, labels, fused):
         F, "linear_cross_entropy", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     torch.manual_seed(0)
-    hidden = torch.randn(2, 60, 16, requires_grad=True)
+    hidden = torch.randn(2, 600, 16, requires_grad=True)
     head = torch.randn(50, 16, requires_grad=True)
-    target = torch.full((120,), IGNORED)
-    target[torch.randperm(120)[:labels]] = torch.randint(50, (labels,))
-    target = target.view(2, 60)
+    target = torch.full((1200,), IGNORED)
+    target[torch.randperm(1200)[:labels]] = torch.randint(50, (labels,))  # 1100: three chunks
+    target = target.view(2, 600)
 
     loss, count = cross_entropy_sum(hidden, head, target)
     logits = (hidden @ head.T).flatten(0, 1)

@@ -292,7 +292,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, sett
 
 
 def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed, monkeypatch):
-    """24 rows of 13 tokens in updates of 2, 2, 2, 3, 4, 6 and the rest of 5."""
+    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
     monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
     train("whole", **common)
@@ -367,6 +367,8 @@ def stopped(tmp_path_factory):
         (dict(epochs=9), "1", "9"),
         (dict(optimizer="adamw"), "'muon'", "'adamw'"),
         (dict(packing=True), "False", "True"),
+        (dict(batch_ramp=9), "0", "9"),
+        (dict(lr_schedule="cosine"), "'linear'", "'cosine'"),
         (dict(num_hidden_layers=1), "2", "1"),
         (dict(dropout=0.5), "0.0", "0.5"),
     ],

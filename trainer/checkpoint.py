@@ -27,8 +27,8 @@ PARTS = set(
 # cut into batches. Data, tokenizer and first weights are compared by what they hold.
 MAY_CHANGE = set(
     "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
-    "checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing batch_size "
-    "accumulation_steps data_path val_path tokenizer_path sample_prompt".split()
+    "checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
+    "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt".split()
 )
 
 

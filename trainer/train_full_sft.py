@@ -14,7 +14,7 @@ from typing import Any
 
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.arguments import DATASET, TrainArgs
 from trainer.command import run_stage
 from trainer.evaluation import answer, held_out_loss
 from trainer.optimizers import make_optimizer
@@ -28,7 +28,6 @@ class Args(TrainArgs):
     )
     from_weight: str = option("pretrain", "stage to start from; none: from nothing")
     batch_size: int = option(16, "rows a device takes at once")
-    learning_rate: float = option(5e-7, LEARNING_RATE_HELP)
     epochs: int = option(2, "times to go through the data")
     sample_prompt: str = option("Who are you?", "asked at every evaluation")
 
