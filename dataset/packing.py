@@ -26,6 +26,7 @@ class Batch:
     position_ids: Tensor
     tokens: int  # real tokens, padding not counted
     labelled: int  # tokens that the loss is summed over
+    rows: int  # rows that have a token
 
     def to(self, device: torch.device) -> "Batch":
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -36,7 +37,7 @@ class Batch:
 
     def each(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = map(function, (self.input_ids, self.labels, self.position_ids))
-        return Batch(*tensors, self.tokens, self.labelled)
+        return Batch(*tensors, self.tokens, self.labelled, self.rows)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -191,7 +192,7 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
         position_ids[r, at:] = np.arange(longest - at)
         tokens += at
     tensors = map(torch.from_numpy, (input_ids, labels, position_ids))
-    return Batch(*tensors, tokens, int((labels != IGNORED).sum()))
+    return Batch(*tensors, tokens, int((labels != IGNORED).sum()), sum(map(bool, rows)))
 
 
 class WindowSampler(torch.utils.data.Sampler):

@@ -2,7 +2,8 @@
 
 A decoder-only transformer in the layout of Llama: pre-RMSNorm, rotary positions (rotate-half),
 grouped-query attention, SwiGLU, tied embeddings, no biases; with `qk_norm` the layout of Qwen3.
-Names of the weights are those of transformers, so that conversion is a change of labels.
+With `use_moe` each block's feed-forward layer is a mixture of experts. Names of the weights are
+those of transformers, so that conversion is a change of labels.
 
 Letters in the shape comments:
     B batch   T tokens fed now   S tokens attended to (cached + T)   V vocabulary
@@ -10,7 +11,7 @@ Letters in the shape comments:
 """
 
 import math
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ from model.attention import (
     varlen_runs,
     visible_keys,
 )
+from model.feed_forward import MixtureOfExperts, SwiGLU
+from model.rope import rope_rotation, rotate
 
 IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
 # What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
@@ -55,9 +58,27 @@ class MiniMindConfig(PreTrainedConfig):
     num_key_value_heads: int = 2
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
+    # YaRN, for texts beyond the trained length (rope.py)
+    inference_rope_scaling: bool = False
+    yarn_factor: float = 4.0
+    yarn_original_length: int = 2048
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_attention_factor: float | None = None  # None: 0.1 · ln(factor) + 1
     rms_norm_eps: float = 1e-5
     dropout: float = 0.0
     qk_norm: bool = False
+    # a mixture of experts (feed_forward.py)
+    use_moe: bool = False
+    n_routed_experts: int = 4
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None  # None: as intermediate_size
+    scoring_func: str = "softmax"  # or "sigmoid", which balances by a bias
+    aux_loss_alpha: float = 0.1  # weight of the balance loss
+    seq_aux: bool = True  # balance within each row; False: over the batch
+    norm_topk_prob: bool = True  # weights of the chosen experts add up to 1
+    bias_update_speed: float = 0.001  # with "sigmoid"
     flash_attn: bool = True  # False: the hand-written attention, slower but readable
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -69,6 +90,14 @@ class MiniMindConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
             self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"a token cannot use {self.num_experts_per_tok} of {self.n_routed_experts} experts"
+            )
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f'scoring_func is "softmax" or "sigmoid", not "{self.scoring_func}"')
         for name in "hidden_size num_hidden_layers num_attention_heads num_key_value_heads".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -89,6 +118,25 @@ class MiniMindConfig(PreTrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def active_intermediate_size(self) -> int:
+        """What a token uses of a layer's feed-forward part."""
+        if not self.use_moe:
+            return self.intermediate_size
+        return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size
+
+
+@dataclass
+class ModelOutput(BaseModelOutputWithPast):
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class CausalLMOutput(CausalLMOutputWithPast):
+    """What transformers' models return, and the mixtures' balance loss (None in a dense model)."""
+
+    aux_loss: Tensor | None = None
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -111,6 +159,8 @@ class MiniMindPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
+        elif isinstance(module, MixtureOfExperts):
+            init.zeros_(module.load)  # not in the files, so that loading leaves it undefined
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -139,7 +189,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return_logits: bool = True,
         cache: object | None = None,
         **kwargs,  # transformers hands over more settings than this model has a use for
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """Logits of the next token, and the loss if labels are given.
 
         Args:
@@ -180,8 +230,9 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             )
             logits = self.lm_head(hidden[:, kept])  # [B, kept, V]; slice(-0, None) keeps all
 
-        return CausalLMOutputWithPast(
+        return CausalLMOutput(
             loss=loss,
+            aux_loss=outputs.aux_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             **{CACHE: getattr(outputs, CACHE)},
@@ -213,7 +264,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         output_hidden_states: bool = False,
         cache: object | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ModelOutput:
         """The arguments of `MiniMindForCausalLM.forward`; returns last_hidden_state [B, T, C]."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = cache if past_key_values is None else past_key_values
@@ -233,15 +284,20 @@ class MiniMindModel(MiniMindPreTrainedModel):
         rotation = rope_rotation(self.config, position_ids)
 
         hidden = self.dropout(hidden)
-        all_hidden = [hidden]
+        real = None  # tokens that count for the balance of experts
+        if self.config.use_moe and self.training and input_ids is not None:
+            real = input_ids != self.config.pad_token_id
+        all_hidden, aux_losses = [hidden], []
         for layer in self.layers:
-            hidden = layer(hidden, rotation, mask, past_key_values, length)
+            hidden, aux_loss = layer(hidden, rotation, mask, past_key_values, length, real=real)
             all_hidden.append(hidden)
+            aux_losses.append(aux_loss)
         hidden = self.norm(hidden)
         all_hidden[-1] = hidden  # as transformers: the last one is normalised
 
-        return BaseModelOutputWithPast(
+        return ModelOutput(
             last_hidden_state=hidden,
+            aux_loss=torch.stack(aux_losses).sum() if self.config.use_moe else None,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             **{CACHE: past_key_values},
         )
@@ -259,11 +315,19 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = MixtureOfExperts(config) if config.use_moe else SwiGLU(config)
 
-    def forward(self, hidden: Tensor, *context) -> Tensor:
+    def forward(
+        self, hidden: Tensor, *context, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] → the same, and the balance loss of a mixture."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *context)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        inputs, aux_loss = self.post_attention_layernorm(hidden), None
+        if isinstance(self.mlp, MixtureOfExperts):
+            out, aux_loss = self.mlp(inputs, real)
+        else:
+            out = self.mlp(inputs)
+        return hidden + out, aux_loss
 
 
 class Attention(nn.Module):
@@ -311,21 +375,6 @@ class Attention(nn.Module):
         return F.dropout(out, self.dropout, self.training)
 
 
-class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, config: MiniMindConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.down_proj.writes_to_residual = True
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.dropout(self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden)))
-
-
 class RMSNorm(nn.Module):
     """weight · x / √(mean(x²) + eps) over the last dimension (arXiv 1910.07467)."""
 
@@ -337,31 +386,6 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.weight.to(hidden.dtype)  # under autocast queries and keys come in half
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
-
-
-# -- rotary position embedding (RoFormer, arXiv 2104.09864) ---------------------------------------
-
-
-def rope_rotation(config: MiniMindConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B or 1, T] → cos and sin, each [B or 1, 1, T, D], the same for all heads.
-
-    From one position to the next, pair i of a head turns by theta^(-2i/D) radians: fast for the
-    first pairs, very slowly for the last. Always in float32, whatever the weights are: half
-    precision cannot tell angles apart at far positions.
-    """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
-    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # [D/2]
-    angles = position_ids[:, None, :, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)  # number i is paired with number i + D/2
-    return angles.cos(), angles.sin()
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its angle: the inner product of a query
-    and a key then depends on the distance of their positions only."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = heads * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned.to(heads.dtype)
 
 
 # -- loss ------------------------------------------------------------------------------------------

@@ -30,21 +30,30 @@ from transformers import (
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
+BIAS = "mlp.e_score_correction_bias"
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 TOKENIZER = ROOT / "model"
 STRUCTURE = set(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads qk_norm".split()
+    "num_key_value_heads qk_norm use_moe n_routed_experts n_shared_experts num_experts_per_tok "
+    "moe_intermediate_size scoring_func".split()
 )
 
 
 # -- names -----------------------------------------------------------------------------------------
 
 
-def weight_path(stage: str, hidden_size: int, directory: Path | str = OUT) -> Path:
-    """out/{stage}_{hidden_size}.pth"""
-    return Path(directory) / f"{stage}_{hidden_size}.pth"
+def weight_name(stage: str, hidden_size: int, use_moe: bool = False) -> str:
+    """{stage}_{hidden_size}[_moe]"""
+    return f"{stage}_{hidden_size}" + "_moe" * use_moe
+
+
+def weight_path(
+    stage: str, hidden_size: int, directory: Path | str = OUT, use_moe: bool = False
+) -> Path:
+    """out/{stage}_{hidden_size}[_moe].pth"""
+    return Path(directory) / f"{weight_name(stage, hidden_size, use_moe)}.pth"
 
 
 def find_weights(
@@ -52,20 +61,21 @@ def find_weights(
     hidden_size: int | None = None,
     directory: Path | str = OUT,
     newest: bool = True,
+    use_moe: bool | None = None,
 ) -> Path:
     """The weights of a stage; without a size the newest of them, or the only ones there are if not
-    `newest`. UserError if there are none, or several to choose from."""
-    if hidden_size is not None:
-        found = [weight_path(stage, hidden_size, directory)]
-    else:
-        pattern = re.compile(re.escape(stage) + r"_\d+\.pth")
-        found = [p for p in Path(directory).glob(f"{stage}_*.pth") if pattern.fullmatch(p.name)]
-    found = [path for path in found if path.exists()]
+    `newest`; with experts, without, or (None) either. UserError if there are none, or several to
+    choose from."""
+    beginning = Path(directory) / stage  # the stage may name a folder too
+    size = hidden_size or r"\d+"
+    moe = {None: "(_moe)?", True: "_moe", False: ""}[use_moe]
+    pattern = re.compile(rf"{re.escape(beginning.name)}_{size}{moe}\.pth")
+    found = [path for path in beginning.parent.glob("*.pth") if pattern.fullmatch(path.name)]
     if not found:
-        size = f"_{hidden_size}" if hidden_size else "_*"
+        size = f"_{hidden_size or '*'}" + "_moe" * bool(use_moe)
         there = sorted(p.name for p in Path(directory).glob("*.pth"))
         raise UserError(
-            f"there are no weights {Path(directory) / (stage + size)}.pth; "
+            f"there are no weights {beginning}{size}.pth; "
             + (f"that folder has {', '.join(there)}" if there else "train that stage first")
         )
     if len(found) > 1 and not newest:
@@ -251,17 +261,18 @@ def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") 
     """The config of a bare `.pth`, from the shapes of its weights.
 
     What shapes leave open follows the generation: those with q/k norm (newer) have
-    rms_norm_eps 1e-6, those without (older) 1e-5; both have 8 query heads where no norm tells.
+    rms_norm_eps 1e-6, those without (older) 1e-5; both have 8 query heads where no norm tells, an
+    older mixture gives each token two experts, a newer one; YaRN has the settings of each.
     """
-    if any(".mlp.experts." in name for name in state):
-        raise UserError(f"{path} is a mixture of experts, which this version cannot read yet")
     try:
         vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
         layers = [re.match(r"model\.layers\.(\d+)\.", name) for name in state]
         first = "model.layers.0."
         key_rows = state[first + "self_attn.k_proj.weight"].shape[0]
         query_rows = state[first + "self_attn.q_proj.weight"].shape[0]
-        intermediate_size = state[first + "mlp.gate_proj.weight"].shape[0]
+        use_moe = first + "mlp.gate.weight" in state
+        expert = "experts.0." if use_moe else ""
+        intermediate_size = state[f"{first}mlp.{expert}gate_proj.weight"].shape[0]
         q_norm = state.get(first + "self_attn.q_norm.weight")
         head_dim = query_rows // 8 if q_norm is None else q_norm.shape[0]
         heads, key_heads = query_rows // head_dim, key_rows // head_dim
@@ -269,15 +280,30 @@ def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") 
         raise UserError(f"{path} has no MiniMind weights: {error} is not among its keys") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} has weights of shapes that are not MiniMind's") from error
+    newer = q_norm is not None
+    generation = {"yarn_factor": 16.0, "yarn_attention_factor": 1.0} if newer else {}
+    if use_moe:
+        generation |= {
+            "use_moe": True,
+            "n_routed_experts": len(state[first + "mlp.gate.weight"]),
+            "n_shared_experts": sum(
+                name.startswith(first + "mlp.shared_experts.") and "gate_proj" in name
+                for name in state
+            ),
+            "num_experts_per_tok": 1 if newer else 2,
+            "scoring_func": "sigmoid" if first + BIAS in state else "softmax",
+        }
     return {
+        **generation,
+        "yarn_beta_fast": 32.0 if newer else 4.0,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
         "intermediate_size": intermediate_size,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
-        "qk_norm": q_norm is not None,
-        "rms_norm_eps": 1e-5 if q_norm is None else 1e-6,
+        "qk_norm": newer,
+        "rms_norm_eps": 1e-6 if newer else 1e-5,
         "tie_word_embeddings": torch.equal(
             state["lm_head.weight"], state["model.embed_tokens.weight"]
         ),

@@ -169,7 +169,6 @@ MISTAKES = {
     "an unknown dtype": (given(dtype="int8"), "--dtype: invalid choice"),
     "an unknown tracker": (given(tracker="tensorboard"), "--tracker: invalid choice"),
     "maybe": (given(resume="maybe"), "--resume"),
-    "no experts yet": (given(use_moe=1), "--use_moe 1: this version trains dense models only"),
     # the machine
     "an unknown device": (given(device="gpu"), "--device gpu is unknown; try auto, cuda"),
     "a device of no use": (given(device="meta"), "--device meta is not supported"),

@@ -113,23 +113,30 @@ def test_dtype_and_overrides(saved):
     assert loaded.config.rope_theta == 5e5
 
 
+# What the shapes leave open, in the two generations of MiniMind.
+OLDER = dict(rms_norm_eps=1e-5, yarn_beta_fast=4.0)
+NEWER = dict(qk_norm=True, rms_norm_eps=1e-6, yarn_factor=16.0, yarn_attention_factor=1.0)
+
+
 # -- a `.pth` alone --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("fields", "eps"),
+    ("generation", "fields"),
     [
-        (dict(num_attention_heads=8, num_key_value_heads=2), 1e-5),
-        (dict(num_attention_heads=8, num_key_value_heads=4, qk_norm=True), 1e-6),
-        (dict(num_attention_heads=4, num_key_value_heads=1, qk_norm=True), 1e-6),
+        (OLDER, dict(num_attention_heads=8, num_key_value_heads=2)),
+        (NEWER, dict(num_attention_heads=8, num_key_value_heads=4)),
+        (NEWER, dict(num_attention_heads=4, num_key_value_heads=1)),
+        (OLDER, dict(num_attention_heads=8, use_moe=True, n_routed_experts=5, n_shared_experts=2)),
+        (OLDER, dict(num_attention_heads=8, use_moe=True, scoring_func="sigmoid")),
+        (NEWER, dict(use_moe=True, n_shared_experts=0, num_experts_per_tok=1)),
     ],
-    ids=["older", "newer", "newer_with_other_heads"],
+    ids=str,
 )
 @torch.no_grad()
-def test_bare_file_is_read_by_its_shapes(make_model, tmp_path, fields, eps):
-    model = make_model(
-        **fields, hidden_size=96, num_hidden_layers=3, intermediate_size=320, rms_norm_eps=eps
-    )
+def test_bare_file_is_read_by_its_shapes(make_model, tmp_path, generation, fields):
+    sizes = dict(hidden_size=96, num_hidden_layers=3, intermediate_size=320)
+    model = make_model(**sizes, **generation, **fields)
     path = bare(tmp_path / "any name.pth", model.state_dict())
     loaded = load_model(path, max_position_embeddings=256)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -149,15 +156,6 @@ def test_prefixes_of_wrappers_and_a_tied_head_left_out(make_model, tmp_path, pre
     path = bare(tmp_path / "x.pth", {prefix + name: tensor for name, tensor in state.items()})
     loaded = load_model(path, num_attention_heads=4, num_key_value_heads=2)
     assert torch.equal(loaded.lm_head.weight, state["model.embed_tokens.weight"])
-
-
-def test_mixture_of_experts_is_refused_until_it_is_built(make_model, tmp_path):
-    state = make_model().state_dict()
-    state["model.layers.0.mlp.experts.0.gate_proj.weight"] = torch.ones(1)
-    path = bare(tmp_path / "x.pth", state)
-    with pytest.raises(UserError, match="mixture of experts") as error:
-        load_model(path)
-    check_sentence(error, path)
 
 
 # -- files that are no weights ---------------------------------------------------------------------
@@ -374,10 +372,17 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "size", "name"),
-    [("sft", None, "sft_64"), ("sft", 512, "sft_512"), ("sft_big", None, "sft_big_64")],
+    [("sft", None, "sft_64_moe"), ("sft", 512, "sft_512"), ("sft_big", None, "sft_big_64")],
 )
 def test_find_weights(folder, stage, size, name):
     assert find_weights(stage, size, folder) == folder / f"{name}.pth"
+
+
+@pytest.mark.parametrize(("use_moe", "name"), [(True, "sft_64_moe.pth"), (False, "sft_64.pth")])
+def test_weights_with_experts_have_names_of_their_own(folder, use_moe, name):
+    assert find_weights("sft", 64, folder, use_moe=use_moe).name == name
+    assert find_weights("sft", None, folder, use_moe=use_moe).name == name
+    assert weight_path("sft", 64, use_moe=use_moe).name == name
 
 
 def test_newest_weights_are_found_whatever_their_size(folder):

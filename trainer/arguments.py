@@ -55,7 +55,15 @@ class TrainArgs:
     num_key_value_heads: int | None = option(None, "key/value heads; default: 2")
     qk_norm: bool | None = option(None, "normalise queries and keys, as Qwen3 and MiniMind-3")
     dropout: float = option(0.0, "share of activations set to 0 while training")
-    use_moe: bool = option(False, "mixture of experts; not in this version")
+    use_moe: bool = option(False, "a mixture of experts in each block")
+    n_routed_experts: int | None = option(None, "experts that a gate chooses from; default: 4")
+    n_shared_experts: int | None = option(None, "experts that every token uses; default: 1")
+    num_experts_per_tok: int | None = option(None, "experts chosen for a token; default: 2")
+    moe_intermediate_size: int | None = option(None, "size of an expert; default: as without")
+    scoring_func: Literal["softmax", "sigmoid"] | None = option(
+        None, "softmax: a loss balances the experts (default); sigmoid: a bias, as in DeepSeek-V3"
+    )
+    aux_loss_alpha: float | None = option(None, "weight of the balance loss; default: 0.1")
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
 
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -98,6 +106,4 @@ class TrainArgs:
             raise UserError(f"--seed must be less than 2^31, not {self.seed}")
         if self.max_seq_len < 2:
             raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
-        if self.use_moe:
-            raise UserError("--use_moe 1: this version trains dense models only")
         self.resume = self.resume or self.from_resume

@@ -108,7 +108,7 @@ def training_memory(
     fixed = parameters * 4 * (4 if optimizer == "adamw" else 3)
     whole = dtype == torch.float32
     size = 4 if whole else 3  # under autocast part of it stays float32
-    layer = 12 * config.hidden_size + 4 * config.intermediate_size
+    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
     return fixed, size * kept + config.vocab_size * (1 if whole else 14)

@@ -107,7 +107,9 @@ def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
     (arXiv 2204.02311, appendix B; half of it, since a token sees half the row on average)."""
     C, head = config.hidden_size, config.head_dim
     attention = C * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    matrices = config.num_hidden_layers * (attention + 3 * C * config.intermediate_size)
+    feed_forward = 3 * C * config.active_intermediate_size
+    feed_forward += C * config.n_routed_experts * config.use_moe  # the gate
+    matrices = config.num_hidden_layers * (attention + feed_forward)
     matrices += C * config.vocab_size  # the head
     return 6 * matrices + 6 * config.num_hidden_layers * C * row_length
 

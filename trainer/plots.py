@@ -13,13 +13,17 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None:
-    """Training loss and held-out bits per byte over the tokens trained, one colour a run.
+    """Training loss and held-out bits per byte over the tokens trained, one colour a run; of
+    mixtures also the load of each layer's busiest expert.
 
     Args:
         runs: name → the records of its metrics.jsonl.
         path: the PNG.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    moe = any("expert_load" in record for records in runs.values() for record in records)
+    figure, (left, right, *more) = plt.subplots(
+        1, 2 + moe, figsize=(11 + 4 * moe, 4), layout="constrained"
+    )
     for name, records in runs.items():
         losses = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
         held_out = [(r["tokens"], r["val_bpb"]) for r in records if "val_bpb" in r]
@@ -27,9 +31,16 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None
             left.plot(*zip(*losses, strict=True), label=name)
         if held_out:
             right.plot(*zip(*held_out, strict=True), "o-", markersize=4, label=name)
+        loads = [(r["tokens"], r["expert_load"]) for r in records if "expert_load" in r]
+        if loads:
+            tokens, layers = zip(*loads, strict=True)
+            for layer, load in enumerate(zip(*layers, strict=True)):
+                more[0].plot(tokens, load, label=f"{name}, layer {layer}")
     left.set(title="training loss", ylabel="nats per token")
     right.set(title="held-out data", ylabel="bits per byte")
-    for axes in (left, right):
+    for axes in more:
+        axes.set(title="load of the busiest expert", ylabel="multiple of the mean")
+    for axes in (left, right, *more):
         axes.set_xlabel("tokens trained")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())

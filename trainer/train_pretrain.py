@@ -44,13 +44,13 @@ def main(args: Args) -> dict[str, Any]:
     for window in run.steps(loader):
         for batch in window:
             with run.forward(model, sync=batch is window[-1]):
-                loss = model(
+                outputs = model(
                     **batch.inputs,
                     labels=batch.labels,
                     num_items_in_batch=window.labelled,
                     return_logits=False,
-                ).loss
-            run.backward(loss)
+                )
+            run.backward(outputs.loss, window.balance_loss(batch, outputs))
         run.update(model, optimizer)
         if held_out and run.due(args.eval_interval):
             figures = held_out_loss(run, model, held_out)

@@ -41,8 +41,9 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import load_documents
 from dataset.packing import Batch, Rows, WindowCollator, WindowSampler, document_lengths
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import atomic_write, find_weights, load_model, save_weights
+from model.feed_forward import mixtures, nudge_bias
+from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
+from model.weights import atomic_write, find_weights, load_model, save_weights, weight_name
 from trainer import hardware
 from trainer.arguments import TrainArgs
 from trainer.checkpoint import (
@@ -61,6 +62,11 @@ from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
 COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
+MODEL_ARGUMENTS = (
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe "
+    "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size scoring_func "
+    "aux_loss_alpha".split()
+)
 FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
@@ -72,9 +78,10 @@ SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored valu
 def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
     """The weights of `from_weight`, or new ones; on the CPU, in float32."""
     torch.manual_seed(args.seed)
-    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm"
-    sizes = {name: getattr(args, name) for name in names.split()}
+    sizes = {name: getattr(args, name) for name in MODEL_ARGUMENTS}
     sizes = {name: size for name, size in sizes.items() if size is not None}
+    if not args.use_moe:  # weights know it themselves
+        del sizes["use_moe"]
     if args.from_weight == "none":
         try:
             config = MiniMindConfig(vocab_size=len(tokenizer), dropout=args.dropout, **sizes)
@@ -84,7 +91,9 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
     else:
         path = Path(args.from_weight)
         if path.suffix != ".pth":
-            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, newest=False)
+            path = find_weights(
+                args.from_weight, args.hidden_size, args.save_dir, False, args.use_moe
+            )
         model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 gave the method its new name
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -145,6 +154,11 @@ class Window(list[Batch]):
 
     labelled: int  # tokens that carry loss: what the summed loss is divided by
     tokens: int  # tokens that are not padding
+    rows: int
+
+    def balance_loss(self, batch: Batch, outputs: CausalLMOutput) -> Tensor | float:
+        """The micro-batch's share of the balance loss of experts, a mean over the window's rows."""
+        return 0.0 if outputs.aux_loss is None else outputs.aux_loss * batch.rows / self.rows
 
 
 class Run:
@@ -158,7 +172,7 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
     ):
         self.args, self.stage, self.config, self.tokenizer = args, stage, config, tokenizer
-        self.name = f"{args.save_weight or stage}_{config.hidden_size}"
+        self.name = weight_name(args.save_weight or stage, config.hidden_size, config.use_moe)
         self.device = hardware.resolve_device(args.device)
         self.dtype = hardware.resolve_dtype(args.dtype, self.device)
         self.rank = int(os.environ.get("RANK", 0))
@@ -178,6 +192,7 @@ class Run:
         self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
         self.stop_asked = False  # a signal reached this rank
         self.stopping = False  # all ranks know of it: this update is the last
+        self.expert_load: Tensor | float = 0.0  # [layers, experts] tokens since the last log
         self.window_loss = torch.zeros((), device=self.device)
         self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}  # since the last log
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
@@ -237,9 +252,9 @@ class Run:
                 block.compile()
         if self.ranks == 1:
             return model
-        return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None
-        )
+        devices = [self.device] if self.device.type == "cuda" else None
+        # each rank counts its own experts' loads in a buffer
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
     # -- the loop's verbs, in their order
 
@@ -300,10 +315,12 @@ class Run:
             places = self.sampler.windows()
             for micro_batches, (before, after) in zip(batches, places, strict=False):
                 window = Window(batch.to(self.device) for batch in micro_batches)
-                labelled, tokens = self.sum_over_ranks(
-                    sum(batch.labelled for batch in window), sum(batch.tokens for batch in window)
+                totals = (
+                    sum(getattr(batch, what) for batch in window)
+                    for what in ("labelled", "tokens", "rows")
                 )
-                window.labelled, window.tokens = max(1, int(labelled)), int(tokens)
+                labelled, tokens, rows = map(int, self.sum_over_ranks(*totals))
+                window.labelled, window.tokens, window.rows = max(1, labelled), tokens, rows
                 self.step += 1
                 self.done, self.rows_seen = before / self.rows_in_all, after
                 self.pending["tokens"] += window.tokens
@@ -330,12 +347,13 @@ class Run:
         """What compiled blocks do here, in the words of torch.compiler.set_stance."""
         return torch.compiler.set_stance(stance) if self.compiled else nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, beside: Tensor | float = 0.0) -> None:
         """Add the gradients of a micro-batch. `loss` is its share of the whole window's loss: a sum
-        over its tokens, divided by the window's tokens over all ranks."""
+        over its tokens, divided by the window's tokens over all ranks. What is to be small
+        `beside` it is not logged as loss."""
         self.window_loss += loss.detach()
         with self.memory_watched():
-            self.scaler.scale(loss * self.ranks).backward()  # the ranks' gradients are averaged
+            self.scaler.scale((loss + beside) * self.ranks).backward()  # ranks are averaged
 
     @contextmanager
     def memory_watched(self) -> Iterator[None]:
@@ -370,6 +388,7 @@ class Run:
             self.skip_update()
         self.scaler.update()
         optimizer.zero_grad()
+        self.balance_experts(unwrapped(model))
         self.loss, stop = self.sum_over_ranks(self.window_loss.item(), self.stop_asked)
         self.stopping = bool(stop)
         self.window_loss.zero_()
@@ -377,6 +396,19 @@ class Run:
             self.pending["steps"] += 1
             self.pending["loss"] += self.loss
         self.pending["seconds"] += time.perf_counter() - self.clock
+
+    def balance_experts(self, model: MiniMindForCausalLM) -> None:
+        """Count the tokens that each expert had in this update; with biases, nudge them."""
+        layers = mixtures(model)
+        if not layers:
+            return
+        load = torch.stack([layer.load for layer in layers])  # [layers, experts]
+        if self.ranks > 1:
+            dist.all_reduce(load)
+        for layer, of_layer in zip(layers, load, strict=True):
+            nudge_bias(layer, of_layer)
+            layer.load.zero_()
+        self.expert_load = self.expert_load + load
 
     def skip_update(self) -> None:
         self.skipped += 1
@@ -425,8 +457,18 @@ class Run:
             mfu=mfu and round(mfu, 4),
             memory_gb=round(hardware.memory_in_use(self.device) / 1e9, 2),
             skipped=self.skipped,
+            **self.expert_figures(),
         )
         self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}
+
+    def expert_figures(self) -> dict[str, list[float]]:
+        """Of each layer, what its busiest expert had since the last log, as a multiple of the mean
+        (1: balanced)."""
+        if isinstance(self.expert_load, float):
+            return {}
+        load, self.expert_load = self.expert_load, 0.0
+        busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
+        return {"expert_load": [round(figure, 3) for figure in busiest.tolist()]}
 
     def log_evaluation(self, sample: str = "", **figures: float) -> None:
         """Figures on held-out data, and a sample of the model's text."""
