@@ -50,6 +50,7 @@ class Args:
     top_p: float = option(0.85, "choose among the likeliest tokens that make up this share")
     top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
     repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
+    inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
     seed: int | None = option(None, "the same seed gives the same answers")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "on CUDA")
@@ -78,6 +79,7 @@ def main(args: Args) -> None:
         tokenizer_path=args.tokenizer_path,
         device=device,
         dtype=resolve_dtype(args.dtype, device),
+        inference_rope_scaling=args.inference_rope_scaling,
     )
     parameters = count_parameters(model)
     foreign = (Path(args.load_from) / "config.json").exists()

@@ -410,6 +410,7 @@ def load_for_chat(
     tokenizer_path: Path | str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    inference_rope_scaling: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A model, its tokenizer and its stage ("" where unknown), from either kind of place.
 
@@ -419,15 +420,22 @@ def load_for_chat(
         weight: own weights only: a stage, or the path of a `.pth`.
         hidden_size: which size of the stage; default: the newest.
         directory: where own weights are.
+        inference_rope_scaling: YaRN, own weights only; a transformers folder says it itself.
     """
     load_from = Path(load_from)
     if not load_from.is_dir():
         raise UserError(f"--load_from {load_from} is no folder")
     tokenizer = load_tokenizer(tokenizer_path or load_from)
     if (load_from / "config.json").exists():
+        if inference_rope_scaling:
+            raise UserError(
+                "--inference_rope_scaling is for own weights; a transformers folder has "
+                f"rope_parameters in its config.json ({load_from})"
+            )
         return load_transformers(load_from, dtype).to(device).eval(), tokenizer, ""
     path = Path(weight)
     if path.suffix != ".pth":
         path = find_weights(weight, hidden_size, directory)
-    model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype)
+    scaling = {"inference_rope_scaling": True} if inference_rope_scaling else {}
+    model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **scaling)
     return model, tokenizer, (read_info(path) or {}).get("stage", "")
