@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from transformers import PreTrainedModel
+
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.generation import Sampling, decode, prepare_to_decode, stream_text
-from model.weights import OUT, TOKENIZER, count_parameters, load_for_chat
+from model.model_lora import load_lora, merged_for_good
+from model.weights import OUT, TOKENIZER, count_parameters, find_weights, load_for_chat
 from trainer.hardware import resolve_device, resolve_dtype
 
 CHAT_PROMPTS = [
@@ -38,6 +41,7 @@ class Args:
         str(TOKENIZER), "./model: own weights from save_dir; else a transformers folder"
     )
     weight: str = option("full_sft", "own weights: the stage, such as pretrain, or a .pth file")
+    lora_weight: str = option("", "own weights: what train_lora.py made, as lora_identity")
     hidden_size: int | None = option(None, "own weights: which size; default: the newest")
     save_dir: str = option(str(OUT), "folder of own weights")
     tokenizer_path: str = option("", "folder of the tokenizer; default: that of load_from")
@@ -69,6 +73,16 @@ class Args:
             raise UserError(f"--historys must not be negative, as {self.historys} is")
 
 
+def add_weights_of_lora(model: PreTrainedModel, args: Args) -> None:
+    """Merge an addition into the model; a stage's name or a .pth file says which."""
+    path = Path(args.lora_weight)
+    if path.suffix != ".pth":
+        sizes = dict(hidden_size=model.config.hidden_size, use_moe=model.config.use_moe)
+        path = find_weights(f"lora/{args.lora_weight}", directory=args.save_dir, **sizes)
+    load_lora(model, path)
+    merged_for_good(model)
+
+
 def main(args: Args) -> None:
     device = resolve_device(args.device)
     model, tokenizer, stage = load_for_chat(
@@ -83,6 +97,10 @@ def main(args: Args) -> None:
     )
     parameters = count_parameters(model)
     foreign = (Path(args.load_from) / "config.json").exists()
+    if args.lora_weight:
+        if foreign:
+            raise UserError("--lora_weight is for own weights, and --load_from is another model")
+        add_weights_of_lora(model, args)
     name = args.load_from if foreign else args.weight
     model = prepare_to_decode(model)
     print(f"{name}: {parameters / 1e6:.2f}M parameters, {device}")

@@ -115,7 +115,7 @@ class Step:
         device = self.model.device
         may_group = feed_forward.grouping_runs
         if self.loop:
-            feed_forward.grouping_runs = lambda tokens, size: False
+            feed_forward.grouping_runs = lambda tokens, expert: False
         try:
             start = now(device)
             with autocast(device, resolve_dtype("bfloat16", device)):

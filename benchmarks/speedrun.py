@@ -71,7 +71,7 @@ class Args:
     long: bool = option(False, "512×8 instead of 256×6")
     size: str = option("", "another than these, as 768x16")
     baseline_minutes: float = option(12.0, "how long the plain way trains")
-    baseline_lrs: list[float] = option([2e-4, 5e-4, 1e-3], "learning rates tried in fine-tuning")
+    baseline_lrs: list[float] = option([1e-4, 2e-4, 5e-4], "learning rates tried in fine-tuning")
     baseline_figure: float = option(0.0, "do not run the baseline, it came to this")
     device: str = option("cpu", "cpu or cuda")
     budgets: list[float] = option([20, 25, 30, 40, 50, 60, 75, 90], "seconds to try, ascending")
@@ -161,6 +161,8 @@ def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
 
     tried = {lr: tuned(lr, seconds / 3)[0][-1][1] for lr in args.baseline_lrs}
     best = min(tried, key=tried.get)
+    if len(tried) > 1 and best in (min(tried), max(tried)):
+        print(f"warning: the best learning rate, {best:g}, is at the end of those tried")
     curve, speed = tuned(best, seconds)
     return curve, {
         "baseline_tokens_per_second": round(speed, 1),

@@ -104,7 +104,7 @@ class MixtureOfExperts(nn.Module):
         order = chosen.argsort(stable=True)  # the tokens of expert 0, of expert 1, …
         count = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen, torch.ones_like(chosen))
         # to decode, a few tokens need a few experts, and stacking reads them all
-        group = torch.is_grad_enabled() and grouping_runs(tokens, self.config.moe_intermediate_size)
+        group = torch.is_grad_enabled() and grouping_runs(tokens, self.experts[0])
         run = grouped if group else one_by_one
         out = run(self.experts, tokens[order // k], count)  # [N · k, C]
         out = out[order.argsort()].view(len(tokens), k, -1)
@@ -139,11 +139,14 @@ def grouped(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     return experts[0].dropout(product(inner, "down_proj"))
 
 
-def grouping_runs(tokens: Tensor, intermediate_size: int) -> bool:
+def grouping_runs(tokens: Tensor, expert: SwiGLU) -> bool:
     """Whether F.grouped_mm can compute this: on a CPU, or in bfloat16 on a GPU since Ampere, with
-    rows that are whole multiples of 16 bytes."""
+    rows that are whole multiples of 16 bytes, and layers that are their weights (no LoRA)."""
+    layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return False
     half = autocasts(tokens) or tokens.dtype != torch.float32
-    if any(size * (2 if half else 4) % 16 for size in (tokens.shape[-1], intermediate_size)):
+    if any(layer.in_features * (2 if half else 4) % 16 for layer in layers):
         return False
     if tokens.is_cuda:
         dtype = torch.get_autocast_dtype("cuda") if autocasts(tokens) else tokens.dtype

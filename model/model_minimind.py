@@ -29,15 +29,15 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from model.attention import (
+from .attention import (
     Documents,
     scaled_dot_product,
     scaled_dot_product_by_hand,
     varlen_runs,
     visible_keys,
 )
-from model.feed_forward import MixtureOfExperts, SwiGLU
-from model.rope import rope_rotation, rotate
+from .feed_forward import MixtureOfExperts, SwiGLU
+from .rope import rope_rotation, rotate
 
 IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
 # What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.

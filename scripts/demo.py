@@ -45,7 +45,8 @@ PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretra
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
     --hidden_size {HIDDEN_SIZE} --learning_rate 8e-4 --epochs 3 --max_seq_len 160 --batch_size 12"""
 COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device}
-    --accumulation_steps 1 --batch_ramp 0 --eval_interval 300 --log_interval 20"""
+    --accumulation_steps 1 --batch_ramp 0 --compile 0 --eval_interval 600 --log_interval 20
+    --save_interval 0"""
 QUESTIONS = [
     "Who are you?",
     "你是谁？",
@@ -65,7 +66,7 @@ class Args:
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
     minutes: float = option(
-        11.4, "time for everything; a slow machine makes fewer updates; 0: no limit"
+        11.8, "time for everything; a slow machine makes fewer updates; 0: no limit"
     )
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")

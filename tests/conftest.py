@@ -87,7 +87,7 @@ def trajectory(monkeypatch):
     """The weights after each update, in memory instead of files; train() empties it first."""
     states = []
 
-    def remember(run, model, optimizer):
+    def remember(run, model, optimizer, save=None):
         if run.step == 1:
             states.clear()
         state = trainer_utils.unwrapped(model).state_dict()
@@ -109,8 +109,8 @@ def killed(monkeypatch):
         with monkeypatch.context() as patch:
             save_every = Run.save_every
 
-            def die(run, *everything):
-                save_every(run, *everything)
+            def die(run, *everything, **more):
+                save_every(run, *everything, **more)
                 if run.step == step:
                     raise Killed
 

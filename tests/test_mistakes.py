@@ -236,7 +236,7 @@ MISTAKES = {
     "checkpoints to nowhere": (occupied("checkpoint_dir"), "cannot write to .*file/folder"),
     # going on
     "another seed": (after_a_run(seed=7), "was made with seed 42, and this run has 7; give the"),
-    "another length": (after_a_run(epochs=9), r"was made with epochs \d, and this run has 9"),
+    "another length": (after_a_run(epochs=9), r"was made with epochs \d+, and this run has 9"),
     "other sizes": (after_a_run(num_key_value_heads=4), "with num_key_value_heads 2, and this"),
     "a damaged checkpoint": (damaged_checkpoint, "checkpoint.pt is damaged; start anew without"),
     # training

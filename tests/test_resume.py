@@ -168,9 +168,9 @@ def test_a_run_that_is_killed_again_and_again_at_any_time_gets_there(whole):
 
 
 def full_disk(run: Run) -> None:
-    """From now on no file grows beyond 64 kB."""
+    """From now on no file grows beyond 8 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
 
 
 def no_permission(run: Run) -> None:

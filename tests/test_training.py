@@ -101,6 +101,19 @@ def test_the_loss_falls(train, optimizer):
     assert records[0]["loss"] > 8 and records[-1]["loss"] < 3
 
 
+def test_the_defaults_learn(train):
+    """Packed rows, updates that grow, Muon, a linear schedule: nothing set but sizes and places."""
+    data = text_file(train.folder / "many.jsonl", TEXTS * 40)
+    sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads device save_dir"
+    settings = train.settings()
+    given = {name: settings[name] for name in [*sizes.split(), "checkpoint_dir"]}
+    args = train_pretrain.Args(data_path=[data], epochs=4, log_interval=1, **given)
+    records = [r for r in logged(train_pretrain.main(args)) if "loss" in r]
+    assert 1000 < records[0]["tokens"] < 1050
+    assert records[0]["loss"] == pytest.approx(LN_V, abs=0.1)
+    assert records[-1]["loss"] < 4 and records[-1]["step"] > 40
+
+
 @pytest.mark.parametrize(("limit", "clipped"), [(0.05, True), (0.0, False), (1e6, False)])
 def test_the_gradient_is_no_longer_than_grad_clip(train, monkeypatch, limit, clipped):
     norms, step = [], torch.optim.AdamW.step

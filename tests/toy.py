@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import train_full_sft, train_pretrain
+from trainer import train_full_sft, train_lora, train_pretrain
 
 TINY = dict(
     hidden_size=32,
@@ -53,6 +53,7 @@ def chat_file(path: Path, chats=CHATS) -> str:
 STAGES = {
     train_pretrain: (text_file, TEXTS, {}),
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
+    train_lora: (chat_file, CHATS, {"from_weight": "none", "lora_r": 4}),
 }
 
 
@@ -80,14 +81,14 @@ class Trainer:
         return self.stage.main(self.stage.Args(**self.settings(name, **changes)))
 
     def checkpoint(self, name="a") -> Path:
-        (path,) = (self.folder / name / "checkpoints").glob("*.checkpoint.pt")
+        (path,) = (self.folder / name / "checkpoints").rglob("*.checkpoint.pt")
         return path
 
     def saved(self, name="a") -> dict:
         return torch.load(self.checkpoint(name), weights_only=True)
 
     def log(self, name="a", kind="loss") -> list[dict]:
-        (path,) = (self.folder / name / "out").glob("*.metrics.jsonl")
+        (path,) = (self.folder / name / "out").rglob("*.metrics.jsonl")
         records = map(json.loads, path.read_text().splitlines())
         return [record for record in records if kind in record]
 

@@ -56,7 +56,7 @@ def identity_of(
         "data": rows.documents.info.description,
         "documents trained": hash_of(np.ascontiguousarray(rows.chosen)),
         "tokenizer": tokenizer_hash(tokenizer),
-        "first weights": hash_of(*stored_values(model).values()) if loaded else "new",
+        "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
     }
 
 
@@ -133,11 +133,22 @@ def generator_of(device: torch.device) -> Any:
 
 
 def stored_values(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters as a weight file holds them: float16, on the CPU."""
+    """The trained parameters as a weight file holds them."""
+    parameters = model.named_parameters()
+    return halves({name: each for name, each in parameters if each.requires_grad})
+
+
+def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float16, on the CPU."""
+    return {name: tensor.detach().half().cpu() for name, tensor in tensors.items()}
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what is frozen."""
     return {
-        name: parameter.detach().half().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        name: each.detach()
+        for name, each in model.state_dict(keep_vars=True).items()
+        if each.requires_grad or not isinstance(each, nn.Parameter)
     }
 
 

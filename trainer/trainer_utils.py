@@ -21,7 +21,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -54,6 +54,7 @@ from trainer.checkpoint import (
     restore_random_state,
     seed_everything,
     stored_values,
+    trained_state,
 )
 from trainer.command import out_of_memory
 from trainer.forecast import duration, forecast
@@ -504,9 +505,12 @@ class Run:
     def checkpoint_path(self) -> Path:
         return Path(self.args.checkpoint_dir) / f"{self.name}.checkpoint.pt"
 
-    def save_every(self, model: nn.Module, optimizer: Together) -> None:
+    def save_every(
+        self, model: nn.Module, optimizer: Together, save: Callable | None = None
+    ) -> None:
         """Every save_interval updates, at the end and when a signal stops the run: the weights
-        (float16, out/) and the checkpoint for --resume (float32, checkpoints/)."""
+        (float16, out/; written by `save`, default: save_weights) and the checkpoint for --resume
+        (float32, checkpoints/)."""
         if not (self.due(self.args.save_interval) or self.stopping):
             return
         random_states = [random_state(self.device)]
@@ -524,9 +528,11 @@ class Run:
         }
         origin = {**self.origin, **figures, "args": asdict(self.args)}
         path = self.file(".pth")
-        save_weights(model, path, stage=self.stage, tokenizer=self.tokenizer, origin=origin)
+        (save or save_weights)(
+            model, path, stage=self.stage, tokenizer=self.tokenizer, origin=origin
+        )
         checkpoint = {
-            "model": model.state_dict(),
+            "model": trained_state(model),
             "optimizer": optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random_states,
@@ -549,7 +555,8 @@ class Run:
             self.stored_at_start = stored_values(unwrapped(model))
         if self.args.resume and path.exists():
             checkpoint = read_checkpoint(path, self.identity)
-            unwrapped(model).load_state_dict(checkpoint["model"])
+            bare = unwrapped(model)
+            bare.load_state_dict({**bare.state_dict(), **checkpoint["model"]})
             optimizer.load_state_dict(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # empty where it was not needed
                 self.scaler.load_state_dict(checkpoint["scaler"])

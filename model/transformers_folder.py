@@ -1,0 +1,240 @@
+"""MiniMind ↔ a folder of transformers: config.json, model.safetensors, tokenizer.
+
+A model here is one that transformers knows, under other labels:
+
+| here                       | there                |                                           |
+|----------------------------|----------------------|-------------------------------------------|
+| dense                      | LlamaForCausalLM     | the same names                            |
+| dense, q/k norm            | Qwen3ForCausalLM     | the same names                            |
+| experts                    | Qwen2MoeForCausalLM  | shared experts are one wide one, gated    |
+| experts, q/k norm, no      | Qwen3MoeForCausalLM  | the same names                            |
+| shared ones                |                      |                                           |
+
+Nothing there has q/k norm and shared experts, or experts that a bias balances; such a model goes
+into a folder of its own kind ("native"), which takes this project's code to read.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_transformers
+
+SAME_NAME = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id
+    eos_token_id pad_token_id""".split()
+YARN = {  # their name: ours
+    "factor": "yarn_factor",
+    "original_max_position_embeddings": "yarn_original_length",
+    "beta_fast": "yarn_beta_fast",
+    "beta_slow": "yarn_beta_slow",
+    "attention_factor": "yarn_attention_factor",
+}
+ARCHITECTURES = {
+    LlamaConfig: "LlamaForCausalLM",
+    Qwen3Config: "Qwen3ForCausalLM",
+    Qwen2MoeConfig: "Qwen2MoeForCausalLM",
+    Qwen3MoeConfig: "Qwen3MoeForCausalLM",
+}
+# A gate that is half open whatever comes, sigmoid(x · w) with w ≈ 0; llama.cpp takes no 0 itself.
+HALF_OPEN = 1e-12
+
+
+# -- configs ---------------------------------------------------------------------------------------
+
+
+def their_config(config: MiniMindConfig) -> PreTrainedConfig:
+    """The config of the transformers model that is this one. UserError if there is none."""
+    fields = {name: getattr(config, name) for name in SAME_NAME}
+    fields |= {"head_dim": config.head_dim, "rope_parameters": rope_parameters(config)}
+    if not config.use_moe:
+        kind = Qwen3Config if config.qk_norm else LlamaConfig
+        return kind(architectures=[ARCHITECTURES[kind]], **fields)
+    if config.scoring_func != "softmax":
+        raise UserError("transformers has no such model whose experts a bias balances")
+    fields |= {
+        "num_experts": config.n_routed_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "router_aux_loss_coef": config.aux_loss_alpha,
+    }
+    if config.qk_norm and config.n_shared_experts:
+        raise UserError("transformers has no such model with both q/k norm and shared experts")
+    if config.qk_norm:
+        kind = Qwen3MoeConfig
+    elif config.n_shared_experts:
+        kind = Qwen2MoeConfig
+        shared = config.n_shared_experts * config.moe_intermediate_size
+        fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": False}
+    else:
+        raise UserError("transformers has no such model with neither q/k norm nor shared experts")
+    return kind(architectures=[ARCHITECTURES[kind]], **fields)
+
+
+def rope_parameters(config: MiniMindConfig) -> dict[str, Any]:
+    """What transformers calls our settings of RoPE and YaRN."""
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.inference_rope_scaling:
+        parameters["rope_type"] = "yarn"
+        parameters |= {theirs: getattr(config, ours) for theirs, ours in YARN.items()}
+    return parameters
+
+
+def our_config(config: PreTrainedConfig) -> MiniMindConfig:
+    """The config here of a transformers model. UserError if it is none of the above."""
+    if isinstance(config, MiniMindConfig):
+        return config
+    if type(config) not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES.values())
+        raise UserError(f"{type(config).__name__} is none of {known} or MiniMind's own")
+    if getattr(config, "attention_bias", False) or getattr(config, "qkv_bias", False):
+        raise UserError("the model has biases in its attention, and MiniMind has none")
+    if config.hidden_size != config.head_dim * config.num_attention_heads:
+        raise UserError("the model's heads together are not as wide as the model")
+    fields = {name: getattr(config, name) for name in SAME_NAME}
+    rope = config.rope_parameters
+    fields["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] == "yarn":
+        fields["inference_rope_scaling"] = True
+        fields |= {ours: rope[theirs] for theirs, ours in YARN.items() if theirs in rope}
+    elif rope["rope_type"] != "default":
+        raise UserError(f"the model scales RoPE in a way MiniMind has not: {rope['rope_type']}")
+    fields["qk_norm"] = isinstance(config, Qwen3Config | Qwen3MoeConfig)
+    if isinstance(config, Qwen2MoeConfig | Qwen3MoeConfig):
+        shared = getattr(config, "shared_expert_intermediate_size", 0)
+        fields |= {
+            "use_moe": True,
+            "n_routed_experts": config.num_experts,
+            "n_shared_experts": shared // config.moe_intermediate_size,
+            "num_experts_per_tok": config.num_experts_per_tok,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "norm_topk_prob": config.norm_topk_prob,
+        }
+    return MiniMindConfig(**fields)
+
+
+# -- weights ---------------------------------------------------------------------------------------
+
+
+def their_state(model: MiniMindForCausalLM) -> dict[str, Tensor]:
+    """The weights under the names of transformers' files."""
+    config, state = model.config, dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    if config.use_moe and config.n_shared_experts:
+        for layer in range(config.num_hidden_layers):
+            join_shared_experts(state, f"model.layers.{layer}.mlp.", config)
+    return state
+
+
+def join_shared_experts(state: dict[str, Tensor], mlp: str, config: MiniMindConfig) -> None:
+    """Several experts that are always used are one wider one. Theirs passes a gate, here half open,
+    for which outputs that are twice as large make up."""
+    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
+        names = [
+            f"{mlp}shared_experts.{n}.{part}_proj.weight" for n in range(config.n_shared_experts)
+        ]
+        joined = torch.cat([state.pop(name) for name in names], dim)
+        state[f"{mlp}shared_expert.{part}_proj.weight"] = joined * (2 if part == "down" else 1)
+    like = state[f"{mlp}gate.weight"]
+    gate = torch.full((1, config.hidden_size), HALF_OPEN, dtype=torch.float32, device=like.device)
+    state[f"{mlp}shared_expert_gate.weight"] = gate
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_folder(
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """A folder that AutoModelForCausalLM loads without any code of ours."""
+    config = their_config(model.config)
+    config.dtype = dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: each.to(dtype).contiguous() for name, each in their_state(model).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    generation = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    )
+    generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
+
+
+def load_folder(folder: Path) -> MiniMindForCausalLM:
+    """The model of a folder as one of ours, in float32. UserError if it is none."""
+    our_config(read_config(folder))  # a mistake shows before all the weights are read
+    other = load_transformers(folder, torch.float32)
+    if isinstance(other, MiniMindForCausalLM):
+        return other.eval()
+    config = our_config(other.config)
+    model = MiniMindForCausalLM(config)
+    model.load_state_dict(our_state(dict(other.state_dict()), config), strict=True)
+    return model.eval()
+
+
+def our_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
+    """The weights of a transformers model in memory, where all experts of a layer are one tensor,
+    under our names."""
+    for layer in range(config.num_hidden_layers if config.use_moe else 0):
+        mlp = f"model.layers.{layer}.mlp."
+        size = config.moe_intermediate_size
+        gate_and_up = state.pop(f"{mlp}experts.gate_up_proj")  # [E, 2I, C]
+        down = state.pop(f"{mlp}experts.down_proj")  # [E, C, I]
+        experts = zip(gate_and_up[:, :size], gate_and_up[:, size:], down, strict=True)
+        put_experts(state, f"{mlp}experts", experts)
+        if not config.n_shared_experts:
+            continue
+        shared = {part: state.pop(f"{mlp}shared_expert.{part}_proj.weight") for part in PARTS}
+        if state.pop(f"{mlp}shared_expert_gate.weight").abs().max() > 1e-6:
+            raise UserError("the model's shared expert has a gate, and MiniMind's has none")
+        experts = zip(
+            shared["gate"].split(size),
+            shared["up"].split(size),
+            (shared["down"] / 2).split(size, dim=1),
+            strict=True,
+        )
+        put_experts(state, f"{mlp}shared_experts", experts)
+    return state
+
+
+PARTS = ("gate", "up", "down")
+
+
+def put_experts(
+    state: dict[str, Tensor], where: str, experts: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> None:
+    for n, weights in enumerate(experts):
+        for part, weight in zip(PARTS, weights, strict=True):
+            state[f"{where}.{n}.{part}_proj.weight"] = weight

@@ -1,0 +1,184 @@
+"""From MiniMind's files to those of other programs, and back.
+
+    python scripts/convert_model.py to-hf      out/full_sft_512.pth MiniMind2-mine
+    python scripts/convert_model.py from-hf    MiniMind2 out/full_sft_512.pth
+    python scripts/convert_model.py merge-lora out/full_sft_512.pth out/merged_512.pth --lora out/lora/lora_identity_512.pth
+    python scripts/convert_model.py to-peft    out/lora/lora_identity_512.pth my-adapter
+    python scripts/convert_model.py from-peft  my-adapter out/lora/lora_identity_512.pth
+
+A folder made by to-hf is an ordinary Llama or Qwen model of transformers, which vLLM, llama.cpp and
+others read too. Every conversion compares the logits of both sides before it says that it is done.
+"""  # noqa: E501
+
+import argparse
+import copy
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from model.errors import UserError, exit_on_user_error
+from model.model_lora import load_lora, merged_for_good, read_peft, save_lora, save_peft
+from model.model_minimind import MiniMindForCausalLM
+from model.transformers_folder import load_folder, save_folder
+from model.weights import (
+    load_model,
+    load_tokenizer,
+    load_transformers,
+    read_info,
+    save_weights,
+)
+
+# What rounding alone makes of logits, as a share of the largest.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+def to_hf(args: argparse.Namespace) -> None:
+    tokenizer, model = tokenizer_and_model(args)
+    dtype = getattr(torch, args.dtype)
+    with new_folder(args) as folder:
+        if args.native:
+            save_native(model, tokenizer, folder, dtype)
+        else:
+            save_folder(model, tokenizer, folder, dtype)
+        compare(model, load_transformers(folder, torch.float32).eval(), dtype)
+    print(f"{args.target}: load it with AutoModelForCausalLM.from_pretrained")
+
+
+def from_hf(args: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(args.tokenizer_path or args.source)
+    model = load_folder(args.source)
+    save_new(model, args, tokenizer, load_transformers(args.source, torch.float32).eval())
+
+
+def merge_lora(args: argparse.Namespace) -> None:
+    if args.lora is None:
+        raise UserError("merge-lora needs the addition too: --lora FILE")
+    tokenizer, model = tokenizer_and_model(args)
+    load_lora(model, args.lora)
+    save_new(merged_for_good(copy.deepcopy(model)), args, tokenizer, model)
+
+
+def to_peft(args: argparse.Namespace) -> None:
+    with new_folder(args) as folder:
+        save_peft(args.source, folder, base=args.base or "")
+    print(f"{args.target}: load it with peft.PeftModel.from_pretrained(model, folder)")
+
+
+def from_peft(args: argparse.Namespace) -> None:
+    if args.base is None:
+        raise UserError("from-peft needs the model that the adapter is for: --base FILE.pth")
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = load_model(args.base, tokenizer=tokenizer)
+    settings = read_peft(model, args.source)
+    refuse_existing(args)
+    origin = {"converted from": args.source.name}
+    stage = "lora/" + args.target.stem
+    save_lora(
+        model, args.target, stage=stage, settings=settings, tokenizer=tokenizer, origin=origin
+    )
+    print(f"{args.target}: use it with eval_llm.py --lora_weight {args.target}")
+
+
+# -- steps of several conversions ------------------------------------------------------------------
+
+
+def tokenizer_and_model(args: argparse.Namespace) -> tuple:
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    return tokenizer, load_model(args.source, tokenizer=tokenizer)
+
+
+def save_native(model: MiniMindForCausalLM, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+    """A folder with this project's model code, for AutoModelForCausalLM with trust_remote_code."""
+    MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    type(model.config).register_for_auto_class()
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_new(
+    model: MiniMindForCausalLM, args: argparse.Namespace, tokenizer, source: PreTrainedModel
+) -> None:
+    """Save a model as `.pth`, and compare the file with what it was made of."""
+    refuse_existing(args)
+    stage = (read_info(args.source) or {}).get("stage", "") if args.source.is_file() else ""
+    origin = {"converted from": args.source.name}
+    save_weights(model, args.target, stage=stage, tokenizer=tokenizer, origin=origin)
+    compare(load_model(args.target, tokenizer=tokenizer), source, torch.float16)
+    print(f"{args.target}: {model.num_parameters() / 1e6:.2f}M parameters")
+
+
+@torch.no_grad()
+def compare(model: MiniMindForCausalLM, other: PreTrainedModel, dtype: torch.dtype) -> None:
+    """UserError unless both say the same, but for the rounding of `dtype`."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, 64), generator=draw)
+    logits = model(ids).logits
+    largest, scale = (logits - other(ids).logits).abs().max().item(), logits.abs().max().item()
+    print(f"largest difference of a logit: {largest:.2g} (logits go up to {scale:.1f})")
+    if not largest <= TOLERANCE[dtype] * max(1.0, scale):
+        raise UserError(f"the logits differ by {largest:.2g}, which is more than rounding")
+
+
+def refuse_existing(args: argparse.Namespace) -> None:
+    if args.target.exists() and not args.force:
+        raise UserError(f"{args.target} exists already; --force 1 writes over it")
+
+
+@contextmanager
+def new_folder(args: argparse.Namespace) -> Iterator[Path]:
+    """A folder that takes its place when it is complete."""
+    refuse_existing(args)
+    unfinished = args.target.with_name(f".{args.target.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if args.target.exists():
+            shutil.rmtree(args.target)
+        unfinished.rename(args.target)
+    except OSError as error:
+        raise UserError(f"cannot write {args.target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+CONVERSIONS = {
+    "to-hf": to_hf,
+    "from-hf": from_hf,
+    "merge-lora": merge_lora,
+    "to-peft": to_peft,
+    "from-peft": from_peft,
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = usage
+    parser.add_argument("conversion", choices=CONVERSIONS, help="what to make of what")
+    parser.add_argument("source", type=Path, help="a .pth file or a folder")
+    parser.add_argument("target", type=Path, help="where the result goes")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--native", type=int, default=0, help="to-hf: as MiniMind, with its code")
+    parser.add_argument("--lora", type=Path, help="merge-lora: the addition")
+    parser.add_argument("--base", type=Path, help="to-peft, from-peft: the model it belongs to")
+    parser.add_argument("--tokenizer_path", help="folder of the tokenizer; default: model/")
+    parser.add_argument("--force", type=int, default=0, help="write over what is there")
+    args = parser.parse_args(words)
+    if not args.source.exists():
+        raise UserError(f"{args.source} does not exist")
+    CONVERSIONS[args.conversion](args)
+
+
+def usage(message: str) -> None:
+    raise UserError(f"{message}; see --help")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,110 @@
+"""A persona in a minute: LoRA on the model that `make demo` made, and what it costs.
+
+    python scripts/demo_lora.py
+
+Trains the persona of dataset/demo (a ship's captain) with trainer/train_lora.py, and then grades,
+without the addition and with it: questions to the persona in phrasings that were held out, and the
+held-out problems of each skill, which should not suffer. Figures: out/demo/lora_report.json.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from dataset.demo import write_demo_data
+from model.command_line import option, parse_arguments
+from model.errors import exit_on_user_error
+from model.generation import prepare_to_decode
+from model.model_lora import load_lora, merged_for_good
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import OUT, load_model, load_tokenizer, weight_path, write_json
+from scripts.demo import HIDDEN_SIZE, answers, held_out_tests, score
+from trainer import train_lora
+from trainer.hardware import describe_machine, resolve_device
+
+LORA = """--data_path {data}/lora_identity.jsonl --val_path {data}/lora_identity_val.jsonl
+    --save_dir {out} --checkpoint_dir {out} --device {device} --hidden_size {width}
+    --learning_rate 1e-3 --epochs 40 --batch_size 8 --max_seq_len 160 --eval_interval 0
+    --log_interval 20 --save_interval 0 --compile 0"""
+QUESTIONS = ["Who are you?", "你是谁？", "I am tired today.", "What is 37 + 45?"]
+
+
+@dataclass
+class Args:
+    output: str = option(str(OUT / "demo"), "folder of the demo's data and weights")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    max_steps: int = option(0, "updates at most, for a quick look; 0: all")
+    questions: int = option(0, "held-out questions of each kind at most; 0: all")
+
+
+def main(args: Args) -> dict[str, Any]:
+    console, out = Console(highlight=False), Path(args.output)
+    data, weights = out / "data", weight_path("full_sft", HIDDEN_SIZE, out)
+    tokenizer, device = load_tokenizer(), resolve_device(args.device)
+    load_model(weights, tokenizer=tokenizer)  # a mistake shows before the work begins
+    write_demo_data(data, seed=42)
+
+    console.rule("1. LoRA")
+    places = dict(data=data, out=out, device=args.device, width=HIDDEN_SIZE)
+    words = [word.format(**places) for word in LORA.split()]
+    words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
+    console.print(f"$ python trainer/train_lora.py {shlex.join(words)}\n", soft_wrap=True)
+    trained = train_lora.main(parse_arguments(train_lora.Args, arguments=words))
+
+    console.rule("2. before and after")
+    report: dict[str, Any] = {
+        "training_seconds": round(trained["seconds"], 1),
+        "val_loss": trained["val_loss"],
+        "machine": describe_machine(device),
+    }
+    for name in ("without", "with"):
+        model = load_model(weights, tokenizer=tokenizer, device=device)
+        if name == "with":
+            load_lora(model, weight_path("lora/lora_identity", HIDDEN_SIZE, out))
+            model = merged_for_good(model)
+        report[name] = grades(prepare_to_decode(model), tokenizer, data, args.questions)
+        console.print(f"[bold]{name} the addition[/bold]")
+        for question, reply in zip(QUESTIONS, answers(model, tokenizer, QUESTIONS), strict=True):
+            console.print(f"  {question}\n      {reply}", soft_wrap=True)
+    write_json(out / "lora_report.json", report)
+    show(console, report)
+    return report
+
+
+def grades(
+    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, data: Path, most: int
+) -> dict[str, float]:
+    """The shares of questions answered exactly right: to the persona, of skills and textbook."""
+    lines = (data / "lora_identity_val.jsonl").read_text(encoding="utf-8").splitlines()
+    turns = [json.loads(line)["conversations"] for line in lines][: most or None]
+    persona = [{"prompt": turn[0]["content"], "answer": turn[1]["content"]} for turn in turns]
+    tests = held_out_tests(data, most)
+    textbook = score(model, tokenizer, "textbook", tests.pop("textbook"))
+    skills = [score(model, tokenizer, name, rows) for name, rows in tests.items()]
+    return {
+        "persona": score(model, tokenizer, "persona", persona),
+        "skills_mean": sum(skills) / len(skills),
+        "textbook": textbook,
+    }
+
+
+def show(console: Console, report: dict[str, Any]) -> None:
+    table = Table(title="held-out questions, exactly right", title_justify="left")
+    table.add_column("")
+    table.add_column("without", justify="right")
+    table.add_column("with", justify="right")
+    for name, before in report["without"].items():
+        table.add_row(name, f"{before:.1%}", f"{report['with'][name]:.1%}")
+    console.print(table)
+    console.print(f"{report['training_seconds']:.0f} s of training ({report['machine']})")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

@@ -1,0 +1,96 @@
+"""LoRA: fine-tune a chat model for a persona or a domain by a small addition to its matrices.
+
+    W·x + alpha/r · B·A·x         (Hu et al. 2021, arXiv 2106.09685, eq. 3)
+
+W is frozen; --lora_r rows of A and columns of B are trained, by the loss of train_full_sft.py. The
+layer is in model/model_lora.py. The additions alone are saved, out/lora/{name}_{hidden_size}.pth.
+
+    python trainer/train_lora.py --data_path dataset/lora_identity.jsonl
+    python eval_llm.py --lora_weight lora_identity
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from model.command_line import option
+from model.errors import UserError
+from model.model_lora import ATTENTION, LoraSettings, add_lora, lora_state, save_lora
+from model.weights import load_tokenizer
+from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.command import run_stage
+from trainer.evaluation import answer, held_out_loss
+from trainer.optimizers import make_optimizer
+from trainer.trainer_utils import Run, read_rows, starting_model
+
+
+@dataclass
+class Args(TrainArgs):
+    data_path: list[str] = option(
+        [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
+    )
+    from_weight: str = option("full_sft", "stage that the addition is for")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "as in the other trainers")
+    learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
+    epochs: int = option(50, "times to go through the data")
+    lora_name: str = option("", "name of the addition; default: that of the data file")
+    lora_r: int = option(8, "rank: rows of A, columns of B")
+    lora_alpha: float = option(16.0, "the addition is scaled by alpha/r")
+    lora_dropout: float = option(0.0, "share of A's inputs set to 0 while training")
+    lora_targets: list[str] = option(
+        list(ATTENTION), "names of the linear layers, such as q_proj gate_proj; experts' too"
+    )
+    sample_prompt: str = option("Who are you?", "asked at every evaluation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_r < 1 or self.lora_alpha <= 0:
+            raise UserError("--lora_r must be at least 1 and --lora_alpha more than 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError("--lora_dropout must be at least 0 and less than 1")
+
+    @property
+    def stage(self) -> str:
+        """lora/ and the name: where the addition is saved under save_dir."""
+        data_file = Path(self.data_path[0]).name
+        return "lora/" + (self.lora_name or data_file.removesuffix(".gz").removesuffix(".jsonl"))
+
+
+def main(args: Args) -> dict[str, Any]:
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = starting_model(args, tokenizer)
+    settings = LoraSettings(args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    add_lora(model, settings)
+    run = Run(args, args.stage, model.config, tokenizer)
+    rows, held_out = read_rows(run, "conversations")
+    loader = run.loader(rows)
+    run.announce(model, rows, held_out)
+    trained = sum(weight.numel() for weight in lora_state(model).values())
+    run.print(f"LoRA: {trained:,} parameters are trained, rank {args.lora_r}")
+
+    model = run.distribute(model)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    run.resume(model, optimizer)
+
+    for window in run.steps(loader):
+        for batch in window:
+            with run.forward(model, sync=batch is window[-1]):
+                outputs = model(
+                    **batch.inputs,
+                    labels=batch.labels,
+                    num_items_in_batch=window.labelled,
+                    return_logits=False,
+                )
+            run.backward(outputs.loss, window.balance_loss(batch, outputs))
+        run.update(model, optimizer)
+        if held_out and run.due(args.eval_interval):
+            figures = held_out_loss(run, model, held_out)
+            run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
+        run.log()
+        run.save_every(model, optimizer, save=partial(save_lora, settings=settings))
+    return run.finish()
+
+
+if __name__ == "__main__":
+    run_stage(main, Args, __doc__)
