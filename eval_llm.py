@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -55,6 +55,11 @@ class Args:
     top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
     repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
     inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
+    yarn_factor: float | None = option(None, "with it: how many times longer; default: 4")
+    yarn_original_length: int | None = option(None, "the length in training; default: 2048")
+    yarn_beta_fast: float | None = option(None, "pairs that turn more often stay; default: 32")
+    yarn_beta_slow: float | None = option(None, "pairs that turn less are slowed; default: 1")
+    yarn_attention_factor: float | None = option(None, "default: 0.1 · ln(factor) + 1")
     seed: int | None = option(None, "the same seed gives the same answers")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "on CUDA")
@@ -71,6 +76,14 @@ class Args:
             raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
         if self.historys < 0:
             raise UserError(f"--historys must not be negative, as {self.historys} is")
+
+
+def yarn_settings(args: Args) -> dict[str, Any]:
+    """The fields of the config that the flags change."""
+    settings = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
+    if settings and not args.inference_rope_scaling:
+        raise UserError(f"--{min(settings)} is for --inference_rope_scaling 1")
+    return {"inference_rope_scaling": True, **settings} if args.inference_rope_scaling else {}
 
 
 def add_weights_of_lora(model: PreTrainedModel, args: Args) -> None:
@@ -93,7 +106,7 @@ def main(args: Args) -> None:
         tokenizer_path=args.tokenizer_path,
         device=device,
         dtype=resolve_dtype(args.dtype, device),
-        inference_rope_scaling=args.inference_rope_scaling,
+        yarn=yarn_settings(args),
     )
     parameters = count_parameters(model)
     foreign = (Path(args.load_from) / "config.json").exists()

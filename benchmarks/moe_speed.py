@@ -24,9 +24,9 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
-from model import feed_forward
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
+from model.feed_forward import mixtures
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters, write_json
 from trainer.hardware import autocast, describe_machine, resolve_device, resolve_dtype
@@ -108,21 +108,16 @@ class Step:
         self.optimizer = make_optimizer(self.model, "muon", 5e-4, 0.1)
         size = (args.batch_size, args.max_seq_len)
         self.ids = torch.randint(3, config.vocab_size, size).to(device)
-        self.loop = loop
+        for mixture in mixtures(self.model):
+            mixture.may_group = not loop
 
     def seconds(self) -> tuple[float, float]:
         """Of a whole step, and of the optimizer's part."""
         device = self.model.device
-        may_group = feed_forward.grouping_runs
-        if self.loop:
-            feed_forward.grouping_runs = lambda tokens, expert: False
-        try:
-            start = now(device)
-            with autocast(device, resolve_dtype("bfloat16", device)):
-                outputs = self.model(self.ids, labels=self.ids, return_logits=False)
-            (outputs.loss + (0.0 if outputs.aux_loss is None else outputs.aux_loss)).backward()
-        finally:
-            feed_forward.grouping_runs = may_group
+        start = now(device)
+        with autocast(device, resolve_dtype("bfloat16", device)):
+            outputs = self.model(self.ids, labels=self.ids, return_logits=False)
+        (outputs.loss + (0.0 if outputs.aux_loss is None else outputs.aux_loss)).backward()
         middle = now(device)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

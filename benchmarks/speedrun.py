@@ -51,7 +51,7 @@ from trainer import train_full_sft, train_pretrain
 from trainer.arguments import TrainArgs
 from trainer.hardware import autocast, describe_machine, resolve_device, resolve_dtype
 from trainer.plots import save_figure
-from trainer.trainer_utils import FIRST_WINDOW
+from trainer.trainer_utils import first_window
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
@@ -306,9 +306,7 @@ class Recipe:
     def steps_within(self, seconds: float) -> int:
         settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
-        first = max(1, FIRST_WINDOW // settings.max_seq_len)
-        if self.args.device == "cuda":
-            first = settings.batch_size
+        first = first_window(settings, resolve_device(self.args.device))
         ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
         steps, needed = 0, 0.0
         for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():

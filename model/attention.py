@@ -102,11 +102,11 @@ def scaled_dot_product(
 def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     """The same for documents end to end, each of which sees itself alone. Shapes as above."""
     B, H, T, D = query.shape
-    # torch 2.11 knows no groups here
+    # varlen_attn knows groups since torch 2.12 only
     key, value = (for_each_query_head(x, query) for x in (key, value))
     query, key, value = (x.transpose(1, 2).reshape(B * T, H, D) for x in (query, key, value))
     edges, longest = documents
-    causal = (-1, 0)  # a window: all keys before, none behind
+    causal = (-1, 0)  # a window: all keys before, none after
     out = varlen_attn(query, key, value, edges, edges, longest, longest, window_size=causal)
     return out.view(B, T, H, D).transpose(1, 2)
 

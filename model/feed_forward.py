@@ -48,13 +48,14 @@ class MixtureOfExperts(nn.Module):
 
     - "softmax": scores compete, and `balance_loss` draws them towards equal shares.
     - "sigmoid" (DeepSeek-V3): a bias for each expert is added to the scores for the selection only,
-      and after every update it is nudged up where too few tokens came (`nudge_bias`). There is no
-      loss that would pull at what the gate learns.
+      and after every update it is nudged up where too few tokens came (`nudge_bias`). No loss pulls
+      at what the gate learns (V3 keeps a very small one for each row).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.may_group = True  # False: always one by one, to compare
         size = config.moe_intermediate_size
         routed, shared = config.n_routed_experts, config.n_shared_experts
         self.gate = nn.Linear(config.hidden_size, routed, bias=False)
@@ -62,29 +63,28 @@ class MixtureOfExperts(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(routed))
         self.experts = nn.ModuleList(SwiGLU(config, size) for _ in range(routed))
         self.shared_experts = nn.ModuleList(SwiGLU(config, size) for _ in range(shared))
-        # tokens that each expert had since somebody looked last
+        # tokens that each expert had since the last update
         self.register_buffer("load", torch.zeros(routed), persistent=False)
 
     def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T, C] → the same, and the balance loss (0 with "sigmoid"), for which only the `real`
-        tokens [B, T] count (default: all)."""
+        """[B, T, C] → the same, and in training the balance loss (0 with "sigmoid"), for which only
+        the `real` tokens [B, T] count (default: all)."""
         routing = self.route(hidden)
         tokens = hidden.flatten(0, 1)  # [N, C]
         out = self.routed(tokens, routing)
         for expert in self.shared_experts:
             out = out + expert(tokens)
-        real = torch.ones_like(routing.scores[..., 0]) if real is None else real.float()
+        loss = hidden.new_zeros((), dtype=torch.float32)
         if self.training:
+            real = torch.ones_like(routing.scores[..., 0]) if real is None else real.float()
             with torch.no_grad():
                 self.load += count_tokens(routing.chosen, real, len(self.experts)).sum(0)
-        if self.config.scoring_func == "sigmoid":
-            loss = hidden.new_zeros((), dtype=torch.float32)
-        else:
-            loss = self.config.aux_loss_alpha * balance_loss(routing, real, self.config.seq_aux)
+            if self.config.scoring_func == "softmax":
+                loss = self.config.aux_loss_alpha * balance_loss(routing, real, self.config.seq_aux)
         return out.view_as(hidden), loss
 
     def route(self, hidden: Tensor) -> Routing:
-        with torch.autocast(hidden.device.type, enabled=False):  # experts are often a near tie
+        with torch.autocast(hidden.device.type, enabled=False):  # rounding would flip choices
             logits = self.gate(hidden).float()
         if self.config.scoring_func == "sigmoid":
             scores = logits.sigmoid()
@@ -103,8 +103,9 @@ class MixtureOfExperts(nn.Module):
         chosen = routing.chosen.flatten()  # [N · k]
         order = chosen.argsort(stable=True)  # the tokens of expert 0, of expert 1, …
         count = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen, torch.ones_like(chosen))
-        # to decode, a few tokens need a few experts, and stacking reads them all
-        group = torch.is_grad_enabled() and grouping_runs(tokens, self.experts[0])
+        # a few tokens, as in decoding, need a few experts, and stacking reads them all
+        many = torch.is_grad_enabled() or len(tokens) > 256
+        group = self.may_group and many and grouping_runs(tokens, self.experts[0])
         run = grouped if group else one_by_one
         out = run(self.experts, tokens[order // k], count)  # [N · k, C]
         out = out[order.argsort()].view(len(tokens), k, -1)
@@ -145,8 +146,8 @@ def grouping_runs(tokens: Tensor, expert: SwiGLU) -> bool:
     layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
     if any(type(layer) is not nn.Linear for layer in layers):
         return False
-    half = autocasts(tokens) or tokens.dtype != torch.float32
-    if any(layer.in_features * (2 if half else 4) % 16 for layer in layers):
+    size = 2 if autocasts(tokens) else tokens.element_size()
+    if any(layer.in_features * size % 16 for layer in layers):
         return False
     if tokens.is_cuda:
         dtype = torch.get_autocast_dtype("cuda") if autocasts(tokens) else tokens.dtype
@@ -173,7 +174,7 @@ def balance_loss(routing: Routing, real: Tensor, per_sequence: bool) -> Tensor:
 
     It is 1 where all experts have equal shares, and larger the more tokens the favoured ones have.
     Of the tokens those that are `real` (1, not 0) count, [B, T]. `per_sequence`: for each row of
-    the batch, then the mean; else over all tokens together.
+    the batch, then the mean; else over all tokens of the (micro-)batch together.
     """
     scores, chosen = routing.scores, routing.chosen
     if not per_sequence:
@@ -193,7 +194,7 @@ def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
 @torch.no_grad()
 def nudge_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
     """Towards balance, with "sigmoid": up for an expert with less than the mean load [E], down for
-    one with more (arXiv 2408.15664)."""
-    if mixture.config.scoring_func == "sigmoid":
+    one with more (arXiv 2408.15664). A gate that is frozen keeps its bias too."""
+    if mixture.config.scoring_func == "sigmoid" and mixture.gate.weight.requires_grad:
         step = mixture.config.bias_update_speed * (load.mean() - load).sign()
         mixture.e_score_correction_bias += step

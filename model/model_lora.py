@@ -61,14 +61,16 @@ class LoraLinear(nn.Linear):
 
     @property
     def addition(self) -> Tensor:
-        """alpha/r · B·A, [out, in]."""
-        return self.scale * self.lora_B.weight @ self.lora_A.weight
+        """alpha/r · B·A, [out, in], in float32."""
+        return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
 
 def add_lora(model: nn.Module, settings: LoraSettings) -> None:
-    """Give an addition to each linear layer whose name ends with one of the target modules, and
+    """Give an addition to each linear layer whose last name is one of the target modules, and
     freeze everything else. UserError if there is no such layer."""
-    for target in settings.target_modules:
+    if "lm_head" in settings.target_modules:
+        raise UserError("LoRA is for layers inside the blocks; lm_head is the embedding, tied")
+    for target in dict.fromkeys(settings.target_modules):
         found = [
             (name, layer)
             for name, layer in model.named_modules()
@@ -100,11 +102,11 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add each addition to its weight."""
+    """Add each addition to its weight, in float32."""
     for _, layer in lora_layers(model):
         if layer.before is None:
             layer.before = layer.weight.detach().clone()
-            layer.weight += layer.addition
+            layer.weight.copy_(layer.weight.float() + layer.addition)
 
 
 @torch.no_grad()
@@ -118,10 +120,12 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merged_for_good(model: nn.Module) -> nn.Module:
-    """The model with ordinary layers again, the additions in their weights."""
+    """The model with ordinary layers again, the additions in their weights, which are rounded to
+    float16 as in a file (`prepare_to_decode` asks for that)."""
     merge(model)
     for name, layer in list(lora_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        layer.weight.copy_(layer.weight.half())
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
     return model
@@ -201,6 +205,11 @@ def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
     state, info = read_state(path), read_info(path)
     if info is None or "lora" not in info:
         raise UserError(f"{path} is no LoRA file, or its .json is missing")
+    if any("experts." in name for name in state):
+        raise UserError(
+            "in transformers the experts of a layer are one tensor, which peft gives no addition "
+            "of this kind; merge it into the model instead (merge-lora)"
+        )
     settings = LoraSettings(**info["lora"])
     config = {
         "peft_type": "LORA",
@@ -226,6 +235,8 @@ def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
         targets = config["target_modules"]
+        if isinstance(targets, str) or config.get("bias", "none") != "none":
+            raise ValueError("target_modules is no list, or it has biases")
         settings = LoraSettings(
             r=config["r"],
             alpha=config["lora_alpha"],

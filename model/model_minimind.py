@@ -113,6 +113,8 @@ class MiniMindConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs of numbers, but a head has {self.head_dim}")
+        if kwargs.pop("head_dim", None) not in (None, self.head_dim):
+            raise ValueError(f"heads are {self.head_dim} wide here: hidden_size / heads")
         super().__post_init__(**kwargs)
 
     @property
@@ -285,8 +287,9 @@ class MiniMindModel(MiniMindPreTrainedModel):
 
         hidden = self.dropout(hidden)
         real = None  # tokens that count for the balance of experts
-        if self.config.use_moe and self.training and input_ids is not None:
-            real = input_ids != self.config.pad_token_id
+        pad = self.config.pad_token_id
+        if self.config.use_moe and self.training and input_ids is not None and pad is not None:
+            real = input_ids != pad
         all_hidden, aux_losses = [hidden], []
         for layer in self.layers:
             hidden, aux_loss = layer(hidden, rotation, mask, past_key_values, length, real=real)

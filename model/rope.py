@@ -28,12 +28,15 @@ def rope_rotation(config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def yarn(config, frequencies: Tensor) -> tuple[Tensor, float]:
     """The frequencies [D/2] for texts `yarn_factor` times as long as those of training, and what
-    cos and sin are multiplied with (YaRN, arXiv 2309.00071, sections 3.2 to 3.4).
+    cos and sin are multiplied with (YaRN, arXiv 2309.00071, sections 3.2 and 3.4).
 
     A pair that turned more than `yarn_beta_fast` times within the trained length knows distances
     between neighbours, and stays. One that turned less than `yarn_beta_slow` times has never seen
     the angles beyond, and is slowed down by the factor, so that it never will. Those between are
     mixed. More keys flatten the softmax; a temperature, here put into cos and sin, sharpens it.
+
+    As in the authors' code and in transformers, the mixture is linear in the pair's number, between
+    whole numbers, where the paper's text has it linear in the turns.
     """
 
     def pair_that_turns(times: float) -> float:
@@ -42,6 +45,7 @@ def yarn(config, frequencies: Tensor) -> tuple[Tensor, float]:
         return config.head_dim / 2 * turn
 
     first = max(0, math.floor(pair_that_turns(config.yarn_beta_fast)))
+    # transformers too allows numbers up to head_dim here, though there are half as many pairs
     last = min(config.head_dim - 1, math.ceil(pair_that_turns(config.yarn_beta_slow)))
     pairs = torch.arange(len(frequencies), device=frequencies.device)
     slowed = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)  # 0: as trained, 1: slowed

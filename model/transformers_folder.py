@@ -46,6 +46,13 @@ YARN = {  # their name: ours
     "beta_slow": "yarn_beta_slow",
     "attention_factor": "yarn_attention_factor",
 }
+UNLIKE_OURS = {
+    "attention_bias": "biases in its attention",
+    "qkv_bias": "biases in its attention",
+    "mlp_bias": "biases in its feed-forward layers",
+    "use_sliding_window": "attention within a window",
+    "mlp_only_layers": "layers without experts among those with them",
+}
 ARCHITECTURES = {
     LlamaConfig: "LlamaForCausalLM",
     Qwen3Config: "Qwen3ForCausalLM",
@@ -53,7 +60,7 @@ ARCHITECTURES = {
     Qwen3MoeConfig: "Qwen3MoeForCausalLM",
 }
 # A gate that is half open whatever comes, sigmoid(x · w) with w ≈ 0; llama.cpp takes no 0 itself.
-HALF_OPEN = 1e-12
+HALF_OPEN = 1e-12  # in float16: its smallest number
 
 
 # -- configs ---------------------------------------------------------------------------------------
@@ -104,9 +111,13 @@ def our_config(config: PreTrainedConfig) -> MiniMindConfig:
     if type(config) not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES.values())
         raise UserError(f"{type(config).__name__} is none of {known} or MiniMind's own")
-    if getattr(config, "attention_bias", False) or getattr(config, "qkv_bias", False):
-        raise UserError("the model has biases in its attention, and MiniMind has none")
-    if config.hidden_size != config.head_dim * config.num_attention_heads:
+    for name, complaint in UNLIKE_OURS.items():
+        if getattr(config, name, None):
+            raise UserError(f"the model has {complaint}, and MiniMind has not ({name})")
+    if config.hidden_act != "silu":
+        raise UserError(f"the model's activation is {config.hidden_act}, and MiniMind's is silu")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.hidden_size != head_dim * config.num_attention_heads:
         raise UserError("the model's heads together are not as wide as the model")
     fields = {name: getattr(config, name) for name in SAME_NAME}
     rope = config.rope_parameters
@@ -119,6 +130,8 @@ def our_config(config: PreTrainedConfig) -> MiniMindConfig:
     fields["qk_norm"] = isinstance(config, Qwen3Config | Qwen3MoeConfig)
     if isinstance(config, Qwen2MoeConfig | Qwen3MoeConfig):
         shared = getattr(config, "shared_expert_intermediate_size", 0)
+        if config.decoder_sparse_step != 1 or shared % config.moe_intermediate_size:
+            raise UserError("not every layer has experts, or the shared one is not as wide as some")
         fields |= {
             "use_moe": True,
             "n_routed_experts": config.num_experts,
@@ -154,8 +167,7 @@ def join_shared_experts(state: dict[str, Tensor], mlp: str, config: MiniMindConf
         joined = torch.cat([state.pop(name) for name in names], dim)
         state[f"{mlp}shared_expert.{part}_proj.weight"] = joined * (2 if part == "down" else 1)
     like = state[f"{mlp}gate.weight"]
-    gate = torch.full((1, config.hidden_size), HALF_OPEN, dtype=torch.float32, device=like.device)
-    state[f"{mlp}shared_expert_gate.weight"] = gate
+    state[f"{mlp}shared_expert_gate.weight"] = like.new_full((1, config.hidden_size), HALF_OPEN)
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -173,6 +185,9 @@ def save_folder(
     config.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: each.to(dtype).contiguous() for name, each in their_state(model).items()}
+    for name, weight in state.items():
+        if name.endswith("shared_expert_gate.weight"):
+            weight.clamp_(min=6e-8 if dtype == torch.float16 else HALF_OPEN)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     generation = GenerationConfig(

@@ -73,7 +73,7 @@ def find_weights(
     found = [path for path in beginning.parent.glob("*.pth") if pattern.fullmatch(path.name)]
     if not found:
         size = f"_{hidden_size or '*'}" + "_moe" * bool(use_moe)
-        there = sorted(p.name for p in Path(directory).glob("*.pth"))
+        there = sorted(path.name for path in beginning.parent.glob("*.pth"))
         raise UserError(
             f"there are no weights {beginning}{size}.pth; "
             + (f"that folder has {', '.join(there)}" if there else "train that stage first")
@@ -410,7 +410,7 @@ def load_for_chat(
     tokenizer_path: Path | str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    inference_rope_scaling: bool = False,
+    yarn: dict[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """A model, its tokenizer and its stage ("" where unknown), from either kind of place.
 
@@ -420,14 +420,14 @@ def load_for_chat(
         weight: own weights only: a stage, or the path of a `.pth`.
         hidden_size: which size of the stage; default: the newest.
         directory: where own weights are.
-        inference_rope_scaling: YaRN, own weights only; a transformers folder says it itself.
+        yarn: fields of the config for YaRN, own weights only; a transformers folder has its own.
     """
     load_from = Path(load_from)
     if not load_from.is_dir():
         raise UserError(f"--load_from {load_from} is no folder")
     tokenizer = load_tokenizer(tokenizer_path or load_from)
     if (load_from / "config.json").exists():
-        if inference_rope_scaling:
+        if yarn:
             raise UserError(
                 "--inference_rope_scaling is for own weights; a transformers folder has "
                 f"rope_parameters in its config.json ({load_from})"
@@ -436,6 +436,5 @@ def load_for_chat(
     path = Path(weight)
     if path.suffix != ".pth":
         path = find_weights(weight, hidden_size, directory)
-    scaling = {"inference_rope_scaling": True} if inference_rope_scaling else {}
-    model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **scaling)
+    model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **(yarn or {}))
     return model, tokenizer, (read_info(path) or {}).get("stage", "")

@@ -1,14 +1,15 @@
 """From MiniMind's files to those of other programs, and back.
 
-    python scripts/convert_model.py to-hf      out/full_sft_512.pth MiniMind2-mine
-    python scripts/convert_model.py from-hf    MiniMind2 out/full_sft_512.pth
-    python scripts/convert_model.py merge-lora out/full_sft_512.pth out/merged_512.pth --lora out/lora/lora_identity_512.pth
-    python scripts/convert_model.py to-peft    out/lora/lora_identity_512.pth my-adapter
-    python scripts/convert_model.py from-peft  my-adapter out/lora/lora_identity_512.pth
+    python scripts/convert_model.py to-hf out/full_sft_512.pth MiniMind2-mine
+    python scripts/convert_model.py from-hf MiniMind2 out/full_sft_512.pth
+    python scripts/convert_model.py merge-lora out/full_sft_512.pth out/merged_512.pth --lora L.pth
+    python scripts/convert_model.py to-peft out/lora/lora_identity_512.pth my-adapter
+    python scripts/convert_model.py from-peft my-adapter L.pth --base out/full_sft_512.pth
 
-A folder made by to-hf is an ordinary Llama or Qwen model of transformers, which vLLM, llama.cpp and
-others read too. Every conversion compares the logits of both sides before it says that it is done.
-"""  # noqa: E501
+A folder made by to-hf is an ordinary Llama or Qwen model of transformers, which vLLM and others
+read too. from-hf also reads a bare .pth of an earlier MiniMind. Conversions of models compare the
+logits of both sides before they say that they are done.
+"""
 
 import argparse
 import copy
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
 from model.model_lora import load_lora, merged_for_good, read_peft, save_lora, save_peft
@@ -32,8 +33,9 @@ from model.weights import (
     save_weights,
 )
 
-# What rounding alone makes of logits, as a share of the largest.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# How much logits may differ, as a share of the largest: by the order of sums, and by the rounding
+# to float16 of weights that additions were merged into.
+SAME, MERGED = 1e-4, 0.02
 
 
 def to_hf(args: argparse.Namespace) -> None:
@@ -44,14 +46,20 @@ def to_hf(args: argparse.Namespace) -> None:
             save_native(model, tokenizer, folder, dtype)
         else:
             save_folder(model, tokenizer, folder, dtype)
-        compare(model, load_transformers(folder, torch.float32).eval(), dtype)
+        rounded = copy.deepcopy(model).to(dtype).float()
+        compare(rounded, load_transformers(folder, torch.float32).eval(), SAME)
     print(f"{args.target}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 def from_hf(args: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer(args.tokenizer_path or args.source)
-    model = load_folder(args.source)
-    save_new(model, args, tokenizer, load_transformers(args.source, torch.float32).eval())
+    if args.source.is_file():  # an earlier MiniMind's, without its .json
+        tokenizer, model = tokenizer_and_model(args)
+        other: PreTrainedModel = model
+    else:
+        tokenizer = load_tokenizer(args.tokenizer_path or args.source)
+        model = load_folder(args.source)
+        other = load_transformers(args.source, torch.float32).eval()
+    save_new(model, args, tokenizer, other.half().float(), SAME)
 
 
 def merge_lora(args: argparse.Namespace) -> None:
@@ -59,7 +67,7 @@ def merge_lora(args: argparse.Namespace) -> None:
         raise UserError("merge-lora needs the addition too: --lora FILE")
     tokenizer, model = tokenizer_and_model(args)
     load_lora(model, args.lora)
-    save_new(merged_for_good(copy.deepcopy(model)), args, tokenizer, model)
+    save_new(merged_for_good(copy.deepcopy(model)), args, tokenizer, model, MERGED)
 
 
 def to_peft(args: argparse.Namespace) -> None:
@@ -76,7 +84,8 @@ def from_peft(args: argparse.Namespace) -> None:
     settings = read_peft(model, args.source)
     refuse_existing(args)
     origin = {"converted from": args.source.name}
-    stage = "lora/" + args.target.stem
+    name, _, _ = args.target.stem.rpartition("_")
+    stage = f"lora/{name or args.target.stem}"
     save_lora(
         model, args.target, stage=stage, settings=settings, tokenizer=tokenizer, origin=origin
     )
@@ -91,7 +100,12 @@ def tokenizer_and_model(args: argparse.Namespace) -> tuple:
     return tokenizer, load_model(args.source, tokenizer=tokenizer)
 
 
-def save_native(model: MiniMindForCausalLM, tokenizer, folder: Path, dtype: torch.dtype) -> None:
+def save_native(
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
     """A folder with this project's model code, for AutoModelForCausalLM with trust_remote_code."""
     MiniMindForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     type(model.config).register_for_auto_class()
@@ -100,32 +114,43 @@ def save_native(model: MiniMindForCausalLM, tokenizer, folder: Path, dtype: torc
 
 
 def save_new(
-    model: MiniMindForCausalLM, args: argparse.Namespace, tokenizer, source: PreTrainedModel
+    model: MiniMindForCausalLM,
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    source: PreTrainedModel,
+    tolerance: float,
 ) -> None:
-    """Save a model as `.pth`, and compare the file with what it was made of."""
+    """Save a model as `.pth`, which takes its place when it says the same as its source."""
     refuse_existing(args)
     stage = (read_info(args.source) or {}).get("stage", "") if args.source.is_file() else ""
     origin = {"converted from": args.source.name}
-    save_weights(model, args.target, stage=stage, tokenizer=tokenizer, origin=origin)
-    compare(load_model(args.target, tokenizer=tokenizer), source, torch.float16)
+    unfinished = args.target.with_name(f".{args.target.stem}.partial.pth")
+    try:
+        save_weights(model, unfinished, stage=stage, tokenizer=tokenizer, origin=origin)
+        compare(load_model(unfinished, tokenizer=tokenizer), source, tolerance)
+        for suffix in (".json", ".pth"):
+            unfinished.with_suffix(suffix).rename(args.target.with_suffix(suffix))
+    finally:
+        for suffix in (".json", ".pth"):
+            unfinished.with_suffix(suffix).unlink(missing_ok=True)
     print(f"{args.target}: {model.num_parameters() / 1e6:.2f}M parameters")
 
 
 @torch.no_grad()
-def compare(model: MiniMindForCausalLM, other: PreTrainedModel, dtype: torch.dtype) -> None:
-    """UserError unless both say the same, but for the rounding of `dtype`."""
+def compare(model: MiniMindForCausalLM, other: PreTrainedModel, tolerance: float) -> None:
+    """UserError unless both say the same."""
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, 64), generator=draw)
     logits = model(ids).logits
     largest, scale = (logits - other(ids).logits).abs().max().item(), logits.abs().max().item()
     print(f"largest difference of a logit: {largest:.2g} (logits go up to {scale:.1f})")
-    if not largest <= TOLERANCE[dtype] * max(1.0, scale):
+    if not largest <= tolerance * max(1.0, scale):
         raise UserError(f"the logits differ by {largest:.2g}, which is more than rounding")
 
 
 def refuse_existing(args: argparse.Namespace) -> None:
     if args.target.exists() and not args.force:
-        raise UserError(f"{args.target} exists already; --force 1 writes over it")
+        raise UserError(f"{args.target} exists already; --force writes over it")
 
 
 @contextmanager
@@ -155,6 +180,9 @@ CONVERSIONS = {
 }
 
 
+USED_BY = {"native": ["to-hf"], "lora": ["merge-lora"], "base": ["to-peft", "from-peft"]}
+
+
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -164,12 +192,16 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="a .pth file or a folder")
     parser.add_argument("target", type=Path, help="where the result goes")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--native", type=int, default=0, help="to-hf: as MiniMind, with its code")
+    switch = dict(type=int, nargs="?", const=1, default=0, choices=(0, 1))
+    parser.add_argument("--native", **switch, help="to-hf: as MiniMind, with its code")
     parser.add_argument("--lora", type=Path, help="merge-lora: the addition")
     parser.add_argument("--base", type=Path, help="to-peft, from-peft: the model it belongs to")
     parser.add_argument("--tokenizer_path", help="folder of the tokenizer; default: model/")
-    parser.add_argument("--force", type=int, default=0, help="write over what is there")
+    parser.add_argument("--force", **switch, help="write over what is there")
     args = parser.parse_args(words)
+    for name, users in USED_BY.items():
+        if getattr(args, name) not in (None, 0) and args.conversion not in users:
+            usage(f"--{name} is for {' and '.join(users)}")
     if not args.source.exists():
         raise UserError(f"{args.source} does not exist")
     CONVERSIONS[args.conversion](args)

@@ -70,7 +70,7 @@ def test_to_transformers_and_back(save, tmp_path, capsys, kind):
 
 @torch.no_grad()
 def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer):
-    convert("to-hf", save(), tmp_path / "folder", "--dtype", "bfloat16")
+    convert("to-hf", save(use_moe=True), tmp_path / "folder", "--dtype", "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert model.dtype == torch.bfloat16
     other = AutoTokenizer.from_pretrained(tmp_path / "folder")
@@ -79,6 +79,26 @@ def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer):
     inputs = other.apply_chat_template(messages, **settings)
     assert inputs["input_ids"].tolist() == tokenizer.apply_chat_template(messages, **settings)["input_ids"].tolist()  # fmt: skip # noqa: E501
     assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("fields", [{}, dict(use_moe=True)], ids=["dense", "moe"])
+@torch.no_grad()
+def test_in_float16_a_folder_says_what_the_file_said(save, tmp_path, fields):
+    path = save(**fields)
+    convert("to-hf", path, tmp_path / "folder", "--dtype", "float16")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32).eval()
+    assert_close(other(IDS).logits, load_model(path)(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_earlier_file_gets_its_json(save, tmp_path):
+    path = save(num_attention_heads=8)
+    path.with_suffix(".json").unlink()
+    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+        convert("from-hf", path, tmp_path / "new.pth")
+        expected = load_model(path)
+    assert load_model(tmp_path / "new.pth").config.num_attention_heads == 8
+    assert torch.equal(load_model(tmp_path / "new.pth")(IDS).logits, expected(IDS).logits)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +130,7 @@ torch.save(model(torch.tensor([[1, 20, 30, 40]])).logits, sys.argv[2])
 def test_a_native_folder_brings_its_code_along(save, tmp_path):
     """Read by a program that knows nothing of this project."""
     path, folder = save(use_moe=True, scoring_func="sigmoid"), tmp_path / "folder"
-    convert("to-hf", path, folder, "--native", 1)
+    convert("to-hf", path, folder, "--native")
     words = [sys.executable, "-c", LOAD, folder, tmp_path / "logits.pt"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -129,7 +149,7 @@ def test_what_is_there_is_not_written_over(save, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         convert("to-hf", path, folder)
     assert (folder / "mine.txt").read_text() == "mine"
-    convert("to-hf", path, folder, "--force", 1)
+    convert("to-hf", path, folder, "--force")
     assert not (folder / "mine.txt").exists() and (folder / "config.json").exists()
 
 
@@ -148,6 +168,7 @@ def test_a_conversion_that_changes_the_logits_is_no_success(save, tmp_path, monk
         (["to-hf", "."], "target"),
         (["from-hf", ".", "x.pth"], "tokenizer.json|config.json"),
         (["from-peft", ".", "x.pth"], "--base"),
+        (["to-hf", ".", "x", "--lora", "y"], "--lora is for merge-lora"),
     ],
     ids=" ".join,
 )
@@ -157,13 +178,31 @@ def test_mistakes_are_one_sentence(words, complaint, tmp_path, monkeypatch):
         convert(*words)
 
 
-def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("attention_bias", True, "biases in its attention"),
+        ("hidden_act", "gelu", "activation is gelu"),
+        ("head_dim", 32, "not as wide as the model"),
+        ("model_type", "gpt2", "GPT2Config is none of Llama"),
+    ],
+)
+def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path, name, value, complaint):
     convert("to-hf", save(), tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    config["attention_bias"] = True
+    config[name] = value
     (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="biases"):
+    with pytest.raises(UserError, match=complaint):
         convert("from-hf", tmp_path / "folder", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_difference_leaves_nothing_behind(save, tmp_path, monkeypatch):
+    path, target = save(), tmp_path / "new.pth"
+    monkeypatch.setattr(convert_model, "SAME", -1.0)
+    with pytest.raises(UserError, match="more than rounding"):
+        convert("from-hf", path, target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full_sft_64.json", "full_sft_64.pth"]
 
 
 # -- LoRA and peft ---------------------------------------------------------------------------------
@@ -219,6 +258,16 @@ def test_what_peft_trained_is_read(save, tmp_path):
     assert_close(model(IDS).logits, other(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_an_addition_to_experts_has_no_place_in_peft(save, tokenizer, tmp_path):
+    model = load_model(save(use_moe=True))
+    settings = LoraSettings(target_modules=["gate_proj"])
+    add_lora(model, settings)
+    path = tmp_path / "x_64_moe.pth"
+    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    with pytest.raises(UserError, match="merge-lora"):
+        convert("to-peft", path, tmp_path / "adapter")
+
+
 # -- trl -------------------------------------------------------------------------------------------
 
 
@@ -232,6 +281,7 @@ def test_trl_trains_an_exported_model(save, tmp_path, stage):
     common = dict(
         output_dir=str(tmp_path / "trl"),
         max_steps=2,
+        logging_steps=1,
         per_device_train_batch_size=2,
         use_cpu=True,
         bf16=False,

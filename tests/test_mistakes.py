@@ -238,6 +238,15 @@ MISTAKES = {
     "another seed": (after_a_run(seed=7), "was made with seed 42, and this run has 7; give the"),
     "another length": (after_a_run(epochs=9), r"was made with epochs \d+, and this run has 9"),
     "other sizes": (after_a_run(num_key_value_heads=4), "with num_key_value_heads 2, and this"),
+    "experts of a dense model": (
+        given(n_routed_experts=8),
+        "for a mixture of experts: --use_moe 1",
+    ),
+    "two ways to balance": (
+        given(use_moe=1, scoring_func="sigmoid", aux_loss_alpha=0.1),
+        "sigmoid balances by a bias and has no balance loss",
+    ),
+    "more experts than there are": (given(use_moe=1, num_experts_per_tok=5), "cannot use 5 of 4"),
     "a damaged checkpoint": (damaged_checkpoint, "checkpoint.pt is damaged; start anew without"),
     # training
     "far too fast": (given(learning_rate=1e30, epochs=9), "were not finite.*--learning_rate"),

@@ -12,6 +12,7 @@ from transformers import (
     DynamicCache,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model.attention import scaled_dot_product, scaled_dot_product_by_hand
 from model.generation import KVCache
@@ -25,6 +26,8 @@ from model.model_minimind import (
     rope_rotation,
     rotate,
 )
+from model.rope import yarn
+from model.transformers_folder import their_config
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
@@ -103,6 +106,13 @@ def test_loss_and_gradients_equal_transformers(pair, ids):
     for name, weight in own.named_parameters():
         if name in expected and "shared_expert" not in name:  # the others are in larger tensors
             assert_close(weight.grad, expected[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+    for n, layer in enumerate(own.model.layers if own.config.use_moe else ()):
+        theirs = peer.model.layers[n].mlp.experts
+        for e, expert in enumerate(layer.mlp.experts):
+            gate_and_up = torch.cat([expert.gate_proj.weight.grad, expert.up_proj.weight.grad])
+            assert_close(gate_and_up, theirs.gate_up_proj.grad[e], atol=1e-5, rtol=1e-4)
+            down = expert.down_proj.weight.grad
+            assert_close(down, theirs.down_proj.grad[e], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -482,6 +492,36 @@ def test_rope_frequencies_of_the_default():
     assert cos.shape == sin.shape == (1, 1, 1, 64)
     angles = torch.atan2(sin, cos).flatten()
     assert_close(angles[[0, 1, 16, 31, 32]], torch.tensor([1, 0.649382, 1e-3, 1.539927e-6, 1]))
+
+
+YARN = {  # as SPEC has them: the default, an older and a newer MiniMind
+    "default": dict(yarn_factor=4.0, yarn_beta_fast=32.0),
+    "older": dict(yarn_factor=4.0, yarn_beta_fast=4.0),
+    "newer": dict(yarn_factor=16.0, yarn_beta_fast=32.0, yarn_attention_factor=1.0),
+    "short": dict(yarn_factor=2.0, yarn_original_length=512, yarn_beta_slow=2.0),
+}
+
+
+@pytest.mark.parametrize("settings", YARN.values(), ids=YARN)
+def test_yarn_equals_that_of_transformers(settings):
+    config = MiniMindConfig(inference_rope_scaling=True, rope_theta=1e5, **settings)
+    positions = torch.tensor([[0, 1, 100, 2047, 2048, 9000, 32000]])
+    peer = LlamaRotaryEmbedding(their_config(config))
+    expected = peer(torch.zeros(1), positions)
+    for found, other in zip(rope_rotation(config, positions), expected, strict=True):
+        assert_close(found[:, 0], other, atol=1e-5, rtol=0)
+
+
+def test_yarn_by_hand():
+    """Heads of 64, theta 1e6, length 2048: a pair turns 2048 · 1e6^(-i/32) / 2π times."""
+    config = MiniMindConfig(inference_rope_scaling=True)
+    # 32 times: i = 32 · ln(2048 / 64π) / ln 1e6 = 5.37; once: 13.40. So mixed from 5 to 14
+    frequencies = 1e6 ** (-torch.arange(32) / 32)
+    slowed, scale = yarn(config, frequencies)
+    assert_close(slowed[:6], frequencies[:6])
+    assert_close(slowed[14:], frequencies[14:] / 4)
+    assert_close(slowed[8], frequencies[8] * (6 / 9 + 3 / 9 / 4))
+    assert scale == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_rope_products_depend_on_the_distance_only():

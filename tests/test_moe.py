@@ -139,7 +139,7 @@ def test_balance_is_a_loss_of_one(k, per_sequence):
 
 
 def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
-    model, ids = make_model(**MOE, aux_loss_alpha=0.5).train(), torch.randint(128, (2, 12))
+    model, ids = make_model(**MOE, aux_loss_alpha=0.5).train(), torch.randint(3, 128, (2, 12))
     losses = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, out: losses.append(out[1]))
@@ -147,7 +147,7 @@ def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
     assert len(losses) == 2
     assert_close(outputs.aux_loss, sum(losses))
     assert make_model()(ids, labels=ids).aux_loss is None
-    plain = make_model(**MOE, aux_loss_alpha=0.0)(ids, labels=ids)
+    plain = make_model(**MOE, aux_loss_alpha=0.0).train()(ids, labels=ids)
     assert_close((plain.loss, plain.aux_loss), (outputs.loss, torch.tensor(0.0)))
 
 
@@ -242,9 +242,10 @@ def test_however_a_window_is_cut_the_training_is_the_same(train, settings):
 
 @pytest.mark.parametrize("settings", [MOE, SIGMOID], ids=["softmax", "sigmoid"])
 def test_a_resumed_mixture_is_one_that_was_never_stopped(train, killed, settings):
-    common = dict(**settings, save_interval=2, max_steps=4)
+    """Also where the checkpoint lies between two lines of the log."""
+    common = dict(**settings, save_interval=1, log_interval=2, max_steps=4)
     train("whole", **common)
-    killed(2, train, "cut", **common)
+    killed(3, train, "cut", **common)
     train("cut", resume=True, **common)
     assert same(everything(train, "cut"), everything(train, "whole"))
 

@@ -11,6 +11,10 @@ from model.weights import OUT, ROOT
 CHECKPOINTS = ROOT / "checkpoints"
 DATASET = ROOT / "dataset"
 LEARNING_RATE_HELP = "the peak, for matrices; others have fixed multiples of it (optimizers.py)"
+EXPERTS = (
+    "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size scoring_func "
+    "norm_topk_prob aux_loss_alpha seq_aux bias_update_speed".split()
+)
 BATCH_RAMP_HELP = """n: an update has an n-th of the rows trained so far, at least 1,024 tokens, at
 most a full batch: while much is to learn, few rows tell where to go; 0: always a full batch"""
 
@@ -63,7 +67,10 @@ class TrainArgs:
     scoring_func: Literal["softmax", "sigmoid"] | None = option(
         None, "softmax: a loss balances the experts (default); sigmoid: a bias, as in DeepSeek-V3"
     )
-    aux_loss_alpha: float | None = option(None, "weight of the balance loss; default: 0.1")
+    norm_topk_prob: bool | None = option(None, "chosen experts' weights add up to 1; default: yes")
+    aux_loss_alpha: float | None = option(None, "softmax: weight of the loss; default: 0.1")
+    seq_aux: bool | None = option(None, "softmax: balance within each row (default), or a batch")
+    bias_update_speed: float | None = option(None, "sigmoid: step of a bias; default: 0.001")
     gradient_checkpointing: bool = option(False, "less memory for a third more time")
 
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
@@ -107,3 +114,8 @@ class TrainArgs:
         if self.max_seq_len < 2:
             raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
         self.resume = self.resume or self.from_resume
+        for name in EXPERTS:
+            if getattr(self, name) is not None and not self.use_moe:
+                raise UserError(f"--{name} is for a mixture of experts: --use_moe 1")
+        if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
+            raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")

@@ -31,7 +31,9 @@ class Args(TrainArgs):
         [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
     from_weight: str = option("full_sft", "stage that the addition is for")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "as in the other trainers")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "adamw, the custom for so few parameters, or muon"
+    )
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     epochs: int = option(50, "times to go through the data")
     lora_name: str = option("", "name of the addition; default: that of the data file")
@@ -49,6 +51,8 @@ class Args(TrainArgs):
             raise UserError("--lora_r must be at least 1 and --lora_alpha more than 0")
         if not 0 <= self.lora_dropout < 1:
             raise UserError("--lora_dropout must be at least 0 and less than 1")
+        if self.save_weight:
+            raise UserError("--save_weight: an addition has its name from --lora_name")
 
     @property
     def stage(self) -> str:

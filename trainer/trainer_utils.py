@@ -45,7 +45,7 @@ from model.feed_forward import mixtures, nudge_bias
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_write, find_weights, load_model, save_weights, weight_name
 from trainer import hardware
-from trainer.arguments import TrainArgs
+from trainer.arguments import EXPERTS, TrainArgs
 from trainer.checkpoint import (
     changed_share,
     identity_of,
@@ -62,12 +62,9 @@ from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
+NOTHING = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0, "expert_load": None}
 COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
-MODEL_ARGUMENTS = (
-    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe "
-    "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size scoring_func "
-    "aux_loss_alpha".split()
-)
+SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
 FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
@@ -79,7 +76,7 @@ SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored valu
 def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
     """The weights of `from_weight`, or new ones; on the CPU, in float32."""
     torch.manual_seed(args.seed)
-    sizes = {name: getattr(args, name) for name in MODEL_ARGUMENTS}
+    sizes = {name: getattr(args, name) for name in [*SIZES.split(), *EXPERTS]}
     sizes = {name: size for name, size in sizes.items() if size is not None}
     if not args.use_moe:  # weights know it themselves
         del sizes["use_moe"]
@@ -150,6 +147,16 @@ def unwrapped(model: nn.Module) -> MiniMindForCausalLM:
 # -- the run ---------------------------------------------------------------------------------------
 
 
+def first_window(
+    args: TrainArgs, device: torch.device, ranks: int = 1, tokens_of_a_row: float = 0.0
+) -> int:
+    """Rows of the first update with --batch_ramp: 1,024 tokens; on a GPU a full batch, which it
+    takes in the same time as a few rows."""
+    if device.type == "cuda":
+        return args.batch_size * ranks
+    return max(1, round(FIRST_WINDOW / (tokens_of_a_row or args.max_seq_len)))
+
+
 class Window(list[Batch]):
     """The micro-batches of one update on this rank, and what all ranks hold together."""
 
@@ -186,6 +193,7 @@ class Run:
         self.flops = hardware.peak_flops(self.device, self.dtype)
 
         self.step, self.steps_in_all = 0, 0  # updates made, and to be made
+        self.begun = 0  # updates made before this process
         self.rows_seen, self.rows_in_all = 0, 0  # place in the data, all epochs counted
         self.done = 0.0  # share of the rows of this run trained before this update
         self.tokens = 0  # trained so far, padding not counted
@@ -193,9 +201,8 @@ class Run:
         self.skipped = self.skipped_in_a_row = 0  # updates that were not finite
         self.stop_asked = False  # a signal reached this rank
         self.stopping = False  # all ranks know of it: this update is the last
-        self.expert_load: Tensor | float = 0.0  # [layers, experts] tokens since the last log
         self.window_loss = torch.zeros((), device=self.device)
-        self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}  # since the last log
+        self.pending: dict[str, Any] = dict(NOTHING)  # since the last log
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.evaluation: dict[str, Any] = {}  # the newest one
         self.origin: dict[str, Any] = {}  # what the weights' .json says of how they were made
@@ -262,10 +269,6 @@ class Run:
     def loader(self, rows: Rows) -> DataLoader:
         """Windows of micro-batches, in an order that depends on seed and epoch alone."""
         args = self.args
-        if self.device.type == "cuda":  # which takes a full batch in the time of a few rows
-            first_window = args.batch_size * self.ranks
-        else:
-            first_window = max(1, round(FIRST_WINDOW * len(rows) / rows.tokens))
         sampler = WindowSampler(
             len(rows),
             batch_size=args.batch_size,
@@ -275,7 +278,7 @@ class Run:
             rank=self.rank,
             ranks=self.ranks,
             batch_ramp=args.batch_ramp,
-            first_window=first_window,
+            first_window=first_window(args, self.device, self.ranks, rows.tokens / len(rows)),
         )
         self.sampler = sampler
         self.plan_steps()
@@ -302,6 +305,7 @@ class Run:
     def steps(self, loader: DataLoader) -> Iterator[Window]:
         """The windows from where the run stands to its end, or until a signal stops it."""
         self.plan_steps()
+        self.begun = self.step
         self.bar = tqdm(
             total=self.steps_in_all,
             initial=self.step,
@@ -336,9 +340,10 @@ class Run:
         """A forward pass: autocast, and gradients exchanged between ranks only if `sync`, that is
         with the last micro-batch of a window."""
         alone = isinstance(model, DistributedDataParallel) and not sync
+        early = self.step - self.begun <= COMPILING
         with (
             self.memory_watched(),
-            self.compiler("default" if self.step <= COMPILING else "eager_on_recompile"),
+            self.compiler("default" if early else "eager_on_recompile"),
             model.no_sync() if alone else nullcontext(),
             hardware.autocast(self.device, self.dtype),
         ):
@@ -409,7 +414,8 @@ class Run:
         for layer, of_layer in zip(layers, load, strict=True):
             nudge_bias(layer, of_layer)
             layer.load.zero_()
-        self.expert_load = self.expert_load + load
+        so_far = self.pending["expert_load"]
+        self.pending["expert_load"] = load.cpu() if so_far is None else so_far + load.cpu()
 
     def skip_update(self) -> None:
         self.skipped += 1
@@ -460,14 +466,14 @@ class Run:
             skipped=self.skipped,
             **self.expert_figures(),
         )
-        self.pending = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0}
+        self.pending = dict(NOTHING)
 
     def expert_figures(self) -> dict[str, list[float]]:
         """Of each layer, what its busiest expert had since the last log, as a multiple of the mean
         (1: balanced)."""
-        if isinstance(self.expert_load, float):
+        load = self.pending["expert_load"]  # [layers, experts]
+        if load is None:
             return {}
-        load, self.expert_load = self.expert_load, 0.0
         busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
         return {"expert_load": [round(figure, 3) for figure in busiest.tolist()]}
 
@@ -496,7 +502,8 @@ class Run:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             if self.tracker:
-                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+                loads = {f"expert_load_{n}": v for n, v in enumerate(values.get("expert_load", []))}
+                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)} | loads
                 self.tracker.log(numbers, step=self.step)
 
     # -- checkpoints
@@ -556,7 +563,9 @@ class Run:
         if self.args.resume and path.exists():
             checkpoint = read_checkpoint(path, self.identity)
             bare = unwrapped(model)
-            bare.load_state_dict({**bare.state_dict(), **checkpoint["model"]})
+            frozen = bare.state_dict().keys() - trained_state(bare).keys()
+            kept = {name: bare.state_dict()[name] for name in frozen}
+            bare.load_state_dict({**kept, **checkpoint["model"]})
             optimizer.load_state_dict(checkpoint["optimizer"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # empty where it was not needed
                 self.scaler.load_state_dict(checkpoint["scaler"])
