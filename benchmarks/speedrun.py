@@ -333,7 +333,10 @@ class Recipe:
         }
         words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
         words += [*self.args.recipe.split(), *more.split()]
-        return self.trainer.main(parse_arguments(self.trainer.Args, None, words))["records"]
+        result = self.trainer.main(parse_arguments(self.trainer.Args, None, words))
+        if result["stopped"]:
+            raise UserError("the benchmark was stopped")
+        return result["records"]
 
 
 def passing(curve: Curve, figure: float) -> float:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import demo
+from model.errors import UserError
+from scripts import demo, demo_lora
 from trainer import train_pretrain
 
 
@@ -29,6 +30,19 @@ def test_the_demo_leaves_a_model_curves_and_a_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "$ python trainer/train_pretrain.py --data_path" in printed
     assert "held-out questions, exactly right" in printed
+
+    more = demo_lora.Args(output=args.output, device="cpu", max_steps=2, questions=3)
+    demo_lora.main(more)
+    report = json.loads((tmp_path / "demo" / "lora_report.json").read_text())
+    for side in ("without", "with"):
+        assert set(report[side]) == {"persona", "skills_mean", "textbook"}
+        assert all(0 <= share <= 1 for share in report[side].values())
+    assert (tmp_path / "demo" / "lora" / "lora_identity_192.pth").exists()
+
+
+def test_the_persona_needs_the_demo(tmp_path):
+    with pytest.raises(UserError, match="full_sft_192.pth"):
+        demo_lora.main(demo_lora.Args(output=str(tmp_path), device="cpu"))
 
 
 def test_tests_are_grouped_by_skill(tmp_path):

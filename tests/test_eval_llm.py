@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args
+from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args, yarn_settings
 from model.command_line import parse_arguments
 from model.errors import UserError
-from model.weights import ROOT, save_weights, weight_path
+from model.model_lora import LoraSettings, add_lora, lora_layers, save_lora
+from model.weights import ROOT, load_model, save_weights, weight_path
 
 
 @pytest.fixture
@@ -65,6 +67,26 @@ def test_piped_prompts_are_answered_one_a_line_and_the_same_with_a_seed(weights)
 
 
 @pytest.mark.slow
+def test_an_addition_changes_the_answers(weights, tokenizer):
+    model = load_model(weight_path("full_sft", 32, weights))
+    settings = LoraSettings(alpha=64.0)
+    add_lora(model, settings)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B.weight)
+    path = weight_path("lora/persona", 32, weights)
+    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    flags = ["--save_dir", weights, "--temperature", 0, "--max_new_tokens", 8, "--no_show_speed"]
+    answers = []
+    for more in ([], ["--lora_weight", "persona"], ["--lora_weight", path]):
+        result = talk(*flags, *more, typed="Who are you?\n")
+        assert result.returncode == 0, result.stderr
+        answers.append(result.stdout)
+    assert answers[0] != answers[1] == answers[2]
+    missing = talk(*flags, "--lora_weight", "nobody", typed="x\n")
+    assert missing.returncode == 2 and "persona_32.pth" in missing.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [(["--weight", "dpo"], "full_sft_32.pth, pretrain_32.pth"), (["--wieght", "dpo"], "--wieght")],
@@ -95,3 +117,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(weights, flags, words):
 def test_bad_values_of_flags_are_named(flags):
     with pytest.raises(UserError, match=flags[0]):
         parse_arguments(Args, arguments=flags)
+
+
+def test_settings_of_yarn_need_yarn():
+    settings = dict(yarn_factor=16.0, yarn_original_length=512)
+    with pytest.raises(UserError, match="--yarn_factor is for --inference_rope_scaling"):
+        yarn_settings(Args(**settings))
+    assert yarn_settings(Args(inference_rope_scaling=True, **settings)) == {
+        "inference_rope_scaling": True, **settings
+    }  # fmt: skip
+    assert yarn_settings(Args()) == {}
