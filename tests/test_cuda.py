@@ -11,6 +11,7 @@ from model.attention import Documents, documents_of, varlen_runs, visible_keys
 from model.generation import Sampling, generate
 from trainer import trainer_utils
 from trainer.hardware import autocast
+from trainer.trainer_utils import COMPILING
 
 CUDA = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -168,3 +169,15 @@ def test_compiled_blocks_change_nothing(train):
     found = losses(train("fast", **settings, compile=True))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_resumed_run_is_compiled_too(train, killed):
+    """Its first updates are not the run's."""
+    settings = dict(packing=True, epochs=99, max_steps=COMPILING + 3, save_interval=1)
+    killed(COMPILING + 1, train, "a", **settings)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train("a", resume=True, compile=True, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

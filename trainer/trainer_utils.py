@@ -62,6 +62,7 @@ from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
+# What is known since the last line of the log, when nothing is.
 NOTHING = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0, "expert_load": None}
 COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
 SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
@@ -89,9 +90,8 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
     else:
         path = Path(args.from_weight)
         if path.suffix != ".pth":
-            path = find_weights(
-                args.from_weight, args.hidden_size, args.save_dir, False, args.use_moe
-            )
+            kind = dict(newest=False, use_moe=args.use_moe)
+            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
         model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 gave the method its new name
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -162,7 +162,7 @@ class Window(list[Batch]):
 
     labelled: int  # tokens that carry loss: what the summed loss is divided by
     tokens: int  # tokens that are not padding
-    rows: int
+    rows: int  # that have a token
 
     def balance_loss(self, batch: Batch, outputs: CausalLMOutput) -> Tensor | float:
         """The micro-batch's share of the balance loss of experts, a mean over the window's rows."""
