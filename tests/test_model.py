@@ -509,7 +509,7 @@ def test_yarn_equals_that_of_transformers(settings):
     peer = LlamaRotaryEmbedding(their_config(config))
     expected = peer(torch.zeros(1), positions)
     for found, other in zip(rope_rotation(config, positions), expected, strict=True):
-        assert_close(found[:, 0], other, atol=1e-5, rtol=0)
+        assert_close(found[:, 0], other, atol=2e-3, rtol=0)  # of angles up to 32000, in float32
 
 
 def test_yarn_by_hand():

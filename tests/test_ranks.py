@@ -192,8 +192,8 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(
 ):
     backward = Run.backward
 
-    def poisoned(run, loss):
-        backward(run, loss * float("nan") if run.rank == 1 and run.step == 2 else loss)
+    def poisoned(run, loss, *more):
+        backward(run, loss * float("nan") if run.rank == 1 and run.step == 2 else loss, *more)
 
     monkeypatch.setattr(Run, "backward", poisoned)
     together(any_stage, 2, **windows)

@@ -12,7 +12,7 @@ layer is in model/model_lora.py. The additions alone are saved, out/lora/{name}_
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from model.command_line import option
 from model.errors import UserError
@@ -31,10 +31,7 @@ class Args(TrainArgs):
         [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
     from_weight: str = option("full_sft", "stage that the addition is for")
-    optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "adamw, the custom for so few parameters, or muon"
-    )
-    learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
+    learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "times to go through the data")
     lora_name: str = option("", "name of the addition; default: that of the data file")
     lora_r: int = option(8, "rank: rows of A, columns of B")
