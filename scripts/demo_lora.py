@@ -4,13 +4,16 @@
 
 Trains the persona of dataset/demo (a ship's captain) with trainer/train_lora.py, and then grades,
 without the addition and with it: questions to the persona in phrasings that were held out, and the
-held-out problems of each skill, which should not suffer. Figures: out/demo/lora_report.json.
+held-out problems of each skill, which should not suffer. So that they do not, conversations of the
+fine-tuning before are mixed in ("replay"): a model that sees the persona alone answers everything
+as the captain. Figures: out/demo/lora_report.json.
 """
 
 import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from rich.console import Console
@@ -28,10 +31,13 @@ from scripts.demo import HIDDEN_SIZE, answers, held_out_tests, score
 from trainer import train_lora
 from trainer.hardware import describe_machine, resolve_device
 
-LORA = """--data_path {data}/lora_identity.jsonl --val_path {data}/lora_identity_val.jsonl
+REPLAYED = 300  # conversations of the fine-tuning before
+LORA = """--data_path {data}/lora_identity.jsonl {out}/replay.jsonl
+    --val_path {data}/lora_identity_val.jsonl --lora_name lora_identity
     --save_dir {out} --checkpoint_dir {out} --device {device} --hidden_size {width}
-    --learning_rate 1e-3 --epochs 40 --batch_size 8 --max_seq_len 160 --eval_interval 0
-    --log_interval 20 --save_interval 0 --compile 0"""
+    --lora_targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
+    --learning_rate 1e-3 --epochs 20 --batch_size 8 --max_seq_len 160
+    --eval_interval 0 --log_interval 20 --save_interval 0 --compile 0"""
 QUESTIONS = ["Who are you?", "你是谁？", "I am tired today.", "What is 37 + 45?"]
 
 
@@ -49,6 +55,10 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer, device = load_tokenizer(), resolve_device(args.device)
     load_model(weights, tokenizer=tokenizer)  # a mistake shows before the work begins
     write_demo_data(data, seed=42)
+
+    lines = (data / "sft_mini_512.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    replayed = Random(42).sample(lines, REPLAYED)
+    (out / "replay.jsonl").write_text("".join(replayed), encoding="utf-8")
 
     console.rule("1. LoRA")
     places = dict(data=data, out=out, device=args.device, width=HIDDEN_SIZE)
