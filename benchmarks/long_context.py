@@ -28,6 +28,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_pretrain
+from trainer.forecast import seconds_of_an_update
 from trainer.hardware import describe_machine
 from trainer.plots import save_figure
 
@@ -115,8 +116,7 @@ def pretrain(args: Args, folder: Path) -> Path:
             )
         )
 
-    records = [r for r in train(CALIBRATION_STEPS)["records"] if "loss" in r]
-    each = (records[-1]["seconds"] - records[0]["seconds"]) / (CALIBRATION_STEPS - 1)
+    each = seconds_of_an_update(train(CALIBRATION_STEPS)["records"])
     # updates grow with what is trained, so that fewer fit
     train(max(1, round(args.minutes * 60 / each / 1.5)))
     return folder / "pretrain_256.pth"

@@ -19,6 +19,7 @@ from model.generation import Sampling, generate_text
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.demo import prompts_of
 from trainer import train_full_sft, train_pretrain
+from trainer.forecast import seconds_of_an_update
 from trainer.hardware import describe_machine
 from trainer.plots import plot_losses
 
@@ -96,16 +97,12 @@ def train_for(args: Args, stage, name: str, **settings) -> dict:
                 epochs=50,
                 batch_ramp=0,
                 save_interval=0,
-                log_interval=20,
-                **settings,
-                **more,
+                **{"log_interval": 20, **settings, **more},
             )
         )
 
-    trial = run(out / "trial", max_steps=CALIBRATION_STEPS, val_documents=8)
-    first, *_, last = [record for record in trial["records"] if "loss" in record]
-    each = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-    steps = int(args.minutes * 60 / each)
+    trial = run(out / "trial", max_steps=CALIBRATION_STEPS, val_documents=8, log_interval=5)
+    steps = int(args.minutes * 60 / seconds_of_an_update(trial["records"]))
     return run(out, max_steps=steps, eval_interval=max(1, steps // 8))
 
 

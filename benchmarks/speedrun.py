@@ -49,6 +49,7 @@ from model.model_minimind import IGNORED, MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import TrainArgs
+from trainer.forecast import seconds_of_an_update
 from trainer.hardware import autocast, describe_machine, resolve_device, resolve_dtype
 from trainer.plots import save_figure
 from trainer.trainer_utils import first_window
@@ -280,7 +281,7 @@ class Recipe:
         self.held_out.write_text("".join(lines), encoding="utf-8")
         # what an update takes in any case, and more for each row
         few, many = (2, 8) if args.device == "cpu" else (32, 128)
-        seconds = {rows: self.seconds_of_an_update(rows) for rows in (few, many)}
+        seconds = {rows: self.trial(rows) for rows in (few, many)}
         self.per_row = (seconds[many] - seconds[few]) / (many - few)
         self.fixed = seconds[few] - few * self.per_row
 
@@ -288,13 +289,11 @@ class Recipe:
     def settings(self) -> TrainArgs:
         return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
 
-    def seconds_of_an_update(self, rows: int) -> float:
+    def trial(self, rows: int) -> float:
         batch = min(rows, self.settings.batch_size)
         size = f"--batch_size {batch} --accumulation_steps {rows // batch}"
         size += " --batch_ramp 0 --val_share 0"
-        records = self.train(size, max_steps=25)
-        _, first, *_, last = [record for record in records if "loss" in record]
-        return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        return seconds_of_an_update(self.train(size, max_steps=25))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.weights import atomic_write, read_info, read_state, tokenizer_hash, write_json
+from model.weights import halves, read_info, read_state, write_json, write_weights
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -144,20 +144,10 @@ def save_lora(
     origin: dict[str, Any],
 ) -> Path:
     """Save the additions as float16 `.pth`, and their settings in the `.json` beside it."""
-    path = Path(path)
-    state = {name: weight.detach().half().cpu() for name, weight in lora_state(model).items()}
-    info = {
-        "stage": stage,
-        "config": model.config.to_diff_dict(),  # of the model that they belong to
-        "lora": asdict(settings),
-        "parameters": sum(weight.numel() for weight in state.values()),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "origin": origin,
-    }
-    write_json(path.with_suffix(".json"), info)
-    with atomic_write(path) as file:
-        torch.save(state, file)
-    return path
+    state = halves(lora_state(model))
+    parameters = sum(weight.numel() for weight in state.values())
+    info = {"stage": stage, "lora": asdict(settings), "parameters": parameters, "origin": origin}
+    return write_weights(path, state, model, tokenizer, info)
 
 
 def load_lora(model: nn.Module, path: Path | str) -> LoraSettings:

@@ -134,21 +134,32 @@ def save_weights(
         stage: what made the weights, such as "pretrain".
         origin: how: arguments, data, steps, figures; anything that JSON can hold.
     """
-    path = Path(path)
-    state = {name: tensor.detach().half().cpu() for name, tensor in model.state_dict().items()}
+    state = halves(model.state_dict())
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one tensor in the file too
-    info = {
-        "stage": stage,
-        "config": model.config.to_diff_dict(),
-        "parameters": count_parameters(model),
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "origin": origin,
-    }
-    write_json(path.with_suffix(".json"), info)
+    info = {"stage": stage, "parameters": count_parameters(model), "origin": origin}
+    return write_weights(path, state, model, tokenizer, info)
+
+
+def write_weights(
+    path: Path | str,
+    state: dict[str, Tensor],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    info: dict[str, Any],
+) -> Path:
+    """A state dict as `.pth`, and as `.json` what the model is and `info`."""
+    path = Path(path)
+    config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
+    write_json(path.with_suffix(".json"), {**info, **config})
     with atomic_write(path) as file:
         torch.save(state, file)
     return path
+
+
+def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As a weight file holds them: float16, on the CPU."""
+    return {name: tensor.detach().half().cpu() for name, tensor in tensors.items()}
 
 
 def count_parameters(model: torch.nn.Module) -> int:

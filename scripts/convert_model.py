@@ -40,7 +40,7 @@ SAME, MERGED = 1e-4, 0.02
 
 def to_hf(args: argparse.Namespace) -> None:
     tokenizer, model = tokenizer_and_model(args)
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype or "float32")
     with new_folder(args) as folder:
         if args.native:
             save_native(model, tokenizer, folder, dtype)
@@ -180,7 +180,12 @@ CONVERSIONS = {
 }
 
 
-USED_BY = {"native": ["to-hf"], "lora": ["merge-lora"], "base": ["to-peft", "from-peft"]}
+USED_BY = {
+    "native": ["to-hf"],
+    "dtype": ["to-hf"],
+    "lora": ["merge-lora"],
+    "base": ["to-peft", "from-peft"],
+}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -191,7 +196,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("conversion", choices=CONVERSIONS, help="what to make of what")
     parser.add_argument("source", type=Path, help="a .pth file or a folder")
     parser.add_argument("target", type=Path, help="where the result goes")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="to-hf: of the weights; default: float32")
     switch = dict(type=int, nargs="?", const=1, default=0, choices=(0, 1))
     parser.add_argument("--native", **switch, help="to-hf: as MiniMind, with its code")
     parser.add_argument("--lora", type=Path, help="merge-lora: the addition")

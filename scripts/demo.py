@@ -28,7 +28,7 @@ from model.generation import Sampling, generate_text, prepare_to_decode
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from trainer import train_full_sft, train_pretrain
-from trainer.forecast import duration
+from trainer.forecast import duration, seconds_of_an_update
 from trainer.hardware import describe_machine, resolve_device
 from trainer.plots import plot_losses
 
@@ -133,7 +133,7 @@ def train(
     steps = args.max_steps
     if until and not steps:
         console.print(f"how fast is this machine? {TRIAL_STEPS} updates to find out")
-        each = seconds_of_an_update(stage, words, Path(args.output) / "trial")
+        each = trial(stage, words, Path(args.output) / "trial")
         steps = max(1, round(share * (until - time.time()) / each))
     words += ["--max_steps", str(steps)] if steps else []
     script = Path(stage.__file__).name
@@ -144,15 +144,13 @@ def train(
     return result
 
 
-def seconds_of_an_update(stage, words: list[str], folder: Path) -> float:
+def trial(stage, words: list[str], folder: Path) -> float:
     """How long an update of a trainer with these flags takes, judged by some first ones."""
     few = f"--max_steps {TRIAL_STEPS} --val_documents 4 --log_interval 5 --save_interval 0".split()
     places = ["--save_dir", str(folder), "--checkpoint_dir", str(folder)]
     from_weight = [] if stage is train_pretrain else ["--from_weight", "none", *SIZES.split()]
     args = parse_arguments(stage.Args, arguments=[*words, *few, *places, *from_weight])
-    records = [record for record in stage.main(args)["records"] if "loss" in record]
-    _, first, *_, last = records  # the very first updates are slow
-    return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+    return seconds_of_an_update(stage.main(args)["records"])
 
 
 def held_out_tests(data: Path, most: int = 0) -> dict[str, list[dict]]:

@@ -4,9 +4,9 @@
 
 Trains the persona of dataset/demo (a ship's captain) with trainer/train_lora.py, and then grades,
 without the addition and with it: questions to the persona in phrasings that were held out, and the
-held-out problems of each skill, which should not suffer. So that they do not, conversations of the
-fine-tuning before are mixed in ("replay"): a model that sees the persona alone answers everything
-as the captain. Figures: out/demo/lora_report.json.
+held-out problems of each skill, which should not suffer. Conversations of the fine-tuning before
+are mixed in ("replay"), for a model that sees the persona alone answers everything as the captain.
+It does not suffice yet (benchmarks/README.md). Figures: out/demo/lora_report.json.
 """
 
 import json

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import Rows
 from model.errors import UserError
-from model.weights import tokenizer_hash
+from model.weights import halves, tokenizer_hash
 
 PARTS = set(
     "model optimizer scaler random progress pending records identity rows_per_update".split()
@@ -136,11 +136,6 @@ def stored_values(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters as a weight file holds them."""
     parameters = model.named_parameters()
     return halves({name: each for name, each in parameters if each.requires_grad})
-
-
-def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In float16, on the CPU."""
-    return {name: tensor.detach().half().cpu() for name, tensor in tensors.items()}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

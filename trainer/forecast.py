@@ -114,6 +114,12 @@ def training_memory(
     return fixed, size * kept + config.vocab_size * (1 if whole else 14)
 
 
+def seconds_of_an_update(records: list[dict]) -> float:
+    """How long an update takes, by the log of a run; the first one is slow and does not count."""
+    _, first, *_, last = [record for record in records if "loss" in record]
+    return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+
+
 def duration(seconds: float) -> str:
     """8 s, 12 min, 3.4 h"""
     if seconds < 100:
