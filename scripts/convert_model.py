@@ -186,6 +186,11 @@ USED_BY = {
     "lora": ["merge-lora"],
     "base": ["to-peft", "from-peft"],
 }
+    "native": ["to-hf"],
+    "dtype": ["to-hf"],
+    "lora": ["merge-lora"],
+    "base": ["to-peft", "from-peft"],
+}
 
 
 def main(words: list[str] | None = None) -> None:
