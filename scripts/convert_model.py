@@ -186,11 +186,6 @@ USED_BY = {
     "lora": ["merge-lora"],
     "base": ["to-peft", "from-peft"],
 }
-    "native": ["to-hf"],
-    "dtype": ["to-hf"],
-    "lora": ["merge-lora"],
-    "base": ["to-peft", "from-peft"],
-}
 
 
 def main(words: list[str] | None = None) -> None:
