@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import CACHE, load_documents
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import ROOT, load_tokenizer
+from model.weights import ROOT, load_tokenizer, save_weights
 from trainer import hardware, trainer_utils
 from trainer.trainer_utils import Run
 
@@ -56,6 +56,19 @@ def make_model() -> Callable[..., MiniMindForCausalLM]:
         )
         torch.manual_seed(seed)
         return MiniMindForCausalLM(MiniMindConfig(**{**tiny, **fields})).eval()
+
+    return make
+
+
+@pytest.fixture
+def save(make_model, tokenizer, tmp_path):
+    """A function that makes a model and saves it; its file."""
+
+    def make(name="full_sft_64", **fields) -> Path:
+        usual = dict(vocab_size=len(tokenizer), initializer_range=0.05)
+        model = make_model(**{**usual, **fields})
+        path = tmp_path / f"{name}.pth"
+        return save_weights(model, path, stage="full_sft", tokenizer=tokenizer, origin={})
 
     return make
 

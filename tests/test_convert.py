@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.errors import UserError
 from model.model_lora import LoraSettings, add_lora, lora_layers, lora_state, save_lora
-from model.weights import load_model, save_weights
+from model.weights import load_model
 from scripts import convert_model
 
 IDS = torch.randint(3, 6400, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -31,18 +31,6 @@ CLASSES = {
 
 def convert(*words: object) -> None:
     convert_model.main(list(map(str, words)))
-
-
-@pytest.fixture
-def save(make_model, tokenizer, tmp_path):
-    """A function that makes a model and saves it; its file."""
-
-    def make(name="full_sft_64", **fields) -> Path:
-        model = make_model(vocab_size=len(tokenizer), initializer_range=0.05, **fields)
-        path = tmp_path / f"{name}.pth"
-        return save_weights(model, path, stage="full_sft", tokenizer=tokenizer, origin={})
-
-    return make
 
 
 # -- transformers ----------------------------------------------------------------------------------

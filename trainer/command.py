@@ -30,6 +30,7 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
                 main(parse_arguments(kind, about))
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
+                forget_workers()
                 told = accident(error)
                 if told is None:
                     raise
@@ -56,6 +57,13 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
         dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def forget_workers() -> None:
+    """A DataLoader has a signal raise an error for a worker that died, wherever the program is by
+    then: once is enough."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def accident(error: Exception) -> UserError | None:
