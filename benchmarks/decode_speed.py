@@ -1,22 +1,29 @@
-"""Tokens a second of greedy decoding: this project's `generate` against that of transformers.
+"""Tokens a second of greedy decoding: this project's `generate`, transformers and llama.cpp.
 
-    python benchmarks/decode_speed.py [--weight FILE.pth] [--ragged True] [--json FILE]
+    python benchmarks/decode_speed.py [--use_moe 1] [--weight FILE.pth] [--ragged 1] [--json FILE]
 
-Both sides have the same weights (transformers': LlamaForCausalLM, or Qwen3ForCausalLM with q/k
-norm), the same random prompts, float32, a cache, PyTorch's scaled_dot_product_attention, and no
-EOS, so that every row gets all its tokens. A round times one call of each, prompts included, after
-a first call that is not counted. The table shows the medians; the ratio is the median of the
-rounds' own ratios, since other work on a machine slows down neighbours in time alike.
+All sides have the same weights (transformers': the class that scripts/convert_model.py chooses),
+the same random prompts, a cache, as many threads, and no EOS, so that every row gets all its
+tokens. PyTorch's sides compute in float32. A round times one call of each, prompts included, after
+a first call that is not counted. The table shows the medians; the ratios are the medians of the
+rounds' own, since other work on a machine slows down neighbours in time alike.
 
-"ours" is the model as eval_llm.py uses it, `prepare_to_decode` done before: on x86 it multiplies
-from weights in float16, which they are in a .pth file (random ones are rounded). "plain" is the
-same without that. "products" is what the matrix products alone would allow with float32 weights:
-all matrices of the model, one F.linear each.
+ours          the model as eval_llm.py uses it, `prepare_to_decode` done before: on x86 it
+              multiplies from weights in float16, which they are in a .pth file (random ones are
+              rounded)
+plain         the same without that
+transformers  its generate, with PyTorch's scaled_dot_product_attention
+llama f32     llama.cpp with a float32 file and cache; needs `pip install llama-cpp-python`
+llama f16     with a file and a cache in float16, as it is mostly used: it rounds to float16 what
+              it multiplies, so that its tokens are not compared
+products      of a dense model: what the matrix products alone would allow with float32 weights,
+              one F.linear for each matrix
 
 Tokens are compared. Sums in another order differ in their last bits, and where the two best tokens
 are as close as that, both choices are right: a row may differ from such a place on.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -24,12 +31,16 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
-from peers import peer_of
+from peers import peer_with_weights
+from rich.console import Console
+from rich.table import Table
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from model.command_line import option, parse_arguments
@@ -40,12 +51,13 @@ from model.weights import count_parameters, load_model, write_json
 from trainer.hardware import describe_machine, resolve_device
 
 TIE = 1e-3  # logits nearer than this are equally good
-SIDES = ("ours", "transformers", "plain", "products")
+SIDES = ("ours", "plain", "transformers", "llama f32", "llama f16", "products")
 
 
 @dataclass
 class Args:
     weight: str = option("", "a .pth file; default: random weights of the 512×8 model")
+    use_moe: bool = option(False, "random weights of a mixture of experts")
     prompt_tokens: int = option(32, "length of the prompts")
     ragged: bool = option(False, "prompts of many lengths, at most prompt_tokens, in one batch")
     new_tokens: int = option(128, "tokens to decode for each prompt")
@@ -56,26 +68,19 @@ class Args:
     json: str = option("", "also write the figures to this file")
 
 
-@dataclass
-class Models:
-    """The same model three times."""
-
-    ours: MiniMindForCausalLM
-    plain: MiniMindForCausalLM
-    transformers: PreTrainedModel
-
-
 def main(args: Args) -> dict:
     if min(args.prompt_tokens, args.new_tokens, args.rounds, *args.batch_sizes) < 1:
         raise UserError("lengths, batch sizes and rounds must be at least 1")
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
-    model = load_model(args.weight) if args.weight else MiniMindForCausalLM(MiniMindConfig())
+    if args.weight:
+        model = load_model(args.weight)
+    else:
+        model = MiniMindForCausalLM(MiniMindConfig(use_moe=args.use_moe))
     model = model.half().float().to(device).eval()  # numbers as in a .pth file
-    peer = peer_of(model.config)
-    peer.load_state_dict(model.state_dict(), strict=True)
+    prepared = prepare_to_decode(deepcopy(model))
+    peer = peer_with_weights(model).to(device).eval()
     peer.generation_config.eos_token_id = None  # so that all tokens are made
-    models = Models(prepare_to_decode(deepcopy(model)), model, peer.to(device).eval())
     report = {
         "date": str(date.today()),
         "machine": describe_machine(device),
@@ -83,36 +88,58 @@ def main(args: Args) -> dict:
         "transformers": transformers.__version__,
         "parameters": count_parameters(model),
         "arguments": vars(args),
-        "batch_sizes": {size: compare(models, size, args) for size in args.batch_sizes},
+        "batch_sizes": {
+            size: compare(model, prepared, peer, size, args) for size in args.batch_sizes
+        },
     }
-    print(f"\n{report['parameters'] / 1e6:.2f}M parameters, {report['machine']}, {report['date']}")
-    print(f"{'':12}" + "".join(f"{name:>14}" for name in SIDES))
-    for size, row in report["batch_sizes"].items():
-        speeds = "".join(f"{row[name]:14.0f}" for name in SIDES)
-        print(f"batch {size:<6}{speeds}   tokens/s; ours {row['ratio']:.2f} × transformers")
+    table = Table(title="tokens a second", title_justify="left")
+    table.add_column("batch", justify="right")
+    for side in SIDES:
+        table.add_column(side, justify="right")
+    for size, speeds in report["batch_sizes"].items():
+        cells = (f"{speeds[side]:,.0f}" if side in speeds else "–" for side in SIDES)
+        table.add_row(str(size), *cells)
+        ratios = (f"{x:.2f}×" if (x := speeds["ratios"].get(side)) else "" for side in SIDES)
+        table.add_row("ours ÷ it", *ratios)
+    Console().print(table)
+    print(f"{report['parameters'] / 1e6:.2f}M parameters, {report['machine']}, {report['date']}")
     if args.json:
         write_json(args.json, report)
     return report
 
 
-def compare(models: Models, size: int, args: Args) -> dict:
-    """The figures of one batch size."""
-    model = models.plain
+def compare(
+    model: MiniMindForCausalLM,
+    prepared: MiniMindForCausalLM,
+    peer: PreTrainedModel,
+    size: int,
+    args: Args,
+) -> dict[str, Any]:
+    """The figures of one batch size: of each side, and how much faster ours is than it."""
     lengths = [args.prompt_tokens] * size
     if args.ragged:
         lengths = torch.randint(1, args.prompt_tokens + 1, (size,)).tolist()
     prompts = [torch.randint(3, model.config.vocab_size, (n,)).tolist() for n in lengths]
     sides: dict[str, Callable] = {
-        "ours": partial(generate_ours, models.ours, prompts, args.new_tokens),
-        "transformers": partial(generate_peer, models.transformers, prompts, args.new_tokens),
+        "ours": partial(generate_ours, prepared, prompts, args.new_tokens),
         "plain": partial(generate_ours, model, prompts, args.new_tokens),
-        "products": partial(multiply_all, model, size, args.new_tokens),
+        "transformers": partial(generate_peer, peer, prompts, args.new_tokens),
     }
-    replies = sides["transformers"]()
-    for side in ("ours", "plain"):
-        check_tokens(model, prompts, sides[side](), replies)
+    for dtype in ("float32", "float16"):
+        if model.device.type == "cpu" and importlib.util.find_spec("llama_cpp"):
+            from llama_cpp_peer import LlamaCpp
+
+            room = args.prompt_tokens + args.new_tokens
+            engine = LlamaCpp(model, dtype, size, room, torch.get_num_threads())
+            name = f"llama {dtype[0]}{dtype[-2:]}"
+            sides[name] = partial(engine.generate, prompts, args.new_tokens)
+    replies = {side: run() for side, run in sides.items()}
+    for side in sorted(replies.keys() - {"plain", "llama f16"}):
+        check_tokens(model, side, prompts, replies["plain"], replies[side])
+    if not model.config.use_moe:
+        sides["products"] = partial(multiply_all, model, size, args.new_tokens)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(args.rounds):
+    for _ in tqdm(range(args.rounds), desc=f"batch {size}"):
         for side, run in sides.items():
             synchronise(model.device)
             start = time.perf_counter()
@@ -120,11 +147,15 @@ def compare(models: Models, size: int, args: Args) -> dict:
             synchronise(model.device)
             seconds[side].append(time.perf_counter() - start)
     tokens = size * args.new_tokens
-    speeds = {side: round(tokens / statistics.median(times), 1) for side, times in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
-    return speeds | {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
+    rounds = {
+        side: [other / own for own, other in zip(seconds["ours"], times, strict=True)]
+        for side, times in seconds.items()
+        if side not in ("ours", "products")
+    }
+    return {
+        **{side: round(tokens / statistics.median(times), 1) for side, times in seconds.items()},
+        "ratios": {side: round(statistics.median(each), 3) for side, each in rounds.items()},
+        "rounds": {side: [round(ratio, 3) for ratio in each] for side, each in rounds.items()},
     }
 
 
@@ -163,20 +194,21 @@ def multiply_all(model: MiniMindForCausalLM, size: int, times: int) -> None:
 @torch.inference_mode()
 def check_tokens(
     model: MiniMindForCausalLM,
+    side: str,
     prompts: list[list[int]],
-    ours: list[list[int]],
+    plain: list[list[int]],
     theirs: list[list[int]],
 ) -> None:
-    """RuntimeError unless the replies are the same, but for ties."""
-    for prompt, own, other in zip(prompts, ours, theirs, strict=True):
+    """RuntimeError unless the replies of a side are those of the plain one, but for ties."""
+    for prompt, own, other in zip(prompts, plain, theirs, strict=True):
         if own == other:
             continue
         at = next(i for i, (a, b) in enumerate(zip(own, other, strict=True)) if a != b)
         ids = torch.tensor([prompt + own[:at]], device=model.device)
         logits = model(ids, logits_to_keep=1).logits[0, -1]
         if logits.max() - logits[[own[at], other[at]]].min() > TIE:
-            raise RuntimeError(f"the replies differ at token {at}: {own[at]} and {other[at]}")
-        print(f"a tie at token {at} of a row: {own[at]} and {other[at]}")
+            raise RuntimeError(f"{side} differs at token {at}: {other[at]} and not {own[at]}")
+        print(f"{side}: a tie at token {at} of a row, {other[at]} and {own[at]}")
 
 
 def synchronise(device: torch.device) -> None:

@@ -245,21 +245,25 @@ def plain_template(template: str) -> str:
 
 @torch.no_grad()
 def save_gguf(
-    model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: str
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    dtype: str,
+    name: str,
 ) -> None:
-    """Write a model with its tokenizer; `dtype` is one of DTYPES. UserError if llama.cpp has no
-    such model or tokenizer."""
+    """Write a model with its tokenizer; `dtype` is one of DTYPES, `name` what programs show.
+    UserError if llama.cpp has no such model or tokenizer."""
     config = model.config
     weights = their_weights(model.state_dict(), config)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(config)])
-    writer.add_name(path.stem)
+    writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     describe(writer, config)
     describe_tokenizer(writer, tokenizer, config.vocab_size)
-    for name, weight in weights.items():
-        kind = kind_of(name, weight, DTYPES[dtype])
-        writer.add_tensor(name, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+    for place, weight in weights.items():
+        kind = kind_of(place, weight, DTYPES[dtype])
+        writer.add_tensor(place, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -276,13 +280,14 @@ def kind_of(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGMLQuan
 
 # -- ollama ----------------------------------------------------------------------------------------
 
-# The chat template once more, in the language of ollama's: Go's text/template
-CONTEXT = 2048  # tokens that ollama keeps at most; the default here, and a few MB
+CONTEXT = 2048  # tokens that ollama makes room for at most
 MODELFILE = """FROM ./{file}
 TEMPLATE \"\"\"{template}\"\"\"
 PARAMETER stop "<|im_end|>"
 PARAMETER num_ctx {context}
 """
+# The chat template once more, in the language of ollama's: Go's text/template. It differs in one
+# thing: results of tools that follow one another get a turn each.
 TEMPLATE = """{{- if or .System .Tools }}<|im_start|>system
 {{ .System }}{{ if .Tools }}{{ if .System }}
 
@@ -299,8 +304,8 @@ Write a call like this, with JSON arguments:
 {{- if eq .Role "user" }}<|im_start|>user
 {{ .Content }}<|im_end|>
 {{ else if eq .Role "assistant" }}<|im_start|>assistant
-{{ .Content }}{{ range .ToolCalls }}
-<tool_call>
+{{ .Content }}{{ range $n, $call := .ToolCalls }}{{ if or $n $message.Content }}
+{{ end }}<tool_call>
 {"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
 </tool_call>{{ end }}<|im_end|>
 {{ else if eq .Role "tool" }}<|im_start|>user

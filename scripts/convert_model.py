@@ -78,7 +78,7 @@ def to_gguf(args: argparse.Namespace) -> None:
     unfinished = args.target.with_name(f".{args.target.stem}.partial.gguf")
     try:
         args.target.parent.mkdir(parents=True, exist_ok=True)
-        gguf_file.save_gguf(model, tokenizer, unfinished, args.dtype)
+        gguf_file.save_gguf(model, tokenizer, unfinished, args.dtype, args.target.stem)
         rounded = copy.deepcopy(model)
         rounded.load_state_dict(gguf_file.read_gguf(unfinished, model), strict=True)
         compare(logits(rounded), logits(model), EIGHT_BITS if args.dtype == "q8_0" else SAME)
@@ -88,7 +88,8 @@ def to_gguf(args: argparse.Namespace) -> None:
         raise UserError(f"cannot write {args.target}: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"{args.target}: llama-cli -m {args.target} {gguf_file.needed_flags(model.config)}")
+    flags = gguf_file.needed_flags(model.config)
+    print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
     if args.ollama:
         recipe = args.target.with_name("Modelfile")
         with atomic_write(recipe) as file:

@@ -8,6 +8,7 @@ import speedrun
 from toy import TEXTS, text_file
 
 from dataset.lm_dataset import load_documents
+from model.generation import Sampling, generate
 from model.model_minimind import IGNORED
 from model.weights import load_tokenizer
 
@@ -55,3 +56,15 @@ def test_as_many_updates_as_fit_the_time():
         steps += 1
     assert recipe.steps_within(2000) == steps
     assert math.isclose(trained / steps, 7, abs_tol=1)
+
+
+def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    from llama_cpp_peer import LlamaCpp
+
+    model = make_model(vocab_size=6400)
+    prompts = [[5, 6, 7], [8], list(range(20, 40))]
+    expected = generate(model, prompts, Sampling(12, temperature=0, stop_ids=()))
+    peer = LlamaCpp(model, "float32", rows=3, context=32, threads=1)
+    for _ in range(2):  # nothing is left of the first time
+        assert peer.generate(prompts, 12) == expected

@@ -113,6 +113,7 @@ def test_the_tokenizer_goes_along(save, tmp_path, tokenizer):
     assert types[6400:] == [gguf.TokenType.UNUSED] * 64
     assert fields["tokenizer.ggml.pre"].contents() == "qwen2"
     assert fields["tokenizer.ggml.eos_token_id"].contents() == 2
+    assert fields["general.name"].contents() == "model"
 
 
 def test_the_template_needs_nothing_of_transformers(tokenizer):
