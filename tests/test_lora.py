@@ -26,6 +26,7 @@ from model.model_lora import (
 )
 from model.weights import load_model, save_weights
 from trainer import train_lora
+from trainer.forecast import training_memory
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 EVERY_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -245,3 +246,14 @@ def test_bad_settings_are_named(lora, change):
 def test_a_persona_is_not_a_model(saved):
     with pytest.raises(UserError, match="does not describe|no MiniMind weights|does not fit"):
         load_model(saved)
+
+
+def test_what_is_frozen_needs_no_gradients(make_model):
+    """4 bytes for each weight, 8 more for each that Muon trains, 12 for AdamW."""
+    model = make_model()
+    whole = sum(weight.numel() for weight in model.parameters())
+    add_lora(model, LoraSettings())
+    added = sum(layer.numel() for layer in lora_state(model).values())
+    for optimizer, bytes_each in (("muon", 8), ("adamw", 12)):
+        fixed, _ = training_memory(model.config, model, torch.float32, optimizer, False)
+        assert fixed == 4 * (whole + added) + bytes_each * added

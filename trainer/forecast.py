@@ -37,7 +37,7 @@ def forecast(
         + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
         f"training: {run.steps_in_all:,} steps of {window_sizes(run)} rows, {tokens:,.0f} tokens",
     ]
-    told, smaller_batch = memory_forecast(run, parameters, min(args.batch_size, len(rows)))
+    told, smaller_batch = memory_forecast(run, model, min(args.batch_size, len(rows)))
     lines.append(told)
     if run.flops:
         work = hardware.flops_per_token(run.config, args.max_seq_len) * tokens
@@ -64,12 +64,12 @@ def window_sizes(run: "Run") -> str:
     return f"{sizes[0]} to {max(sizes)}" if sizes[0] < max(sizes) else f"{sizes[0]}"
 
 
-def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, str]:
+def memory_forecast(run: "Run", model: nn.Module, batch_size: int) -> tuple[str, str]:
     """A line on memory, and which batch to try should it run out; UserError if the batch is far
     beyond what the machine has."""
     args = run.args
     fixed, per_token = training_memory(
-        run.config, parameters, run.dtype, args.optimizer, args.gradient_checkpointing
+        run.config, model, run.dtype, args.optimizer, args.gradient_checkpointing
     )
     need = fixed + per_token * batch_size * args.max_seq_len
     free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
@@ -93,19 +93,20 @@ def memory_forecast(run: "Run", parameters: int, batch_size: int) -> tuple[str, 
 
 def training_memory(
     config: MiniMindConfig,
-    parameters: int,
+    model: nn.Module,
     dtype: torch.dtype,
     optimizer: str,
     gradient_checkpointing: bool,
 ) -> tuple[float, float]:
     """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
 
-    In any case: weights, gradients and the optimizer's averages in float32 (AdamW keeps two, Muon
-    one). For each token, what backward needs of every layer: about 12 vectors of the hidden size
+    In any case: weights, and of those that are trained gradients and the optimizer's averages
+    (AdamW keeps two, Muon one), in float32. For each token, what backward needs of every layer: about 12 vectors of the hidden size
     and 4 of the intermediate size, or with gradient checkpointing one vector a layer and one layer
     at a time; and logits, which float32 makes in chunks and autocast as a whole, three times.
     """
-    fixed = parameters * 4 * (4 if optimizer == "adamw" else 3)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    fixed = 4 * (count_parameters(model) + trained * (3 if optimizer == "adamw" else 2))
     whole = dtype == torch.float32
     size = 4 if whole else 3  # under autocast part of it stays float32
     layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
