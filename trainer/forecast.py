@@ -101,9 +101,10 @@ def training_memory(
     """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
 
     In any case: weights, and of those that are trained gradients and the optimizer's averages
-    (AdamW keeps two, Muon one), in float32. For each token, what backward needs of every layer: about 12 vectors of the hidden size
-    and 4 of the intermediate size, or with gradient checkpointing one vector a layer and one layer
-    at a time; and logits, which float32 makes in chunks and autocast as a whole, three times.
+    (AdamW keeps two, Muon one), in float32. For each token, what backward needs of every layer:
+    about 12 vectors of the hidden size and 4 of the intermediate size, or with gradient
+    checkpointing one vector a layer and one layer at a time; and logits, which float32 makes in
+    chunks and autocast as a whole, three times.
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     fixed = 4 * (count_parameters(model) + trained * (3 if optimizer == "adamw" else 2))
