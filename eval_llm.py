@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedModel
 
@@ -19,7 +19,14 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.generation import Sampling, decode, prepare_to_decode, stream_text
 from model.model_lora import load_lora, merged_for_good
-from model.weights import OUT, TOKENIZER, count_parameters, find_weights, load_for_chat
+from model.weights import (
+    OUT,
+    TOKENIZER,
+    count_parameters,
+    find_weights,
+    load_for_chat,
+    yarn_settings,
+)
 from trainer.hardware import resolve_device, resolve_dtype
 
 CHAT_PROMPTS = [
@@ -76,14 +83,6 @@ class Args:
             raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
         if self.historys < 0:
             raise UserError(f"--historys must not be negative, as {self.historys} is")
-
-
-def yarn_settings(args: Args) -> dict[str, Any]:
-    """The fields of the config that the flags change."""
-    settings = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
-    if settings and not args.inference_rope_scaling:
-        raise UserError(f"--{min(settings)} is for --inference_rope_scaling 1")
-    return {"inference_rope_scaling": True, **settings} if args.inference_rope_scaling else {}
 
 
 def add_weights_of_lora(model: PreTrainedModel, args: Args) -> None:

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.transformers_folder import PARTS
 from model.weights import BIAS
 
 DTYPES = {
@@ -109,7 +110,8 @@ def describe(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
 
 def needed_flags(config: MiniMindConfig) -> str:
     """What of YaRN llama.cpp does not read from the file, as flags for its programs."""
-    if not config.inference_rope_scaling or config.yarn_beta_fast == 32:
+    betas = config.yarn_beta_fast, config.yarn_beta_slow
+    if not config.inference_rope_scaling or betas == (32, 1):
         return ""
     return f"--yarn-beta-fast {config.yarn_beta_fast:g} --yarn-beta-slow {config.yarn_beta_slow:g}"
 
@@ -136,7 +138,7 @@ def their_weights(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
             ("experts", config.n_routed_experts, torch.stack),
             ("shared_experts", config.n_shared_experts, torch.cat),
         ):
-            for part in ("gate", "up", "down") if config.use_moe and count else ():
+            for part in PARTS if config.use_moe and count else ():
                 names = [f"{block}mlp.{which}.{n}.{part}_proj.weight" for n in range(count)]
                 dim = 1 if join is torch.cat and part == "down" else 0
                 joined = join([state.pop(name) for name in names], dim)
@@ -186,6 +188,19 @@ def read_gguf(path: Path, model: MiniMindForCausalLM) -> dict[str, Tensor]:
     return {name: numbers[place] for name, place in places.items()}
 
 
+def check_rounding(state: dict[str, Tensor], read: dict[str, Tensor], dtype: str) -> None:
+    """UserError unless the weights read from a file are those of a model, but for rounding."""
+    for name, weight in state.items():
+        room = {"float32": 0.0, "float16": 2**-11, "q8_0": 0.6 / 127}[
+            dtype
+        ]  # its scales are rounded too
+        size = weight.abs()
+        if dtype == "q8_0" and weight.dim() > 1:  # of the largest in its block, or a larger one
+            size = size.amax(-1, keepdim=True)
+        if not ((weight - read[name]).abs() <= room * size + 2**-25 * (room > 0)).all():
+            raise UserError(f"{name} is not what it was, by more than rounding")
+
+
 # -- tokenizer -------------------------------------------------------------------------------------
 
 
@@ -210,9 +225,13 @@ def describe_tokenizer(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
+    for add, number in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if number is not None:
+            add(number)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(plain_template(tokenizer.chat_template))
@@ -286,8 +305,9 @@ TEMPLATE \"\"\"{template}\"\"\"
 PARAMETER stop "<|im_end|>"
 PARAMETER num_ctx {context}
 """
-# The chat template once more, in the language of ollama's: Go's text/template. It differs in one
-# thing: results of tools that follow one another get a turn each.
+# The chat template once more, in the language of ollama's: Go's text/template. It leaves out what a
+# conversation seldom has: thoughts of earlier turns, a second system message, and one turn for the
+# results of several tools.
 TEMPLATE = """{{- if or .System .Tools }}<|im_start|>system
 {{ .System }}{{ if .Tools }}{{ if .System }}
 
@@ -317,7 +337,12 @@ Write a call like this, with JSON arguments:
 """
 
 
-def modelfile(gguf_file: Path, config: MiniMindConfig) -> str:
-    """What `ollama create NAME -f Modelfile` wants to know of a GGUF file beside it."""
+def modelfile(gguf_file: Path, config: MiniMindConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What `ollama create NAME -f Modelfile` wants to know of a GGUF file beside it. UserError
+    where it cannot be told."""
+    if "<|im_start|>" not in (tokenizer.chat_template or ""):
+        raise UserError("--ollama is for models whose conversations are ChatML, and this is none")
+    if flags := needed_flags(config):
+        raise UserError(f"ollama has no such setting of YaRN ({flags}); llama.cpp has")
     context = min(config.max_position_embeddings, CONTEXT)
     return MODELFILE.format(file=gguf_file.name, template=TEMPLATE, context=context)

@@ -37,6 +37,16 @@ class LoraSettings:
     dropout: float = 0.0
     target_modules: list[str] = field(default_factory=lambda: list(ATTENTION))
 
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.r, int) and isinstance(self.alpha, int | float)
+        if not numbers or self.r < 1 or self.alpha <= 0:
+            raise UserError(f"LoRA's r is at least 1 and alpha above 0, not {self.r}, {self.alpha}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA's dropout is at least 0 and less than 1, not {self.dropout}")
+        names = self.target_modules
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise UserError(f"LoRA's target modules are a list of names, not {names}")
+
 
 class LoraLinear(nn.Linear):
     """A linear layer, and its addition."""
@@ -150,16 +160,26 @@ def save_lora(
     return write_weights(path, state, model, tokenizer, info)
 
 
-def load_lora(model: nn.Module, path: Path | str) -> LoraSettings:
-    """Give `model` the additions of a file. UserError where they do not fit it."""
-    path = Path(path)
+def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraSettings]:
+    """The additions in a file and their settings. UserError if it is no LoRA file."""
     state, info = read_state(path), read_info(path)
+    if not all(".lora_" in name for name in state):
+        raise UserError(f"{path} is a whole model and no LoRA file")
     if info is None or "lora" not in info:
         raise UserError(
             f"{path} has no .json with LoRA's settings beside it: alpha cannot be read from the "
             "weights' shapes"
         )
-    settings = LoraSettings(**info["lora"])
+    try:
+        return state, LoraSettings(**info["lora"])
+    except TypeError as error:
+        raise UserError(f"the settings in {path.with_suffix('.json')} are no LoRA's") from error
+
+
+def load_lora(model: nn.Module, path: Path | str) -> LoraSettings:
+    """Give `model` the additions of a file. UserError where they do not fit it."""
+    path = Path(path)
+    state, settings = read_lora(path)
     add_lora(model, settings)
     put_additions(model, state, path)
     return settings
@@ -192,15 +212,12 @@ def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
     Args:
         base: what adapter_config.json is to name as the model that it belongs to.
     """
-    state, info = read_state(path), read_info(path)
-    if info is None or "lora" not in info:
-        raise UserError(f"{path} is no LoRA file, or its .json is missing")
-    if any("experts." in name for name in state):
+    state, settings = read_lora(Path(path))
+    if any(".experts." in name or ".mlp.gate." in name for name in state):
         raise UserError(
-            "in transformers the experts of a layer are one tensor, which peft gives no addition "
-            "of this kind; merge it into the model instead (merge-lora)"
+            "in transformers the experts of a layer and their gate are no linear layers, to which "
+            "peft could add something of this kind; merge it into the model instead (merge-lora)"
         )
-    settings = LoraSettings(**info["lora"])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -225,8 +242,10 @@ def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
         targets = config["target_modules"]
-        if isinstance(targets, str) or config.get("bias", "none") != "none":
-            raise ValueError("target_modules is no list, or it has biases")
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+            raise ValueError("it is of another kind, or has biases")
+        if not isinstance(targets, list):
+            raise ValueError("target_modules is no list")
         settings = LoraSettings(
             r=config["r"],
             alpha=config["lora_alpha"],
@@ -235,7 +254,14 @@ def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder} is no LoRA adapter of peft: {error}") from error
-    for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    for name in (
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "fan_in_fan_out",
+    ):
         if config.get(name):
             raise UserError(f"the adapter in {folder} has {name}, which this LoRA has not")
     add_lora(model, settings)

@@ -7,14 +7,17 @@ A model here is one that transformers knows, under other labels:
 | dense                      | LlamaForCausalLM     | the same names                            |
 | dense, q/k norm            | Qwen3ForCausalLM     | the same names                            |
 | experts                    | Qwen2MoeForCausalLM  | shared experts are one wide one, gated    |
-| experts, q/k norm, no      | Qwen3MoeForCausalLM  | the same names                            |
-| shared ones                |                      |                                           |
+| experts, none shared       | MixtralForCausalLM   | others in the file                        |
+| the same, q/k norm         | Qwen3MoeForCausalLM  | the same names                            |
+| experts that a bias        | Glm4MoeForCausalLM   | shared experts are one wide one           |
+| balances, and shared ones  |                      |                                           |
 
-Nothing there has q/k norm and shared experts, or experts that a bias balances; such a model goes
-into a folder of its own kind ("native"), which takes this project's code to read.
+What none of them holds, such as softmax over experts with both q/k norm and shared ones, goes into
+a folder of its own kind ("native"), which takes this project's code to read.
 """
 
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,9 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     GenerationConfig,
+    Glm4MoeConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen2MoeConfig,
@@ -46,11 +51,13 @@ YARN = {  # their name: ours
     "beta_slow": "yarn_beta_slow",
     "attention_factor": "yarn_attention_factor",
 }
+NO_DIFFERENCE = {"truncate": True, "partial_rotary_factor": 1.0}  # of what may stand there too
 UNLIKE_OURS = {
     "attention_bias": "biases in its attention",
     "qkv_bias": "biases in its attention",
     "mlp_bias": "biases in its feed-forward layers",
     "use_sliding_window": "attention within a window",
+    "first_k_dense_replace": "layers without experts among those with them",
     "mlp_only_layers": "layers without experts among those with them",
 }
 ARCHITECTURES = {
@@ -58,9 +65,13 @@ ARCHITECTURES = {
     Qwen3Config: "Qwen3ForCausalLM",
     Qwen2MoeConfig: "Qwen2MoeForCausalLM",
     Qwen3MoeConfig: "Qwen3MoeForCausalLM",
+    MixtralConfig: "MixtralForCausalLM",
+    Glm4MoeConfig: "Glm4MoeForCausalLM",
 }
+PARTS = ("gate", "up", "down")
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}  # in its files; in memory it has Qwen's names
 # A gate that is half open whatever comes, sigmoid(x · w) with w ≈ 0; llama.cpp takes no 0 itself.
-HALF_OPEN = 1e-12  # in float16: its smallest number
+HALF_OPEN = 1e-12  # in float16 its smallest number
 
 
 # -- configs ---------------------------------------------------------------------------------------
@@ -73,26 +84,54 @@ def their_config(config: MiniMindConfig) -> PreTrainedConfig:
     if not config.use_moe:
         kind = Qwen3Config if config.qk_norm else LlamaConfig
         return kind(architectures=[ARCHITECTURES[kind]], **fields)
-    if config.scoring_func != "softmax":
-        raise UserError("transformers has no such model whose experts a bias balances")
+    shared = config.n_shared_experts
     fields |= {
-        "num_experts": config.n_routed_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "moe_intermediate_size": config.moe_intermediate_size,
         "norm_topk_prob": config.norm_topk_prob,
-        "router_aux_loss_coef": config.aux_loss_alpha,
     }
-    if config.qk_norm and config.n_shared_experts:
-        raise UserError("transformers has no such model with both q/k norm and shared experts")
-    if config.qk_norm:
-        kind = Qwen3MoeConfig
-    elif config.n_shared_experts:
-        kind = Qwen2MoeConfig
-        shared = config.n_shared_experts * config.moe_intermediate_size
-        fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": False}
+    if config.scoring_func == "sigmoid" and shared:
+        fields["rope_parameters"]["partial_rotary_factor"] = 1.0
+        kind = Glm4MoeConfig
+        fields |= {
+            "n_routed_experts": config.n_routed_experts,
+            "n_shared_experts": shared,
+            "first_k_dense_replace": 0,
+            "use_qk_norm": config.qk_norm,
+            "attention_bias": False,
+        }
+    elif config.scoring_func == "softmax" and not (shared and config.qk_norm):
+        fields["router_aux_loss_coef"] = config.aux_loss_alpha
+        if config.qk_norm:
+            kind = Qwen3MoeConfig
+            fields["num_experts"] = config.n_routed_experts
+        elif shared:
+            kind = Qwen2MoeConfig
+            fields["num_experts"] = config.n_routed_experts
+            size = shared * config.moe_intermediate_size
+            fields |= {"shared_expert_intermediate_size": size, "qkv_bias": False}
+        elif config.norm_topk_prob:
+            kind = MixtralConfig
+            fields["num_local_experts"] = config.n_routed_experts
+            fields["intermediate_size"] = fields.pop("moe_intermediate_size")
+        else:
+            raise none_like(config)
     else:
-        raise UserError("transformers has no such model with neither q/k norm nor shared experts")
+        raise none_like(config)
     return kind(architectures=[ARCHITECTURES[kind]], **fields)
+
+
+def none_like(config: MiniMindConfig) -> UserError:
+    features = [
+        f"balanced by {'a bias' if config.scoring_func == 'sigmoid' else 'a loss'}",
+        f"{'with' if config.qk_norm else 'without'} q/k norm",
+        f"{'with' if config.n_shared_experts else 'without'} shared ones",
+        f"weights that {'' if config.norm_topk_prob else 'do not '}add up to 1",
+    ]
+    return UserError(
+        f"no class of transformers that is known here has such experts ({', '.join(features)}); "
+        "--native makes a folder that brings this project's code along"
+    )
 
 
 def rope_parameters(config: MiniMindConfig) -> dict[str, Any]:
@@ -127,47 +166,89 @@ def our_config(config: PreTrainedConfig) -> MiniMindConfig:
         fields |= {ours: rope[theirs] for theirs, ours in YARN.items() if theirs in rope}
     elif rope["rope_type"] != "default":
         raise UserError(f"the model scales RoPE in a way MiniMind has not: {rope['rope_type']}")
+    known = {"rope_type", "rope_theta", *YARN}
+    for name, value in rope.items():
+        if name not in known and value is not None and NO_DIFFERENCE.get(name) != value:
+            raise UserError(
+                f"the model's RoPE has {name} {value}, and MiniMind's has no such thing"
+            )
     fields["qk_norm"] = isinstance(config, Qwen3Config | Qwen3MoeConfig)
-    if isinstance(config, Qwen2MoeConfig | Qwen3MoeConfig):
-        shared = getattr(config, "shared_expert_intermediate_size", 0)
-        if config.decoder_sparse_step != 1 or shared % config.moe_intermediate_size:
-            raise UserError("not every layer has experts, or the shared one is not as wide as some")
+    if isinstance(config, LlamaConfig | Qwen3Config):
+        return MiniMindConfig(**fields)
+    fields |= {"use_moe": True, "num_experts_per_tok": config.num_experts_per_tok}
+    if isinstance(config, MixtralConfig):
+        if config.sliding_window:
+            raise UserError("the model has attention within a window, and MiniMind has not")
+        fields |= {"n_routed_experts": config.num_local_experts, "n_shared_experts": 0}
+        return MiniMindConfig(moe_intermediate_size=config.intermediate_size, **fields)
+    fields |= {
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+    }
+    if isinstance(config, Glm4MoeConfig):
+        if config.n_group != 1 or config.routed_scaling_factor != 1:
+            raise UserError("the model's experts are grouped or scaled, and MiniMind's are not")
         fields |= {
-            "use_moe": True,
-            "n_routed_experts": config.num_experts,
-            "n_shared_experts": shared // config.moe_intermediate_size,
-            "num_experts_per_tok": config.num_experts_per_tok,
-            "moe_intermediate_size": config.moe_intermediate_size,
-            "norm_topk_prob": config.norm_topk_prob,
+            "scoring_func": "sigmoid",
+            "qk_norm": config.use_qk_norm,
+            "n_routed_experts": config.n_routed_experts,
+            "n_shared_experts": config.n_shared_experts,
         }
+        return MiniMindConfig(**fields)
+    shared = getattr(config, "shared_expert_intermediate_size", 0)
+    if config.decoder_sparse_step != 1 or shared % config.moe_intermediate_size:
+        raise UserError("not every layer has experts, or the shared one is not as wide as some")
+    fields |= {
+        "n_routed_experts": config.num_experts,
+        "n_shared_experts": shared // config.moe_intermediate_size,
+    }
     return MiniMindConfig(**fields)
 
 
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def their_state(model: MiniMindForCausalLM) -> dict[str, Tensor]:
-    """The weights under the names of transformers' files."""
-    config, state = model.config, dict(model.state_dict())
+def their_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in a dtype, under the names of transformers' files."""
+    config = model.config
+    state = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    if config.use_moe and config.n_shared_experts:
-        for layer in range(config.num_hidden_layers):
-            join_shared_experts(state, f"model.layers.{layer}.mlp.", config)
+    if not config.use_moe:
+        return state
+    kind = type(their_config(config))
+    for layer in range(config.num_hidden_layers):
+        mlp = f"model.layers.{layer}.mlp."
+        if config.n_shared_experts:
+            join_shared_experts(state, mlp, config, gated=kind is Qwen2MoeConfig)
+        if kind is Glm4MoeConfig:
+            bias = state.pop(f"{mlp}e_score_correction_bias").float()
+            state[f"{mlp}gate.e_score_correction_bias"] = bias
+        if kind is MixtralConfig:
+            moe = f"model.layers.{layer}.block_sparse_moe."
+            state[f"{moe}gate.weight"] = state.pop(f"{mlp}gate.weight")
+            for n, part in product(range(config.n_routed_experts), PARTS):
+                weight = state.pop(f"{mlp}experts.{n}.{part}_proj.weight")
+                state[f"{moe}experts.{n}.{MIXTRAL[part]}.weight"] = weight
     return state
 
 
-def join_shared_experts(state: dict[str, Tensor], mlp: str, config: MiniMindConfig) -> None:
-    """Several experts that are always used are one wider one. Theirs passes a gate, here half open,
+def join_shared_experts(
+    state: dict[str, Tensor], mlp: str, config: MiniMindConfig, gated: bool
+) -> None:
+    """Several experts that are always used are one wider one. Qwen's passes a gate, here half open,
     for which outputs that are twice as large make up."""
-    for part, dim in (("gate", 0), ("up", 0), ("down", 1)):
-        names = [
+    name = "shared_expert" if gated else "shared_experts"
+    for part in PARTS:
+        each = (
             f"{mlp}shared_experts.{n}.{part}_proj.weight" for n in range(config.n_shared_experts)
-        ]
-        joined = torch.cat([state.pop(name) for name in names], dim)
-        state[f"{mlp}shared_expert.{part}_proj.weight"] = joined * (2 if part == "down" else 1)
-    like = state[f"{mlp}gate.weight"]
-    state[f"{mlp}shared_expert_gate.weight"] = like.new_full((1, config.hidden_size), HALF_OPEN)
+        )
+        joined = torch.cat([state.pop(one) for one in each], 1 if part == "down" else 0)
+        state[f"{mlp}{name}.{part}_proj.weight"] = joined * (2 if gated and part == "down" else 1)
+    if gated:
+        like = state[f"{mlp}gate.weight"]
+        nearly = max(HALF_OPEN, torch.finfo(like.dtype).smallest_normal / 1024)
+        state[f"{mlp}shared_expert_gate.weight"] = like.new_full((1, config.hidden_size), nearly)
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -184,11 +265,7 @@ def save_folder(
     config = their_config(model.config)
     config.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: each.to(dtype).contiguous() for name, each in their_state(model).items()}
-    for name, weight in state.items():
-        if name.endswith("shared_expert_gate.weight"):
-            weight.clamp_(min=6e-8 if dtype == torch.float16 else HALF_OPEN)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(their_state(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -229,22 +306,26 @@ def our_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Ten
         down = state.pop(f"{mlp}experts.down_proj")  # [E, C, I]
         experts = zip(gate_and_up[:, :size], gate_and_up[:, size:], down, strict=True)
         put_experts(state, f"{mlp}experts", experts)
+        if config.scoring_func == "sigmoid":
+            bias = state.pop(f"{mlp}gate.e_score_correction_bias")
+            state[f"{mlp}e_score_correction_bias"] = bias
         if not config.n_shared_experts:
             continue
-        shared = {part: state.pop(f"{mlp}shared_expert.{part}_proj.weight") for part in PARTS}
-        if state.pop(f"{mlp}shared_expert_gate.weight").abs().max() > 1e-6:
-            raise UserError("the model's shared expert has a gate, and MiniMind's has none")
+        gate = state.pop(f"{mlp}shared_expert_gate.weight", None)
+        name = "shared_experts" if gate is None else "shared_expert"
+        shared = {part: state.pop(f"{mlp}{name}.{part}_proj.weight") for part in PARTS}
+        if gate is not None:
+            if gate.abs().max() > 1e-6:
+                raise UserError("the model's shared expert has a gate, and MiniMind's has none")
+            shared["down"] = shared["down"] / 2
         experts = zip(
             shared["gate"].split(size),
             shared["up"].split(size),
-            (shared["down"] / 2).split(size, dim=1),
+            shared["down"].split(size, dim=1),
             strict=True,
         )
         put_experts(state, f"{mlp}shared_experts", experts)
     return state
-
-
-PARTS = ("gate", "up", "down")
 
 
 def put_experts(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -192,7 +193,8 @@ def load_model(
     path = Path(path)
     state = read_state(path)
     info = read_info(path)
-    known = info["config"] if info else config_from_shapes(state, path)
+    heads = overrides.get("num_attention_heads", 8)
+    known = info["config"] if info else config_from_shapes(state, path, heads)
     try:
         config = MiniMindConfig(**{**known, **overrides})
     except (ValueError, TypeError) as error:
@@ -209,6 +211,14 @@ def load_model(
     check_state(state, model, path)
     model.load_state_dict(state, strict=True)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def yarn_settings(args: Any) -> dict[str, Any]:
+    """The fields of a config that the flags --inference_rope_scaling and --yarn_* change."""
+    given = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
+    if given and not args.inference_rope_scaling:
+        raise UserError(f"--{min(given)} is for --inference_rope_scaling 1")
+    return {"inference_rope_scaling": True, **given} if args.inference_rope_scaling else {}
 
 
 def read_state(path: Path | str) -> dict[str, Tensor]:
@@ -268,11 +278,13 @@ def read_info(path: Path | str) -> dict[str, Any] | None:
         ) from error
 
 
-def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") -> dict[str, Any]:
+def config_from_shapes(
+    state: dict[str, Tensor], path: Path | str = "the file", heads: int = 8
+) -> dict[str, Any]:
     """The config of a bare `.pth`, from the shapes of its weights.
 
     What shapes leave open follows the generation: those with q/k norm (newer) have
-    rms_norm_eps 1e-6, those without (older) 1e-5; both have 8 query heads where no norm tells, an
+    rms_norm_eps 1e-6, those without (older) 1e-5; both have `heads` where no norm tells, an
     older mixture gives each token two experts, a newer one; YaRN has the settings of each.
     """
     try:
@@ -285,7 +297,7 @@ def config_from_shapes(state: dict[str, Tensor], path: Path | str = "the file") 
         expert = "experts.0." if use_moe else ""
         intermediate_size = state[f"{first}mlp.{expert}gate_proj.weight"].shape[0]
         q_norm = state.get(first + "self_attn.q_norm.weight")
-        head_dim = query_rows // 8 if q_norm is None else q_norm.shape[0]
+        head_dim = query_rows // heads if q_norm is None else q_norm.shape[0]
         heads, key_heads = query_rows // head_dim, key_rows // head_dim
     except KeyError as error:
         raise UserError(f"{path} has no MiniMind weights: {error} is not among its keys") from error
@@ -390,12 +402,23 @@ def check_tokenizer(
         )
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
 def load_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A transformers folder, every weight accounted for. UserError if it cannot be loaded so."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True
-        )
+        with quiet_transformers():  # it tells the same at length
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True
+            )
     except Exception as error:  # of many kinds: no such architecture, an LFS pointer, half a file
         reason = str(error).strip().split("\n")[0]
         raise UserError(

@@ -1,6 +1,7 @@
 """Conversion: to transformers, peft and trl, and back, with the same logits."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.errors import UserError
 from model.model_lora import LoraSettings, add_lora, lora_layers, lora_state, save_lora
-from model.weights import load_model
+from model.transformers_folder import save_folder
+from model.weights import ROOT, load_model
 from scripts import convert_model
 
 IDS = torch.randint(3, 6400, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -26,6 +28,9 @@ CLASSES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen2_moe_fine_grained": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_qk_norm": "Glm4MoeForCausalLM",
 }
 
 
@@ -57,8 +62,10 @@ def test_to_transformers_and_back(save, tmp_path, capsys, kind):
 
 
 @torch.no_grad()
-def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer):
-    convert("to-hf", save(use_moe=True), tmp_path / "folder", "--dtype", "bfloat16")
+def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer, capsys):
+    path = save("full_sft_64_moe", use_moe=True)
+    convert("to-hf", path, tmp_path / "folder", "--dtype", "bfloat16")
+    assert "bfloat16 itself changes a logit by" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert model.dtype == torch.bfloat16
     other = AutoTokenizer.from_pretrained(tmp_path / "folder")
@@ -66,7 +73,9 @@ def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer):
     settings = dict(add_generation_prompt=True, return_tensors="pt")
     inputs = other.apply_chat_template(messages, **settings)
     assert inputs["input_ids"].tolist() == tokenizer.apply_chat_template(messages, **settings)["input_ids"].tolist()  # fmt: skip # noqa: E501
-    assert model.generate(**inputs, max_new_tokens=3).shape[1] <= inputs["input_ids"].shape[1] + 3
+    own = load_model(tmp_path / "full_sft_64_moe.pth").bfloat16()
+    settings = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**inputs, **settings), own.generate(**inputs, **settings))
 
 
 @pytest.mark.parametrize("fields", [{}, dict(use_moe=True)], ids=["dense", "moe"])
@@ -79,29 +88,66 @@ def test_in_float16_a_folder_says_what_the_file_said(save, tmp_path, fields):
 
 
 @torch.no_grad()
-def test_an_earlier_file_gets_its_json(save, tmp_path):
-    path = save(num_attention_heads=8)
+def test_an_earlier_file_gets_its_json(save, tmp_path, capsys):
+    """What its shapes leave open is told, and flags say otherwise."""
+    model = load_model(path := save(num_attention_heads=4))
     path.with_suffix(".json").unlink()
-    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+    with pytest.raises(UserError, match="which tokenizer"):
         convert("from-hf", path, tmp_path / "new.pth")
-        expected = load_model(path)
-    assert load_model(tmp_path / "new.pth").config.num_attention_heads == 8
-    assert torch.equal(load_model(tmp_path / "new.pth")(IDS).logits, expected(IDS).logits)
+    words = ("from-hf", path, tmp_path / "new.pth", "--tokenizer_path", ROOT / "model")
+    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+        convert(*words)
+        assert "num_attention_heads 8" in capsys.readouterr().out
+        assert (load_model(tmp_path / "new.pth")(IDS).logits - model(IDS).logits).abs().max() > 0.01
+        convert(*words, "--num_attention_heads", 4, "--force")
+    assert torch.equal(load_model(tmp_path / "new.pth")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_weights_that_are_no_halves_come_back(make_model, tokenizer, tmp_path, dtype):
+    """As another program may have trained them: with sharp logits, after which rounding shows."""
+    model = make_model(vocab_size=6400, use_moe=True, n_shared_experts=0, qk_norm=True)
+    save_folder(model, tokenizer, tmp_path / "folder", getattr(torch, dtype))
+    convert("from-hf", tmp_path / "folder", tmp_path / "back.pth")
+    state = load_model(tmp_path / "back.pth").state_dict()
+    for name, weight in model.to(getattr(torch, dtype)).state_dict().items():
+        assert torch.equal(state[name], weight.float().half().float())
+    for kind in ("float32", "float16", "q8_0"):
+        convert("to-gguf", tmp_path / "folder", tmp_path / f"{kind}.gguf", "--dtype", kind)
+
+
+@torch.no_grad()
+def test_yarn_is_a_matter_of_flags(save, tmp_path):
+    path = save()
+    flags = dict(inference_rope_scaling=1, yarn_original_length=16, yarn_factor=8.0)
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    convert("to-hf", path, tmp_path / "folder", *words)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    own = load_model(path, **{**flags, "inference_rope_scaling": True})
+    assert_close(other(IDS).logits, own(IDS).logits, atol=2e-5, rtol=1e-5)
+    assert (other(IDS).logits - load_model(path)(IDS).logits).abs().max() > 0.01
+    with pytest.raises(UserError, match="--yarn_factor is for --inference_rope_scaling"):
+        convert("to-hf", path, tmp_path / "other", "--yarn_factor", 2)
+
+
+def test_odd_sizes_of_experts_are_no_obstacle(save, tmp_path):
+    convert("to-hf", save(use_moe=True, moe_intermediate_size=25), tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(use_moe=True, scoring_func="sigmoid"), "a bias balances"),
-        (dict(use_moe=True, qk_norm=True), "both q/k norm and shared experts"),
-        (dict(use_moe=True, n_shared_experts=0), "neither q/k norm nor shared experts"),
+        (dict(scoring_func="sigmoid", n_shared_experts=0), "a bias, without q/k norm, without"),
+        (dict(qk_norm=True), "a loss, with q/k norm, with shared ones"),
+        (dict(n_shared_experts=0, norm_topk_prob=False), "do not add up"),
     ],
-    ids=["sigmoid", "both", "neither"],
+    ids=["bias_alone", "both", "weights"],
 )
 def test_what_transformers_has_not_is_said_to_be_so(save, tmp_path, fields, words):
-    with pytest.raises(UserError, match=words):
-        convert("to-hf", save(**fields), tmp_path / "folder")
-    assert not (tmp_path / "folder").exists()
+    with pytest.raises(UserError, match=f"{words}.*--native"):
+        convert("to-hf", save(use_moe=True, **fields), tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -131,14 +177,67 @@ def test_a_native_folder_brings_its_code_along(save, tmp_path):
 
 
 def test_what_is_there_is_not_written_over(save, tmp_path):
+    """And with --force only what is a model, and of it only what is made anew."""
     path, folder = save(), tmp_path / "folder"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
         convert("to-hf", path, folder)
-    assert (folder / "mine.txt").read_text() == "mine"
+    for words in ((folder, "--force"), (tmp_path, "--force")):
+        with pytest.raises(UserError, match="something else than a model"):
+            convert("to-hf", path, *words)
+    (folder / "config.json").write_text("old")
     convert("to-hf", path, folder, "--force")
-    assert not (folder / "mine.txt").exists() and (folder / "config.json").exists()
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    (folder / "pytorch_model.bin").write_text("old")
+    with pytest.raises(UserError, match="other weights too .pytorch_model.bin."):
+        convert("to-hf", path, folder, "--force")
+    assert path.exists()
+
+
+@pytest.mark.parametrize("there", ["b.pth", "b.json"])
+def test_neither_of_two_files_is_written_over(save, tmp_path, there):
+    convert("to-hf", save(), tmp_path / "folder")
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(UserError, match=f"{there} exists already"):
+        convert("from-hf", tmp_path / "folder", tmp_path / "b.pth")
+    assert (tmp_path / there).read_text() == "mine"
+    assert not {p.name for p in tmp_path.glob("b.*")} - {there}
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    [
+        ("b", "should be a .pth file"),
+        ("v1.5", "should be a .pth file"),
+        ("full_sft_64.pth/b.pth", "cannot write"),
+        ("folder", "should be a .pth file"),
+    ],
+)
+def test_where_a_file_cannot_be(save, tmp_path, target, complaint):
+    convert("to-hf", save(), tmp_path / "folder")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=complaint):
+        convert("from-hf", tmp_path / "folder", tmp_path / target, "--force")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_as_a_command(save, tmp_path):
+    """From another directory, by a person who errs once."""
+    script = ROOT / "scripts" / "convert_model.py"
+    path = save()
+    for words, code, said in (
+        (["to-hf", "--help"], 0, "--native"),
+        (["to-hf", path.name, "new", "--dtype", "q8_0"], 2, "error: argument --dtype"),
+        (["to-hf", path.name, "new"], 0, "new: load it with AutoModelForCausalLM"),
+        (["to-hf", path.name, "new"], 2, "error: new exists already; --force writes over it"),
+    ):
+        result = subprocess.run(
+            [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (result.returncode, said in result.stdout + result.stderr) == (code, True), result
+        assert "Traceback" not in result.stderr
 
 
 def test_a_conversion_that_changes_the_logits_is_no_success(save, tmp_path, monkeypatch):
@@ -154,9 +253,12 @@ def test_a_conversion_that_changes_the_logits_is_no_success(save, tmp_path, monk
         (["to-gguff", ".", "x"], "to-gguff"),
         (["to-hf", "nowhere.pth", "x"], "nowhere.pth does not exist"),
         (["to-hf", "."], "target"),
-        (["from-hf", ".", "x.pth"], "tokenizer.json|config.json"),
+        (["to-hf", ".", "x"], "config.json"),
+        (["from-hf", ".", "x.pth"], "config.json"),
         (["from-peft", ".", "x.pth"], "--base"),
-        (["to-hf", ".", "x", "--lora", "y"], "--lora is for merge-lora"),
+        (["merge-lora", ".", "x.pth"], "--lora"),
+        (["to-hf", ".", "x", "--lora", "y"], "--lora"),
+        (["to-hf", ".", "x", "--for"], "--for"),
     ],
     ids=" ".join,
 )
@@ -186,11 +288,23 @@ def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path, name, value, co
 
 
 def test_a_difference_leaves_nothing_behind(save, tmp_path, monkeypatch):
-    path, target = save(), tmp_path / "new.pth"
+    path = save()
     monkeypatch.setattr(convert_model, "SAME", -1.0)
-    with pytest.raises(UserError, match="more than rounding"):
-        convert("from-hf", path, target)
+    for words in (("to-hf", tmp_path / "new"), ("from-hf", tmp_path / "new.pth")):
+        with pytest.raises(UserError, match="more than rounding"):
+            convert(words[0], path, *words[1:])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full_sft_64.json", "full_sft_64.pth"]
+
+
+@pytest.mark.parametrize("name", ["mscale", "truncate"])
+def test_settings_of_yarn_that_are_not_ours_are_refused(save, tmp_path, name):
+    convert("to-hf", save(inference_rope_scaling=True), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["rope_parameters"][name] = 0.5 if name == "mscale" else False
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    for words in (("from-hf", tmp_path / "b.pth"), ("to-gguf", tmp_path / "b.gguf")):
+        with pytest.raises(UserError, match=f"RoPE has {name}"):
+            convert(words[0], tmp_path / "folder", *words[1:])
 
 
 # -- LoRA and peft ---------------------------------------------------------------------------------
@@ -256,6 +370,45 @@ def test_an_addition_to_experts_has_no_place_in_peft(save, tokenizer, tmp_path):
         convert("to-peft", path, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(r="4"),
+        dict(r=0),
+        dict(lora_alpha=None),
+        dict(lora_dropout=2),
+        dict(target_modules=None),
+        dict(peft_type="IA3"),
+        dict(fan_in_fan_out=True),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_kind_is_refused(addition, tmp_path, change):
+    convert("to-peft", addition, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    base = tmp_path / "full_sft_64.pth"
+    with pytest.raises(UserError, match="LoRA|adapter"):
+        convert("from-peft", tmp_path / "adapter", tmp_path / "x.pth", "--base", base)
+    assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("change", [dict(r=0), dict(colour="red"), dict(target_modules=None)])
+def test_damaged_settings_of_an_addition_are_told(addition, tmp_path, change):
+    file = addition.with_suffix(".json")
+    info = json.loads(file.read_text())
+    info["lora"] |= change
+    file.write_text(json.dumps(info))
+    with pytest.raises(UserError, match="LoRA"):
+        convert("to-peft", addition, tmp_path / "adapter")
+
+
+def test_a_model_is_no_addition(save, tmp_path):
+    path = save()
+    with pytest.raises(UserError, match="a whole model and no LoRA file"):
+        convert("merge-lora", path, tmp_path / "new.pth", "--lora", path)
+
+
 # -- trl -------------------------------------------------------------------------------------------
 
 
@@ -287,6 +440,12 @@ def test_trl_trains_an_exported_model(save, tmp_path, stage):
     trainer = kind(
         str(tmp_path / "folder"), args=config, train_dataset=data, processing_class=tokenizer
     )
+    trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    result = trainer.train()
-    assert result.global_step == 2 and result.training_loss > 0, losses
+    expected = math.log(2)
+    if stage == "sft":
+        own, ids = load_model(tmp_path / "full_sft_64.pth"), trainer.train_dataset[0]["input_ids"]
+        ids = torch.tensor([ids])
+        expected = own(ids, labels=ids).loss.item()
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(expected, abs=1e-3)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args, yarn_settings
+from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args
 from model.command_line import parse_arguments
 from model.errors import UserError
 from model.model_lora import LoraSettings, add_lora, lora_layers, save_lora
-from model.weights import ROOT, load_model, save_weights, weight_path
+from model.weights import ROOT, load_model, save_weights, weight_path, yarn_settings
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from model.model_minimind import (
 )
 from model.rope import yarn
 from model.transformers_folder import their_config
+from model.weights import BIAS
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
@@ -65,6 +66,9 @@ PAIRS = {
         norm_topk_prob=False,
     ),
     "qwen3_moe": dict(use_moe=True, qk_norm=True, n_shared_experts=0),
+    "mixtral": dict(use_moe=True, n_shared_experts=0, n_routed_experts=5),
+    "glm4_moe": dict(use_moe=True, scoring_func="sigmoid", n_shared_experts=2),
+    "glm4_moe_qk_norm": dict(use_moe=True, scoring_func="sigmoid", qk_norm=True),
 }
 
 
@@ -75,6 +79,9 @@ def pair(request, make_model):
     for name, weight in own.named_parameters():  # ones would hide where the norms act
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
+    for name, bias in own.named_buffers():  # and zeros that a bias of experts counts
+        if name.endswith(BIAS):
+            torch.nn.init.uniform_(bias, -0.2, 0.2)
     return own, peer_with_weights(own).eval()
 
 

@@ -44,12 +44,12 @@ class Args(TrainArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora_r < 1 or self.lora_alpha <= 0:
-            raise UserError("--lora_r must be at least 1 and --lora_alpha more than 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError("--lora_dropout must be at least 0 and less than 1")
+        self.settings()  # checks them
         if self.save_weight:
             raise UserError("--save_weight: an addition has its name from --lora_name")
+
+    def settings(self) -> LoraSettings:
+        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @property
     def stage(self) -> str:
@@ -61,7 +61,7 @@ class Args(TrainArgs):
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = starting_model(args, tokenizer)
-    settings = LoraSettings(args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    settings = args.settings()
     add_lora(model, settings)
     run = Run(args, args.stage, model.config, tokenizer)
     rows, held_out = read_rows(run, "conversations")
