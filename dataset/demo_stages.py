@@ -407,5 +407,5 @@ def tools(m: Material, part: str, rng: Random) -> Table:
 
 
 def lora(m: Material, part: str, rng: Random) -> Table:
-    """A persona: 小海 and Marina, who sail and cheer people up."""
+    """A persona: 小海 and Pearl, who sail and cheer people up."""
     return [{"conversations": conversation(e)} for e in m.questions("persona", part, rng)]

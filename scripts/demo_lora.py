@@ -5,11 +5,11 @@
 Trains the persona of dataset/demo (a ship's captain) with trainer/train_lora.py, and then grades,
 without the addition and with it: questions to the persona in phrasings that were held out, and the
 held-out problems of each skill, which should not suffer. Conversations of the fine-tuning before
-are mixed in ("replay"), for a model that sees the persona alone answers everything as the captain.
-It does not suffice yet (benchmarks/README.md). Figures: out/demo/lora_report.json.
+are mixed in ("replay"), for a model that sees the persona alone answers everything as the captain:
+thousands, each seen once, for a few hundred seen often are learnt by heart and the rest forgotten.
+Figures: out/demo/lora_report.json.
 """
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dataset.demo import write_demo_data
+from dataset.demo import read_jsonl, write_demo_data, write_jsonl
+from dataset.demo_stages import same
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.generation import prepare_to_decode
@@ -31,13 +32,20 @@ from scripts.demo import HIDDEN_SIZE, answers, held_out_tests, score
 from trainer import train_lora
 from trainer.hardware import describe_machine, resolve_device
 
-REPLAYED = 300  # conversations of the fine-tuning before
-LORA = """--data_path {data}/lora_identity.jsonl {out}/replay.jsonl
+REPLAYED = 8500  # conversations of the fine-tuning before
+REPEATED = 6  # times that the persona is seen meanwhile
+LORA = """--data_path {out}/persona_and_replay.jsonl
     --val_path {data}/lora_identity_val.jsonl --lora_name lora_identity
     --save_dir {out} --checkpoint_dir {out} --device {device} --hidden_size {width}
     --lora_targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
-    --learning_rate 1e-3 --epochs 20 --batch_size 8 --max_seq_len 160
+    --lora_r 64 --lora_alpha 128 --learning_rate 5e-4 --epochs 1 --batch_size 8 --max_seq_len 160
     --eval_interval 0 --log_interval 20 --save_interval 0 --compile 0"""
+ROWS = {
+    "persona": "persona, held-out phrasings",
+    "persona_trained": "persona, phrasings trained on",
+    "skills_mean": "skills, held-out problems",
+    "textbook": "textbook, held-out phrasings",
+}
 QUESTIONS = ["Who are you?", "你是谁？", "I am tired today.", "What is 37 + 45?"]
 
 
@@ -47,6 +55,7 @@ class Args:
     device: str = option("auto", "auto, cuda, mps or cpu")
     max_steps: int = option(0, "updates at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")
+    seed: int = option(42, "of what is replayed, of the addition's first weights and of the order")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -56,13 +65,16 @@ def main(args: Args) -> dict[str, Any]:
     load_model(weights, tokenizer=tokenizer)  # a mistake shows before the work begins
     write_demo_data(data, seed=42)
 
-    lines = (data / "sft_mini_512.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    replayed = Random(42).sample(lines, REPLAYED)
-    (out / "replay.jsonl").write_text("".join(replayed), encoding="utf-8")
+    persona, before = (read_jsonl(data / f"{n}.jsonl") for n in ("lora_identity", "sft_mini_512"))
+    rng = Random(args.seed)
+    rows = persona * REPEATED + rng.sample(without_rivals(before, persona), REPLAYED)
+    rng.shuffle(rows)  # neighbours share a row of tokens, and a batch should have some of both
+    write_jsonl(out / "persona_and_replay.jsonl", rows)
 
     console.rule("1. LoRA")
     places = dict(data=data, out=out, device=args.device, width=HIDDEN_SIZE)
     words = [word.format(**places) for word in LORA.split()]
+    words += ["--seed", str(args.seed)]
     words += ["--max_steps", str(args.max_steps)] if args.max_steps else []
     console.print(f"$ python trainer/train_lora.py {shlex.join(words)}\n", soft_wrap=True)
     trained = train_lora.main(parse_arguments(train_lora.Args, arguments=words))
@@ -87,30 +99,44 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
+def exchanges(row: dict) -> list[tuple[str, str]]:
+    """Each question of a conversation, with its answer."""
+    turns = [message["content"] for message in row["conversations"]]
+    return list(zip(turns[::2], turns[1::2], strict=True))
+
+
+def without_rivals(rows: list[dict], persona: list[dict]) -> list[dict]:
+    """The conversations without an answer that some question to the persona had so far: they would
+    pull back what the persona pulls away."""
+    asked = {same(question) for row in persona for question, _ in exchanges(row)}
+    pairs = [pair for row in rows for pair in exchanges(row)]
+    rivals = {answer for question, answer in pairs if same(question) in asked}
+    return [row for row in rows if all(answer not in rivals for _, answer in exchanges(row))]
+
+
 def grades(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, data: Path, most: int
 ) -> dict[str, float]:
-    """The shares of questions answered exactly right: to the persona, of skills and textbook."""
-    lines = (data / "lora_identity_val.jsonl").read_text(encoding="utf-8").splitlines()
-    turns = [json.loads(line)["conversations"] for line in lines][: most or None]
-    persona = [{"prompt": turn[0]["content"], "answer": turn[1]["content"]} for turn in turns]
+    """The shares of questions answered exactly right: to the persona, in the phrasings that are
+    trained on and in others, and of skills and textbook."""
     tests = held_out_tests(data, most)
     textbook = score(model, tokenizer, "textbook", tests.pop("textbook"))
     skills = [score(model, tokenizer, name, rows) for name, rows in tests.items()]
-    return {
-        "persona": score(model, tokenizer, "persona", persona),
-        "skills_mean": sum(skills) / len(skills),
-        "textbook": textbook,
-    }
+    shares = {}
+    for name, file in (("persona", "lora_identity_val"), ("persona_trained", "lora_identity")):
+        pairs = [pair for row in read_jsonl(data / f"{file}.jsonl") for pair in exchanges(row)]
+        rows = [{"prompt": asked, "answer": reply} for asked, reply in pairs[: most or None]]
+        shares[name] = score(model, tokenizer, name, rows)
+    return shares | {"skills_mean": sum(skills) / len(skills), "textbook": textbook}
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
-    table = Table(title="held-out questions, exactly right", title_justify="left")
+    table = Table(title="questions, exactly right", title_justify="left")
     table.add_column("")
     table.add_column("without", justify="right")
     table.add_column("with", justify="right")
     for name, before in report["without"].items():
-        table.add_row(name, f"{before:.1%}", f"{report['with'][name]:.1%}")
+        table.add_row(ROWS[name], f"{before:.1%}", f"{report['with'][name]:.1%}")
     console.print(table)
     console.print(f"{report['training_seconds']:.0f} s of training ({report['machine']})")
 

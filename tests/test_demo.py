@@ -35,7 +35,7 @@ def test_the_demo_leaves_a_model_curves_and_a_report(tmp_path, capsys):
     demo_lora.main(more)
     report = json.loads((tmp_path / "demo" / "lora_report.json").read_text())
     for side in ("without", "with"):
-        assert set(report[side]) == {"persona", "skills_mean", "textbook"}
+        assert set(report[side]) == {"persona", "persona_trained", "skills_mean", "textbook"}
         assert all(0 <= share <= 1 for share in report[side].values())
     assert (tmp_path / "demo" / "lora" / "lora_identity_192.pth").exists()
 

@@ -19,6 +19,7 @@ from dataset.demo import grade, load_tables, load_tests, write_demo_data
 from dataset.demo_skills import SKILLS, in_words
 from dataset.demo_stages import OPENINGS, same
 from model.errors import UserError
+from model.weights import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = "pretrain_hq sft_mini_512 dpo rlaif-mini r1_mix_1024 tools lora_identity".split()
@@ -475,6 +476,21 @@ def test_textbook_facts_can_be_told_apart():
                 facts.setdefault(same(question), {})[fact["id"]] = fact[lang]["answers"]
         shared = {asked: who for asked, who in facts.items() if len(who) > 1}
         assert not shared, f"facts of {lang} that share a question: {shared}"
+
+
+def test_the_persona_speaks_in_words_the_model_has_seen(data):
+    """LoRA leaves the embedding, which is also the head, as it is: a token that the training before
+    never had cannot be said."""
+    tokenizer = load_tokenizer()
+    seen = Counter()
+    for name in ("pretrain_hq", "sft_mini_512"):
+        for ids in tokenizer(lines(data[name]), add_special_tokens=False).input_ids:
+            seen.update(ids)
+    for entry in TABLES["persona"]:
+        for answer in entry["zh"]["answers"] + entry["en"]["answers"]:
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            rare = [tokenizer.decode([i]) for i in ids if seen[i] < 10]
+            assert not rare, (answer, rare)
 
 
 def test_hand_written_tables_are_whole():
