@@ -9,25 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from transformers import PreTrainedModel
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import Sampling, decode, prepare_to_decode, stream_text
-from model.model_lora import load_lora, merged_for_good
-from model.weights import (
-    OUT,
-    TOKENIZER,
-    count_parameters,
-    find_weights,
-    load_for_chat,
-    yarn_settings,
-)
-from trainer.hardware import resolve_device, resolve_dtype
+from model.generation import decode
+from model.sampling import Sampling
+from model.text_stream import stream_text
+from scripts.chat_model import ModelArgs, load_chat_model
 
 CHAT_PROMPTS = [
     "Who are you?",
@@ -43,15 +33,7 @@ TEXT_PROMPTS = ["The Transformer is", "人工智能是", "The weather today", "�
 
 
 @dataclass
-class Args:
-    load_from: str = option(
-        str(TOKENIZER), "./model: own weights from save_dir; else a transformers folder"
-    )
-    weight: str = option("full_sft", "own weights: the stage, such as pretrain, or a .pth file")
-    lora_weight: str = option("", "own weights: what train_lora.py made, as lora_identity")
-    hidden_size: int | None = option(None, "own weights: which size; default: the newest")
-    save_dir: str = option(str(OUT), "folder of own weights")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: that of load_from")
+class Args(ModelArgs):
     prompts: Literal["ask", "auto", "type"] = option(
         "ask", "auto: a list of examples; type: your own; ask: choose at the start"
     )
@@ -61,15 +43,7 @@ class Args:
     top_p: float = option(0.85, "choose among the likeliest tokens that make up this share")
     top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
     repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
-    inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
-    yarn_factor: float | None = option(None, "with it: how many times longer; default: 4")
-    yarn_original_length: int | None = option(None, "the length in training; default: 2048")
-    yarn_beta_fast: float | None = option(None, "pairs that turn more often stay; default: 32")
-    yarn_beta_slow: float | None = option(None, "pairs that turn less are slowed; default: 1")
-    yarn_attention_factor: float | None = option(None, "default: 0.1 · ln(factor) + 1")
     seed: int | None = option(None, "the same seed gives the same answers")
-    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
-    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "on CUDA")
     show_speed: bool = option(True, "tokens a second after each answer")
 
     def __post_init__(self) -> None:
@@ -85,37 +59,9 @@ class Args:
             raise UserError(f"--historys must not be negative, as {self.historys} is")
 
 
-def add_weights_of_lora(model: PreTrainedModel, args: Args) -> None:
-    """Merge an addition into the model; a stage's name or a .pth file says which."""
-    path = Path(args.lora_weight)
-    if path.suffix != ".pth":
-        sizes = dict(hidden_size=model.config.hidden_size, use_moe=model.config.use_moe)
-        path = find_weights(f"lora/{args.lora_weight}", directory=args.save_dir, **sizes)
-    load_lora(model, path)
-    merged_for_good(model)
-
-
 def main(args: Args) -> None:
-    device = resolve_device(args.device)
-    model, tokenizer, stage = load_for_chat(
-        args.load_from,
-        args.weight,
-        hidden_size=args.hidden_size,
-        directory=args.save_dir,
-        tokenizer_path=args.tokenizer_path,
-        device=device,
-        dtype=resolve_dtype(args.dtype, device),
-        yarn=yarn_settings(args),
-    )
-    parameters = count_parameters(model)
-    foreign = (Path(args.load_from) / "config.json").exists()
-    if args.lora_weight:
-        if foreign:
-            raise UserError("--lora_weight is for own weights, and --load_from is another model")
-        add_weights_of_lora(model, args)
-    name = args.load_from if foreign else args.weight
-    model = prepare_to_decode(model)
-    print(f"{name}: {parameters / 1e6:.2f}M parameters, {device}")
+    model, tokenizer, stage, name, parameters = load_chat_model(args)
+    print(f"{name}: {parameters / 1e6:.2f}M parameters, {model.device}")
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

@@ -45,8 +45,9 @@ from transformers import PreTrainedModel
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import Sampling, generate, prepare_to_decode
+from model.generation import generate, prepare_to_decode
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.sampling import Sampling
 from model.weights import count_parameters, load_model, write_json
 from trainer.hardware import describe_machine, resolve_device
 
@@ -125,12 +126,14 @@ def compare(
         "plain": partial(generate_ours, model, prompts, args.new_tokens),
         "transformers": partial(generate_peer, peer, prompts, args.new_tokens),
     }
+    engines = []
     for dtype in ("float32", "float16"):
         if model.device.type == "cpu" and importlib.util.find_spec("llama_cpp"):
             from llama_cpp_peer import LlamaCpp
 
             room = args.prompt_tokens + args.new_tokens
             engine = LlamaCpp(model, dtype, size, room, torch.get_num_threads())
+            engines.append(engine)
             name = f"llama {dtype[0]}{dtype[-2:]}"
             sides[name] = partial(engine.generate, prompts, args.new_tokens)
     replies = {side: run() for side, run in sides.items()}
@@ -146,6 +149,8 @@ def compare(
             run()
             synchronise(model.device)
             seconds[side].append(time.perf_counter() - start)
+    for engine in engines:
+        engine.close()
     tokens = size * args.new_tokens
     rounds = {
         side: [other / own for own, other in zip(seconds["ours"], times, strict=True)]

@@ -48,6 +48,11 @@ class LlamaCpp:
             new = [reply[-1:] for reply in replies]
         return replies
 
+    def close(self) -> None:
+        llama_cpp.llama_batch_free(self.batch)
+        llama_cpp.llama_free(self.context)
+        llama_cpp.llama_model_free(self.model)
+
     def step(self, rows: list[list[int]], starts: list[int]) -> list[int]:
         """Read more tokens of each row, which stand at positions from its start on; the likeliest
         token after each row."""

@@ -1,11 +1,11 @@
-"""Texts longer than those of training, with YaRN and without: loss against position.
+"""Texts longer than those of training, with YaRN and without: perplexity against length.
 
     python benchmarks/long_context.py --data_path FILE --val_path FILE [--minutes 5] [--json FILE]
 
 Pretrains a model (256×6) on rows of --trained_length tokens, and then reads long stretches of
 held-out documents with it, 16 times as long as those rows: as it is, and with YaRN by a factor of 4
-and of 16. The figure is the loss of the tokens between one length and the next, each of which has
-all tokens before it as context; a model that made use of them would have a falling curve. Needs
+and of 16. The figure is the perplexity of the tokens between one length and the next, each of which
+has all tokens before it as context; a model that made use of them would have a falling curve. Needs
 documents that long in the validation file.
 """
 
@@ -49,6 +49,8 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
+    if not args.val_path or not (args.data_path or args.weight):
+        raise UserError("--val_path is needed, and --data_path or --weight")
     tokenizer = load_tokenizer()
     longest = TIMES * args.trained_length
     stretches = long_stretches(args, longest)
@@ -61,12 +63,13 @@ def main(args: Args) -> dict[str, Any]:
             "YaRN, factor 16": load_model(path, tokenizer=tokenizer, **yarn, yarn_factor=16.0),
         }
     lengths = [args.trained_length // 4 * 2**n for n in range(7)]  # a quarter to 16 times
-    losses = {}
+    perplexities = {}
     for name, model in models.items():
         by_position = loss_by_position(model, stretches, name)
         edges = [0, *lengths]
-        losses[name] = [
-            round(float(by_position[a:b].mean()), 4) for a, b in zip(edges, edges[1:], strict=False)
+        perplexities[name] = [
+            round(float(by_position[a:b].mean().exp()), 2)
+            for a, b in zip(edges, edges[1:], strict=False)
         ]
     report = {
         "date": str(date.today()),
@@ -74,7 +77,7 @@ def main(args: Args) -> dict[str, Any]:
         "trained_length": args.trained_length,
         "stretches": len(stretches),
         "lengths": lengths,
-        "losses": losses,
+        "perplexities": perplexities,
     }
     show(report)
     plot(report, args.plot)
@@ -133,23 +136,26 @@ def loss_by_position(model, stretches: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def show(report: dict[str, Any]) -> None:
-    table = Table(title="nats a token, up to each length", title_justify="left")
+    table = Table(
+        title="perplexity of the tokens up to each length, from the one before on",
+        title_justify="left",
+    )
     table.add_column("")
     for length in report["lengths"]:
         table.add_column(f"{length:,}", justify="right")
-    for name, losses in report["losses"].items():
-        table.add_row(name, *(f"{loss:.3f}" for loss in losses))
+    for name, perplexities in report["perplexities"].items():
+        table.add_row(name, *(f"{perplexity:.0f}" for perplexity in perplexities))
     Console().print(table)
-    told = {k: v for k, v in report.items() if k not in ("losses", "lengths")}
+    told = {k: v for k, v in report.items() if k not in ("perplexities", "lengths")}
     print(json.dumps(told))
 
 
 def plot(report: dict[str, Any], path: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, losses in report["losses"].items():
-        axes.plot(report["lengths"], losses, "o-", label=name)
+    for name, perplexities in report["perplexities"].items():
+        axes.plot(report["lengths"], perplexities, "o-", label=name)
     axes.axvline(report["trained_length"], color="grey", linestyle=":", label="trained length")
-    axes.set(xlabel="position in the text, tokens", ylabel="loss, nats a token", xscale="log")
+    axes.set(xlabel="length of the text, tokens", ylabel="perplexity", xscale="log", yscale="log")
     axes.set_xticks(report["lengths"], [f"{length:,}" for length in report["lengths"]])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

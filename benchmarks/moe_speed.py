@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
+from model.errors import UserError, exit_on_user_error
 from model.feed_forward import mixtures
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters, write_json
@@ -50,13 +50,16 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     device = resolve_device(args.device)
     sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
-    mixture = MiniMindConfig(
-        **sizes,
-        use_moe=True,
-        n_routed_experts=args.n_routed_experts,
-        num_experts_per_tok=args.num_experts_per_tok,
-        moe_intermediate_size=args.moe_intermediate_size or None,
-    )
+    try:
+        mixture = MiniMindConfig(
+            **sizes,
+            use_moe=True,
+            n_routed_experts=args.n_routed_experts,
+            num_experts_per_tok=args.num_experts_per_tok,
+            moe_intermediate_size=args.moe_intermediate_size or None,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     dense = MiniMindConfig(**sizes, intermediate_size=mixture.active_intermediate_size)
     steps = {
         "dense": Step(dense, args, device),

@@ -15,7 +15,8 @@ from bits_per_byte import bits_per_byte, read_texts
 
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
-from model.generation import Sampling, generate_text
+from model.generation import generate_text
+from model.sampling import Sampling
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.demo import prompts_of
 from trainer import train_full_sft, train_pretrain

@@ -127,13 +127,28 @@ class Material:
             prompt = hurried(prompt, lang, rng) if rng.random() < 0.15 else prompt
         if rng.random() < chance:
             prompt = rng.choice(OPENINGS[lang]) + prompt
+        if rng.random() < chance / 3:
+            prompt += rng.choice(CLOSINGS[lang])
         held_out = same(prompt) in self.held_out_phrasings
         return exchange if held_out else replace(exchange, prompt=prompt)
 
 
 OPENINGS = {
-    "zh": ("请问，", "你好，", "请告诉我：", "我想知道：", "麻烦问下，", "请回答：", "帮我看看："),
-    "en": ("Please tell me: ", "Hi! ", "I would like to know: ", "A question: ", "Please answer: "),
+    "zh": (
+        "请问，", "你好，", "请告诉我：", "我想知道：", "麻烦问下，", "请回答：", "帮我看看：",
+        "我不太懂：", "能说说吗，", "我是新手，", "一直想问，", "有个问题：", "听别人说起过，",
+        "我正在看论文，", "简单说说，", "给我讲讲：",
+    ),
+    "en": (
+        "Please tell me: ", "Hi! ", "I would like to know: ", "A question: ", "Please answer: ",
+        "I wonder: ", "I am new to this. ", "I do not understand this: ", "People talk of it; ",
+        "Can you tell me: ", "I was reading a paper; ", "In short: ", "Could you explain? ",
+        "I keep asking myself: ", "For an exam: ",
+    ),
+}  # fmt: skip
+CLOSINGS = {
+    "zh": ("谢谢！", "我想不明白。", "简单说就行。", "能讲讲吗？", "我是新手。"),
+    "en": (" Thanks!", " I am puzzled.", " Keep it short.", " Can you explain it?", " I wonder."),
 }
 SMALL_WORDS = {"zh": set("的呢吗"), "en": set("a an the of for to please".split())}
 

@@ -24,8 +24,9 @@ from dataset.demo import grade, load_tests, write_demo_data
 from dataset.lm_dataset import encode_chat
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import Sampling, generate_text, prepare_to_decode
+from model.generation import generate_text, prepare_to_decode
 from model.model_minimind import MiniMindForCausalLM
+from model.sampling import Sampling
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from trainer import train_full_sft, train_pretrain
 from trainer.forecast import duration, seconds_of_an_update

@@ -8,8 +8,9 @@ import speedrun
 from toy import TEXTS, text_file
 
 from dataset.lm_dataset import load_documents
-from model.generation import Sampling, generate
+from model.generation import generate
 from model.model_minimind import IGNORED
+from model.sampling import Sampling
 from model.weights import load_tokenizer
 
 

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from toy import logged
 
 from model.attention import Documents, documents_of, varlen_runs, visible_keys
-from model.generation import Sampling, generate
+from model.generation import generate
+from model.sampling import Sampling
 from trainer import trainer_utils
 from trainer.hardware import autocast
 from trainer.trainer_utils import COMPILING

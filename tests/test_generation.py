@@ -17,20 +17,16 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model import generation
+from model import engine
+from model.engine import KVMemory, eos_ids
 from model.generation import (
-    KVCache,
-    Sampling,
     decode,
-    eos_ids,
-    filter_logits,
     generate,
     generate_text,
     prepare_to_decode,
-    row_generator,
-    sample,
-    stream_text,
 )
+from model.sampling import Sampling, filter_logits, penalise, row_generator, sample
+from model.text_stream import TextStream, stream_text
 
 PROMPTS = [[5, 9, 17, 33, 60], [7], [80, 81, 82]]
 GREEDY = Sampling(max_new_tokens=20, temperature=0, stop_ids=())
@@ -141,31 +137,29 @@ def test_text_of_many_prompts_comes_in_their_order(make_model, tokenizer):
 # -- cache -----------------------------------------------------------------------------------------
 
 
-def test_cache_grows_past_its_capacity_and_keeps_what_it_holds(model):
-    small, large = KVCache(model.config, capacity=2), KVCache(model.config, capacity=64)
+def test_rows_of_any_length_lie_in_one_memory_which_grows():
+    """Against a list of each row's keys; 2 fit, then 4, 8, 16."""
+    memory = KVMemory(rows=3, capacity=2)
     torch.manual_seed(0)
-    for size in (1, 1, 1, 5, 2):  # 2 fit, 4, 8, then 16
-        for layer in range(model.config.num_hidden_layers):
-            key, value = torch.randn(2, 3, 2, size, 16)
-            for got, wanted in zip(
-                small.update(key, value, layer), large.update(key, value, layer), strict=True
-            ):
-                assert torch.equal(got, wanted)
-    assert small.get_seq_length() == 10
-    assert small.capacity == 16
-
-
-def test_cache_keeps_the_chosen_rows(model):
-    cache = KVCache(model.config, capacity=2)
-    key, value = torch.randn(2, 3, 2, 4, 16)
-    for layer in range(2):
-        cache.update(key, value, layer)
-    cache.batch_select_indices(torch.tensor([2, 0]))
-    new = torch.randn(2, 2, 1, 16)
-    for layer in range(2):
-        keys, values = cache.update(new, new, layer)
-        assert torch.equal(keys, torch.cat((key[[2, 0]], new), 2))
-        assert torch.equal(values, torch.cat((value[[2, 0]], new), 2))
+    kept = [torch.zeros(2, 0, 16) for _ in range(3)]
+    for first, sizes in ((0, (1, 3)), (2, (4,)), (0, (1, 1, 1)), (1, (5, 5)), (0, (1, 1, 1))):
+        starts = [kept[first + n].shape[1] for n in range(len(sizes))]
+        new = torch.randn(len(sizes), 2, max(sizes), 16)
+        for layer in range(2):
+            cache = memory.slice(first, starts, max(sizes))
+            keys, values = cache.update(new + layer, -new, layer)
+            for n, size in enumerate(sizes):
+                whole = torch.cat((kept[first + n], new[n, :, :size]), 1)
+                assert torch.equal(values[n, :, : starts[n] + size], -whole)
+                assert torch.equal(
+                    keys[n, :, starts[n] : starts[n] + size], new[n, :, :size] + layer
+                )
+                if layer:
+                    kept[first + n] = whole
+    assert memory.capacity == 16
+    memory.move(2, 0, kept[2].shape[1])
+    _, values = memory.slice(0, [kept[2].shape[1]], 1).update(keys[:1, :, :1], keys[:1, :, :1], 0)
+    assert torch.equal(values[0, :, :-1], -kept[2])
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -227,7 +221,9 @@ def test_filter_logits_equals_the_processors_of_transformers(fields):
         processors.append(TopKLogitsWarper(fields["top_k"]))
     if "top_p" in fields:
         processors.append(TopPLogitsWarper(fields["top_p"]))
-    assert_close(filter_logits(logits, Sampling(**fields), seen), processors(previous, logits))
+    sampling = Sampling(**fields)
+    ours = filter_logits(penalise(logits, sampling, list(seen), []), sampling)
+    assert_close(ours, processors(previous, logits))
 
 
 def test_tokens_come_as_often_as_their_probabilities_say():
@@ -236,7 +232,7 @@ def test_tokens_come_as_often_as_their_probabilities_say():
     noise = [row_generator(0, row, torch.device("cpu")) for row in range(draws)]
     seen = torch.zeros(draws, 6, dtype=torch.bool)
     sampling = Sampling(temperature=1.5, top_k=5)  # all but the last
-    chosen = sample(logits.expand(draws, 6), sampling, seen, noise)
+    chosen = sample(logits.expand(draws, 6), sampling, list(seen), [], noise)
     counts = Counter(chosen.tolist())
     assert counts[5] == 0
     expected = draws * (logits[:5] / 1.5).softmax(-1)
@@ -248,12 +244,12 @@ def test_tokens_come_as_often_as_their_probabilities_say():
 def test_penalised_are_prompt_and_reply_but_no_padding(model, monkeypatch):
     calls = []
 
-    def spy(logits, sampling, seen, noise):
+    def spy(logits, sampling, seen, *more):
         calls.append([set(row.nonzero().flatten().tolist()) for row in seen])
-        return sample(logits, sampling, seen, noise)
+        return sample(logits, sampling, seen, *more)
 
     stop = (generate(model, PROMPTS, GREEDY)[0][2],)  # the first row leaves
-    monkeypatch.setattr(generation, "sample", spy)
+    monkeypatch.setattr(engine, "sample", spy)
     occurred = {row: set(prompt) for row, prompt in enumerate(PROMPTS)}
     for step in decode(model, PROMPTS, replace(GREEDY, stop_ids=stop)):
         assert calls[-1] == [occurred[row] for row in step]
@@ -265,7 +261,7 @@ def test_penalty_without_temperature_is_greedy_over_penalised_logits():
     logits = torch.tensor([[2.0, 1.9, -0.1], [-2.0, -1.0, -1.1]])
     seen = torch.tensor([[True, False, False], [False, True, False]])
     sampling = Sampling(temperature=0, repetition_penalty=1.2)  # 2.0 → 1.67; −1.0 → −1.2
-    assert sample(logits, sampling, seen, []).tolist() == [1, 2]
+    assert sample(logits, sampling, list(seen), [], []).tolist() == [1, 2]
 
 
 # -- what a caller can rely on ---------------------------------------------------------------------
@@ -395,3 +391,30 @@ def test_greedy_with_halves_equals_greedy_without(make_model, prompts):
 
 def test_weights_that_are_no_halves_are_left_alone(model):
     assert type(prepare_to_decode(model).lm_head) is torch.nn.Linear
+
+
+STOPS = [
+    ("世",),
+    ("好，", "界！"),
+    ("。。", "\n\n"),
+    ("族", "👩\u200d👧"),
+    ("不在",),
+    ("ASCII, do", "n't"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_a_text_ends_before_its_first_stop_string(tokenizer, text, stop):
+    stream, shown = TextStream(tokenizer, stop), ""
+    found = [at for each in stop if (at := text.find(each)) >= 0]
+    expected = text[: min(found)] if found else text
+    for token in plain_ids(tokenizer, text):
+        stream.feed(token)
+        shown += stream.take()
+        assert expected.startswith(shown)  # nothing is ever taken back
+        if stream.stopped:
+            break
+    stream.end()
+    assert shown + stream.take() == expected
+    assert stream.stopped == bool(found)

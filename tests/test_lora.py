@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from test_training import LN_V
 from torch import nn
 from torch.testing import assert_close
-from toy import everything, logged, same
+from toy import Trainer, everything, logged, same
 
 from model.errors import UserError
 from model.model_lora import (
@@ -186,10 +186,8 @@ def test_additions_without_their_settings_are_refused(saved, make_model):
 
 
 @pytest.fixture
-def lora(any_stage):
-    if any_stage.stage is not train_lora:
-        pytest.skip("another trainer")
-    return any_stage
+def lora(tmp_path):
+    return Trainer(tmp_path, train_lora)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model.attention import scaled_dot_product, scaled_dot_product_by_hand
-from model.generation import KVCache
 from model.model_minimind import (
     IGNORED,
     MiniMindConfig,
@@ -133,20 +132,12 @@ def test_hidden_states_equal_transformers(pair, ids):
 
 
 CACHES = {
-    "own": lambda config: KVCache(config, capacity=4),
     "dynamic": lambda config: DynamicCache(config=config),
     "static": lambda config: StaticCache(config=config, max_cache_len=20),
 }
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [
-        "own",
-        "dynamic",
-        "static",
-    ],
-)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True], ids=["causal", "left_padding"])
 @torch.no_grad()
 def test_chunks_through_a_cache_equal_one_forward(make_model, ids, cache, padded):

@@ -1,0 +1,83 @@
+"""Which model to talk to: the flags that chat and server share, and loading what they name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from model.command_line import option
+from model.errors import UserError
+from model.generation import prepare_to_decode
+from model.model_lora import load_lora, merged_for_good
+from model.weights import (
+    OUT,
+    TOKENIZER,
+    count_parameters,
+    find_weights,
+    load_for_chat,
+    yarn_settings,
+)
+from trainer.hardware import resolve_device, resolve_dtype
+
+
+@dataclass
+class ModelArgs:
+    load_from: str = option(
+        str(TOKENIZER), "./model: own weights from save_dir; else a transformers folder"
+    )
+    weight: str = option("full_sft", "own weights: the stage, such as pretrain, or a .pth file")
+    lora_weight: str = option("", "own weights: what train_lora.py made, as lora_identity")
+    hidden_size: int | None = option(None, "own weights: which size; default: the newest")
+    save_dir: str = option(str(OUT), "folder of own weights")
+    tokenizer_path: str = option("", "folder of the tokenizer; default: that of load_from")
+    inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
+    yarn_factor: float | None = option(None, "with it: how many times longer; default: 4")
+    yarn_original_length: int | None = option(None, "the length in training; default: 2048")
+    yarn_beta_fast: float | None = option(None, "pairs that turn more often stay; default: 32")
+    yarn_beta_slow: float | None = option(None, "pairs that turn less are slowed; default: 1")
+    yarn_attention_factor: float | None = option(None, "default: 0.1 · ln(factor) + 1")
+    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "on CUDA")
+
+
+class ChatModel(NamedTuple):
+    """A model that is ready to decode, and what is known of it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stage: str  # "" where unknown
+    name: str
+    parameters: int
+
+
+def load_chat_model(args: ModelArgs) -> ChatModel:
+    device = resolve_device(args.device)
+    model, tokenizer, stage = load_for_chat(
+        args.load_from,
+        args.weight,
+        hidden_size=args.hidden_size,
+        directory=args.save_dir,
+        tokenizer_path=args.tokenizer_path,
+        device=device,
+        dtype=resolve_dtype(args.dtype, device),
+        yarn=yarn_settings(args),
+    )
+    parameters = count_parameters(model)
+    foreign = (Path(args.load_from) / "config.json").exists()
+    if args.lora_weight:
+        if foreign:
+            raise UserError("--lora_weight is for own weights, and --load_from is another model")
+        add_weights_of_lora(model, args)
+    name = args.load_from if foreign else args.weight
+    return ChatModel(prepare_to_decode(model), tokenizer, stage, name, parameters)
+
+
+def add_weights_of_lora(model: PreTrainedModel, args: ModelArgs) -> None:
+    """Merge an addition into the model; a stage's name or a .pth file says which."""
+    path = Path(args.lora_weight)
+    if path.suffix != ".pth":
+        sizes = dict(hidden_size=model.config.hidden_size, use_moe=model.config.use_moe)
+        path = find_weights(f"lora/{args.lora_weight}", directory=args.save_dir, **sizes)
+    load_lora(model, path)
+    merged_for_good(model)
