@@ -136,13 +136,13 @@ class Material:
 OPENINGS = {
     "zh": (
         "请问，", "你好，", "请告诉我：", "我想知道：", "麻烦问下，", "请回答：", "帮我看看：",
-        "我不太懂：", "能说说吗，", "我是新手，", "一直想问，", "有个问题：", "听别人说起过，",
+        "我不太懂：", "能说说吗，", "我是新手，", "早就想问，", "有个问题：", "听别人说起过，",
         "我正在看论文，", "简单说说，", "给我讲讲：",
     ),
     "en": (
         "Please tell me: ", "Hi! ", "I would like to know: ", "A question: ", "Please answer: ",
         "I wonder: ", "I am new to this. ", "I do not understand this: ", "People talk of it; ",
-        "Can you tell me: ", "I was reading a paper; ", "In short: ", "Could you explain? ",
+        "Can you tell me: ", "Some people ask: ", "In short: ", "Could you explain? ",
         "I keep asking myself: ", "For an exam: ",
     ),
 }  # fmt: skip

@@ -40,12 +40,14 @@ class LoraSettings:
     def __post_init__(self) -> None:
         numbers = isinstance(self.r, int) and isinstance(self.alpha, int | float)
         if not numbers or self.r < 1 or self.alpha <= 0:
-            raise UserError(f"LoRA's r is at least 1 and alpha above 0, not {self.r}, {self.alpha}")
+            raise UserError(
+                f"LoRA: lora_r {self.r} must be at least 1 and lora_alpha {self.alpha} above 0"
+            )
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise UserError(f"LoRA's dropout is at least 0 and less than 1, not {self.dropout}")
+            raise UserError(f"LoRA: lora_dropout {self.dropout} must be at least 0 and less than 1")
         names = self.target_modules
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-            raise UserError(f"LoRA's target modules are a list of names, not {names}")
+            raise UserError(f"LoRA: target modules must be a list of names, not {names}")
 
 
 class LoraLinear(nn.Linear):

@@ -80,7 +80,7 @@ def answer(client: openai.OpenAI, messages: list[dict[str, str]], args: Args) ->
         return text
     except openai.APIConnectionError as error:
         raise UserError(
-            f"there is no server at {args.base_url}; `python scripts/serve_openai_api.py` starts one"
+            f"no server answers at {args.base_url}; `python scripts/serve_openai_api.py` starts one"
         ) from error
     except openai.APIStatusError as error:
         said = error.body.get("message") if isinstance(error.body, dict) else None

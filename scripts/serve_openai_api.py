@@ -11,6 +11,7 @@ All requests are decoded side by side by one engine (model/engine.py). There are
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -48,6 +49,7 @@ from scripts.openai_types import (
 )
 
 DRAIN_SECONDS = 30
+LOG = logging.getLogger("uvicorn.error")
 
 
 @dataclass
@@ -149,7 +151,7 @@ def make_app(args: Args, loaded: ChatModel) -> FastAPI:
 
     @app.exception_handler(Exception)
     def failed(http: HttpRequest, error: Exception) -> JSONResponse:
-        return refused(http, ApiError("the server failed; its log says how", 500, "server_error"))
+        return refused(http, failure())
 
     return app
 
@@ -286,7 +288,8 @@ class Service:
                 if isinstance(each, QueueFull):
                     raise ApiError(str(each), 429, "rate_limit_error", code="queue_full")
                 if isinstance(each, Exception):
-                    raise each
+                    LOG.error("a request failed", exc_info=each)
+                    raise failure()
                 if each is None:
                     left -= 1
                 else:
@@ -295,6 +298,10 @@ class Service:
             for run in runs:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
+
+
+def failure() -> ApiError:
+    return ApiError("the server failed; its log says how", 500, "server_error")
 
 
 async def sse(
@@ -310,10 +317,8 @@ async def sse(
         if task.body.stream_options and task.body.stream_options.include_usage:
             yield f"data: {json.dumps(task.chunk([]) | {'usage': task.usage()})}\n\n"
         yield "data: [DONE]\n\n"
-    except Exception:  # the status has been sent
-        body = ApiError("the server failed; its log says how", 500, "server_error").body
-        yield f"data: {json.dumps(body)}\n\n"
-        raise
+    except ApiError as error:  # the status has been sent
+        yield f"data: {json.dumps(error.body)}\n\n"
     finally:
         await parts.aclose()
 

@@ -345,8 +345,8 @@ def run(train: Trainer, command, **changes) -> str:
 
 
 def test_a_batch_that_cannot_fit_is_refused_with_one_that_would(any_stage, command, monkeypatch):
-    monkeypatch.setattr(hardware, "memory_available", lambda device: 8e6)
-    monkeypatch.setattr(hardware, "memory_in_all", lambda device: 8e6)
+    monkeypatch.setattr(hardware, "memory_available", lambda device: 6e6)
+    monkeypatch.setattr(hardware, "memory_in_all", lambda device: 6e6)
     said = run(any_stage, command, batch_size=12, max_seq_len=64)
     smaller, steps = re.search(r"--batch_size (\d+) with --accum\w+ (\d+) should", said).groups()
     assert "--batch_size 12 with rows of 64 tokens needs about" in said
