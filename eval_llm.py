@@ -1,14 +1,18 @@
 """Talk to a model in the terminal.
 
 python eval_llm.py --weight full_sft                    weights of your own, from out/
+python eval_llm.py --weight pretrain full_sft           several, side by side
 python eval_llm.py --load_from ./MiniMind2              any transformers folder
 echo "Who are you?" | python eval_llm.py                prompts from a pipe, one a line
+
+While you talk: /clear, /save [FILE], /quit, /help.
 """
 
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
@@ -17,7 +21,8 @@ from model.errors import UserError, exit_on_user_error
 from model.generation import decode
 from model.sampling import Sampling
 from model.text_stream import stream_text
-from scripts.chat_model import ModelArgs, load_chat_model
+from model.weights import write_json
+from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
 
 CHAT_PROMPTS = [
     "Who are you?",
@@ -32,8 +37,16 @@ CHAT_PROMPTS = [
 TEXT_PROMPTS = ["The Transformer is", "人工智能是", "The weather today", "学习的方法是"]
 
 
+COMMANDS = """/clear        forget the conversation
+/save [FILE]  keep it as JSON, by default in chat.json
+/quit         end, as Ctrl-D does; Ctrl-C stops an answer"""
+
+
 @dataclass
 class Args(ModelArgs):
+    weight: list[str] = option(
+        ["full_sft"], "own weights: stages, such as pretrain, or .pth files; several answer in turn"
+    )
     prompts: Literal["ask", "auto", "type"] = option(
         "ask", "auto: a list of examples; type: your own; ask: choose at the start"
     )
@@ -60,53 +73,88 @@ class Args(ModelArgs):
 
 
 def main(args: Args) -> None:
-    model, tokenizer, stage, name, parameters = load_chat_model(args)
-    print(f"{name}: {parameters / 1e6:.2f}M parameters, {model.device}")
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model has "
-            f"{model.config.max_position_embeddings} positions"
-        )
-    history: list[Message] = []
-    # What only learnt to go on writing has no idea of a conversation.
-    continues = stage == "pretrain" or not tokenizer.chat_template
-    for prompt in prompts(args.prompts, TEXT_PROMPTS if continues else CHAT_PROMPTS):
-        if continues:
-            ids = encode_text(tokenizer, prompt).ids[:-1]
+    chats = [Chat(load_chat_model(args, weight), args) for weight in args.weight]
+    examples = CHAT_PROMPTS if any(not chat.continues for chat in chats) else TEXT_PROMPTS
+    for prompt in prompts(args.prompts, examples):
+        word, _, rest = prompt.partition(" ")
+        if word == "/quit":
+            return
+        if word == "/clear":
+            for chat in chats:
+                chat.history.clear()
+        elif word == "/save":
+            save(chats, Path(rest.strip() or "chat.json"))
+        elif word in ("/help", "/?"):
+            print(COMMANDS)
         else:
-            history.append({"role": "user", "content": prompt})
-            recent = history[-1 - args.historys // 2 * 2 :]  # whole exchanges
-            ids = encode_chat(tokenizer, recent, add_generation_prompt=True).ids
-        if len(ids) > room:
-            print(f"that is {len(ids)} tokens, and there is room for {room}; say it shorter\n")
-            history.clear()
-            continue
+            for chat in chats:
+                if len(chats) > 1:
+                    print(f"[{chat.name}]")
+                chat.answer(prompt)
+
+
+class Chat:
+    """A model, and what was said between it and the person."""
+
+    def __init__(self, loaded: ChatModel, args: Args):
+        self.model, self.tokenizer, stage, self.name, parameters = loaded
+        self.args = args
+        print(f"{self.name}: {parameters / 1e6:.2f}M parameters, {self.model.device}")
+        self.sampling = Sampling(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            repetition_penalty=args.repetition_penalty,
+            seed=args.seed,
+        )
+        self.room = self.model.config.max_position_embeddings - args.max_new_tokens
+        if self.room < 1:
+            raise UserError(
+                f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model "
+                f"has {self.model.config.max_position_embeddings} positions"
+            )
+        self.history: list[Message] = []
+        # What only learnt to go on writing has no idea of a conversation.
+        self.continues = stage == "pretrain" or not self.tokenizer.chat_template
+
+    def answer(self, prompt: str) -> None:
+        """Print what the model says to a prompt, as it comes."""
+        self.history.append({"role": "user", "content": prompt})
+        if self.continues:
+            ids = encode_text(self.tokenizer, prompt).ids[:-1]
+        else:
+            recent = self.history[-1 - self.args.historys // 2 * 2 :]  # whole exchanges
+            ids = encode_chat(self.tokenizer, recent, add_generation_prompt=True).ids
+        if len(ids) > self.room:
+            print(f"that is {len(ids)} tokens, and there is room for {self.room}; say it shorter\n")
+            self.history.clear()
+            return
         started, tokens, text = time.perf_counter(), 0, ""
 
         def counted() -> Iterator[int]:
             nonlocal tokens
-            for step in decode(model, [ids], sampling):  # noqa: B023
+            for step in decode(self.model, [ids], self.sampling):
                 tokens += 1
                 yield step[0]
 
         try:
-            for piece in stream_text(tokenizer, counted()):
+            for piece in stream_text(self.tokenizer, counted()):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        history.append({"role": "assistant", "content": text})
+        self.history.append({"role": "assistant", "content": text})
         speed = f"[{tokens / (time.perf_counter() - started):.1f} tokens/s]"
-        print(f"\n{speed}\n" if args.show_speed else "\n")
+        print(f"\n{speed}\n" if self.args.show_speed else "\n")
+
+
+def save(chats: list[Chat], path: Path) -> None:
+    try:
+        write_json(path, {chat.name: chat.history for chat in chats})
+        print(f"saved as {path}")
+    except UserError as error:  # no reason to end a conversation
+        print(error)
 
 
 def prompts(source: str, examples: list[str]) -> Iterator[str]:

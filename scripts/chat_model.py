@@ -51,11 +51,11 @@ class ChatModel(NamedTuple):
     parameters: int
 
 
-def load_chat_model(args: ModelArgs) -> ChatModel:
+def load_chat_model(args: ModelArgs, weight: str) -> ChatModel:
     device = resolve_device(args.device)
     model, tokenizer, stage = load_for_chat(
         args.load_from,
-        args.weight,
+        weight,
         hidden_size=args.hidden_size,
         directory=args.save_dir,
         tokenizer_path=args.tokenizer_path,
@@ -69,7 +69,7 @@ def load_chat_model(args: ModelArgs) -> ChatModel:
         if foreign:
             raise UserError("--lora_weight is for own weights, and --load_from is another model")
         add_weights_of_lora(model, args)
-    name = args.load_from if foreign else args.weight
+    name = args.load_from if foreign else weight
     return ChatModel(prepare_to_decode(model), tokenizer, stage, name, parameters)
 
 

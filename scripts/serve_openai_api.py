@@ -75,7 +75,7 @@ class Args(ModelArgs):
 
 
 def main(args: Args) -> None:
-    loaded = load_chat_model(args)
+    loaded = load_chat_model(args, args.weight)
     millions = loaded.parameters / 1e6
     print(f"{loaded.name}: {millions:.2f}M parameters, {loaded.model.device}")
     print(f"http://{args.host}:{args.port}/v1, model {args.model_name}; Ctrl-C ends it")

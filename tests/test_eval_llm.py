@@ -1,5 +1,6 @@
 """Talking to a model in the terminal, through the command line, as a person would."""
 
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,21 @@ def test_piped_prompts_are_answered_one_a_line_and_the_same_with_a_seed(weights)
     ]
     assert "tokens/s" not in first.stdout
     assert talk(*flags, typed="你是谁？\n\nWho are you? <|im_end|>\n").stdout == first.stdout
+
+
+@pytest.mark.slow
+def test_several_models_answer_in_turn_and_the_conversation_is_kept(weights, tmp_path):
+    flags = ["--save_dir", weights, "--weight", "pretrain", "full_sft", "--max_new_tokens", 4]
+    lines = ["/help", "forget this", "/clear", "hello", f"/save {tmp_path}/kept.json"]
+    typed = "\n".join([*lines, f"/save {tmp_path}/kept.json/x", "/quit", "never asked"])
+    result = talk(*flags, typed=typed)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^\[(\w+)\]$", result.stdout, re.MULTILINE) == ["pretrain", "full_sft"] * 2
+    assert "/clear        forget" in result.stdout and f"cannot write {tmp_path}/kept.json/x" in result.stdout
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    for name in ("pretrain", "full_sft"):
+        assert [m["role"] for m in kept[name]] == ["user", "assistant"]
+        assert kept[name][0]["content"] == "hello"
 
 
 @pytest.mark.slow
