@@ -25,11 +25,12 @@ format: .venv/installed-dev
 clean:  ## what demo and tests made, and the environment; your own weights in out/ stay
 	rm -rf .venv out/demo out/demo_report.json dataset/.cache *.egg-info .pytest_cache .ruff_cache
 
+# --no-compile: Python compiles what it imports by itself; to compile everything takes a minute
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	@touch $@

@@ -67,7 +67,7 @@ class Args:
     started: float = option(0.0, "when the demo began, in seconds of the epoch (make says it)")
     device: str = option("auto", "auto, cuda, mps or cpu")
     minutes: float = option(
-        11.5, "time for everything; a slow machine makes fewer updates; 0: no limit"
+        12.0, "time for everything; a slow machine makes fewer updates; 0: no limit"
     )
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
     questions: int = option(0, "held-out questions of each kind at most; 0: all")
