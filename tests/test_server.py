@@ -18,7 +18,7 @@ import uvicorn
 from dataset.lm_dataset import encode_chat, encode_text
 from model.generation import generate
 from model.sampling import Sampling
-from model.weights import ROOT, count_parameters
+from model.weights import count_parameters
 from scripts.chat_model import ChatModel
 from scripts.serve_openai_api import Args, make_app
 
@@ -397,12 +397,12 @@ def test_a_client_that_goes_frees_its_place(server, stream):
 
 
 @pytest.mark.slow
-def test_whatever_its_description_allows_is_answered_as_that_says(server):
+def test_whatever_its_description_allows_is_answered_as_that_says(server, tmp_path):
     """schemathesis makes requests, right and wrong ones, out of the server's own OpenAPI page."""
     pytest.importorskip("schemathesis")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance"
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
     command += ["--checks", checks, "--max-examples", "25", "--seed", "1", "--no-color"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-500:]
     assert idle(server)
