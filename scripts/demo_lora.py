@@ -1,4 +1,4 @@
-"""A persona in a minute: LoRA on the model that `make demo` made, and what it costs.
+"""A persona in a minute or two: LoRA on the model that `make demo` made, and what it costs.
 
     python scripts/demo_lora.py
 
