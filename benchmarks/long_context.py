@@ -6,7 +6,11 @@ Pretrains a model (256×6) on rows of --trained_length tokens, and then reads lo
 held-out documents with it, 16 times as long as those rows: as it is, and with YaRN by a factor of 4
 and of 16. The figure is the perplexity of the tokens between one length and the next, each of which
 has all tokens before it as context; a model that made use of them would have a falling curve. Needs
-documents that long in the validation file.
+documents that long in the validation file, or --join. A model that has seen little text hardly uses
+positions, and YaRN changes nothing; so with the model that `make demo` left:
+
+    python benchmarks/long_context.py --weight out/demo/pretrain_192.pth --trained_length 256 \\
+        --val_path out/demo/data/pretrain_hq_val.jsonl --join 1
 """
 
 import json
@@ -43,6 +47,7 @@ class Args:
     weight: str = option("", "a .pth of this trained length, instead of training one")
     trained_length: int = option(128, "tokens in a row of training")
     minutes: float = option(5.0, "how long to train")
+    join: bool = option(False, "read documents one after the other, for files of short ones")
     stretches: int = option(40, "held-out stretches to read at most")
     plot: str = option(str(OUT / "long_context.png"), "the curves")
     json: str = option("", "also write the figures to this file")
@@ -89,8 +94,11 @@ def main(args: Args) -> dict[str, Any]:
 def long_stretches(args: Args, length: int) -> torch.Tensor:
     """[stretches, length + 1] token ids out of documents that are long enough."""
     documents = load_documents(args.val_path, "text", load_tokenizer())
+    texts = documents["input_ids"]
+    if args.join:
+        texts = [np.concatenate(list(texts))]
     found = []
-    for ids in documents["input_ids"]:
+    for ids in texts:
         found += [ids[at : at + length + 1] for at in range(0, len(ids) - length, length)]
     if not found:
         raise UserError(f"no document in {args.val_path} has {length + 1:,} tokens")
@@ -137,7 +145,7 @@ def loss_by_position(model, stretches: torch.Tensor, name: str) -> torch.Tensor:
 
 def show(report: dict[str, Any]) -> None:
     table = Table(
-        title="perplexity of the tokens up to each length, from the one before on",
+        title="perplexity between lengths",
         title_justify="left",
     )
     table.add_column("")
