@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -165,6 +166,8 @@ def plot(report: dict[str, Any], path: str) -> None:
     axes.axvline(report["trained_length"], color="grey", linestyle=":", label="trained length")
     axes.set(xlabel="length of the text, tokens", ylabel="perplexity", xscale="log", yscale="log")
     axes.set_xticks(report["lengths"], [f"{length:,}" for length in report["lengths"]])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
