@@ -6,11 +6,11 @@
 Enter sends; /clear forgets the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer.
 """
 
-import sys
 from dataclasses import dataclass
 
 import openai
 
+from eval_llm import prompts
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 
@@ -33,21 +33,15 @@ def main(args: Args) -> None:
     client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key)
     system = [{"role": "system", "content": args.system}] if args.system else []
     history: list[dict[str, str]] = []
-    typed = sys.stdin.isatty()
-    while True:
-        try:
-            line = input("> " if typed else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    for line in prompts("type", []):
         if line == "/quit":
             return
         if line == "/clear":
             history.clear()
-        elif line:
-            history.append({"role": "user", "content": line})
-            recent = history[-1 - args.historys // 2 * 2 :]  # whole exchanges
-            history.append({"role": "assistant", "content": answer(client, system + recent, args)})
+            continue
+        history.append({"role": "user", "content": line})
+        recent = history[-1 - args.historys // 2 * 2 :]  # whole exchanges
+        history.append({"role": "assistant", "content": answer(client, system + recent, args)})
 
 
 def answer(client: openai.OpenAI, messages: list[dict[str, str]], args: Args) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import uvicorn
 from dataset.lm_dataset import encode_chat, encode_text
 from model.generation import generate
 from model.sampling import Sampling
-from model.weights import count_parameters
+from model.weights import ROOT, count_parameters
 from scripts.chat_model import ChatModel
 from scripts.serve_openai_api import Args, make_app
 
@@ -406,3 +407,23 @@ def test_whatever_its_description_allows_is_answered_as_that_says(server, tmp_pa
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-500:]
     assert idle(server)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_in_the_terminal(server, tokenizer, stream):
+    flags = ["--max_tokens", "12", "--temperature", "0", "--historys", "0", "--stream", str(stream)]
+    said = {}
+    for url in (f"{server.url}/v1", "http://127.0.0.1:9/v1"):
+        said[url] = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "chat_openai_api.py", "--base_url", url, *flags],
+            input=f"{HELLO[0]['content']}\n/clear\n/quit\nnever asked\n",
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+    answered, alone = said.values()
+    assert answered.returncode == 0, answered.stderr
+    assert expected(server, tokenizer)[2] in answered.stdout
+    assert "never asked" not in answered.stdout
+    assert alone.returncode == 2 and "error: no server answers" in alone.stderr
