@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import check_file, encode_text
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
-from model.model_minimind import IGNORED, MiniMindForCausalLM, cross_entropy_sum
+from model.losses import IGNORED, cross_entropy_sum
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, TOKENIZER, load_for_chat, write_json
 
 CHARACTERS = 500

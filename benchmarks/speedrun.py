@@ -45,7 +45,8 @@ from dataset.lm_dataset import load_documents
 from dataset.packing import Rows, WindowSampler, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.model_minimind import IGNORED, MiniMindConfig
+from model.losses import IGNORED
+from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import TrainArgs

@@ -81,7 +81,8 @@ from dataset.lm_dataset import check_file, load_documents
 from dataset.packing import Batch, Rows, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.model_minimind import IGNORED, MiniMindConfig, MiniMindForCausalLM
+from model.losses import IGNORED
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
 from trainer.hardware import describe_machine, flops_per_token

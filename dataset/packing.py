@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from model.model_minimind import IGNORED
+from model.losses import IGNORED
 
 
 @dataclass

@@ -37,9 +37,9 @@ from .attention import (
     visible_keys,
 )
 from .feed_forward import MixtureOfExperts, SwiGLU
+from .losses import cross_entropy_sum, token_log_probs
 from .rope import rope_rotation, rotate
 
-IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
 # What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
 CACHE = fields(BaseModelOutputWithPast)[1].name
 
@@ -139,6 +139,12 @@ class CausalLMOutput(CausalLMOutputWithPast):
     """What transformers' models return, and the mixtures' balance loss (None in a dense model)."""
 
     aux_loss: Tensor | None = None
+    log_probs: Tensor | None = None  # [B, T − 1], of the labels
+
+
+@dataclass
+class ScoreOutput(ModelOutput):
+    scores: Tensor | None = None  # [B, T]
 
 
 class MiniMindPreTrainedModel(PreTrainedModel):
@@ -189,6 +195,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_logits: bool = True,
+        return_log_probs: bool = False,
+        temperature: float = 1.0,
         cache: object | None = None,
         **kwargs,  # transformers hands over more settings than this model has a use for
     ) -> CausalLMOutput:
@@ -207,6 +215,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed token loss is divided by. Default: the labels in
                 this call. Trainers give the count of the whole window over all ranks.
             return_logits: False saves the memory of [B, T, V] where only the loss is wanted.
+            return_log_probs: log p of each label instead of the loss, for preferences and
+                reinforcement learning; `temperature` is what the tokens were sampled with.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -220,13 +230,16 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state  # [B, T, C]
 
-        loss = None
-        if labels is not None:
+        loss = log_probs = None
+        if return_log_probs:
+            states, targets = hidden[:, :-1], labels[:, 1:]
+            log_probs = token_log_probs(states, self.lm_head.weight, targets, temperature)
+        elif labels is not None:
             loss, count = cross_entropy_sum(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
             loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
         logits = None
-        if return_logits:
+        if return_logits and not return_log_probs:
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
@@ -237,8 +250,26 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             aux_loss=outputs.aux_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            log_probs=log_probs,
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+
+class MiniMindForScoring(MiniMindPreTrainedModel):
+    """The same stack with one number for each position instead of logits: how good is the text up
+    to here (a reward model, read at the last token) or what will come of it (PPO's critic)."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__(config)
+        self.model = MiniMindModel(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)  # as in transformers
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> ScoreOutput:
+        """[B, T] tokens → scores [B, T]; position_ids as in `MiniMindForCausalLM.forward`."""
+        outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        scores = self.score(outputs.last_hidden_state).squeeze(-1).float()
+        return ScoreOutput(scores=scores, aux_loss=outputs.aux_loss)
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
@@ -389,36 +420,6 @@ class RMSNorm(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.weight.to(hidden.dtype)  # under autocast queries and keys come in half
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
-
-
-# -- loss ------------------------------------------------------------------------------------------
-
-
-def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ −log softmax(head · h)[label] over the positions that have a label, and their number.
-
-    Args:
-        hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
-    """
-    chosen = labels != IGNORED
-    if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
-        hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    else:
-        hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
-    fused = (
-        len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
-        and hidden.dtype == torch.float32  # it would sum in half precision
-        and hasattr(F, "linear_cross_entropy")  # since torch 2.13
-        and not torch.is_autocast_enabled(hidden.device.type)  # it knows nothing of autocast
-    )
-    if fused:  # in chunks, so that [B·T, V] never stands in memory as a whole
-        # on a CPU, larger chunks than PyTorch's choice make faster matrix products (RECIPE_LOG.md)
-        rows = 512 if hidden.device.type == "cpu" else None
-        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        loss = F.linear_cross_entropy(hidden, head, labels, reduction="sum", options=options)
-    else:
-        loss = F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
-    return loss, chosen.sum()
 
 
 AutoConfig.register("minimind", MiniMindConfig, exist_ok=True)

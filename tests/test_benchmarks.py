@@ -9,7 +9,7 @@ from toy import TEXTS, text_file
 
 from dataset.lm_dataset import load_documents
 from model.generation import generate
-from model.model_minimind import IGNORED
+from model.losses import IGNORED
 from model.sampling import Sampling
 from model.weights import load_tokenizer
 

@@ -14,14 +14,15 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from model import losses
 from model.attention import scaled_dot_product, scaled_dot_product_by_hand
+from model.losses import IGNORED, cross_entropy_sum
 from model.model_minimind import (
-    IGNORED,
     MiniMindConfig,
     MiniMindForCausalLM,
+    MiniMindForScoring,
     RMSNorm,
     SwiGLU,
-    cross_entropy_sum,
     rope_rotation,
     rotate,
 )
@@ -282,6 +283,34 @@ def test_loss_without_logits(make_model, ids):
     outputs = model(ids, labels=ids, return_logits=False)
     assert outputs.logits is None
     assert torch.equal(outputs.loss, model(ids, labels=ids).loss)
+
+
+def test_log_probs_are_those_of_the_logits(make_model, ids, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 5)  # several chunks
+    model = make_model()
+    labels = ids.clone()
+    labels[0, :5] = IGNORED
+    log_probs = model(ids, labels=labels, return_log_probs=True, temperature=0.7).log_probs
+    expected = (model(ids).logits[:, :-1] / 0.7).log_softmax(-1)
+    expected = expected.gather(-1, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] < 0, 0)
+    assert_close(log_probs, expected, atol=1e-5, rtol=0)
+    weights = torch.linspace(-1, 1, 22).view(2, 11)
+    for got, wanted in zip(
+        torch.autograd.grad((log_probs * weights).sum(), list(model.parameters())),
+        torch.autograd.grad((expected * weights).sum(), list(model.parameters())),
+        strict=True,
+    ):
+        assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_are_a_linear_function_of_the_last_hidden_states(make_model, ids):
+    model = make_model()
+    scorer = MiniMindForScoring(model.config).eval()
+    scorer.model.load_state_dict(model.model.state_dict())
+    hidden = model(ids, output_hidden_states=True, position_ids=PACKED).hidden_states[-1]
+    scores = scorer(ids, position_ids=PACKED).scores
+    assert_close(scores, (hidden * scorer.score.weight).sum(-1))
 
 
 def test_no_labels_at_all_give_zero_loss_and_gradients(make_model, ids):

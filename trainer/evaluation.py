@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dataset.lm_dataset import encode_chat, token_bytes
 from dataset.packing import IGNORED, Rows, collate
 from model.generation import generate
-from model.model_minimind import cross_entropy_sum
+from model.losses import cross_entropy_sum
 from model.sampling import Sampling
 from trainer.hardware import autocast
 from trainer.trainer_utils import Run, unwrapped

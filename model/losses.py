@@ -1,0 +1,62 @@
+"""From the last hidden states to a loss or to log-probabilities, without all logits in memory.
+
+Letters in the shape comments: B batch   T tokens   C hidden size   V vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
+CHUNK = 512  # positions whose logits stand in memory at a time
+
+
+def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ −log softmax(head · h)[label] over the positions that have a label, and their number.
+
+    Args:
+        hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
+    """
+    chosen = labels != IGNORED
+    if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    else:
+        hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
+    fused = (
+        len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
+        and hidden.dtype == torch.float32  # it would sum in half precision
+        and hasattr(F, "linear_cross_entropy")  # since torch 2.13
+        and not torch.is_autocast_enabled(hidden.device.type)  # it knows nothing of autocast
+    )
+    if fused:  # in chunks, so that [B·T, V] never stands in memory as a whole
+        # on a CPU, larger chunks than PyTorch's choice make faster matrix products (RECIPE_LOG.md)
+        rows = CHUNK if hidden.device.type == "cpu" else None
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+        loss = F.linear_cross_entropy(hidden, head, labels, reduction="sum", options=options)
+    else:
+        loss = F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
+    return loss, chosen.sum()
+
+
+def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """log softmax(head · h / temperature)[label] at each position, 0 where there is no label.
+
+    The logits of a chunk are made anew for its gradient: [B, T, V] never stands in memory.
+
+    Args:
+        hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
+
+    Returns:
+        [B, T], float32.
+    """
+
+    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(states, head).float() / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    chosen = labels != IGNORED
+    chunks = zip(hidden[chosen].split(CHUNK), labels[chosen].split(CHUNK), strict=True)
+    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    zeros = torch.zeros(labels.shape, device=labels.device)
+    return zeros.masked_scatter(chosen, torch.cat(parts))
