@@ -4,7 +4,8 @@ Decoding is bound by reading the weights, so that a step for 32 requests takes l
 one for a single request: requests share their steps ("continuous batching", Orca, OSDI 2022). A
 step first gives each request whose prompt has been read its next token, and then reads on in the
 prompts of new ones, at most so many tokens that the others need not wait long ("chunked prefill",
-arXiv 2308.16369).
+arXiv 2308.16369). What a prompt has in common with that of a running row is copied, not read again:
+several replies to one prompt cost its reading once.
 
 Letters in the shape comments: R rows   B rows of one forward pass   T tokens of each of them
 S the longest row   K key/value heads   D size of a head   V vocabulary
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from model.model_minimind import CACHE, MiniMindConfig
 from model.sampling import Sampling, row_generator, sample
 from model.text_stream import TextStream
+
+SHARED = 8  # common tokens from which on copying them pays
 
 
 class QueueFull(Exception):
@@ -144,9 +147,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """One token more for each request whose prompt was read; returns those that got one."""
-        while self.waiting and len(self.rows) < self.slots:
-            request = self.waiting.popleft()
-            self.rows.append(Row(request, self.model.config.vocab_size, self.model.device))
+        self.admit()
         running = self.rows[: self.decoding]
         served = running + self.rows[self.decoding : self.decoding + self.prefill_rows()]
         new = self.decode(running) if running else []
@@ -161,6 +162,41 @@ class Engine:
             if served[at].request.finish_reason:
                 self.remove(at)
         return [row.request for row in served]
+
+    def admit(self) -> None:
+        """Give free places to waiting requests. Those that share a beginning which another row is
+        just reading wait until it has been read."""
+        put_off = []
+        for _ in range(len(self.waiting)):  # other threads may append meanwhile
+            if len(self.rows) == self.slots:
+                break
+            request = self.waiting.popleft()
+            shared, source = self.longest_shared(request.prompt)
+            if source is not None and self.rows[source].length < shared:
+                put_off.append(request)
+                continue
+            row = Row(request, self.model.config.vocab_size, self.model.device)
+            if source is not None:
+                self.memory.move(source, len(self.rows), shared)
+                row.length = shared
+            self.rows.append(row)
+        self.waiting.extendleft(reversed(put_off))
+
+    def longest_shared(self, prompt: list[int]) -> tuple[int, int | None]:
+        """How many first tokens a row's prompt has in common with this one, and the row that has
+        most of them; None if copying would not pay. The last token is always read: its logits are
+        wanted."""
+        best: tuple[int, int | None] = (SHARED - 1, None)
+        for at, row in enumerate(self.rows):
+            other, most = row.request.prompt, len(prompt) - 1
+            if prompt[:SHARED] == other[:SHARED]:
+                pairs = zip(prompt[:most], other, strict=False)
+                shared = next(
+                    (n for n, (a, b) in enumerate(pairs) if a != b), min(most, len(other))
+                )
+                if shared > best[0]:
+                    best = shared, at
+        return best
 
     # -- the two kinds of forward pass ---------------------------------------------------------
 

@@ -88,6 +88,26 @@ def test_short_prompts_are_read_together_within_the_share(model):
     assert reads == [(3, 4)]
 
 
+@pytest.mark.parametrize("prefill", [8, None])
+def test_a_shared_beginning_is_read_once(model, prefill):
+    """Replies to the same prompt, and to one that goes on differently after 15 tokens."""
+    read = []
+    model.model.embed_tokens.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
+    prompt = list(range(20, 40))
+    requests = [Request(prompt, SETTINGS[1], row=n) for n in range(5)]
+    requests.append(Request(prompt[:15] + [9, 8, 7], SETTINGS[0]))
+    requests.append(Request(prompt[:4] + [1] * 9, SETTINGS[0]))  # too little in common
+    engine = Engine(model, slots=7, prefill_tokens=prefill)
+    for request in requests:
+        engine.submit(request)
+    finish(engine)
+    new = sum(len(request.tokens) - 1 for request in requests)  # the last is never read
+    assert sum(read) - new <= 2 * 20 + 5 * 3  # padded: two prompts, then what is left of five
+    assert len({tuple(request.tokens) for request in requests[:5]}) > 1
+    for request in requests:
+        assert request.tokens == alone(model, request)
+
+
 # -- going -----------------------------------------------------------------------------------------
 
 
