@@ -138,6 +138,20 @@ class Rows(torch.utils.data.Dataset):
         return int(self.pieces.length.sum())
 
     @property
+    def description(self) -> str:
+        """A hash of all documents, the same for the same data anywhere."""
+        return self.documents.info.description
+
+    @property
+    def summary(self) -> str:
+        """A line for a person."""
+        cut = f"; {self.cut:,} documents are longer than a row and cut" if self.cut else ""
+        return (
+            f"data: {len(self.chosen):,} documents, {self.tokens:,} tokens in {len(self):,} rows "
+            f"of {self.row_length} ({self.fill:.1%} full, {1 - self.fill:.1%} wasted on padding)"
+        ) + cut
+
+    @property
     def cut(self) -> int:
         """How many documents are longer than a row, and so in pieces."""
         return len(self.pieces.document) - len(np.unique(self.pieces.document))

@@ -13,6 +13,7 @@ an adapter of peft with `base_model.model.` before them.
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,11 @@ class LoraLinear(nn.Linear):
         self.dropout = nn.Dropout(settings.dropout)
         self.scale = settings.alpha / settings.r
         self.before: Tensor | None = None  # the weight, while merged
+        self.off = False
 
     def forward(self, rows: Tensor) -> Tensor:
         out = F.linear(rows, self.weight, self.bias)
-        if self.before is not None:
+        if self.off or self.before is not None:
             return out
         return out + self.scale * self.lora_B(self.lora_A(self.dropout(rows)))
 
@@ -110,6 +112,19 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the additions alone, by name."""
     return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
+
+
+@contextmanager
+def without_additions(model: nn.Module) -> Iterator[None]:
+    """The model as it was before it had any."""
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.off = False
 
 
 @torch.no_grad()

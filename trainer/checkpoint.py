@@ -28,7 +28,9 @@ PARTS = set(
 MAY_CHANGE = set(
     "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
     "checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
-    "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt".split()
+    "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt "
+    "rollout_batch_size update_batch_size rollout_url rollout_folder rollout_reload "
+    "reward_model_path judge_url".split()
 )
 
 
@@ -53,7 +55,7 @@ def identity_of(
         **arguments,
         **sizes,
         "stage": stage,
-        "data": rows.documents.info.description,
+        "data": rows.description,
         "documents trained": hash_of(np.ascontiguousarray(rows.chosen)),
         "tokenizer": tokenizer_hash(tokenizer),
         "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",

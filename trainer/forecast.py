@@ -31,13 +31,10 @@ def forecast(
     lines = [
         f"{run.name}: {parameters / 1e6:.2f}M parameters, {run.origin['machine']}, {kind}, "
         f"{run.ranks} process{'es' * (run.ranks > 1)}",
-        f"data: {len(rows.chosen):,} documents, {rows.tokens:,} tokens in {len(rows):,} rows of "
-        f"{args.max_seq_len} ({rows.fill:.1%} full, {1 - rows.fill:.1%} wasted on padding)"
-        + (f"; {rows.cut:,} documents are longer than a row and cut" if rows.cut else "")
-        + (f"; held out: {len(held_out.chosen):,} documents" if held_out else ""),
+        rows.summary + (f"; held out: {len(held_out.chosen):,}" if held_out else ""),
         f"training: {run.steps_in_all:,} steps of {window_sizes(run)} rows, {tokens:,.0f} tokens",
     ]
-    told, smaller_batch = memory_forecast(run, model, min(args.batch_size, len(rows)))
+    told, smaller_batch = memory_forecast(run, model, rows)
     lines.append(told)
     if run.flops:
         work = hardware.flops_per_token(run.config, args.max_seq_len) * tokens
@@ -64,18 +61,19 @@ def window_sizes(run: "Run") -> str:
     return f"{sizes[0]} to {max(sizes)}" if sizes[0] < max(sizes) else f"{sizes[0]}"
 
 
-def memory_forecast(run: "Run", model: nn.Module, batch_size: int) -> tuple[str, str]:
+def memory_forecast(run: "Run", model: nn.Module, rows: Rows) -> tuple[str, str]:
     """A line on memory, and which batch to try should it run out; UserError if the batch is far
     beyond what the machine has."""
-    args = run.args
+    args, length = run.args, rows.row_length
+    batch_size = min(args.batch_size, len(rows))
     fixed, per_token = training_memory(
         run.config, model, run.dtype, args.optimizer, args.gradient_checkpointing
     )
-    need = fixed + per_token * batch_size * args.max_seq_len
+    need = fixed + per_token * batch_size * length
     free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
     if run.device.type != "cuda":  # all processes share it
         free, whole = free / hardware.ranks_here(), whole / hardware.ranks_here()
-    fitting = int((free - fixed) / (per_token * args.max_seq_len))
+    fitting = int((free - fixed) / (per_token * length))
     fitting = min(fitting, batch_size // 2)
     if fitting < 1:
         smaller = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
@@ -84,7 +82,7 @@ def memory_forecast(run: "Run", model: nn.Module, batch_size: int) -> tuple[str,
         smaller = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
     if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
         raise UserError(
-            f"--batch_size {args.batch_size} with rows of {args.max_seq_len} tokens needs about "
+            f"--batch_size {args.batch_size} with rows of {length} tokens needs about "
             f"{need / 1e9:.0f} GB a process, and there are {whole / 1e9:.0f} GB; {smaller}"
         )
     told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"

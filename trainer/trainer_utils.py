@@ -42,7 +42,12 @@ from dataset.lm_dataset import load_documents
 from dataset.packing import Batch, Rows, WindowCollator, WindowSampler, document_lengths
 from model.errors import UserError
 from model.feed_forward import mixtures, nudge_bias
-from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import (
+    CausalLMOutput,
+    MiniMindBlock,
+    MiniMindConfig,
+    MiniMindForCausalLM,
+)
 from model.weights import atomic_write, find_weights, load_model, save_weights, weight_name
 from trainer import hardware
 from trainer.arguments import EXPERTS, TrainArgs
@@ -63,11 +68,12 @@ from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
 # What is known since the last line of the log, when nothing is.
-NOTHING = {"steps": 0, "tokens": 0, "seconds": 0.0, "loss": 0.0, "expert_load": None}
+NOTHING = dict(steps=0, tokens=0, seconds=0.0, loss=0.0, expert_load=None, figures=None)
 COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
 SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
 FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
+SHOWN = ("reward", "accuracy")  # of what a stage logs beside the loss, in the bar
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
 
 
@@ -256,8 +262,9 @@ class Run:
         """The model on this rank's device, its gradients averaged over the ranks."""
         model = model.to(self.device)
         if self.compiled:  # block by block, which they share: one compilation for all
-            for block in model.model.layers:
-                block.compile()
+            for module in model.modules():
+                if isinstance(module, MiniMindBlock):
+                    module.compile()
         if self.ranks == 1:
             return model
         devices = [self.device] if self.device.type == "cuda" else None
@@ -266,8 +273,9 @@ class Run:
 
     # -- the loop's verbs, in their order
 
-    def loader(self, rows: Rows) -> DataLoader:
-        """Windows of micro-batches, in an order that depends on seed and epoch alone."""
+    def loader(self, rows: Rows, collator: Callable | None = None) -> DataLoader:
+        """Windows of micro-batches, in an order that depends on seed and epoch alone. `collator`
+        makes them from a window's rows where these are no documents."""
         args = self.args
         sampler = WindowSampler(
             len(rows),
@@ -285,7 +293,7 @@ class Run:
         return DataLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=WindowCollator(args.batch_size, self.tokenizer.pad_token_id),
+            collate_fn=collator or WindowCollator(args.batch_size, self.tokenizer.pad_token_id),
             num_workers=args.num_workers,
             worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # not the global one, whose state a resumed run restores
@@ -401,7 +409,9 @@ class Run:
         if math.isfinite(self.loss):
             self.pending["steps"] += 1
             self.pending["loss"] += self.loss
-        self.pending["seconds"] += time.perf_counter() - self.clock
+        now = time.perf_counter()
+        self.pending["seconds"] += now - self.clock
+        self.clock = now  # a window may have several updates
 
     def balance_experts(self, model: MiniMindForCausalLM) -> None:
         """Count the tokens that each expert had in this update; with biases, nudge them."""
@@ -434,12 +444,15 @@ class Run:
         """Whether something done every `interval` updates is to be done now; always at the end."""
         return self.step == self.steps_in_all or (interval > 0 and self.step % interval == 0)
 
-    def log(self) -> None:
-        """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker."""
+    def log(self, **figures: float) -> None:
+        """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker, with
+        the means of `figures` over these updates and all ranks; those that are NaN do not count."""
         pending = self.pending
+        self.count(figures)
         speed = pending["tokens"] / max(1e-9, pending["seconds"])
         shown = {
             "loss": f"{self.loss:.3f}",
+            **{name: f"{figures[name]:.3f}" for name in SHOWN if name in figures},
             "lr": f"{self.args.learning_rate * self.lr_factor:.1e}",
             "tok/s": f"{speed:,.0f}",
             "GB": f"{hardware.memory_in_use(self.device) / 1e9:.1f}",
@@ -465,8 +478,23 @@ class Run:
             memory_gb=round(hardware.memory_in_use(self.device) / 1e9, 2),
             skipped=self.skipped,
             **self.expert_figures(),
+            **self.means(),
         )
         self.pending = dict(NOTHING)
+
+    def count(self, figures: dict[str, float]) -> None:
+        so_far = self.pending["figures"] or {}
+        for name, figure in figures.items():
+            known = not math.isnan(figure)
+            total, times = so_far.get(name, (0.0, 0))
+            so_far[name] = (total + figure if known else total, times + known)
+        self.pending["figures"] = so_far or None
+
+    def means(self) -> dict[str, float | None]:
+        figures = self.pending["figures"] or {}
+        sums = iter(self.sum_over_ranks(*(n for figure in figures.values() for n in figure)))
+        pairs = zip(figures, sums, sums, strict=False)
+        return {name: finite(total / times) if times else None for name, total, times in pairs}
 
     def expert_figures(self) -> dict[str, list[float]]:
         """Of each layer, what its busiest expert had since the last log, as a multiple of the mean
@@ -513,11 +541,15 @@ class Run:
         return Path(self.args.checkpoint_dir) / f"{self.name}.checkpoint.pt"
 
     def save_every(
-        self, model: nn.Module, optimizer: Together, save: Callable | None = None
+        self,
+        model: nn.Module,
+        optimizer: Together,
+        save: Callable | None = None,
+        beside: Any = None,
     ) -> None:
         """Every save_interval updates, at the end and when a signal stops the run: the weights
         (float16, out/; written by `save`, default: save_weights) and the checkpoint for --resume
-        (float32, checkpoints/)."""
+        (float32, checkpoints/), with the state_dict of what is to be kept `beside` them."""
         if not (self.due(self.args.save_interval) or self.stopping):
             return
         random_states = [random_state(self.device)]
@@ -548,11 +580,12 @@ class Run:
             "records": self.records,
             "identity": self.identity,
             "rows_per_update": self.sampler.window,
+            "beside": beside and beside.state_dict(),
         }
         with atomic_write(self.checkpoint_path) as file:  # last: a finished run has its weights
             torch.save(checkpoint, file)
 
-    def resume(self, model: nn.Module, optimizer: Together) -> None:
+    def resume(self, model: nn.Module, optimizer: Together, beside: Any = None) -> None:
         """With --resume, go back to where the checkpoint was saved; else begin a new log. Comes
         after `announce`, which finds out what run this is."""
         path = self.checkpoint_path
@@ -567,6 +600,8 @@ class Run:
             kept = {name: bare.state_dict()[name] for name in frozen}
             bare.load_state_dict({**kept, **checkpoint["model"]})
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if beside:
+                beside.load_state_dict(checkpoint["beside"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # empty where it was not needed
                 self.scaler.load_state_dict(checkpoint["scaler"])
             for name, value in checkpoint["progress"].items():
@@ -595,7 +630,7 @@ class Run:
     def announce(self, model: nn.Module, rows: Rows, held_out: Rows | None) -> None:
         """What is about to happen and what to expect of it, before the first step."""
         self.origin = {
-            "data": rows.documents.info.description,
+            "data": rows.description,
             "row_fill": round(rows.fill, 4),
             "from_weight": self.args.from_weight,
             "machine": hardware.describe_machine(self.device),
