@@ -75,7 +75,7 @@ class Rewards:
             "repetition": unrepeated,
         }
         if name in rules:
-            return lambda completions: [self.survive(rules[name], each) for each in completions]
+            return lambda answers: [self.survive(rules[name], answer) for answer in answers]
         models = {"model": OwnModel, "transformers": TheirModel, "judge": Judge}
         return models[name](self.run)
 
@@ -137,8 +137,8 @@ def automatic(run: Run, prompts: Prompts) -> dict[str, float]:
     raise UserError(
         f"there is no reward: no folder {args.reward_model_path} (--reward_model_path; download "
         "internlm/internlm2-1_8b-reward, for instance), no "
-        f"{args.save_dir}/reward_{run.config.hidden_size}.pth (python trainer/train_reward.py makes "
-        'it), and not every row has an "answer" for a rule'
+        f"{args.save_dir}/reward_{run.config.hidden_size}.pth (python trainer/train_reward.py "
+        'makes it), and not every row has an "answer" for a rule'
     )
 
 

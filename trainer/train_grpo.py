@@ -189,9 +189,8 @@ def main(args: Args) -> dict[str, Any]:
                 with run.forward(model, sync=batch is batches[-1]):
                     outputs = model(**policy_inputs(run, batch))
                     loss = policy_loss(outputs.log_probs, batch, args)
-                run.backward(
-                    total(loss, batch, args, sums), sums.balance_loss(batch, outputs.aux_loss)
-                )
+                    loss = total(loss, batch, args, sums)
+                run.backward(loss, sums.balance_loss(batch, outputs.aux_loss))
                 sums.watch(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
             run.update(model, optimizer)
         if held_out and run.due(args.eval_interval):
