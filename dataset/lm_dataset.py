@@ -3,7 +3,9 @@
 One encoder and one mask for every stage:
 - text ({"text": …}): <|im_start|> text <|im_end|>, all of it trained;
 - conversations ({"conversations": [messages]}): the chat template's text, trained exactly where
-  its {% generation %} blocks say: what the assistant writes, its <|im_end|> included.
+  its {% generation %} blocks say: what the assistant writes, its <|im_end|> included;
+- preferences ({"chosen": [messages], "rejected": [messages]}): two documents for each row, encoded
+  so, trained where they differ: the messages that both begin with are the prompt.
 
 A control token that a person writes in a text or message, such as "<|im_end|>", stays text: it is
 encoded as characters and never as the control token. Tags such as <think> are tokens in plain text
@@ -54,6 +56,7 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
     "</tool_response>",
 )
 ROLES = ("system", "user", "assistant", "tool")
+SIDES = ("chosen", "rejected")
 
 Message = dict[str, Any]
 
@@ -253,12 +256,55 @@ def conversation_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any])
     return chat_pieces(tokenizer, messages, False, {})
 
 
-def check_messages(messages: Any) -> list[Message]:
+def preference_pieces(
+    tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
+) -> tuple[Pieces, Pieces]:
+    """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
+    if not (row.get("chosen") and row.get("rejected")):
+        lacking = " and ".join(f'"{side}"' for side in SIDES if not row.get(side))
+        raise UserError(f'has no {lacking} (rows are {{"chosen": [messages], "rejected": …}})')
+    chosen, rejected = (check_messages(row[side], f'"{side}"') for side in SIDES)
+    shared = 0
+    while chosen[shared : shared + 1] == rejected[shared : shared + 1]:
+        if shared == len(chosen):
+            raise UserError("has the same messages as chosen and as rejected: there is no choice")
+        shared += 1
+    for name, messages in zip(SIDES, (chosen, rejected), strict=True):
+        role = messages[shared]["role"] if shared < len(messages) else None
+        if not any(message["role"] == "assistant" for message in messages[shared:]):
+            raise UserError(f'has no assistant turn in "{name}" that the other side has not')
+        if role != "assistant":
+            raise UserError(
+                f"has a {role} message where the two sides begin to differ: both must answer the "
+                "same prompt"
+            )
+    return (
+        completion(tokenizer, chosen, chosen[:shared]),
+        completion(tokenizer, rejected, chosen[:shared]),
+    )
+
+
+def completion(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: list[Message]
+) -> Pieces:
+    """The conversation, trained only behind the prompt that it begins with; what stands behind its
+    last trained token (a line break) is left away, so that it ends as a sampled answer does."""
+    answered = sum(message["role"] == "assistant" for message in prompt)
+    pieces: Pieces = []
+    turns, before = 0, False  # assistant turns so far
+    for piece, trained in chat_pieces(tokenizer, messages, False, {}):
+        turns += trained and not before
+        before = trained
+        pieces.append((piece, trained and turns > answered))
+    while not pieces[-1][1]:
+        pieces.pop()
+    return pieces
+
+
+def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]:
     """SPEC's list of messages, or a UserError that says what is wrong with it."""
     if not isinstance(messages, list) or not messages:
-        raise UserError(
-            'has no "conversations" (SFT rows are {"conversations": [{"role": "user", …}, …]})'
-        )
+        raise UserError(f'has no {key} (a list of messages {{"role": "user", "content": "…"}})')
     for message in messages:
         if not isinstance(message, dict) or "role" not in message:
             raise UserError('has a message without a "role"')
@@ -296,9 +342,10 @@ def with_lists(message: Message) -> Message:
 
 # -- files to a memory-mapped dataset --------------------------------------------------------------
 
-ROWS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any]], Pieces]] = {
+ROWS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any]], Any]] = {
     "text": text_pieces,
     "conversations": conversation_pieces,
+    "preferences": preference_pieces,  # gives two documents
 }
 
 
@@ -313,7 +360,8 @@ def load_documents(
     """The documents of one or several `.jsonl` / `.jsonl.gz` files, tokenised.
 
     Args:
-        kind: "text" or "conversations".
+        kind: "text", "conversations" or "preferences", whose documents 2i and 2i + 1 are the
+            chosen and the rejected side of pair i.
         workers: processes to tokenise with; default: one a core.
 
     Returns:
@@ -494,7 +542,7 @@ def encode_task(
         except UserError as error:
             raise UserError(f"line {number} of {task.path} {error}") from None
         if pieces:
-            documents.append(pieces)
+            documents += pieces if kind == "preferences" else [pieces]
     encoded = encode_pieces(tokenizer, documents)
     return (
         np.array(list(chain.from_iterable(d.ids for d in encoded)), np.int32),

@@ -112,6 +112,8 @@ class Rows(torch.utils.data.Dataset):
         packing: several documents a row; else one, or one piece of one.
     """
 
+    documents_name, rows_name = "documents", "rows"
+
     def __init__(
         self,
         documents: Dataset,
@@ -120,7 +122,7 @@ class Rows(torch.utils.data.Dataset):
         packing: bool = True,
     ):
         self.documents = documents
-        self.row_length = row_length
+        self.row_length = self.tokens_of_longest = row_length
         lengths = document_lengths(documents)
         self.chosen = np.arange(len(lengths)) if chosen is None else chosen
         self.pieces = split_documents(lengths[self.chosen], row_length)
@@ -143,18 +145,17 @@ class Rows(torch.utils.data.Dataset):
         return self.documents.info.description
 
     @property
-    def summary(self) -> str:
-        """A line for a person."""
-        cut = f"; {self.cut:,} documents are longer than a row and cut" if self.cut else ""
-        return (
-            f"data: {len(self.chosen):,} documents, {self.tokens:,} tokens in {len(self):,} rows "
-            f"of {self.row_length} ({self.fill:.1%} full, {1 - self.fill:.1%} wasted on padding)"
-        ) + cut
-
-    @property
     def cut(self) -> int:
         """How many documents are longer than a row, and so in pieces."""
         return len(self.pieces.document) - len(np.unique(self.pieces.document))
+
+    @property
+    def summary(self) -> str:
+        cut = f"; {self.cut:,} documents are longer than a row and cut" if self.cut else ""
+        return (
+            f"{len(self.chosen):,} documents, {self.tokens:,} tokens in {len(self):,} rows of "
+            f"{self.row_length} ({self.fill:.1%} full, {1 - self.fill:.1%} wasted on padding){cut}"
+        )
 
     @property
     def fill(self) -> float:
@@ -283,7 +284,8 @@ class WindowCollator:
 
     batch_size: int
     pad_id: int = 0
+    collate: Callable = collate
 
     def __call__(self, rows: list[list[dict[str, np.ndarray]]]) -> list[Batch]:
         starts = range(0, len(rows), self.batch_size)
-        return [collate(rows[at : at + self.batch_size], self.pad_id) for at in starts]
+        return [self.collate(rows[at : at + self.batch_size], self.pad_id) for at in starts]

@@ -265,6 +265,14 @@ class MiniMindForScoring(MiniMindPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)  # as in transformers
         self.post_init()
 
+    @classmethod
+    def on(cls, language_model: MiniMindForCausalLM) -> "MiniMindForScoring":
+        """The stack of a language model (the same tensors) with a head that scores everything 0."""
+        model = cls(language_model.config)
+        model.model = language_model.model
+        nn.init.zeros_(model.score.weight)
+        return model.train(language_model.training)
+
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> ScoreOutput:
         """[B, T] tokens → scores [B, T]; position_ids as in `MiniMindForCausalLM.forward`."""
         outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)

@@ -29,12 +29,13 @@ from transformers import (
 )
 
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 
 BIAS = "mlp.e_score_correction_bias"
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 TOKENIZER = ROOT / "model"
+SCORE = "score.weight"  # what a reward model has instead of lm_head.weight
 STRUCTURE = set(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads qk_norm use_moe n_routed_experts n_shared_experts num_experts_per_tok "
@@ -122,7 +123,7 @@ def write_json(path: Path | str, content: Any) -> None:
 
 
 def save_weights(
-    model: MiniMindForCausalLM,
+    model: MiniMindForCausalLM | MiniMindForScoring,
     path: Path | str,
     *,
     stage: str,
@@ -136,7 +137,7 @@ def save_weights(
         origin: how: arguments, data, steps, figures; anything that JSON can hold.
     """
     state = halves(model.state_dict())
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and "lm_head.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one tensor in the file too
     info = {"stage": stage, "parameters": count_parameters(model), "origin": origin}
     return write_weights(path, state, model, tokenizer, info)
@@ -192,6 +193,47 @@ def load_model(
     """
     path = Path(path)
     state = read_state(path)
+    if SCORE in state:
+        raise UserError(
+            f"{path} is a reward model, which says how good a text is and writes none; name a "
+            "language model, such as full_sft"
+        )
+    model = MiniMindForCausalLM(config_of(path, state, tokenizer, overrides))
+    check_state(state, model, path)
+    model.load_state_dict(state, strict=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_scoring_model(
+    path: Path | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> MiniMindForScoring:
+    """A reward model from its `.pth`; the arguments and errors of `load_model`, and a UserError for
+    a language model, which has no head that scores."""
+    path = Path(path)
+    state = read_state(path)
+    if SCORE not in state:
+        raise UserError(
+            f"{path} is no reward model: it has no {SCORE}; trainer/train_reward.py makes one of it"
+        )
+    del state["lm_head.weight"]  # which read_state takes for tied, and saved once
+    model = MiniMindForScoring(config_of(path, state, tokenizer, {}))
+    check_state(state, model, path)
+    model.load_state_dict(state, strict=True)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def config_of(
+    path: Path,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    overrides: dict[str, Any],
+) -> MiniMindConfig:
+    """What the files and `overrides` say that the model is; UserError where they do not agree, or
+    the tokenizer is another."""
     info = read_info(path)
     heads = overrides.get("num_attention_heads", 8)
     known = info["config"] if info else config_from_shapes(state, path, heads)
@@ -207,10 +249,7 @@ def load_model(
             )
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
-    model = MiniMindForCausalLM(config)
-    check_state(state, model, path)
-    model.load_state_dict(state, strict=True)
-    return model.to(device=device, dtype=dtype).eval()
+    return config
 
 
 def yarn_settings(args: Any) -> dict[str, Any]:
@@ -288,7 +327,8 @@ def config_from_shapes(
     older mixture gives each token two experts, a newer one; YaRN has the settings of each.
     """
     try:
-        vocab_size, hidden_size = state["model.embed_tokens.weight"].shape
+        embedding = state["model.embed_tokens.weight"]
+        vocab_size, hidden_size = embedding.shape
         layers = [re.match(r"model\.layers\.(\d+)\.", name) for name in state]
         first = "model.layers.0."
         key_rows = state[first + "self_attn.k_proj.weight"].shape[0]
@@ -327,13 +367,11 @@ def config_from_shapes(
         "num_key_value_heads": key_heads,
         "qk_norm": newer,
         "rms_norm_eps": 1e-6 if newer else 1e-5,
-        "tie_word_embeddings": torch.equal(
-            state["lm_head.weight"], state["model.embed_tokens.weight"]
-        ),
+        "tie_word_embeddings": torch.equal(state.get("lm_head.weight", embedding), embedding),
     }
 
 
-def check_state(state: dict[str, Tensor], model: MiniMindForCausalLM, path: Path | str) -> None:
+def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | str) -> None:
     """UserError that names the first weight that is missing, unknown or of another shape."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
@@ -342,7 +380,8 @@ def check_state(state: dict[str, Tensor], model: MiniMindForCausalLM, path: Path
         names, what = (missing, "lacks") if missing else (unknown, "has, but the model does not,")
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
-    embedding, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    embedding = state["model.embed_tokens.weight"]
+    head = state.get("lm_head.weight", embedding)
     if model.config.tie_word_embeddings and not torch.equal(embedding, head):
         raise UserError(
             f"{path} has a lm_head.weight of its own, but its config says that it is the embedding "

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from trainer import train_full_sft, train_lora, train_pretrain
+from trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_reward
 
 TINY = dict(
     hidden_size=32,
@@ -36,6 +36,10 @@ CHATS = [
     + [{"role": "assistant", "content": f"{n + 1}" + " indeed" * (n % 4)}]
     for n in range(12)
 ]
+PAIRS = [
+    (f"{n} + 1 =" + " please" * (n % 3), f"{n + 1}" + " indeed" * (n % 4), f"{n}" + " no" * (n % 3))
+    for n in range(12)
+]
 
 
 def text_file(path: Path, texts=TEXTS) -> str:
@@ -48,12 +52,24 @@ def chat_file(path: Path, chats=CHATS) -> str:
     return str(path)
 
 
+def pair_file(path: Path, pairs=PAIRS) -> str:
+    def chat(question: str, answer: str) -> list[dict]:
+        turns = (("user", question), ("assistant", answer))
+        return [{"role": role, "content": content} for role, content in turns]
+
+    rows = ({"chosen": chat(q, good), "rejected": chat(q, bad)} for q, good, bad in pairs)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 # Every trainer is in this table, and with it in the tests of resuming, ranks and mistakes: how its
 # data is written, examples of it, and the settings that it needs beyond TINY.
 STAGES = {
     train_pretrain: (text_file, TEXTS, {}),
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
     train_lora: (chat_file, CHATS, {"from_weight": "none", "lora_r": 4}),
+    train_dpo: (pair_file, PAIRS, {"from_weight": "none"}),
+    train_reward: (pair_file, PAIRS, {"from_weight": "none"}),
 }
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from model.command_line import option
 from model.errors import UserError
+from model.model_lora import ATTENTION, LoraSettings
 from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -119,3 +120,22 @@ class TrainArgs:
                 raise UserError(f"--{name} is for a mixture of experts: --use_moe 1")
         if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
             raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")
+
+
+@dataclass
+class LoraArgs(TrainArgs):
+    """The arguments of trainers that can train an addition to the weights alone."""
+
+    lora_r: int = option(8, "rank: rows of A, columns of B")
+    lora_alpha: float = option(16.0, "the addition is scaled by alpha/r")
+    lora_dropout: float = option(0.0, "share of A's inputs set to 0 while training")
+    lora_targets: list[str] = option(
+        list(ATTENTION), "names of the linear layers, such as q_proj gate_proj; experts' too"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settings()  # checks them
+
+    def settings(self) -> LoraSettings:
+        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)

@@ -5,11 +5,15 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dataset.lm_dataset import encode_chat, token_bytes
 from dataset.packing import IGNORED, Rows, collate
+from dataset.pairs import Pairs, collate_pairs
 from model.generation import generate
 from model.losses import cross_entropy_sum
 from model.sampling import Sampling
@@ -64,6 +68,42 @@ def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
         "val_loss": (text_loss + control_loss) / max(1, labelled),
         "val_bpb": text_loss / math.log(2) / max(1, text_bytes),
     }
+
+
+@uncompiled
+@torch.no_grad()
+def over_pairs(
+    run: Run, model: nn.Module, pairs: Pairs, of_batch: Callable, title: str = ""
+) -> Tensor:
+    """What `of_batch(model, batch)` gives for both sides of every pair, [pairs, 2]; the ranks share
+    the pairs out between them. With a title, under a progress bar."""
+    model = unwrapped(model)
+    found = torch.zeros(len(pairs), 2, device=run.device)
+    order = np.argsort(pairs.lengths.max(1), kind="stable")  # little padding
+    starts = range(0, len(pairs), run.args.batch_size)[run.rank :: run.ranks]
+    model.eval()
+    for at in tqdm(starts, desc=title, leave=False, disable=not (title and run.is_main)):
+        some = order[at : at + run.args.batch_size]
+        batch = collate_pairs([pairs[pair] for pair in some], run.tokenizer.pad_token_id)
+        with run.memory_watched(), autocast(run.device, run.dtype):
+            found[some] = of_batch(model, batch.to(run.device)).float()
+    model.train()
+    if run.ranks > 1:
+        dist.all_reduce(found)
+    return found
+
+
+def pair_figures(values: Tensor, pairs: int) -> dict[str, Tensor]:
+    """How often and by how much the chosen side is valued higher.
+
+    Args:
+        values: [N, 2], such as rewards of chosen and rejected.
+        pairs: what sums are divided by: N, or how many pairs all ranks have.
+    """
+    chosen, rejected = values.unbind(1)
+    figures = dict(accuracy=chosen > rejected, margin=chosen - rejected)
+    figures |= dict(chosen_reward=chosen, rejected_reward=rejected)
+    return {name: figure.sum() / pairs for name, figure in figures.items()}
 
 
 def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:

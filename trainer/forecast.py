@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dataset.packing import Rows
+from dataset.pairs import Pairs
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig
 from model.weights import count_parameters
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def forecast(
-    run: "Run", model: nn.Module, rows: Rows, held_out: Rows | None
+    run: "Run", model: nn.Module, rows: Rows | Pairs, held_out: Rows | Pairs | None
 ) -> tuple[list[str], str]:
     """Lines that tell what to expect, and what to try if memory runs out all the same.
 
@@ -31,8 +32,10 @@ def forecast(
     lines = [
         f"{run.name}: {parameters / 1e6:.2f}M parameters, {run.origin['machine']}, {kind}, "
         f"{run.ranks} process{'es' * (run.ranks > 1)}",
-        rows.summary + (f"; held out: {len(held_out.chosen):,}" if held_out else ""),
-        f"training: {run.steps_in_all:,} steps of {window_sizes(run)} rows, {tokens:,.0f} tokens",
+        f"data: {rows.summary}"
+        + (f"; held out: {len(held_out.chosen):,} {rows.documents_name}" if held_out else ""),
+        f"training: {run.steps_in_all:,} steps of {window_sizes(run)} {rows.rows_name}, "
+        f"{tokens:,.0f} tokens",
     ]
     told, smaller_batch = memory_forecast(run, model, rows)
     lines.append(told)
@@ -42,7 +45,7 @@ def forecast(
             f"time: about {duration(work / (0.4 * run.flops * run.ranks))}, if 40% of the "
             f"machine's {run.flops / 1e12:.2f} TFLOP/s are reached"
         )
-    if args.from_weight == "none":
+    if args.from_weight == "none" and isinstance(rows, Rows):
         size = run.config.vocab_size
         lines.append(
             f"loss: ln {size} = {math.log(size):.2f} at the start, which is guessing; it falls "
@@ -61,19 +64,19 @@ def window_sizes(run: "Run") -> str:
     return f"{sizes[0]} to {max(sizes)}" if sizes[0] < max(sizes) else f"{sizes[0]}"
 
 
-def memory_forecast(run: "Run", model: nn.Module, rows: Rows) -> tuple[str, str]:
+def memory_forecast(run: "Run", model: nn.Module, rows: Rows | Pairs) -> tuple[str, str]:
     """A line on memory, and which batch to try should it run out; UserError if the batch is far
     beyond what the machine has."""
-    args, length = run.args, rows.row_length
-    batch_size = min(args.batch_size, len(rows))
+    args = run.args
+    batch_size, most = min(args.batch_size, len(rows)), rows.tokens_of_longest
     fixed, per_token = training_memory(
         run.config, model, run.dtype, args.optimizer, args.gradient_checkpointing
     )
-    need = fixed + per_token * batch_size * length
+    need = fixed + per_token * batch_size * most
     free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
     if run.device.type != "cuda":  # all processes share it
         free, whole = free / hardware.ranks_here(), whole / hardware.ranks_here()
-    fitting = int((free - fixed) / (per_token * length))
+    fitting = int((free - fixed) / (per_token * most))
     fitting = min(fitting, batch_size // 2)
     if fitting < 1:
         smaller = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
@@ -82,7 +85,7 @@ def memory_forecast(run: "Run", model: nn.Module, rows: Rows) -> tuple[str, str]
         smaller = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
     if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
         raise UserError(
-            f"--batch_size {args.batch_size} with rows of {length} tokens needs about "
+            f"--batch_size {args.batch_size} with {rows.rows_name} of {most} tokens needs about "
             f"{need / 1e9:.0f} GB a process, and there are {whole / 1e9:.0f} GB; {smaller}"
         )
     told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"

@@ -34,7 +34,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from dataset.demo import fold
 from dataset.lm_dataset import encode_chat
 from model.errors import UserError
-from model.weights import find_weights
+from model.weights import find_weights, load_scoring_model
 from trainer.rollout import Completion, Prompts, RolloutArgs
 from trainer.trainer_utils import Run
 
@@ -201,8 +201,6 @@ class OwnModel:
     """The score of train_reward.py's model, read at the end of the conversation."""
 
     def __init__(self, run: Run):
-        from model.weights import load_scoring_model
-
         self.run = run
         path = own_model_path(run)
         if path is None:  # of another size, then

@@ -36,11 +36,11 @@ from model.engine import Engine, Request
 from model.errors import UserError
 from model.generation import generate
 from model.losses import IGNORED
-from model.model_lora import ATTENTION, LoraSettings, add_lora, save_lora, without_additions
+from model.model_lora import add_lora, save_lora, without_additions
 from model.model_minimind import MiniMindForCausalLM
 from model.sampling import Sampling
 from model.weights import save_weights
-from trainer.arguments import DATASET, TrainArgs
+from trainer.arguments import DATASET, LoraArgs
 from trainer.checkpoint import hash_of
 from trainer.evaluation import uncompiled
 from trainer.rollout_server import complete_by_server, hand_over
@@ -48,7 +48,7 @@ from trainer.trainer_utils import Run, Window, unwrapped
 
 
 @dataclass
-class RolloutArgs(TrainArgs):
+class RolloutArgs(LoraArgs):
     """What PPO, GRPO and SPO have in common beyond the flags of every trainer."""
 
     data_path: list[str] = option(
@@ -79,8 +79,6 @@ class RolloutArgs(TrainArgs):
     rollout_folder: str = option("", "folder for the weights handed over to it")
     rollout_reload: Literal["vllm", "sglang"] = option("vllm", "how it is told to read them anew")
     use_lora: bool = option(False, "train an addition only; the reference is the model without it")
-    lora_r: int = option(16, "with it: rank")
-    lora_alpha: float = option(32.0, "with it: the addition is scaled by alpha/r")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +92,6 @@ class RolloutArgs(TrainArgs):
 
     def stage(self, name: str) -> str:
         return f"lora/{name}" if self.use_lora else name
-
-    @property
-    def lora(self) -> LoraSettings | None:
-        settings = LoraSettings(self.lora_r, self.lora_alpha, 0.0, list(ATTENTION))
-        return settings if self.use_lora else None
 
 
 # -- prompts ---------------------------------------------------------------------------------------
@@ -115,10 +108,11 @@ class Prompt:
 class Prompts(torch.utils.data.Dataset):
     """Prompts, with what a Run wants to know of its data."""
 
-    cut, fill = 0, 1.0
+    documents_name = rows_name = "prompts"
+    fill = 1.0
 
-    def __init__(self, prompts: list[Prompt], row_length: int):
-        self.prompts, self.row_length = prompts, row_length
+    def __init__(self, prompts: list[Prompt], longest: int):
+        self.prompts, self.tokens_of_longest = prompts, longest
         self.chosen = np.array([prompt.row for prompt in prompts])
 
     def __len__(self) -> int:
@@ -131,7 +125,7 @@ class Prompts(torch.utils.data.Dataset):
     @property
     def tokens(self) -> int:
         """Prompts and their completions, if these were as long as can be."""
-        return len(self) * self.row_length
+        return len(self) * self.tokens_of_longest
 
     @property
     def description(self) -> str:
@@ -145,7 +139,7 @@ class Prompts(torch.utils.data.Dataset):
         lengths = [len(prompt.ids) for prompt in self.prompts]
         known = sum(prompt.answer is not None for prompt in self.prompts)
         return (
-            f"data: {len(self):,} prompts of {min(lengths)} to {max(lengths)} tokens, "
+            f"{len(self):,} prompts of {min(lengths)} to {max(lengths)} tokens, "
             f"{known:,} of them with the right answer"
         )
 
@@ -169,13 +163,8 @@ class PromptBatch:
         return self
 
 
-@dataclass
-class PromptCollator:
-    batch_size: int
-
-    def __call__(self, rows: list[list[Prompt]]) -> list[PromptBatch]:
-        parts = (rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size))
-        return [PromptBatch([prompt for row in part for prompt in row]) for part in parts]
+def prompt_batch(rows: list[list[Prompt]], pad_id: int) -> PromptBatch:
+    return PromptBatch([prompt for row in rows for prompt in row])
 
 
 def prompts_of(window: Window) -> list[Prompt]:
@@ -307,6 +296,12 @@ def completion(run: Run, prompt: Prompt, tokens: list[int]) -> Completion:
     return Completion(prompt, tokens, text, tokens[-1] == run.tokenizer.eos_token_id)
 
 
+def shares(run: Run, figures: dict[str, float]) -> dict[str, float]:
+    """This rank's part of the mean over ranks, as `run.log` adds it up; NaN counts as 0."""
+    known = {name: 0.0 if math.isnan(each) else each for name, each in figures.items()}
+    return {name: each / run.ranks for name, each in known.items()}
+
+
 def lengths_and_ends(completions: list[Completion]) -> dict[str, float]:
     """How long they are, and how many ended by themselves, for the log."""
     total = max(1, len(completions))
@@ -402,8 +397,8 @@ class Reference:
 
 def with_addition(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """The model to train; with --use_lora it has an addition, which alone is trained."""
-    if args.lora:
-        add_lora(model, args.lora)
+    if args.use_lora:
+        add_lora(model, args.settings())
     return model
 
 
@@ -483,5 +478,5 @@ def evaluate_policy(
 
 def saver(args: RolloutArgs, part: Callable = lambda model: model) -> Callable:
     """How the weights of the policy, which is `part` of a model, are written."""
-    save = partial(save_lora, settings=args.lora) if args.lora else save_weights
+    save = partial(save_lora, settings=args.settings()) if args.use_lora else save_weights
     return lambda model, path, **about: save(part(model), path, **about)

@@ -46,7 +46,6 @@ from trainer.rewards import Rewards
 from trainer.rollout import (
     Completion,
     Prompt,
-    PromptCollator,
     Prompts,
     Reference,
     RolloutArgs,
@@ -59,10 +58,12 @@ from trainer.rollout import (
     log_probs,
     micro_batches,
     policy_inputs,
+    prompt_batch,
     prompts_of,
     read_prompts,
     roll_out,
     saver,
+    shares,
     with_addition,
 )
 from trainer.trainer_utils import Run, starting_model
@@ -163,7 +164,7 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(args, args.stage("grpo"), model.config, tokenizer)
     prompts, held_out = read_prompts(run)
     rewards = Rewards(run, prompts)
-    loader = run.loader(prompts, PromptCollator(args.batch_size))
+    loader = run.loader(prompts, prompt_batch)
     run.announce(model, prompts, held_out)
 
     reference = Reference(run, model) if args.beta else None
@@ -196,7 +197,8 @@ def main(args: Args) -> dict[str, Any]:
         if held_out and run.due(args.eval_interval):
             sample, val_figures = evaluate_policy(run, model, held_out, rewards)
             run.log_evaluation(sample, **val_figures)
-        run.log(**figures, **lengths_and_ends(completions), **sums.figures())
+        figures |= lengths_and_ends(completions) | sums.figures()
+        run.log(**shares(run, figures))
         run.save_every(model, optimizer, save=saver(args))
     return run.finish()
 

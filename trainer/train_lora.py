@@ -16,9 +16,9 @@ from typing import Any
 
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import ATTENTION, LoraSettings, add_lora, lora_state, save_lora
+from model.model_lora import add_lora, lora_state, save_lora
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
 from trainer.command import run_stage
 from trainer.evaluation import answer, held_out_loss
 from trainer.optimizers import make_optimizer
@@ -26,7 +26,7 @@ from trainer.trainer_utils import Run, read_rows, starting_model
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(LoraArgs):
     data_path: list[str] = option(
         [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
@@ -34,22 +34,12 @@ class Args(TrainArgs):
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "times to go through the data")
     lora_name: str = option("", "name of the addition; default: that of the data file")
-    lora_r: int = option(8, "rank: rows of A, columns of B")
-    lora_alpha: float = option(16.0, "the addition is scaled by alpha/r")
-    lora_dropout: float = option(0.0, "share of A's inputs set to 0 while training")
-    lora_targets: list[str] = option(
-        list(ATTENTION), "names of the linear layers, such as q_proj gate_proj; experts' too"
-    )
     sample_prompt: str = option("Who are you?", "asked at every evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.settings()  # checks them
         if self.save_weight:
             raise UserError("--save_weight: an addition has its name from --lora_name")
-
-    def settings(self) -> LoraSettings:
-        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
     @property
     def stage(self) -> str:

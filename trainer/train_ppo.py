@@ -25,6 +25,7 @@ with a head of zeros; no entropy bonus; gradients of both are clipped together.
     python trainer/train_ppo.py --from_weight full_sft --reward answer --data_path FILE
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ from trainer.command import run_stage
 from trainer.optimizers import Together, make_optimizer
 from trainer.rewards import Rewards
 from trainer.rollout import (
-    PromptCollator,
     Reference,
     RolloutArgs,
     RolloutBatch,
@@ -52,10 +52,12 @@ from trainer.rollout import (
     log_probs,
     micro_batches,
     policy_inputs,
+    prompt_batch,
     prompts_of,
     read_prompts,
     roll_out,
     saver,
+    shares,
     with_addition,
 )
 from trainer.trainer_utils import Run, starting_model, unwrapped
@@ -103,14 +105,6 @@ class ActorCritic(nn.Module):
         critic = self.critic(inputs["input_ids"], inputs["position_ids"])
         aux = None if actor.aux_loss is None else actor.aux_loss + critic.aux_loss
         return actor.log_probs, critic.scores[:, :-1], aux
-
-
-def critic_of(model: MiniMindForCausalLM) -> MiniMindForScoring:
-    """The same blocks with a head of zeros: at first it foretells nothing."""
-    critic = MiniMindForScoring(model.config)
-    critic.model.load_state_dict(model.model.state_dict())
-    nn.init.zeros_(critic.score.weight)
-    return critic.train()
 
 
 def token_rewards(batch: RolloutBatch, scores: Tensor, kl_coef: float) -> Tensor:
@@ -208,12 +202,12 @@ def minibatches(run: Run, batches: list[RolloutBatch]) -> Iterator[list[RolloutB
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     policy = starting_model(args, tokenizer)
-    critic = critic_of(policy)
+    critic = MiniMindForScoring.on(copy.deepcopy(policy))  # at first it foretells nothing
     model = ActorCritic(with_addition(args, policy), critic)
     run = Run(args, args.stage("ppo"), policy.config, tokenizer)
     prompts, held_out = read_prompts(run)
     rewards = Rewards(run, prompts)
-    loader = run.loader(prompts, PromptCollator(args.batch_size))
+    loader = run.loader(prompts, prompt_batch)
     run.announce(model, prompts, held_out)
 
     reference = Reference(run, policy) if args.kl_coef else None
@@ -247,7 +241,8 @@ def main(args: Args) -> dict[str, Any]:
         if held_out and run.due(args.eval_interval):
             sample, val_figures = evaluate_policy(run, policy, held_out, rewards)
             run.log_evaluation(sample, **val_figures)
-        run.log(**figures, **lengths_and_ends(completions), **sums.figures())
+        figures |= lengths_and_ends(completions) | sums.figures()
+        run.log(**shares(run, figures))
         run.save_every(model, optimizer, save=saver(args, lambda both: both.actor))
     return run.finish()
 

@@ -44,7 +44,6 @@ from trainer.command import run_stage
 from trainer.optimizers import make_optimizer
 from trainer.rewards import Rewards
 from trainer.rollout import (
-    PromptCollator,
     Reference,
     RolloutArgs,
     RolloutBatch,
@@ -55,10 +54,12 @@ from trainer.rollout import (
     log_probs,
     micro_batches,
     policy_inputs,
+    prompt_batch,
     prompts_of,
     read_prompts,
     roll_out,
     saver,
+    shares,
     with_addition,
 )
 from trainer.trainer_utils import Run, Window, starting_model
@@ -189,7 +190,7 @@ def main(args: Args) -> dict[str, Any]:
     prompts, held_out = read_prompts(run)
     rewards = Rewards(run, prompts)
     tracker = ValueTracker(len(prompts), args)
-    loader = run.loader(prompts, PromptCollator(args.batch_size))
+    loader = run.loader(prompts, prompt_batch)
     run.announce(model, prompts, held_out)
 
     reference = Reference(run, model) if args.beta else None
@@ -225,8 +226,8 @@ def main(args: Args) -> dict[str, Any]:
         if held_out and run.due(args.eval_interval):
             sample, val_figures = evaluate_policy(run, model, held_out, rewards)
             run.log_evaluation(sample, **val_figures)
-        figures |= {"value": values.mean().item(), **lengths_and_ends(completions)}
-        run.log(**figures, **sums.figures())
+        figures |= {"value": values.mean().item()} | lengths_and_ends(completions) | sums.figures()
+        run.log(**shares(run, figures))
         run.save_every(model, optimizer, save=saver(args), beside=tracker)
     return run.finish()
 

@@ -27,11 +27,13 @@ from dataclasses import asdict
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -39,7 +41,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Batch, Rows, WindowCollator, WindowSampler, document_lengths
+from dataset.packing import (
+    Batch,
+    Rows,
+    WindowCollator,
+    WindowSampler,
+    collate,
+    document_lengths,
+)
+from dataset.pairs import PairBatch, Pairs
 from model.errors import UserError
 from model.feed_forward import mixtures, nudge_bias
 from model.model_minimind import (
@@ -68,12 +78,12 @@ from trainer.plots import plot_losses
 from trainer.trackers import start_tracker
 
 # What is known since the last line of the log, when nothing is.
-NOTHING = dict(steps=0, tokens=0, seconds=0.0, loss=0.0, expert_load=None, figures=None)
+NOTHING = dict(steps=0, tokens=0, seconds=0.0, loss=0.0, figures={}, expert_load=None)
 COMPILING = 10  # updates for whose shapes blocks are compiled; later ones use what there is
 SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
 FIRST_WINDOW = 1024  # tokens of the first update, with --batch_ramp
 BAD_STEPS = 5  # as many non-finite updates in a row end a run
-SHOWN = ("reward", "accuracy")  # of what a stage logs beside the loss, in the bar
+SHOWN = ("reward", "accuracy", "margin")  # of what a stage logs beside the loss, in the bar
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the stored values is warned of
 
 
@@ -106,7 +116,40 @@ def starting_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniM
 
 
 def read_rows(run: "Run", kind: str) -> tuple[Rows, Rows | None]:
-    """Rows to train on and held-out rows (None if none are asked for).
+    """Rows to train on and held-out rows (None if none are asked for)."""
+    args = run.args
+    documents, chosen, separate, held_out = read_documents(run, kind)
+    shortest = document_lengths(documents)[chosen].min()
+    if kind != "text" and shortest > args.max_seq_len:
+        raise UserError(
+            f"every conversation is longer than --max_seq_len {args.max_seq_len} (the shortest has "
+            f"{shortest} tokens), which would cut each answer from its question; raise it"
+        )
+    rows = Rows(documents, args.max_seq_len, chosen, args.packing)
+    if len(rows) == 0:
+        raise UserError("no document of the data has two tokens, so there is nothing to predict")
+    if len(held_out) == 0:
+        return rows, None
+    return rows, Rows(separate, args.max_seq_len, held_out, args.packing)
+
+
+def read_pairs(run: "Run") -> tuple[Pairs, Pairs | None]:
+    """Pairs to train on and held-out pairs (None if none are asked for)."""
+    args = run.args
+    documents, chosen, separate, held_out = read_documents(run, "preferences")
+    pairs = Pairs(documents, args.max_seq_len, chosen)
+    if len(pairs) == 0:
+        raise UserError(
+            f"every pair has a side longer than --max_seq_len {args.max_seq_len} (of the shortest "
+            f"pair it has {pairs.longer_side.min()} tokens); raise it"
+        )
+    asked = Pairs(separate, args.max_seq_len, held_out) if len(held_out) else ()
+    return pairs, asked if len(asked) else None
+
+
+def read_documents(run: "Run", kind: str) -> tuple[Dataset, np.ndarray, Dataset, np.ndarray]:
+    """Documents and which of them are trained, documents and which of them are held out; a pair
+    counts as one document.
 
     Held-out documents come from --val_path, or are a share of --data_path that the order and
     number of its documents determine, so that later runs hold out the same ones.
@@ -122,27 +165,16 @@ def read_rows(run: "Run", kind: str) -> tuple[Rows, Rows | None]:
         )
     documents = load_documents(args.data_path, kind, run.tokenizer)
     separate = load_documents(args.val_path, kind, run.tokenizer) if args.val_path else None
-    order = np.random.default_rng(0).permutation(len(documents))
-    count = 0 if separate is not None else math.ceil(len(documents) * args.val_share)
-    if count >= len(documents):
+    each = 2 if kind == "preferences" else 1
+    order = np.random.default_rng(0).permutation(len(documents) // each)
+    count = 0 if separate is not None else math.ceil(len(order) * args.val_share)
+    if count >= len(order):
         raise UserError("the data is one document only; hold nothing out with --val_share 0")
     chosen, held_out = np.sort(order[count:]), order[:count]
-    shortest = document_lengths(documents)[chosen].min()
-    if kind != "text" and shortest > args.max_seq_len:
-        raise UserError(
-            f"every conversation is longer than --max_seq_len {args.max_seq_len} (the shortest has "
-            f"{shortest} tokens), which would cut each answer from its question; raise it"
-        )
     if separate is not None:
-        held_out = np.random.default_rng(0).permutation(len(separate))
-    rows = Rows(documents, args.max_seq_len, chosen, args.packing)
+        held_out = np.random.default_rng(0).permutation(len(separate) // each)
     held_out = np.sort(held_out[: args.val_documents])
-    if len(rows) == 0:
-        raise UserError("no document of the data has two tokens, so there is nothing to predict")
-    if len(held_out) == 0:
-        return rows, None
-    source = documents if separate is None else separate
-    return rows, Rows(source, args.max_seq_len, held_out, args.packing)
+    return documents, chosen, documents if separate is None else separate, held_out
 
 
 def unwrapped(model: nn.Module) -> MiniMindForCausalLM:
@@ -163,14 +195,14 @@ def first_window(
     return max(1, round(FIRST_WINDOW / (tokens_of_a_row or args.max_seq_len)))
 
 
-class Window(list[Batch]):
+class Window(list[Batch | PairBatch]):
     """The micro-batches of one update on this rank, and what all ranks hold together."""
 
     labelled: int  # tokens that carry loss: what the summed loss is divided by
     tokens: int  # tokens that are not padding
-    rows: int  # that have a token
+    rows: int  # that have a token; or pairs
 
-    def balance_loss(self, batch: Batch, outputs: CausalLMOutput) -> Tensor | float:
+    def balance_loss(self, batch: Batch | PairBatch, outputs: CausalLMOutput) -> Tensor | float:
         """The micro-batch's share of the balance loss of experts, a mean over the window's rows."""
         return 0.0 if outputs.aux_loss is None else outputs.aux_loss * batch.rows / self.rows
 
@@ -273,9 +305,9 @@ class Run:
 
     # -- the loop's verbs, in their order
 
-    def loader(self, rows: Rows, collator: Callable | None = None) -> DataLoader:
-        """Windows of micro-batches, in an order that depends on seed and epoch alone. `collator`
-        makes them from a window's rows where these are no documents."""
+    def loader(self, rows: Rows | Pairs, make_batch: Callable = collate) -> DataLoader:
+        """Windows of micro-batches, in an order that depends on seed and epoch alone; `make_batch`
+        makes one of rows and the id of padding."""
         args = self.args
         sampler = WindowSampler(
             len(rows),
@@ -293,7 +325,7 @@ class Run:
         return DataLoader(
             rows,
             batch_sampler=sampler,
-            collate_fn=collator or WindowCollator(args.batch_size, self.tokenizer.pad_token_id),
+            collate_fn=WindowCollator(args.batch_size, self.tokenizer.pad_token_id, make_batch),
             num_workers=args.num_workers,
             worker_init_fn=leave_signals_to_the_run,
             generator=torch.Generator(),  # not the global one, whose state a resumed run restores
@@ -444,15 +476,22 @@ class Run:
         """Whether something done every `interval` updates is to be done now; always at the end."""
         return self.step == self.steps_in_all or (interval > 0 and self.step % interval == 0)
 
-    def log(self, **figures: float) -> None:
-        """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker, with
-        the means of `figures` over these updates and all ranks; those that are NaN do not count."""
+    def log(self, **figures: Tensor) -> None:
+        """The bar now, and every log_interval updates a line of metrics.jsonl and the tracker.
+
+        Args:
+            figures: of this update, this rank's part of each: added up over the ranks, and
+                averaged over the updates of a line.
+        """
         pending = self.pending
-        self.count(figures)
+        values = self.sum_over_ranks(*map(float, figures.values()))
+        figures = dict(zip(figures, values, strict=True))
+        so_far = pending["figures"]
+        pending["figures"] = {name: so_far.get(name, []) + [figures[name]] for name in figures}
         speed = pending["tokens"] / max(1e-9, pending["seconds"])
         shown = {
             "loss": f"{self.loss:.3f}",
-            **{name: f"{figures[name]:.3f}" for name in SHOWN if name in figures},
+            **{name: f"{figure:.3f}" for name, figure in figures.items() if name in SHOWN},
             "lr": f"{self.args.learning_rate * self.lr_factor:.1e}",
             "tok/s": f"{speed:,.0f}",
             "GB": f"{hardware.memory_in_use(self.device) / 1e9:.1f}",
@@ -477,24 +516,10 @@ class Run:
             mfu=mfu and round(mfu, 4),
             memory_gb=round(hardware.memory_in_use(self.device) / 1e9, 2),
             skipped=self.skipped,
+            **{name: finite(fmean(values)) for name, values in pending["figures"].items()},
             **self.expert_figures(),
-            **self.means(),
         )
         self.pending = dict(NOTHING)
-
-    def count(self, figures: dict[str, float]) -> None:
-        so_far = self.pending["figures"] or {}
-        for name, figure in figures.items():
-            known = not math.isnan(figure)
-            total, times = so_far.get(name, (0.0, 0))
-            so_far[name] = (total + figure if known else total, times + known)
-        self.pending["figures"] = so_far or None
-
-    def means(self) -> dict[str, float | None]:
-        figures = self.pending["figures"] or {}
-        sums = iter(self.sum_over_ranks(*(n for figure in figures.values() for n in figure)))
-        pairs = zip(figures, sums, sums, strict=False)
-        return {name: finite(total / times) if times else None for name, total, times in pairs}
 
     def expert_figures(self) -> dict[str, list[float]]:
         """Of each layer, what its busiest expert had since the last log, as a multiple of the mean
@@ -627,7 +652,7 @@ class Run:
 
     # -- beginning and end
 
-    def announce(self, model: nn.Module, rows: Rows, held_out: Rows | None) -> None:
+    def announce(self, model: nn.Module, rows: Rows | Pairs, held_out: Rows | Pairs | None) -> None:
         """What is about to happen and what to expect of it, before the first step."""
         self.origin = {
             "data": rows.description,
