@@ -77,8 +77,9 @@ class MixtureOfExperts(nn.Module):
         loss = hidden.new_zeros((), dtype=torch.float32)
         if self.training:
             real = torch.ones_like(routing.scores[..., 0]) if real is None else real.float()
-            with torch.no_grad():
-                self.load += count_tokens(routing.chosen, real, len(self.experts)).sum(0)
+            if torch.is_grad_enabled():  # to look at log-probs is not to train on them
+                with torch.no_grad():
+                    self.load += count_tokens(routing.chosen, real, len(self.experts)).sum(0)
             if self.config.scoring_func == "softmax":
                 loss = self.config.aux_loss_alpha * balance_loss(routing, real, self.config.seq_aux)
         return out.view_as(hidden), loss

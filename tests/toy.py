@@ -80,9 +80,9 @@ def name_of(stage) -> str:
 class Trainer:
     """Trainings in a folder each: train("a", seed=1), then saved("a"), log("a")."""
 
-    def __init__(self, folder: Path, stage=train_pretrain):
+    def __init__(self, folder: Path, stage=train_pretrain, kind: tuple | None = None):
         self.folder, self.stage = folder, stage
-        self.write_data, self.examples, self.more = STAGES[stage]
+        self.write_data, self.examples, self.more = kind or STAGES[stage]
         self.data = self.write_data(folder / "data.jsonl", self.examples)
 
     def settings(self, name="a", **changes) -> dict:
