@@ -398,7 +398,7 @@ def test_two_processes_train_as_one(rl, more):
     more = dict(more, num_minibatches=1) if rl.stage is train_ppo else more
     rl("one", batch_size=4, **more)
     together(rl, 2, batch_size=2, **more)
-    assert_close(rl.saved()["model"], rl.saved("one")["model"], atol=1e-5, rtol=0)
+    assert_close(rl.saved()["model"], rl.saved("one")["model"], atol=1e-4, rtol=0)
     for ours, theirs in zip(rl.log("a", "reward"), rl.log("one", "reward"), strict=True):
         for name in ("reward", "entropy", "length", "tokens", "loss"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name

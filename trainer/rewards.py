@@ -20,6 +20,7 @@ auto takes the first that is there: --reward_model_path, out/reward_{size}.pth, 
 """
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -275,7 +276,8 @@ class Judge:
         if not run.args.judge_url:
             raise UserError("the reward judge needs --judge_url, the base URL of an OpenAI API")
         self.url, self.model = run.args.judge_url, run.args.judge_model or "default"
-        self.client = openai.OpenAI(base_url=self.url, max_retries=4, timeout=120)
+        key = os.environ.get("OPENAI_API_KEY", "none")  # servers of one's own want none
+        self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=4, timeout=120)
 
     def __call__(self, completions: list[Completion]) -> list[float]:
         return [self.mark(each) for each in completions]

@@ -296,10 +296,10 @@ def completion(run: Run, prompt: Prompt, tokens: list[int]) -> Completion:
     return Completion(prompt, tokens, text, tokens[-1] == run.tokenizer.eos_token_id)
 
 
-def shares(run: Run, figures: dict[str, float]) -> dict[str, float]:
-    """This rank's part of the mean over ranks, as `run.log` adds it up; NaN counts as 0."""
-    known = {name: 0.0 if math.isnan(each) else each for name, each in figures.items()}
-    return {name: each / run.ranks for name, each in known.items()}
+def shares(run: Run, count: int, figures: dict[str, float]) -> dict[str, float]:
+    """Of means over this rank's `count` answers, its part of those over all; NaN counts as 0."""
+    part = count / max(1.0, run.sum_over_ranks(count)[0])
+    return {name: 0.0 if math.isnan(each) else each * part for name, each in figures.items()}
 
 
 def lengths_and_ends(completions: list[Completion]) -> dict[str, float]:
@@ -452,9 +452,10 @@ class Sums:
             self.watched["kl"] += kl_estimate(new, batch.reference)[mask].sum().item()
 
     def figures(self) -> dict[str, float]:
-        """Means over the tokens: entropy; kl: to the reference; moved: KL to the policy that
-        sampled; clipped: the share whose ratio is beyond the clip."""
-        return {name: value / max(1, self.seen) for name, value in self.watched.items()}
+        """This rank's part of means over all tokens: entropy; kl, to the reference; moved, the KL
+        to the policy that sampled; clipped, the share whose ratio is beyond the clip."""
+        seen = max(1.0, self.run.sum_over_ranks(self.seen)[0])
+        return {name: value / seen for name, value in self.watched.items()}
 
 
 @uncompiled

@@ -226,8 +226,8 @@ def main(args: Args) -> dict[str, Any]:
         if held_out and run.due(args.eval_interval):
             sample, val_figures = evaluate_policy(run, model, held_out, rewards)
             run.log_evaluation(sample, **val_figures)
-        figures |= {"value": values.mean().item()} | lengths_and_ends(completions) | sums.figures()
-        run.log(**shares(run, figures))
+        figures |= {"value": values.mean().item(), **lengths_and_ends(completions)}
+        run.log(**shares(run, len(completions), figures), **sums.figures())
         run.save_every(model, optimizer, save=saver(args), beside=tracker)
     return run.finish()
 
