@@ -1,8 +1,8 @@
 """Pairs of a chosen and a rejected document → batches, for DPO and reward models.
 
-A batch takes as few tokens as it can: its rows are as long as its longest document, and shorter
-documents share a row (best fit, as in packing.py). `position_ids` restart at 0 with each, by which
-the model keeps them apart.
+A batch has few more tokens than its documents: its rows are as long as the longest of them, or ROW
+tokens, and shorter documents share a row (best fit, as in packing.py). `position_ids` restart at 0
+with each, by which the model keeps them apart.
 
 Letters in the shape comments: B rows   T tokens of a row   N pairs of a batch
 """
@@ -15,6 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 
 from dataset.packing import IGNORED, best_fit_rows, document_lengths
+
+ROW = 256  # tokens: in longer rows attention masks much of what it computes, on a CPU
 
 
 @dataclass
@@ -136,9 +138,10 @@ def collate_pairs(
     ids = [side for pair in pairs for side in pair["input_ids"]]
     trained = [side for pair in pairs for side in pair["trained"]]
     lengths = np.array([len(side) for side in ids], dtype=np.int64)
-    longest = max(2, lengths.max(initial=0))
-    row_of = best_fit_rows(lengths, longest) if packing else np.arange(len(ids))
+    longest = lengths.max(initial=2)
+    row_of = best_fit_rows(lengths, max(longest, ROW)) if packing else np.arange(len(ids))
     rows = int(row_of.max(initial=0)) + 1
+    longest = int(np.bincount(row_of, lengths).max(initial=longest))
 
     input_ids = np.full((rows, longest), pad_id, dtype=np.int64)
     labels = np.full((rows, longest), IGNORED, dtype=np.int64)
