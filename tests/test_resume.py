@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from toy import (
+    KINDS,
     TEXTS,
     Trainer,
     assert_close,
@@ -239,9 +240,7 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     monkeypatch.setattr(lm_dataset, "LINES_PER_TASK", 1)
     encode = lm_dataset.encode_task
     monkeypatch.setattr(lm_dataset, "encode_task", lambda *args: time.sleep(0.1) or encode(*args))
-    kind = {text_file: "text", chat_file: "conversations", pair_file: "preferences"}[
-        any_stage.write_data
-    ]
+    kind = KINDS[any_stage.write_data]
     load = partial(
         load_documents,
         any_stage.data,
