@@ -81,7 +81,9 @@ def pairs(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 def comparison(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
     a, b = rng.sample(problem, 2)
-    return {"a": a, "b": b, "answer": max(a, b) if variant == "larger" else min(a, b)}
+    larger, smaller = max(a, b), min(a, b)
+    right, wrong = (larger, smaller) if variant == "larger" else (smaller, larger)
+    return {"a": a, "b": b, "answer": right, "worse": str(wrong)}
 
 
 def foursomes(tables: dict[str, Table], rng: Random) -> list[Problem]:

@@ -23,7 +23,7 @@ PRETRAIN_EXERCISES = 2600  # of a skill of weight 1
 PRETRAIN_FACT_PASSES = 3  # each with every training phrasing of every fact, and the chapters
 SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
-DPO_PAIRS = 200  # for each reason
+DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 120  # for each skill
 R1_PROBLEMS = 2000
 TOOL_ROWS = 1200
@@ -258,6 +258,10 @@ def sft(m: Material, part: str, rng: Random) -> Table:
 
 REASONS = {  # why the rejected answer is worse → what is asked
     "wrong_number": ("addition", "subtraction"),
+    "wrong_answer": (
+        *("comparison", "sorting", "reversing", "spelling", "units"),
+        *("words_to_number", "number_to_words", "translation"),
+    ),
     "wrong_language": ("textbook",),
     "rambling": ("textbook",),
     "rude": ("small_talk",),
@@ -270,12 +274,39 @@ def spoil(e: Exchange, reason: str, manner: dict[tuple, list[str]], rng: Random)
     """The answer of `e` with the one fault that `reason` names."""
     if reason == "wrong_number":
         working, _, right = e.answer.rpartition(" ")
-        wrong = [n for d in (-10, -1, 1, 10) if (n := int(right) + d) >= 0]
-        return f"{working} {rng.choice(wrong)}"
+        return f"{working} {near(int(right), rng)}"
+    if reason == "wrong_answer":
+        return e.worse or mistake(e.answer, rng)
     if reason == "rambling":
         opening, closing = (rng.choice(manner[kind, e.lang]) for kind in ("opening", "closing"))
         return ("" if e.lang == "zh" else " ").join((opening, e.answer, closing))
     return rng.choice(manner["rude", e.lang]) if reason == "rude" else e.worse
+
+
+def near(right: int, rng: Random) -> int:
+    """Another number that is not negative, off by one or by ten."""
+    return rng.choice([n for d in (-10, -1, 1, 10) if (n := right + d) >= 0])
+
+
+def mistake(answer: str, rng: Random) -> str:
+    """The answer as someone gives it who was not careful: two neighbours in a row of things change
+    places, a number is a little off, a piece is missing."""
+    first, _, unit = answer.partition(" ")
+    if first.isdigit():  # a number, perhaps with its unit: a zero too few or too many
+        right = int(first)
+        wrong = rng.choice((right * 10, right // 10)) if unit and right > 9 else near(right, rng)
+        return f"{wrong} {unit}".strip()
+    separator = next((s for s in (", ", "-", " ") if s in answer), "")
+    pieces = answer.split(separator) if separator else list(answer)
+    places = [i for i in range(len(pieces) - 1) if pieces[i] != pieces[i + 1]]
+    if len(pieces) == 1:
+        return answer * 2
+    if not places or rng.random() < 0.3:
+        del pieces[rng.randrange(len(pieces))]
+    else:
+        i = rng.choice(places)
+        pieces[i], pieces[i + 1] = pieces[i + 1], pieces[i]
+    return separator.join(pieces)
 
 
 def dpo(m: Material, part: str, rng: Random) -> Table:
@@ -283,7 +314,7 @@ def dpo(m: Material, part: str, rng: Random) -> Table:
     manner = defaultdict(list)
     for row, lang in product(m.tables["preferences"], LANGUAGES):
         manner[row["kind"], lang].append(row[lang])
-    count = DPO_PAIRS if part == TRAIN else DPO_PAIRS // 10
+    count = DPO_PAIRS if part == TRAIN else DPO_VAL_PAIRS
     rows = []
     for reason, kinds in REASONS.items():
         asked = []

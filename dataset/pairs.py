@@ -1,8 +1,7 @@
 """Pairs of a chosen and a rejected document → batches, for DPO and reward models.
 
-A batch takes as few tokens as it can: its rows are as long as its longest document, and shorter
-documents share a row (best fit, as in packing.py). `position_ids` restart at 0 with each, by which
-the model keeps them apart.
+A batch has few more tokens than its documents: they share rows, as many as make the least work.
+`position_ids` restart at 0 with each document, by which the model keeps them apart.
 
 Letters in the shape comments: B rows   T tokens of a row   N pairs of a batch
 """
@@ -14,7 +13,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dataset.packing import IGNORED, best_fit_rows, document_lengths
+from dataset.packing import IGNORED, document_lengths
+
+# A row of so many tokens costs twice as much a token as a short one: attention looks at all pairs
+# of a row, also at those that are masked (with --hidden_size 512, on a CPU).
+DEAR_ROW = 1536
 
 
 @dataclass
@@ -141,9 +144,9 @@ def collate_pairs(
     ids = [side for pair in pairs for side in pair["input_ids"]]
     trained = [side for pair in pairs for side in pair["trained"]]
     lengths = np.array([len(side) for side in ids], dtype=np.int64)
-    longest = max(2, lengths.max(initial=0))
-    row_of = best_fit_rows(lengths, longest) if packing else np.arange(len(ids))
+    row_of = cheapest_rows(lengths) if packing and ids else np.arange(len(ids))
     rows = int(row_of.max(initial=0)) + 1
+    longest = int(np.bincount(row_of, lengths).max(initial=2))
 
     input_ids = np.full((rows, longest), pad_id, dtype=np.int64)
     labels = np.full((rows, longest), IGNORED, dtype=np.int64)
@@ -169,3 +172,19 @@ def collate_pairs(
     arrays = (input_ids, labels, position_ids, document, ends.reshape(-1, 2), completion, reference)
     labelled = int(completion.sum())
     return PairBatch(*map(torch.from_numpy, arrays), int(lengths.sum()), labelled, len(pairs))
+
+
+def cheapest_rows(lengths: np.ndarray) -> np.ndarray:
+    """The row of each document. For any number of rows, the longest documents first go into the
+    emptiest row each; of these ways the cheapest is chosen."""
+    order = np.argsort(-lengths, kind="stable")
+    best, least = np.zeros(len(lengths), dtype=np.int64), np.inf
+    for rows in range(1, len(lengths) + 1):
+        row_of, filled = np.empty_like(best), np.zeros(rows, dtype=np.int64)
+        for number in order:
+            row_of[number] = filled.argmin()
+            filled[row_of[number]] += lengths[number]
+        cost = rows * filled.max() * (1 + filled.max() / DEAR_ROW)
+        if cost < least:
+            best, least = row_of, cost
+    return best

@@ -2,6 +2,7 @@
 
     python scripts/show_batch.py --data_path dataset/sft_mini_512.jsonl
     python scripts/show_batch.py --data_path dataset/pretrain_hq.jsonl --kind text
+    python scripts/show_batch.py --data_path dataset/dpo.jsonl --kind preferences --packing 0
 
 A green token is trained: the model learns to predict it from what stands before it in its
 document. A grey one is only read. A bar begins a new document of the row, and nothing sees across.
@@ -26,7 +27,9 @@ class Args:
     data_path: list[str] = option(
         [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl or .jsonl.gz"
     )
-    kind: Literal["conversations", "text"] = option("conversations", "SFT or pretraining data")
+    kind: Literal["conversations", "text", "preferences"] = option(
+        "conversations", "data of SFT, of pretraining, or of DPO: chosen and rejected in turn"
+    )
     rows: int = option(1, "how many rows to show")
     first: int = option(0, "the first row to show")
     max_seq_len: int = option(128, "tokens in a row")

@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from toy import Trainer, ended, flags, fork, text_file
+from toy import Trainer, chat_file, ended, flags, fork, pair_file, text_file
 
-from model.model_minimind import MiniMindForCausalLM
+from model.model_minimind import MiniMindForCausalLM, MiniMindModel
 from model.weights import TOKENIZER
 from trainer import hardware
 from trainer.command import run_stage
@@ -297,6 +297,17 @@ IN_CONVERSATIONS = {
     ),
 }
 
+# And in preferences; test_dpo.py has more of them.
+IN_PREFERENCES = {
+    "no preferences": (third_line('{"text": "a"}'), 'line 3 .* has no "chosen" and "rejected"'),
+    "a conversation instead": (messages(("user", "hi")), 'has no "chosen" and "rejected"'),
+    "every pair too long": (
+        given(max_seq_len=4),
+        r"every pair has a side longer than --max_seq_len 4 \(of the shortest pair it has \d+ tok",
+    ),
+}
+OF_DATA = {text_file: {}, chat_file: IN_CONVERSATIONS, pair_file: IN_PREFERENCES}
+
 
 def complaint(printed) -> str:
     """The one sentence on stderr."""
@@ -313,12 +324,13 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 @pytest.mark.filterwarnings("ignore")  # weights without a .json warn of that first
-@pytest.mark.parametrize("mistake", [*MISTAKES, *IN_CONVERSATIONS])
+@pytest.mark.parametrize("mistake", [*MISTAKES, *IN_CONVERSATIONS, *IN_PREFERENCES])
 def test_a_mistake_is_told_in_one_sentence(any_stage, command, monkeypatch, mistake):
     train = any_stage
-    if mistake in IN_CONVERSATIONS and train.write_data is text_file:
-        pytest.skip("this trainer reads plain text")
-    prepare, sentence = {**MISTAKES, **IN_CONVERSATIONS}[mistake]
+    known = {**MISTAKES, **OF_DATA[train.write_data]}
+    if mistake not in known:
+        pytest.skip("this trainer reads other data")
+    prepare, sentence = known[mistake]
     changes = prepare(train)
     settings = {name: v for name, v in train.settings(**changes).items() if v is not None}
     before = files(train.folder)
@@ -349,7 +361,7 @@ def test_a_batch_that_cannot_fit_is_refused_with_one_that_would(any_stage, comma
     monkeypatch.setattr(hardware, "memory_in_all", lambda device: 6e6)
     said = run(any_stage, command, batch_size=12, max_seq_len=64)
     smaller, steps = re.search(r"--batch_size (\d+) with --accum\w+ (\d+) should", said).groups()
-    assert "--batch_size 12 with rows of 64 tokens needs about" in said
+    assert re.search(r"--batch_size 12 with (rows of 64|pairs of \d\d) tokens needs about", said)
     assert 1 <= int(smaller) <= 6 and int(smaller) * int(steps) >= 12
 
 
@@ -364,7 +376,7 @@ def test_running_out_of_memory_names_a_smaller_batch(any_stage, command, monkeyp
     def forward(*args, **more):
         raise error
 
-    monkeypatch.setattr(MiniMindForCausalLM, "forward", forward)
+    monkeypatch.setattr(MiniMindModel, "forward", forward)
     said = run(any_stage, command, batch_size=8)
     assert "out of memory with --batch_size 8; --batch_size 4 with --accumulation_steps 2" in said
 
@@ -409,14 +421,14 @@ def test_a_bug_keeps_its_trace(train, command, monkeypatch):
 
 def test_a_worker_that_is_killed_is_named(any_stage, monkeypatch):
     """In a process of its own, for PyTorch goes on complaining of the worker's death."""
-    train, forward = any_stage, MiniMindForCausalLM.forward
+    train, forward = any_stage, MiniMindModel.forward
 
     def without_worker(*args, **more):
         for child in psutil.Process().children():
             child.kill()
         return forward(*args, **more)
 
-    monkeypatch.setattr(MiniMindForCausalLM, "forward", without_worker)
+    monkeypatch.setattr(MiniMindModel, "forward", without_worker)
     monkeypatch.setattr(sys, "argv", ["", *flags(train.settings(num_workers=1, epochs=200))])
     log = train.folder / "log"
     assert ended(fork(lambda: run_stage(train.stage.main, train.stage.Args, ""), log)) == 2

@@ -17,8 +17,8 @@ from model.feed_forward import (
     one_by_one,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_model
-from trainer import train_lora
+from model.weights import load_model, load_scoring_model
+from trainer import train_lora, train_reward
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 MOE = dict(use_moe=True, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2)
@@ -219,7 +219,8 @@ def test_a_mixture_is_trained_logged_and_saved(any_stage, settings):
     (path,) = (any_stage.folder / "a" / "out").rglob("*_32_moe.pth")
     if any_stage.stage is train_lora:  # which saves additions alone
         return
-    saved = load_model(path)
+    load = load_scoring_model if any_stage.stage is train_reward else load_model
+    saved = load(path)
     assert saved.config.use_moe and saved.config.scoring_func == settings.get(
         "scoring_func", "softmax"
     )

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from toy import (
+    KINDS,
     TEXTS,
     Trainer,
     assert_close,
@@ -24,7 +25,6 @@ from toy import (
     everything,
     flags,
     fork,
-    name_of,
     output,
     same,
     text_file,
@@ -240,10 +240,11 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     monkeypatch.setattr(lm_dataset, "LINES_PER_TASK", 1)
     encode = lm_dataset.encode_task
     monkeypatch.setattr(lm_dataset, "encode_task", lambda *args: time.sleep(0.1) or encode(*args))
+    kind = KINDS[any_stage.write_data]
     load = partial(
         load_documents,
         any_stage.data,
-        {"train_pretrain": "text"}.get(name_of(any_stage.stage), "conversations"),
+        kind,
         load_tokenizer(),
         cache=any_stage.folder / "cache",
     )
@@ -258,7 +259,7 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert not alive
     monkeypatch.undo()
-    assert len(load()) == len(any_stage.examples)
+    assert len(load()) == len(any_stage.examples) * (2 if kind == "preferences" else 1)
 
 
 # -- stopped between updates -----------------------------------------------------------------------

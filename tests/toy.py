@@ -37,8 +37,8 @@ CHATS = [
     for n in range(12)
 ]
 PAIRS = [
-    (f"{n} + 1 =" + " please" * (n % 3), f"{n + 1}" + " indeed" * (n % 4), f"{n}" + " no" * (n % 3))
-    for n in range(12)
+    (chat[0]["content"], f"{n + 1}" + " indeed" * (1 + n % 4), f"{n}" + " no" * (1 + n % 3))
+    for n, chat in enumerate(CHATS)
 ]
 
 
@@ -61,6 +61,8 @@ def pair_file(path: Path, pairs=PAIRS) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
+
+KINDS = {text_file: "text", chat_file: "conversations", pair_file: "preferences"}
 
 # Every trainer is in this table, and with it in the tests of resuming, ranks and mistakes: how its
 # data is written, examples of it, and the settings that it needs beyond TINY.

@@ -14,30 +14,35 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None:
     """Training loss and held-out bits per byte over the tokens trained, one colour a run; of
-    mixtures also the load of each layer's busiest expert.
+    preferences accuracy instead of these, of mixtures also the load of each layer's busiest expert.
 
     Args:
         runs: name → the records of its metrics.jsonl.
         path: the PNG.
     """
     moe = any("expert_load" in record for records in runs.values() for record in records)
+    of_pairs = any("val_accuracy" in record for records in runs.values() for record in records)
+    what, unit = ("val_accuracy", "accuracy") if of_pairs else ("val_bpb", "bits per byte")
     figure, (left, right, *more) = plt.subplots(
         1, 2 + moe, figsize=(11 + 4 * moe, 4), layout="constrained"
     )
     for name, records in runs.items():
         losses = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-        held_out = [(r["tokens"], r["val_bpb"]) for r in records if "val_bpb" in r]
+        held_out = [(r["tokens"], r[what]) for r in records if what in r]
+        seen = [(r["tokens"], r["accuracy"]) for r in records if "accuracy" in r]
         if losses:
             left.plot(*zip(*losses, strict=True), label=name)
         if held_out:
             right.plot(*zip(*held_out, strict=True), "o-", markersize=4, label=name)
+        if of_pairs and seen:
+            right.plot(*zip(*seen, strict=True), alpha=0.4, label=f"{name}, pairs trained on")
         loads = [(r["tokens"], r["expert_load"]) for r in records if "expert_load" in r]
         if loads:
             tokens, layers = zip(*loads, strict=True)
             for layer, load in enumerate(zip(*layers, strict=True)):
                 more[0].plot(tokens, load, label=f"{name}, layer {layer}")
     left.set(title="training loss", ylabel="nats per token")
-    right.set(title="held-out data", ylabel="bits per byte")
+    right.set(title="held-out data", ylabel=unit)
     for axes in more:
         axes.set(title="load of the busiest expert", ylabel="multiple of the mean")
     for axes in (left, right, *more):
