@@ -45,7 +45,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer, save_weights, write_json
-from trainer import reference, train_dpo, trainer_utils
+from trainer import reference, train_dpo
 from trainer.hardware import describe_machine
 
 
@@ -166,7 +166,7 @@ def minimind(args: Args) -> dict[str, float]:
 
 def minimind_padded(args: Args) -> dict[str, float]:
     """Each side in a row of max_seq_len."""
-    collate_pairs = trainer_utils.collate_pairs
+    collate_pairs = train_dpo.collate_pairs
 
     def padded(pairs, pad_id, packing):
         batch = collate_pairs(pairs, pad_id, packing=False)
@@ -179,7 +179,7 @@ def minimind_padded(args: Args) -> dict[str, float]:
         batch.position_ids = torch.cat([batch.position_ids, places], dim=1)
         return batch
 
-    trainer_utils.collate_pairs = padded
+    train_dpo.collate_pairs = padded
     return {"": minimind(args)[""]}
 
 
