@@ -6,6 +6,8 @@
     answer       1 if it is the row's "answer", but for case, space and a full stop; with
                  --reasoning 1 what stands between <answer> and </answer> counts
     number       1 if its last number is that of the row's "answer"
+    similarity   how much of it agrees with the row's "answer", from 0 to 1 (difflib's ratio): where
+                 whole answers are rare, this tells which of the wrong ones are less so
     format       for <think>…</think><answer>…</answer>: 0.1 for each tag that is there once, 0.6
                  more for the whole form
     language     the share of its letters that are Chinese, or for another question are not
@@ -24,6 +26,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ class Rewards:
 
     def part(self, name: str, prompts: Prompts) -> Reward:
         args = self.run.args
-        if name in ("answer", "number"):
+        if name in ("answer", "number", "similarity"):
             lacking = sum(prompt.answer is None for prompt in prompts.prompts)
             if lacking:
                 raise UserError(
@@ -70,6 +73,7 @@ class Rewards:
         rules = {
             "answer": lambda each: same_answer(answer_in(each, args), each.prompt.answer),
             "number": lambda each: same_number(answer_in(each, args), each.prompt.answer),
+            "similarity": lambda each: similarity(answer_in(each, args), each.prompt.answer),
             "format": lambda each: form(each.text, opened=args.reasoning),
             "language": same_language,
             "length": lambda each: 1 - len(each.tokens) / args.max_gen_len,
@@ -107,7 +111,9 @@ def mean(values: Tensor) -> float:
     return values[~values.isnan()].mean().item() if len(values) else math.nan
 
 
-NAMES = "answer number format language length repetition model transformers judge".split()
+NAMES = (
+    "answer number similarity format language length repetition model transformers judge".split()
+)
 
 
 def parse(words: list[str]) -> dict[str, float]:
@@ -156,6 +162,10 @@ def answer_in(completion: Completion, args: RolloutArgs) -> str:
 
 def same_answer(text: str, answer: str) -> bool:
     return fold(text) == fold(answer)
+
+
+def similarity(text: str, answer: str) -> float:
+    return SequenceMatcher(None, fold(text), fold(answer), autojunk=False).ratio()
 
 
 def same_number(text: str, answer: str) -> bool:

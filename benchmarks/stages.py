@@ -1,0 +1,348 @@
+"""Does each algorithm learn? Every stage on a small model that was left unfinished, several seeds.
+
+    python benchmarks/stages.py [--stage dpo grpo] [--seeds 42 43 44] [--json FILE]    (make stages)
+
+The model is the demo's (3.0M parameters, data of `python -m dataset.demo`), whose fine-tuning was
+stopped before its learning rate had come down, so that it answers about half of the held-out
+questions of the skills. It is trained once and kept in --output; so is everything that follows.
+Then each stage is trained for a minute or two with each seed, by the commands that are printed,
+and measured on what is in no training file:
+
+    skill_accuracy       greedy answers to held-out problems of 13 skills that are exactly right
+    rule_reward          how far they agree with the truth, from 0 to 1
+    preference_accuracy  held-out pairs whose better answer has the higher implicit reward,
+                         log π/π_ref: DPO's own measure
+    pair_accuracy        of the reward model: held-out pairs whose better answer scores higher
+    kl                   nats that an answer (sampled at temperature 1) departs from the start
+    length               tokens of an answer
+
+with standard errors. The report has a row for each metric that has a target: {stage, seed, metric,
+before, after, target, met}, the other figures beside it; curves of each stage are drawn.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dataset.demo import grade, load_tests, write_demo_data
+from dataset.lm_dataset import encode_chat, load_documents
+from dataset.pairs import Pairs, collate_pairs
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.generation import generate, prepare_to_decode
+from model.model_minimind import MiniMindForCausalLM
+from model.sampling import Sampling
+from model.weights import OUT, load_model, load_tokenizer, write_json
+from scripts.demo import COMMON, HIDDEN_SIZE, PRETRAIN, SFT
+from trainer import (
+    train_dpo,
+    train_full_sft,
+    train_grpo,
+    train_ppo,
+    train_pretrain,
+    train_reward,
+    train_spo,
+)
+from trainer.hardware import describe_machine
+from trainer.reference import completion_log_probs
+from trainer.rewards import similarity
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340, which the demo makes
+FROM = "--from_weight {base}/full_sft_{size}.pth"
+RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --reward answer:1 similarity:1
+    --max_gen_len 48 --update_batch_size 64 --rollout_batch_size 128 --num_workers 0"""
+PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.jsonl
+    --val_documents 1000 --max_seq_len 256 --num_workers 0"""
+
+
+@dataclass
+class Stage:
+    trainer: Any
+    flags: str
+    targets: dict[str, tuple[str, float]]  # metric → "at least" or "before and", and how much
+    curve: str  # what of the log is drawn
+
+
+UP_15 = {"skill_accuracy": ("gain", 0.15)}
+STAGES = {
+    "reward": Stage(
+        train_reward,
+        f"{PAIRS} --batch_size 16 --learning_rate 3e-4 --max_steps 150",
+        {"pair_accuracy": ("level", 0.85)},
+        "accuracy",
+    ),
+    "dpo": Stage(
+        train_dpo,
+        f"{PAIRS} --batch_size 16 --learning_rate 1e-4 --max_steps 150",
+        {"preference_accuracy": ("level", 0.85), "skill_accuracy": ("gain", -0.03)},
+        "accuracy",
+    ),
+    "ppo": Stage(
+        train_ppo,
+        f"{RL} --batch_size 128 --learning_rate 1e-4 --critic_learning_rate 2e-4 --max_steps 50",
+        UP_15,
+        "reward",
+    ),
+    "grpo": Stage(
+        train_grpo,
+        f"{RL} --batch_size 16 --num_generations 8 --learning_rate 1e-4 --beta 0 --max_steps 60",
+        UP_15,
+        "reward",
+    ),
+    "spo": Stage(
+        train_spo,
+        f"{RL} --batch_size 128 --accumulation_steps 1 --learning_rate 1e-4 --beta 0 "
+        "--max_steps 60",
+        UP_15,
+        "reward",
+    ),
+}
+
+
+@dataclass
+class Args:
+    stage: list[str] = option(list(STAGES), "which stages")
+    seeds: list[int] = option([42, 43, 44], "each stage is trained with each of them")
+    questions: int = option(120, "held-out questions of each of the 13 skills at most")
+    output: str = option(str(OUT / "stages"), "folder of data, weights, logs and curves")
+    json: str = option(str(OUT / "stages_report.json"), "the report")
+    max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
+
+
+def main(args: Args) -> dict[str, Any]:
+    unknown = set(args.stage) - set(STAGES)
+    if unknown:
+        raise UserError(f"--stage: {min(unknown)} is unknown; there are {', '.join(STAGES)}")
+    started, console, out = time.time(), Console(highlight=False), Path(args.output)
+    base = unfinished_model(console, out, args)
+    measure = Measure(out / "data", load_model(base), args.questions)
+    before = measure.policy(measure.base)
+    told = ", ".join(f"{name} {value:.3f}" for name, value in before.items())
+    console.print(f"unfinished model: {told}")
+    rows, curves = [], {}
+    for name in args.stage:
+        for seed in args.seeds:
+            console.rule(f"{name}, seed {seed}")
+            result = train(console, name, seed, out, args)
+            path = out / f"{name}_{seed}_{HIDDEN_SIZE}.pth"
+            after = measure.scorer(result) if name == "reward" else measure.policy(load_model(path))
+            rows += judged(name, seed, before, {**after, "seconds": round(result["seconds"], 1)})
+            curves.setdefault(name, {})[seed] = result["records"]
+            report = {
+                "date": str(date.today()),
+                "machine": describe_machine(torch.device("cpu")),
+                "seconds": round(time.time() - started, 1),
+                "unfinished": before,
+                "questions": measure.count,
+                "rows": rows,
+            }
+            write_json(args.json, report)  # after each: hours of others' time are not lost
+    draw(curves, out / "stages.png")
+    show(console, report)
+    console.print(f"figures: {args.json}\ncurves:  {out / 'stages.png'}")
+    return report
+
+
+def unfinished_model(console: Console, out: Path, args: Args) -> Path:
+    """Data and base model; made once."""
+    base = out / "base"
+    path = base / f"full_sft_{HIDDEN_SIZE}.pth"
+    write_demo_data(out / "data", seed=42)
+    kinds = ((train_pretrain, PRETRAIN, ""), (train_full_sft, SFT, "--lr_schedule constant"))
+    for stage, flags, more in kinds:
+        name = Path(stage.__file__).stem.removeprefix("train_")
+        if (base / f"{name}_{HIDDEN_SIZE}.pth").exists():
+            continue
+        steps = min(BASE_STEPS[name], args.max_steps or BASE_STEPS[name])
+        text = f"{flags} {COMMON} {more} --max_steps {steps} --num_workers 0"
+        words = [w.format(data=out / "data", out=base, device="cpu") for w in text.split()]
+        run(console, stage, words)
+    return path
+
+
+def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict[str, Any]:
+    stage = STAGES[name]
+    places = dict(base=out / "base", data=out / "data", size=HIDDEN_SIZE)
+    words = [word.format(**places) for word in stage.flags.split()]
+    words += f"--seed {seed} --save_weight {name}_{seed} --device cpu --log_interval 2".split()
+    words += "--save_interval 0 --eval_interval 0".split()
+    words += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
+    if args.max_steps:
+        words += ["--max_steps", str(args.max_steps)]
+    return run(console, stage.trainer, words)
+
+
+def run(console: Console, stage: Any, words: list[str]) -> dict[str, Any]:
+    script = Path(stage.__file__).name
+    console.print(f"$ python trainer/{script} {' '.join(words)}\n", soft_wrap=True)
+    result = stage.main(parse_arguments(stage.Args, arguments=words))
+    if result["stopped"]:
+        raise UserError("stopped; what was finished is in the report")
+    return result
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class Measure:
+    """The same held-out questions and pairs for every model."""
+
+    def __init__(self, data: Path, base: MiniMindForCausalLM, questions: int):
+        self.base, self.tokenizer = base, load_tokenizer()
+        self.questions = []
+        counts: dict[str, int] = {}
+        for row in load_tests(data)["skills"]:
+            counts[row["skill"]] = counts.get(row["skill"], 0) + 1
+            if counts[row["skill"]] <= questions:
+                self.questions.append(row)
+        self.prompts = [
+            encode_chat(
+                self.tokenizer,
+                [{"role": "user", "content": row["prompt"]}],
+                add_generation_prompt=True,
+            ).ids
+            for row in self.questions
+        ]
+        documents = load_documents(data / "dpo_val.jsonl", "preferences", self.tokenizer)
+        self.pairs = Pairs(documents, 256)
+        self.reference = self.pair_log_probs(base)
+
+    @property
+    def count(self) -> dict[str, int]:
+        return {"questions": len(self.questions), "pairs": len(self.pairs)}
+
+    def policy(self, model: MiniMindForCausalLM) -> dict[str, float]:
+        """The figures of a language model."""
+        sampling = Sampling(max_new_tokens=64, temperature=0)
+        decoder = prepare_to_decode(load_copy(model))
+        tokens = [
+            reply
+            for at in range(0, len(self.prompts), 128)
+            for reply in generate(decoder, self.prompts[at : at + 128], sampling)
+        ]
+        replies = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        pairs = list(zip(self.questions, replies, strict=True))
+        right = [grade(row["answer"], reply) for row, reply in pairs]
+        log_ratios = self.pair_log_probs(model) - self.reference
+        preferred = (log_ratios[:, 0] > log_ratios[:, 1]).float()
+        return {
+            "skill_accuracy": sum(right) / len(right),
+            "skill_accuracy_error": standard_error(sum(right) / len(right), len(right)),
+            "rule_reward": sum(similarity(r, row["answer"]) for row, r in pairs) / len(pairs),
+            "preference_accuracy": preferred.mean().item(),
+            "preference_accuracy_error": standard_error(preferred.mean().item(), len(preferred)),
+            "kl": self.distance(model, decoder),
+            "length": sum(map(len, tokens)) / len(tokens),
+        }
+
+    @torch.no_grad()
+    def pair_log_probs(self, model: MiniMindForCausalLM) -> torch.Tensor:
+        """[pairs, 2]"""
+        found = []
+        for at in range(0, len(self.pairs), 32):
+            some = [self.pairs[n] for n in range(at, min(at + 32, len(self.pairs)))]
+            found.append(completion_log_probs(model, collate_pairs(some)))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def distance(self, model: MiniMindForCausalLM, decoder: MiniMindForCausalLM) -> float:
+        """KL(model ‖ base) of an answer, estimated from 256 sampled ones."""
+        prompts = self.prompts[:: max(1, len(self.prompts) // 256)]
+        replies = generate(decoder, prompts, Sampling(64, seed=0))
+        total = 0.0
+        for prompt, reply in zip(prompts, replies, strict=True):
+            ids = torch.tensor([prompt + reply])
+            labels = ids.clone()
+            labels[:, : len(prompt)] = -100
+            both = (m(ids, labels=labels, return_log_probs=True) for m in (model, self.base))
+            own, theirs = (each.log_probs.sum().item() for each in both)
+            total += own - theirs
+        return total / len(prompts)
+
+    def scorer(self, result: dict[str, Any]) -> dict[str, float]:
+        """The figures of a reward model, by its own evaluation at its end."""
+        accuracy = result["val_accuracy"]
+        return {
+            "pair_accuracy": accuracy,
+            "pair_accuracy_error": standard_error(accuracy, len(self.pairs)),
+        }
+
+
+def load_copy(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """`prepare_to_decode` makes a model unfit for anything else."""
+    same = MiniMindForCausalLM(model.config)
+    same.load_state_dict(model.state_dict())
+    return same.eval()
+
+
+def standard_error(share: float, count: int) -> float:
+    return math.sqrt(share * (1 - share) / count)
+
+
+def judged(stage: str, seed: int, before: dict, after: dict) -> list[dict[str, Any]]:
+    """A row for each metric that has a target."""
+    rows = []
+    for metric, (kind, amount) in STAGES[stage].targets.items():
+        start = before.get(metric, 0.5)  # a reward model scores everything alike at first
+        target = start + amount if kind == "gain" else amount
+        beside = {name: value for name, value in after.items() if name != metric}
+        rows.append(
+            dict(stage=stage, seed=seed, metric=metric, before=start, after=after[metric])
+            | dict(target=target, met=after[metric] >= target, beside=beside)
+        )
+    return rows
+
+
+def draw(curves: dict[str, dict[int, list[dict]]], path: Path) -> None:
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
+    for axis, (name, seeds) in zip(axes[0], curves.items(), strict=True):
+        what = STAGES[name].curve
+        for seed, records in seeds.items():
+            points = [(r["step"], r[what]) for r in records if r.get(what) is not None]
+            axis.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
+        axis.set(title=name, xlabel="update", ylabel=f"{what} while training")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def show(console: Console, report: dict[str, Any]) -> None:
+    table = Table(title="held out, before and after (± standard error)", title_justify="left")
+    for name in ("stage", "seed", "metric", "before", "after", "target", "", "KL", "length", "s"):
+        table.add_column(name, justify="left" if name in ("stage", "metric", "") else "right")
+    for row in report["rows"]:
+        each = SimpleNamespace(**row)
+        error = each.beside.get(f"{each.metric}_error", 0.0)
+        table.add_row(
+            each.stage,
+            str(each.seed),
+            each.metric,
+            f"{each.before:.1%}",
+            f"{each.after:.1%} ± {error:.1%}",
+            f"{each.target:.1%}",
+            "[green]met[/green]" if each.met else "[red]missed[/red]",
+            f"{each.beside['kl']:.2f}" if "kl" in each.beside else "",
+            f"{each.beside['length']:.1f}" if "length" in each.beside else "",
+            f"{each.beside['seconds']:.0f}",
+        )
+    console.print(table)
+    console.print(f"{report['machine']}, {report['date']}, {report['seconds'] / 60:.0f} min in all")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))
