@@ -563,7 +563,8 @@ def test_several_turns_and_both_languages_are_learnt(data):
 def test_pairs_differ_for_the_reason_given(data):
     made_up = {side["made_up"] for row in TABLES["unknown"] for side in (row["zh"], row["en"])}
     count = Counter(row["reason"] for row in data["dpo"])
-    assert min(count.values()) >= 100 and len(count) == 6
+    assert min(count.values()) >= 200 and len(count) == 7
+    assert len(data["dpo_val"]) >= 500  # for a standard error of less than 2 points
     for row in data["dpo"] + data["dpo_val"]:
         asked, good = (turn["content"] for turn in row["chosen"])
         again, bad = (turn["content"] for turn in row["rejected"])
@@ -571,6 +572,8 @@ def test_pairs_differ_for_the_reason_given(data):
         if row["reason"] == "wrong_number":
             working, _, right = good.rpartition(" ")
             assert bad.startswith(working) and int(right) != int(bad.split()[-1]) >= 0
+        elif row["reason"] == "wrong_answer":
+            assert bad and not grade(good, bad)
         elif row["reason"] == "wrong_language":
             assert bool(re.search("[一-鿿]", good)) != bool(re.search("[一-鿿]", bad))
         elif row["reason"] == "rambling":

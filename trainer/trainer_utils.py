@@ -484,10 +484,11 @@ class Run:
                 averaged over the updates of a line.
         """
         pending = self.pending
-        values = self.sum_over_ranks(*map(float, figures.values()))
-        figures = dict(zip(figures, values, strict=True))
-        so_far = pending["figures"]
-        pending["figures"] = {name: so_far.get(name, []) + [figures[name]] for name in figures}
+        if figures:
+            values = self.sum_over_ranks(*map(float, figures.values()))
+            figures = dict(zip(figures, values, strict=True))
+            kept = pending["figures"]
+            pending["figures"] = kept | {n: [*kept.get(n, []), v] for n, v in figures.items()}
         speed = pending["tokens"] / max(1e-9, pending["seconds"])
         shown = {
             "loss": f"{self.loss:.3f}",
