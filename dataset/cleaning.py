@@ -310,7 +310,7 @@ class Cleaner:
             except Dropped as reason:
                 name = f"dropped: {reason}"
                 counts[name] += 1
-                examples.setdefault(name, []).append(f"{raw.path}:{raw.number}: {shown(raw)}")
+                examples.setdefault(name, []).append(f"{raw.place()}: {shown(raw)}")
                 if self.with_dropped:
                     about = {"file": raw.path, "number": raw.number, "reason": str(reason)}
                     dropped.append(as_line({**about, "row": raw.content}))

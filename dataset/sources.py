@@ -60,6 +60,9 @@ class Raw:
     content: str | dict[str, Any]
     is_json: bool = False
 
+    def place(self) -> str:
+        return f"{Path(self.path).name}:{self.number}"
+
     def size(self) -> int:
         return len(self.content) if isinstance(self.content, str) else 1000
 
@@ -103,9 +106,7 @@ def read_raw(
             except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid, csv.Error) as error:
                 raise UserError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
             except (UnicodeError, LookupError) as error:
-                raise UserError(
-                    f"{path} cannot be decoded: {error}; --encoding names one"
-                ) from error
+                raise UserError(f"{path}: {error}; name its --encoding") from error
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
             done += path.stat().st_size

@@ -34,7 +34,15 @@ from rich.table import Table
 
 from dataset import hub, mixing, statistics
 from dataset.cleaning import Cleaner, Filters
-from dataset.deduplication import Questions, Selected, Signed, Signer, read_questions, row_of
+from dataset.deduplication import (
+    SHORTEST_QUESTION,
+    Questions,
+    Selected,
+    Signed,
+    Signer,
+    read_questions,
+    row_of,
+)
 from dataset.resumable import Done, Progress, in_chunks, process, seen, sha256_of
 from dataset.sources import Raw, check_input, kind_of, read_raw, to_row, whole_text
 from model.command_line import Parser, option
@@ -114,6 +122,7 @@ class Dedup(Job):
 
     against: list[str] = option([], "evaluation files, of any format: their texts must not occur")
     near: bool = option(True, "near duplicates too; 0: exact ones only")
+    overlap: int = option(13, "words in a run that must not stand in one of them too")
     threshold: float = option(0.8, "Jaccard similarity of 5-word runs from which rows are the same")
     num_perm: int = option(128, "numbers in a signature: more are more exact, and slower")
     dropped: str = option("", "also write the dropped rows, with the reason, to this file")
@@ -123,6 +132,8 @@ class Dedup(Job):
         check_share(self, "threshold")
         if self.threshold == 0 or not 16 <= self.num_perm <= 1024:
             raise UserError("--threshold must be more than 0, and --num_perm from 16 to 1024")
+        if self.overlap < SHORTEST_QUESTION:
+            raise UserError(f"--overlap must be at least {SHORTEST_QUESTION} words")
 
 
 @dataclass
@@ -338,7 +349,7 @@ def dedup(args: Dedup) -> dict[str, Any] | None:
     place.key.append(seen(against))
     if place.is_done():
         return tell_done(place)
-    questions = read_questions(against) if against else Questions()
+    questions = read_questions(against, args.overlap) if against else Questions()
     signer = Signer(args.threshold, args.num_perm, questions)
     signed = Signed(place.folder, args.threshold, args.num_perm, signer.bands)
     with place.work():
@@ -459,11 +470,8 @@ def download(args: Download) -> dict[str, Any]:
         files = []
         for remote in chosen:
             path, fetched = hub.download(repo, remote, folder)
-            print(
-                f"{path}: {path.stat().st_size:,} bytes, "
-                + ("" if fetched else "was there, ")
-                + "whole"
-            )
+            state = "fetched" if fetched else "was there"
+            print(f"{path}: {path.stat().st_size:,} bytes, {state}, checked")
             checked = "sha256" if remote.sha256 else "git hash" if remote.git_hash else "size only"
             files.append({**about(path), "checked_by": checked})
         found[repo_name] = {"hub": repo.where, "revision": repo.revision, "files": files}
@@ -487,7 +495,7 @@ def tell(manifest: dict[str, Any]) -> None:
     counts, total = manifest["counts"], manifest["counts"].get("rows read", 0)
     table = Table("what", "rows", "share", "for example", title=manifest["outputs"][0]["file"])
     for name in dict.fromkeys(["rows read", "rows kept", *counts]):
-        example = (manifest["examples"].get(name) or [""])[0].rpartition("/")[2]
+        example = (manifest["examples"].get(name) or [""])[0]
         table.add_row(
             name, f"{counts[name]:,}", f"{counts[name] / max(1, total):.2%}", example[:60]
         )
