@@ -6,6 +6,7 @@ so that what is there is whole. Of a file that is partly there only the rest is 
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ class Remote:
     size: int | None
     sha256: str = ""
     git_hash: str = ""  # of a small file, that git itself holds
+
+    def checked_by(self) -> str:
+        return "sha256" if self.sha256 else "git hash" if self.git_hash else "size"
 
     def hash_of(self, path: Path) -> str:
         """The hash of a local file of the kind that the hub knows."""
@@ -187,12 +191,13 @@ class ModelScope:
         ]
 
     def fetch(self, remote: Remote, partial: Path) -> None:
-        folder = partial.parent / ".modelscope"
+        folder = partial.parent / ".modelscope"  # where it keeps what it has of a file
         with self.errors():
             path = self.download(
                 self.repo, remote.name, revision=self.revision, local_dir=str(folder)
             )
-        os.replace(path, partial)
+            os.replace(path, partial)
+            shutil.rmtree(folder)
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -471,9 +471,9 @@ def download(args: Download) -> dict[str, Any]:
         for remote in chosen:
             path, fetched = hub.download(repo, remote, folder)
             state = "fetched" if fetched else "was there"
-            print(f"{path}: {path.stat().st_size:,} bytes, {state}, checked")
-            checked = "sha256" if remote.sha256 else "git hash" if remote.git_hash else "size only"
-            files.append({**about(path), "checked_by": checked})
+            how = remote.checked_by()
+            print(f"{path}: {path.stat().st_size:,} bytes, {state}, checked by {how}")
+            files.append({**about(path), "checked_by": how})
         found[repo_name] = {"hub": repo.where, "revision": repo.revision, "files": files}
         write_json(folder / "download.manifest.json", {"command": "download", **found[repo_name]})
     return found

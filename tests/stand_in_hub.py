@@ -1,11 +1,11 @@
-"""A hub on this machine: what Hugging Face answers to those who list and download a repository."""
+"""A hub on this machine, which lists and sends files as Hugging Face and ModelScope do."""
 
 import hashlib
 import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "5" * 40
 
@@ -49,18 +49,22 @@ def serving(hub: Hub):
             self.end_headers()
             if self.command == "HEAD":
                 return
-            if "/resolve/" in self.path and hub.wait is not None:
+            of_a_file = "/resolve/" in self.path or "FilePath=" in self.path
+            if of_a_file and hub.wait is not None:
                 half = len(content) // 2
                 self.wfile.write(content[:half])
                 hub.wait.wait(30)
                 content = content[half:]
-            if "/resolve/" in self.path and hub.cut_after is not None:
+            if of_a_file and hub.cut_after is not None:
                 content, hub.cut_after = content[: hub.cut_after], None
                 self.close_connection = True
             self.wfile.write(content)
 
         def do_GET(self):
-            path = unquote(urlsplit(self.path).path).strip("/")
+            url = urlsplit(self.path)
+            path = unquote(url.path).strip("/")
+            if path.startswith("api/v1/"):
+                return self.modelscope(path, parse_qs(url.query))
             for repo, files in hub.repos.items():
                 short = repo.removeprefix("models/")
                 if path.startswith(f"api/{repo}"):
@@ -70,6 +74,24 @@ def serving(hub: Hub):
             self.answer(404, b"{}", X_Error_Code="RepoNotFound")
 
         do_HEAD = do_GET
+
+        def modelscope(self, path: str, query: dict[str, list[str]]):
+            (files,) = hub.repos.values()
+            if "FilePath" in query:
+                return self.file(query["FilePath"][0], files)
+            data = {"Id": 7, "Type": 1}
+            if path == "api/v1/datasets/7/repo/tree":
+                data["Files"] = [
+                    {
+                        "Path": name,
+                        "Size": len(content),
+                        "Sha256": hashlib.sha256(content).hexdigest(),
+                        "Type": "blob",
+                    }
+                    for name, content in files.items()
+                ]
+            answer = {"Code": 200, "Success": True, "Data": data}
+            self.answer(200, json.dumps(answer).encode())
 
         def file(self, name: str, files: dict[str, bytes]):
             hub.gets.append((name, self.headers.get("Range")))

@@ -774,6 +774,26 @@ def test_without_modelscope(tmp_path, monkeypatch):
         main(["download", "--set", "mini", "--hub", "modelscope", "--output", str(tmp_path)])
 
 
+def test_modelscope(tmp_path, monkeypatch):
+    """Its own package against the stand-in: a broken connection is taken up where it broke."""
+    pytest.importorskip("modelscope", reason="pip install modelscope")
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "")
+    files = {"pretrain_hq.jsonl": PRETRAIN, "sft_mini_512.jsonl": b"{}\n"}
+    stand_in = Hub({"datasets/gongjy/minimind_dataset": files})
+    stand_in.cut_after = 500_000
+    with serving(stand_in) as address:
+        words = ["--set", "mini", "--hub", "modelscope", "--endpoint", address]
+        main(["download", *words, "--output", str(tmp_path)])
+        assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
+        assert ("pretrain_hq.jsonl", "bytes=500000-") in stand_in.gets
+        stand_in.damaged["sft_mini_512.jsonl"] = b"!}\n"
+        (tmp_path / "sft_mini_512.jsonl").unlink()
+        with pytest.raises(UserError, match="sft_mini_512.jsonl"):
+            main(["download", *words, "--output", str(tmp_path)])
+    names = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".")
+    assert names == ["download.manifest.json", "pretrain_hq.jsonl"]
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
