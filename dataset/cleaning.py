@@ -325,7 +325,7 @@ class Cleaner:
         try:
             row = to_row(raw, self.text_field)
         except UserError as error:
-            what = re.sub(r" ?\(.*", "", str(error))  # one reason for all rows alike
+            what = re.split(r" ?[(:;]| '", str(error))[0]  # one reason for all that are alike
             raise Dropped(f"unreadable: {what}") from None
         if self.kind == "text":
             row = flattened(row)

@@ -7,6 +7,7 @@ which the seed changes. Of each row some 30 bytes stand in memory; the rows stay
 
 import gzip
 import shutil
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -43,8 +44,11 @@ def unpacked(files: list[Path], folder: Path) -> list[Path]:
         if path.suffix == ".gz":
             folder.mkdir(parents=True, exist_ok=True)
             plain.append(folder / f"{number}.jsonl")
-            with gzip.open(path) as source, open(plain[-1], "wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
+            try:
+                with gzip.open(path) as source, open(plain[-1], "wb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"{path} is damaged, or no .gz file: {error}") from error
         else:
             plain.append(path)
     return plain

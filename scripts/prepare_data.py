@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -230,14 +230,20 @@ class Place:
         raise UserError(f"{there[0]} exists already; --force writes over it")
 
     @contextmanager
-    def work(self):
-        """Alone in the folder, which is removed when all is done."""
+    def work(self) -> Iterator[None]:
+        """Alone in the folder, which is removed when all is done, or nothing was done."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / "lock", timeout=0):
                 yield
         except Timeout:
             raise UserError(f"another run is writing {self.outputs[0]} right now") from None
+        except UserError:
+            if not any(self.folder.glob("*.json")):  # the notes of how far it is
+                shutil.rmtree(self.folder)
+                for path in self.outputs:
+                    path.with_name(f".{path.name}.partial").unlink(missing_ok=True)
+            raise
         except OSError as error:
             why = error.strerror or error
             raise UserError(f"cannot write to {self.folder.parent}: {why}") from error
@@ -273,14 +279,23 @@ def peak_memory() -> dict[str, int]:
     return {name: round(resource.getrusage(each).ru_maxrss / unit) for name, each in who.items()}
 
 
-def place_of(command: str, args: Job, *more: str, suffixes=(".jsonl", ".jsonl.gz")) -> Place:
+ROWS = (".jsonl", ".jsonl.gz")
+
+
+def place_of(
+    command: str, args: Job, *more: str, reads: tuple[str, ...] = ROWS, writes=ROWS
+) -> Place:
+    """Check what is to be read and written. UserError if it is not what the command needs."""
     inputs = check_input(args.input)
+    for path in inputs:
+        if not path.name.endswith(reads):
+            raise UserError(f"{path} is no {' or '.join(reads)} file; clean makes one of it")
     if not args.output:
         raise UserError("--output names the file to write")
     outputs = [Path(name) for name in (args.output, *more) if name]
     for path in outputs:
-        if not path.name.endswith(suffixes):
-            raise UserError(f"{path} should be a {' or '.join(suffixes)} file")
+        if not path.name.endswith(writes):
+            raise UserError(f"{path} should be a {' or '.join(writes)} file")
     if len(set(outputs)) < len(outputs):
         raise UserError(f"{outputs[0]} is named as two outputs")
     return Place(command, args, inputs, outputs)
@@ -310,7 +325,7 @@ def chunks_of(rows, size_of=Raw.size):
 
 
 def clean(args: Clean) -> dict[str, Any] | None:
-    place = place_of("clean", args, args.dropped)
+    place = place_of("clean", args, args.dropped, reads=("",))
     if place.is_done():
         return tell_done(place)
     reading = dict(encoding=args.encoding, per_document=args.document)
@@ -411,7 +426,7 @@ def stats(args: Stats) -> dict[str, Any] | None:
     if args.input and not args.output:
         stem = Path(args.input[0]).name.partition(".")[0]
         args.output = str(OUT / f"{stem}_stats.png")
-    place = place_of("stats", args, suffixes=(".png",))
+    place = place_of("stats", args, writes=(".png",))
     tokenizer = load_tokenizer(args.tokenizer_path)
     place.key.append(tokenizer_hash(tokenizer))
     if not place.is_done():

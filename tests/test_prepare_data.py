@@ -817,6 +817,8 @@ def test_modelscope(tmp_path, monkeypatch):
         ("dedup --input bad.jsonl --output o.jsonl", "line 1 of bad.jsonl is not JSON"),
         ("dedup --input a.jsonl --output o.jsonl --against few.txt", "no text of 8 words"),
         ("dedup --input a.jsonl --output o.jsonl --threshold 0", "--threshold"),
+        ("dedup --input bad.parquet --output o.jsonl", "clean makes one of it"),
+        ("mix --input bad.jsonl.gz --output o.jsonl", "is damaged"),
         ("mix --input a.jsonl --output o.jsonl --weight 1 2", "as many --weight"),
         ("mix --input a.jsonl empty.jsonl --output o.jsonl --weight 1 2", "has a --weight"),
         ("mix --input empty.jsonl --output o.jsonl", "hold no rows"),
@@ -828,13 +830,13 @@ def test_modelscope(tmp_path, monkeypatch):
 def test_mistakes(tmp_path, monkeypatch, words, sentence):
     monkeypatch.chdir(tmp_path)
     text_file(tmp_path / "a.jsonl")
-    for name in ("bad.gz", "bad.parquet", "bad.json", "bad.jsonl"):
+    for name in ("bad.gz", "bad.jsonl.gz", "bad.parquet", "bad.json", "bad.jsonl"):
         (tmp_path / name).write_bytes(b"{ this is none\n")
     (tmp_path / "few.txt").write_text("a few words")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=sentence):
         main([*words.split(), *(["--workers", "1"] if words != "sing" else [])])
-    assert not list(tmp_path.glob("o.*"))
+    assert not list(tmp_path.glob("o.*")) + list(tmp_path.glob(".o.*"))
 
 
 def test_pairs_of_texts_differ():  # so that the tests of duplicates mean something
