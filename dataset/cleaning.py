@@ -84,7 +84,7 @@ def repair(text: str) -> str:
     if text.isascii() and "&" not in text and text.isprintable():
         return text.strip()
     text = ftfy.fix_text(text, REPAIR)
-    if text.count(REPLACEMENT) > MOST_DAMAGED * len(text):
+    if text.count(REPLACEMENT) > max(1, MOST_DAMAGED * len(text)):  # one: where a text was cut off
         raise Dropped("encoding: characters lost")
     text = SPACES.sub(" ", INVISIBLE.sub("", text).replace(REPLACEMENT, ""))
     return EMPTY_LINES.sub("\n\n", END_OF_LINE.sub("", text)).strip("\n ")

@@ -184,6 +184,7 @@ def test_what_repair_removes():
     text = "a\u200b\ufeffb\x00 c\u00a0d  \r\n\r\n\r\n\r\ne &amp; f\n"
     assert cleaning.repair(text) == "ab c d\n\ne & f"
     assert cleaning.repair("if x:\n\ty = 1  \n    z = 2") == "if x:\n\ty = 1\n    z = 2"
+    assert cleaning.repair("cut off in the middle of a \ufffd") == "cut off in the middle of a"
     with pytest.raises(Dropped, match="encoding"):
         cleaning.repair("lost \ufffd characters \ufffd here")
 
