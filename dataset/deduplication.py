@@ -10,7 +10,7 @@
 
 datasketch computes the signatures and chooses the bands; its index, which is a dict of all of
 them, takes kilobytes a row. Here signatures and bands are written to files, 0.6 kB a row, and one
-band at a time is sorted, so that some 60 bytes a row stand in memory, however long the rows are.
+band at a time is sorted, so that about 80 bytes a row stand in memory, however long the rows are.
 """
 
 import json
