@@ -1,0 +1,267 @@
+"""Files of the hubs of models and data: downloaded, resumed, and checked by size and hash.
+
+A file arrives as `.{name}.partial` and gets its name when its size and hash are what the hub says,
+so that what is there is whole. Of a file that is partly there only the rest is fetched.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
+
+from model.errors import UserError
+
+DATASETS = {"huggingface": "jingyaogong/minimind_dataset", "modelscope": "gongjy/minimind_dataset"}
+SETS = {"mini": ["pretrain_hq.jsonl", "sft_mini_512.jsonl"]}
+SETS["full"] = [
+    *SETS["mini"],
+    "sft_512.jsonl",
+    "sft_1024.jsonl",
+    "sft_2048.jsonl",
+    "lora_identity.jsonl",
+    "lora_medical.jsonl",
+    "dpo.jsonl",
+    "rlaif-mini.jsonl",
+    "r1_mix_1024.jsonl",
+]
+MODELS = {  # name → the repository on Hugging Face, on ModelScope
+    "MiniMind2": ("jingyaogong/MiniMind2", "gongjy/MiniMind2"),
+    "MiniMind2-Small": ("jingyaogong/MiniMind2-Small", "gongjy/MiniMind2-Small"),
+    "MiniMind2-MoE": ("jingyaogong/MiniMind2-MoE", "gongjy/MiniMind2-MoE"),
+    "MiniMind2-R1": ("jingyaogong/MiniMind2-R1", "gongjy/MiniMind2-R1"),
+    "MiniMind2-Pytorch": ("jingyaogong/MiniMind2-Pytorch", "gongjy/MiniMind2-PyTorch"),
+    "minimind-3": ("jingyaogong/minimind-3", "gongjy/minimind-3"),
+    "minimind-3-moe": ("jingyaogong/minimind-3-moe", "gongjy/minimind-3-moe"),
+    "internlm2-1_8b-reward": (
+        "internlm/internlm2-1_8b-reward",
+        "Shanghai_AI_Laboratory/internlm2-1_8b-reward",
+    ),
+}
+HUBS = ("huggingface", "modelscope")
+
+
+@dataclass
+class Remote:
+    """A file on a hub, and what it must be when it is here."""
+
+    name: str
+    size: int | None
+    sha256: str = ""
+    git_hash: str = ""  # of a small file, that git itself holds
+
+    def checked_by(self) -> str:
+        return "sha256" if self.sha256 else "git hash" if self.git_hash else "size"
+
+    def hash_of(self, path: Path) -> str:
+        """The hash of a local file of the kind that the hub knows."""
+        digest = hashlib.sha256() if self.sha256 else hashlib.sha1()
+        if not self.sha256:
+            digest.update(f"blob {path.stat().st_size}\0".encode())  # as git hashes a file
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+
+    def check(self, path: Path) -> str:
+        """Why the file is not what the hub has, or ""."""
+        if self.size is not None and path.stat().st_size != self.size:
+            return f"has {path.stat().st_size:,} bytes instead of {self.size:,}"
+        known = self.sha256 or self.git_hash
+        if known and self.hash_of(path) != known:
+            return "has another hash than the hub says"
+        return ""
+
+
+@contextmanager
+def plain_errors(where: str, repo: str) -> Iterator[None]:
+    """What a hub and the network complain of, as one sentence."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repo} on {where} has no such --revision") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{where} has no {repo}, or wants a login (hf auth login); --repo names another"
+        ) from error
+    except EntryNotFoundError as error:
+        raise UserError(f"{repo} on {where} has lost a file that it lists; try again") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"{where} answers for {repo}: {str(error).splitlines()[0]}") from error
+    except HFValidationError as error:
+        raise UserError(f"{repo} is no name of a repository: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing is downloaded; unset it") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise UserError(
+            f"{where} cannot be reached ({error}); without a network nothing can be downloaded. "
+            "Try again, name a mirror with --endpoint, or another hub with --hub"
+        ) from error
+
+
+class HuggingFace:
+    """A repository on Hugging Face, or on whatever speaks its language at `endpoint`."""
+
+    def __init__(self, repo: str, repo_type: str, revision: str, endpoint: str):
+        self.api = HfApi(endpoint=endpoint or None)
+        self.repo, self.repo_type, self.revision = repo, repo_type, revision or "main"
+        self.where = self.api.endpoint
+
+    def files(self) -> list[Remote]:
+        with plain_errors(self.where, self.repo):
+            about = self.api.repo_info(
+                self.repo, repo_type=self.repo_type, revision=self.revision, files_metadata=True
+            )
+        self.revision = about.sha or self.revision  # the same commit for all files
+        return [
+            Remote(
+                file.rfilename,
+                file.lfs.size if file.lfs else file.size,
+                file.lfs.sha256 if file.lfs else "",
+                "" if file.lfs else file.blob_id or "",
+            )
+            for file in about.siblings or []
+        ]
+
+    def fetch(self, remote: Remote, partial: Path) -> None:
+        """Append to `partial` what it does not hold yet."""
+        url = hf_hub_url(
+            self.repo,
+            remote.name,
+            repo_type=self.repo_type,
+            revision=self.revision,
+            endpoint=self.where,
+        )
+        there = partial.stat().st_size if partial.exists() else 0
+        # Compressed on the way, a part of a file could not be asked for.
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        with plain_errors(self.where, self.repo), open(partial, "ab") as file:
+            http_get(
+                url,
+                file,
+                resume_size=there,
+                headers=headers,
+                expected_size=remote.size,
+                displayed_filename=remote.name,
+            )
+
+
+class ModelScope:
+    """A repository on ModelScope, through its own package, which resumes by itself."""
+
+    def __init__(self, repo: str, repo_type: str, revision: str, endpoint: str):
+        if endpoint:
+            os.environ["MODELSCOPE_ENDPOINT"] = endpoint  # before the import, which reads it
+        try:
+            from modelscope.hub.api import HubApi
+            from modelscope.hub.file_download import dataset_file_download, model_file_download
+        except ImportError as error:
+            raise UserError("--hub modelscope needs a package: pip install modelscope") from error
+        self.api, self.repo, self.revision = HubApi(), repo, revision or "master"
+        self.is_data = repo_type == "dataset"
+        self.download = dataset_file_download if self.is_data else model_file_download
+        self.where = "modelscope.cn"
+
+    def files(self) -> list[Remote]:
+        with self.errors():
+            if self.is_data:
+                found = self.api.get_dataset_files(self.repo, revision=self.revision)
+            else:
+                found = self.api.get_model_files(self.repo, revision=self.revision, recursive=True)
+        return [
+            Remote(file["Path"], file.get("Size"), file.get("Sha256") or "")
+            for file in found
+            if file.get("Type") != "tree"
+        ]
+
+    def fetch(self, remote: Remote, partial: Path) -> None:
+        folder = partial.parent / ".modelscope"  # where it keeps what it has of a file
+        with self.errors():
+            path = self.download(
+                self.repo, remote.name, revision=self.revision, local_dir=str(folder)
+            )
+            os.replace(path, partial)
+            shutil.rmtree(folder)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Its errors are of many kinds, and those of the network are OSErrors."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            why = str(error).splitlines()[:1] or [type(error).__name__]
+            raise UserError(
+                f"{self.repo} cannot be had from {self.where}: {why[0]}; --repo names another, "
+                "and --hub another hub"
+            ) from error
+
+
+def open_repo(
+    hub: str, repo: str, repo_type: str, revision: str = "", endpoint: str = ""
+) -> HuggingFace | ModelScope:
+    kind = ModelScope if hub == "modelscope" else HuggingFace
+    return kind(repo, repo_type, revision, endpoint)
+
+
+def choose(remotes: list[Remote], names: list[str], repo: str) -> list[Remote]:
+    """The files of these names (or patterns such as *.json); all if there are none.
+
+    Raises:
+        UserError: one is not there; the sentence says what is.
+    """
+    if not names:
+        return [file for file in remotes if not file.name.startswith(".git")]
+    chosen = []
+    for name in names:
+        found = [file for file in remotes if fnmatch(file.name, name)]
+        if not found:
+            there = ", ".join(sorted(file.name for file in remotes)) or "nothing"
+            raise UserError(f"{repo} has no {name}; it has {there}")
+        chosen += [file for file in found if file not in chosen]
+    return chosen
+
+
+def download(repo: HuggingFace | ModelScope, remote: Remote, folder: Path) -> tuple[Path, bool]:
+    """The file in `folder`, and whether it had to be fetched.
+
+    Raises:
+        UserError: the network fails, or the file is damaged and was removed.
+    """
+    target = (folder / remote.name).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(f"{repo.repo} has a file that would be outside {folder}: {remote.name}")
+    try:
+        if target.exists() and not remote.check(target):
+            return target, False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        if partial.exists() and remote.size is not None and partial.stat().st_size > remote.size:
+            partial.unlink()  # of another version
+        repo.fetch(remote, partial)
+        if wrong := remote.check(partial):
+            with suppress(OSError):
+                partial.unlink()
+            raise UserError(f"{remote.name} {wrong}; it was removed, so download it again")
+        os.replace(partial, target)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"cannot download {remote.name} to {folder}: {why}; try again") from error
+    return target, True

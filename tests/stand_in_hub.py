@@ -1,0 +1,114 @@
+"""A hub on this machine, which lists and sends files as Hugging Face and ModelScope do."""
+
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "5" * 40
+
+
+class Hub:
+    """Repositories in memory: {"datasets/owner/name": {file: bytes}}; and what was asked for."""
+
+    def __init__(self, repos: dict[str, dict[str, bytes]]):
+        self.repos, self.gets = repos, []  # (file, Range or None)
+        self.small: set[str] = set()  # files that git itself holds
+        self.damaged: dict[str, bytes] = {}  # what is sent instead
+        self.cut_after: int | None = None  # bytes after which the next answer breaks off
+        self.wait: threading.Event | None = None  # for which an answer stops half-way
+
+    def about(self, repo: str) -> dict:
+        siblings = []
+        for name, content in self.repos[repo].items():
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            file = {"rfilename": name, "size": len(content), "blobId": git}
+            if name not in self.small:
+                sha256 = hashlib.sha256(content).hexdigest()
+                file["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 130}
+            siblings.append(file)
+        name = repo.split("/", 1)[1]
+        return {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+
+@contextmanager
+def serving(hub: Hub):
+    """The address of a server that speaks for `hub`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def answer(self, status: int, content: bytes, **headers: str):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            of_a_file = "/resolve/" in self.path or "FilePath=" in self.path
+            if of_a_file and hub.wait is not None:
+                half = len(content) // 2
+                self.wfile.write(content[:half])
+                hub.wait.wait(30)
+                content = content[half:]
+            if of_a_file and hub.cut_after is not None:
+                content, hub.cut_after = content[: hub.cut_after], None
+                self.close_connection = True
+            self.wfile.write(content)
+
+        def do_GET(self):
+            url = urlsplit(self.path)
+            path = unquote(url.path).strip("/")
+            if path.startswith("api/v1/"):
+                return self.modelscope(path, parse_qs(url.query))
+            for repo, files in hub.repos.items():
+                short = repo.removeprefix("models/")
+                if path.startswith(f"api/{repo}"):
+                    return self.answer(200, json.dumps(hub.about(repo)).encode())
+                if path.startswith(f"{short}/resolve/"):
+                    return self.file(path.split("/resolve/", 1)[1].split("/", 1)[1], files)
+            self.answer(404, b"{}", X_Error_Code="RepoNotFound")
+
+        do_HEAD = do_GET
+
+        def modelscope(self, path: str, query: dict[str, list[str]]):
+            (files,) = hub.repos.values()
+            if "FilePath" in query:
+                return self.file(query["FilePath"][0], files)
+            data = {"Id": 7, "Type": 1}
+            if path == "api/v1/datasets/7/repo/tree":
+                data["Files"] = [
+                    {
+                        "Path": name,
+                        "Size": len(content),
+                        "Sha256": hashlib.sha256(content).hexdigest(),
+                        "Type": "blob",
+                    }
+                    for name, content in files.items()
+                ]
+            answer = {"Code": 200, "Success": True, "Data": data}
+            self.answer(200, json.dumps(answer).encode())
+
+        def file(self, name: str, files: dict[str, bytes]):
+            hub.gets.append((name, self.headers.get("Range")))
+            content = hub.damaged.get(name, files[name])
+            begin = self.headers.get("Range")
+            if begin is None:
+                return self.answer(200, content)
+            start = int(begin.removeprefix("bytes=").split("-")[0])
+            place = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.answer(206, content[start:], Content_Range=place)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
