@@ -1,0 +1,112 @@
+"""2. RMSNorm against LayerNorm
+
+Question   LayerNorm subtracts the mean and divides by the standard deviation; RMSNorm only divides.
+           What is lost by leaving the mean in?
+Concept    Both keep the size of activations in bounds. LayerNorm also forgets a shift that all
+           numbers of a vector share: one direction of C. RMSNorm keeps it, and is cheaper.
+Equation   LayerNorm(x) = w * (x - mean(x)) / sqrt(var(x) + eps) + b             (arXiv 1607.06450)
+           RMSNorm(x)   = w * x / sqrt(mean(x^2) + eps)                          (arXiv 1910.07467)
+Predict    Where do the points of a plane go under each of the two?
+"""
+
+import torch
+from lesson import Language, Lesson, small_model, teach, train
+from torch import nn
+
+from model.model_minimind import RMSNorm
+
+WIDTH = 512
+
+
+def main(lesson: Lesson) -> None:
+    rms, layer = RMSNorm(WIDTH, 1e-5), nn.LayerNorm(WIDTH, 1e-5)
+    x = torch.randn(8, WIDTH)
+
+    lesson.predict("Is RMSNorm what its equation says? And LayerNorm an RMSNorm of x - mean(x)?")
+    by_hand = rms.weight * x / (x.pow(2).mean(-1, keepdim=True) + rms.eps).sqrt()
+    centred = rms(x - x.mean(-1, keepdim=True))
+    differences = [(rms(x) - by_hand).abs().max().item(), (layer(x) - centred).abs().max().item()]
+    rows = [("RMSNorm - its equation", differences[0])]
+    rows += [("LayerNorm - RMSNorm of the centred x", differences[1])]
+    lesson.table("difference", "largest", rows=rows)
+    assert max(differences) < 1e-5
+    lesson.conclude("Yes, and yes: the mean is the whole difference between the two.")
+
+    lesson.predict("Which of them notices that its input was scaled by 10? Shifted by 10?")
+    rows = []
+    for name, changed in (("10 x", 10 * x), ("x + 10", x + 10)):
+        moved = [(norm(changed) - norm(x)).abs().max().item() for norm in (rms, layer)]
+        rows.append((name, *moved))
+    lesson.table("input", "RMSNorm moves by", "LayerNorm moves by", rows=rows)
+    (_, *scaled), (_, *shifted) = rows
+    assert max(scaled) < 1e-3 and shifted[0] > 0.5 and shifted[1] < 1e-3
+    lesson.conclude("Neither notices the scale; the shift only RMSNorm does.")
+
+    lesson.predict("Points of a plane (C = 2): what shape do they form after each norm?")
+    points = torch.randn(400, 2)
+    after = {"RMSNorm": RMSNorm(2, 1e-5)(points), "LayerNorm": nn.LayerNorm(2, 1e-8)(points)}
+    figure, axes = lesson.figure(3)
+    for panel, (name, moved) in zip(axes, {"before": points, **after}.items(), strict=False):
+        moved = moved.detach()
+        panel.scatter(*moved.T, s=7, c=points.atan2(points.roll(1, 1))[:, 0], cmap="twilight")
+        panel.set(title=f"a plane: {name}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    radius = after["RMSNorm"].norm(dim=-1)
+    distinct = len(after["LayerNorm"].sign().unique(dim=0))
+    spread = (after["LayerNorm"].abs() - 1).abs().median().item()
+    lesson.print(f"RMSNorm: median radius {radius.median():.4f}; LayerNorm: {distinct} points")
+    assert abs(radius.median() - 2**0.5) < 1e-3 and distinct == 2 and spread < 1e-2
+    lesson.conclude(
+        "RMSNorm puts them on a circle of radius sqrt(2); LayerNorm, which gives one dimension "
+        "up for the mean, has only two points left. Of 512 dimensions one is no great loss."
+    )
+
+    lesson.predict("Does a model that is trained with LayerNorm instead learn better?")
+    ends, seeds = {"RMSNorm": [], "LayerNorm": []}, (0, 1)
+    for name, results in ends.items():
+        for seed in seeds:
+            language, model = Language(seed=seed), small_model(seed)
+            if name == "LayerNorm":
+                for path, module in list(model.named_modules()):
+                    if isinstance(module, RMSNorm):
+                        model.set_submodule(path, nn.LayerNorm(64, 1e-5))
+            losses = train(model, (language.batch(8) for _ in range(80)))
+            results.append(sum(losses[-20:]) / 20 - language.entropy)
+    lesson.table("norm", *(f"seed {s}" for s in seeds), rows=[(n, *r) for n, r in ends.items()])
+    gap = abs(sum(ends["RMSNorm"]) - sum(ends["LayerNorm"])) / len(seeds)
+    assert gap < 0.15 and max(sum(ends.values(), [])) < 0.8
+    lesson.conclude(
+        f"The loss above the best possible one differs by {gap:.3f} nats: no reason to pay for a "
+        "mean and a bias."
+    )
+    lesson.save(figure)
+
+    lesson.exercise(
+        "RMSNorm's w can be multiplied into the matrix behind it, for serving. Show it, and "
+        "count what LayerNorm would need beyond that.",
+        solution_1,
+    )
+    lesson.exercise("What does eps do? Feed vectors of size 1, 0.01 and 0.0001.", solution_2)
+
+
+def solution_1(lesson: Lesson) -> None:
+    norm, linear = RMSNorm(WIDTH, 1e-5), nn.Linear(WIDTH, 64, bias=False)
+    nn.init.uniform_(norm.weight, 0.5, 2)
+    x = torch.randn(8, WIDTH)
+    before = linear(norm(x))
+    linear.weight.data *= norm.weight.data  # column c times w_c
+    nn.init.ones_(norm.weight)
+    difference = (linear(norm(x)) - before).abs().max().item()
+    lesson.print(f"difference {difference:.1e}; LayerNorm's b would need a bias W b in the linear")
+    assert difference < 1e-4
+
+
+def solution_2(lesson: Lesson) -> None:
+    norm = RMSNorm(WIDTH, 1e-5)
+    direction = nn.functional.normalize(torch.randn(WIDTH), dim=0) * WIDTH**0.5  # of rms 1
+    sizes = {size: norm(size * direction).pow(2).mean().sqrt().item() for size in (1, 1e-2, 1e-4)}
+    lesson.print(f"rms in: rms out  {sizes}: what is smaller than sqrt(eps) = 0.003 stays small")
+    assert sizes[1] > 0.99 and sizes[1e-4] < 0.1
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)

@@ -1,0 +1,144 @@
+"""6. Attention, from the dot product to grouped queries and the KV cache
+
+Question   How does a token take what it needs from the tokens before it, and what does it cost?
+Concept    A query is compared with all keys by dot products; softmax makes weights of them; the
+           output is the weighted mean of the values. Several heads look for several things; groups
+           of heads share keys and values, so that less must be kept while decoding.
+Equation   softmax(Q K^T / sqrt(D)) V                                            (arXiv 1706.03762)
+           query head h reads key/value head floor(h / (H / K))                  (arXiv 2305.13245)
+Predict    Why the root of D? What happens without it, at D = 64?
+"""
+
+import torch
+from lesson import Lesson, small_model, teach
+from transformers import DynamicCache
+
+from model.attention import for_each_query_head, scaled_dot_product, scaled_dot_product_by_hand
+from model.model_minimind import CACHE, MiniMindConfig
+
+
+def main(lesson: Lesson) -> None:
+    lesson.predict(
+        "Keys (1,0), (0,1), (1,1), values 10, 20, 40; the query (4,0) asks. Which values does "
+        "the answer mix?"
+    )
+    query, keys = torch.tensor([4.0, 0.0]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    values = torch.tensor([[10.0], [20], [40]])
+    scores = keys @ query / 2**0.5
+    weights = scores.exp() / scores.exp().sum()
+    answer = (weights @ values).item()
+    shaped = query[None, None, None], keys[None, None], values[None, None]
+    ours = scaled_dot_product(*shaped, None, 0)
+    rows = zip(*(x.flatten().tolist() for x in (scores, weights, values)), strict=True)
+    headers = ("q . k / sqrt(2)", "weight", "value")
+    lesson.table(*headers, rows=rows)
+    assert abs(answer - ours.item()) < 1e-4 and weights[0] == weights[2] > 10 * weights[1]
+    lesson.conclude(
+        f"By hand {answer:.3f}, by the model's function {ours.item():.3f}. The first and third "
+        "key point along the query and share the weight; the second is at a right angle to it."
+    )
+
+    lesson.predict("Random q and k of D numbers, 64 keys. How does the largest weight grow with D?")
+    chance = []
+    for D in (4, 16, 64, 256, 1024):
+        scores = torch.randn(200, 1, D) @ torch.randn(200, D, 64)
+        largest = [s.softmax(-1).amax(-1).mean().item() for s in (scores, scores / D**0.5)]
+        chance.append((D, scores.std().item(), D**0.5, *largest))
+    lesson.table("D", "std of q . k", "sqrt(D)", "largest weight", "with / sqrt(D)", rows=chance)
+    assert all(abs(std / root - 1) < 0.1 for _, std, root, *_ in chance)
+    assert chance[-1][3] > 0.9 and max(row[4] for row in chance) < 0.2
+    lesson.conclude(
+        f"A sum of D products has a std of sqrt(D). Undivided, one key takes {chance[-1][3]:.0%} "
+        "at D = 1024 before anything is learnt, and a softmax that is sure has no gradient."
+    )
+
+    lesson.predict("8 query heads, 2 key/value heads. Which query heads read which?")
+    query, key, value = torch.randn(1, 8, 5, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    number = torch.arange(2.0).view(1, 2, 1, 1)
+    shares = for_each_query_head(number, query).flatten().int().tolist()
+    by_hand = scaled_dot_product_by_hand(query, key, value, None, 0)
+    fused = scaled_dot_product(query, key, value, None, 0)
+    difference = (by_hand - fused).abs().max().item()
+    lesson.table("query head", "reads head", rows=enumerate(shares))
+    assert shares == [0, 0, 0, 0, 1, 1, 1, 1] and difference < 1e-5
+    lesson.conclude(
+        f"Four each. The fused kernel and the hand-written one differ by {difference:.0e}."
+    )
+
+    lesson.predict("Token by token with a cache, or the whole text at once: the same logits?")
+    model, ids = small_model(initializer_range=0.2).eval(), torch.randint(64, (1, 24))
+    cache, parts = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        whole = model(ids).logits
+        for t in range(24):
+            parts.append(model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits)
+    difference = (torch.cat(parts, 1) - whole).abs().max().item()
+    again = sum(range(1, 25))  # without a cache every new token reads everything before it anew
+    rows = [("with a cache", 24, difference), ("without", again, 0.0)]
+    lesson.table("24 tokens", "positions computed", "largest difference of logits", rows=rows)
+    assert difference < 1e-3 and cache.get_seq_length() == 24
+    lesson.conclude(
+        f"The same, and {again / 24:.1f} times fewer positions. Causality allows it: keys and "
+        "values of earlier tokens do not depend on later ones."
+    )
+
+    lesson.predict("How much memory has the cache of the 26M model at 32,768 tokens, in float16?")
+    config, rows = MiniMindConfig(), []
+    figure, (left, middle, right) = lesson.figure(3)
+    lengths = torch.arange(0, 32769, 1024)
+    for heads in (8, 2, 1):
+        a_token = 2 * config.num_hidden_layers * heads * config.head_dim * 2  # keys and values
+        rows.append((heads, a_token, a_token * 32768 / 2**20))
+        middle.plot(lengths, a_token * lengths / 2**20, label=f"{heads} KV heads")
+    lesson.table("KV heads", "bytes a token", "MiB for 32,768 tokens", rows=rows)
+    assert rows[0][2] == 4 * rows[1][2] == 512
+    lesson.conclude("512 MiB with a head for each query head, ten times the model; 128 with our 2.")
+
+    sizes, _, _, raw, divided = zip(*chance, strict=True)
+    left.semilogx(sizes, raw, "o-", base=2, label="q . k")
+    left.semilogx(sizes, divided, "o-", base=2, label="q . k / sqrt(D)")
+    left.set(title="how sure chance is", xlabel="D", ylabel="largest of 64 weights")
+    middle.set(title="the KV cache of the 26M model", xlabel="tokens", ylabel="MiB")
+    # where values are the rows of the identity, what comes out are the weights themselves
+    query, key, one = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 16, 16), torch.eye(16)
+    weights = scaled_dot_product_by_hand(query, key, one[None, None], None, 0)[0, 0]
+    assert torch.allclose(weights.sum(-1), torch.ones(16)) and weights.triu(1).abs().max() == 0
+    figure.colorbar(right.imshow(weights))
+    right.set(title="weights: only backwards", xlabel="key", ylabel="query")
+    right.set(xticks=range(0, 16, 5), yticks=range(0, 16, 5))
+    right.grid(False)
+    lesson.save(figure)
+
+    lesson.exercise(
+        "Show that a query that is the mean of two keys' directions mixes both.", solution_1
+    )
+    lesson.exercise(
+        "Decoding 1,000 tokens: how many times more multiplications without a cache?", solution_2
+    )
+
+
+def solution_1(lesson: Lesson) -> None:
+    keys = 8 * torch.eye(4)  # four keys at right angles, far apart
+    query = (keys[0] + keys[1]) / 2
+    weights = (keys @ query / 4**0.5).softmax(-1)
+    lesson.print(f"weights {[round(w, 4) for w in weights.tolist()]}")
+    assert torch.allclose(weights[:2], torch.tensor(0.5), atol=1e-3)
+
+
+def solution_2(lesson: Lesson) -> None:
+    config = MiniMindConfig()
+    C, inner = config.hidden_size, config.intermediate_size
+    matrices = config.num_hidden_layers * (2 * C * C + 2 * C * 128 + 3 * C * inner)
+
+    def work(new: int, seen: int) -> int:
+        """Multiplications for `new` positions that see `seen` each: matrices, q . k and w . v."""
+        return new * (matrices + 2 * config.num_hidden_layers * C * seen)
+
+    cached = sum(work(1, t) for t in range(1, 1001))
+    plain = sum(work(t, t) for t in range(1, 1001))
+    lesson.print(f"{plain / cached:.0f} times")
+    assert 400 < plain / cached < 1000
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)

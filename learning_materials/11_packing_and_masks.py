@@ -1,0 +1,144 @@
+"""11. Packing and masks
+
+Question   Documents have all lengths, a batch is a rectangle. What fills it, and who sees whom?
+Concept    Padding every document to the longest wastes most of the work. Packing lays several into
+           a row, each into the fullest row that has room for it. Then a mask must keep documents
+           apart, positions must restart, and labels say which tokens are to be learnt.
+Equation   key j is visible to query i if j <= i and both are of the same document
+           loss counts token t if trained_t and t is not the first of its document
+                                                             (best-fit packing: arXiv 2404.10830)
+Predict    What share of a padded batch of this textbook is padding?
+"""
+
+import torch
+from datasets import Dataset
+from lesson import Lesson, small_model, teach, textbook
+from torch import Tensor
+
+from dataset.lm_dataset import Encoded, encode_chat, encode_text
+from dataset.packing import Rows, collate
+from model.attention import visible_keys
+from model.model_minimind import IGNORED
+from model.weights import load_tokenizer
+
+ROW = 256
+
+
+def dataset_of(encoded: list[Encoded]) -> Dataset:
+    columns = {"input_ids": [e.ids for e in encoded], "trained": [e.trained for e in encoded]}
+    return Dataset.from_dict(columns).with_format("numpy")
+
+
+def documents(count: int) -> list[Encoded]:
+    """Documents of one to five lines of the textbook."""
+    tokenizer, lines = load_tokenizer(), textbook()
+    texts = (lines[7 * n % 900 :][: 1 + n * n % 5] for n in range(count))
+    return [encode_text(tokenizer, "\n".join(text)) for text in texts]
+
+
+def mask_of(position_ids: Tensor) -> Tensor:
+    """[T, T], as the model makes it from the positions of a row."""
+    return visible_keys(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[0, 0]
+
+
+def main(lesson: Lesson) -> None:
+    tokenizer = load_tokenizer()
+    some = dataset_of(documents(300))
+
+    lesson.predict(f"300 documents in rows of {ROW} tokens, padded or packed: how many rows?")
+    rows = {name: Rows(some, ROW, packing=name == "packed") for name in ("padded", "packed")}
+    figures = [(name, len(some), some.fill) for name, some in rows.items()]
+    lesson.table("how", "rows", "share of real tokens", rows=figures)
+    padded, packed = rows["padded"], rows["packed"]
+    assert packed.tokens == padded.tokens and packed.fill > 0.95 > 0.5 > padded.fill
+    lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer rows.")
+
+    lesson.predict("Three documents of 4, 3 and 5 tokens in one row: which keys does a token see?")
+    row = [{"input_ids": list(range(size)), "trained": [True] * size} for size in (4, 3, 5)]
+    batch = collate([row])
+    mask = mask_of(batch.position_ids)
+    shown = ["".join("#" if seen else "." for seen in line) for line in mask]
+    columns = batch.position_ids[0].tolist(), batch.labels[0].tolist(), shown
+    lesson.table("position", "label", "visible keys", rows=zip(*columns, strict=True))
+    assert mask.sum() == sum(size * (size + 1) // 2 for size in (4, 3, 5))
+    assert (batch.labels[0] == IGNORED).nonzero().flatten().tolist() == [0, 4, 7]
+    lesson.conclude(
+        "Triangles along the diagonal. Positions restart, which tells the model all this; and "
+        "the first token of a document has no label, for nothing in its document could predict "
+        "it."
+    )
+
+    lesson.predict("Change the first document. Do the logits of the third change?")
+    model, moved = small_model(initializer_range=0.2).eval(), {}
+    other = batch.input_ids.clone()
+    other[0, :4] += 30
+    for name, positions in (("with position_ids", batch.position_ids), ("without", None)):
+        with torch.no_grad():
+            a, b = (model(x, position_ids=positions).logits for x in (batch.input_ids, other))
+        moved[name] = (a - b)[0, 7:].abs().max().item()
+    lesson.table("how", "third document moves by", rows=moved.items())
+    assert moved["with position_ids"] == 0.0 and moved["without"] > 0.01
+    lesson.conclude("Not by a bit. Forget the positions, and all of them read each other.")
+
+    lesson.predict("Is the loss of the packed row that of its documents, each alone?")
+    with torch.no_grad():
+        together = model(**batch.inputs, labels=batch.labels).loss.item()
+        each = [collate([[piece]]) for piece in row]
+        alone = [model(**one.inputs, labels=one.labels).loss * one.labelled for one in each]
+    separate = sum(alone).item() / batch.labelled
+    assert abs(together - separate) < 1e-5
+    lesson.conclude(
+        f"Packed {together:.6f}, one by one {separate:.6f}: packing changes only the speed."
+    )
+
+    lesson.predict("A chat: which of its tokens are trained?")
+    turns = (("user", "Who are you?"), ("assistant", "MiniMind."))
+    chat = encode_chat(tokenizer, [{"role": role, "content": text} for role, text in turns])
+    words = [tokenizer.decode([i]).replace("\n", "\\n") for i in chat.ids]
+    lesson.print(" ".join(f"[{w}]" if t else w for w, t in zip(words, chat.trained, strict=True)))
+    trained = [word for word, t in zip(words, chat.trained, strict=True) if t]
+    assert "".join(trained).startswith("MiniMind.<|im_end|>") and "Who" not in trained
+    lesson.conclude(
+        f"In brackets, {len(trained)} of {len(words)}: what the assistant writes, and the "
+        "<|im_end|> behind it. Without that one it would never learn to stop."
+    )
+
+    figure, (left, right) = lesson.figure(2)
+    most = max((packed[n] for n in range(len(packed))), key=len)  # of all rows, most documents
+    real = collate([most], tokenizer.pad_token_id)
+    left.imshow(mask_of(real.position_ids), cmap="Blues")
+    left.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
+    left.grid(False)
+    right.barh(list(rows), [len(r) for r in rows.values()], color="lightgrey", label="padding")
+    right.barh(list(rows), [len(r) * r.fill for r in rows.values()], label="real tokens")
+    right.set(title="the same 300 documents", xlabel=f"rows of {ROW} tokens")
+    lesson.save(figure)
+
+    lesson.exercise(
+        "How many multiplications of q . k does the mask of a real row make needless?", solution_1
+    )
+    lesson.exercise(
+        "Cut a document of 1,000 tokens into rows. Is every token predicted once?", solution_2
+    )
+
+
+def solution_1(lesson: Lesson) -> None:
+    rows = Rows(dataset_of(documents(300)), ROW)
+    shares = [
+        mask_of(collate([rows[n]]).position_ids).float().mean().item() for n in range(len(rows))
+    ]
+    needed = sum(shares) / len(shares)
+    lesson.print(f"{1 - needed:.0%} of all pairs; causality alone would leave out half")
+    assert needed < 0.5
+
+
+def solution_2(lesson: Lesson) -> None:
+    rows = Rows(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
+    batches = [collate([rows[n]]) for n in range(len(rows))]
+    labels = torch.cat([b.labels[b.labels != IGNORED] for b in batches]).sort().values
+    lesson.print(f"{len(rows)} rows, {len(labels)} predictions, of tokens 1 to {labels[-1]}")
+    assert torch.equal(labels, torch.arange(1, 1000))  # pieces overlap by one token
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)

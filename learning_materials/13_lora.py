@@ -1,0 +1,150 @@
+"""13. LoRA and its rank
+
+Question   Fine-tuning changes every weight. How much of that change is needed?
+Concept    The change of a matrix may be of low rank: a product of two thin matrices, of which there
+           are few numbers to train, to store and to hand around. B begins at 0, so that nothing is
+           changed at first; at the end the product is added to the weight and costs nothing.
+Equation   W x -> W x + alpha / r * B A x,   A [r, in], B [out, r]               (arXiv 2106.09685)
+           the best rank-r matrix leaves the error sum of s_i^2, i > r     (Eckart and Young 1936)
+Predict    A change of rank 4 is to be learnt. What do ranks 1, 2, 4 and 8 leave of it?
+"""
+
+import copy
+
+import torch
+from lesson import Language, Lesson, small_model, teach, train
+from torch import Tensor, nn
+
+from model.model_lora import LoraLinear, LoraSettings, add_lora, lora_layers, merge, unmerge
+from model.weights import count_parameters
+
+WIDTH = 32
+
+
+def change(strengths: list[float]) -> Tensor:
+    """[WIDTH, WIDTH] with these singular values."""
+    u, v = (torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q for _ in "uv")
+    return u[:, : len(strengths)] * torch.tensor(strengths) @ v[: len(strengths)]
+
+
+def learn_change(target: Tensor, rank: int, steps: int = 200) -> float:
+    """Squared error that is left when LoRA of this rank learns to add `target` to a matrix."""
+    torch.manual_seed(0)
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    layer = LoraLinear(linear, LoraSettings(r=rank, alpha=rank))
+    optimizer = torch.optim.Adam([layer.lora_A.weight, layer.lora_B.weight], 0.03)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
+        error = (layer.addition - target).pow(2).sum()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    return error.item()
+
+
+def main(lesson: Lesson) -> None:
+    lesson.predict("A model is given LoRA of rank 8. What do its logits do? How much is trained?")
+    language = Language()
+    base = small_model()
+    train(base, (language.batch(8) for _ in range(80)))
+    start = language.batch(8)["input_ids"]
+    with torch.no_grad():
+        before = base(start).logits
+        tuned = copy.deepcopy(base)
+        add_lora(tuned, LoraSettings(r=8))
+        after = tuned(start).logits
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    rows = [("logits moved by", (after - before).abs().max().item())]
+    rows += [("parameters", count_parameters(base)), ("trained of them", trained)]
+    lesson.table("what", "value", rows=rows)
+    assert torch.equal(before, after)
+    share = trained / count_parameters(base)
+    lesson.conclude(f"Not moved by a bit, for B is 0, and {share:.0%} of the numbers are trained.")
+
+    lesson.predict("A change has singular values 4, 3, 2, 1. What error leaves rank 1, 2, 3, 4, 8?")
+    strengths = [4.0, 3.0, 2.0, 1.0]
+    target, by_rank = change(strengths), []
+    for rank in (1, 2, 3, 4, 8):
+        floor = sum(s * s for s in strengths[rank:])
+        by_rank.append((rank, 2 * WIDTH * rank, learn_change(target, rank), floor))
+    lesson.table("rank", "parameters", "error after training", "best possible", rows=by_rank)
+    assert all(abs(error - floor) < 0.2 for _, _, error, floor in by_rank)
+    lesson.conclude(
+        "Training finds the best matrix of its rank: what is lost are the squares of the other "
+        "singular values. The change is of rank 4: a rank of 8 learns nothing more."
+    )
+
+    lesson.predict(
+        "The trained model moves to a language in which half of the words are followed by "
+        "others. Which rank is enough, and does more cost anything?"
+    )
+    moved = Language()
+    moved.next[:32] = Language(seed=1).next[:32]
+    figure, (left, right) = lesson.figure(2)
+    everywhere = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rows, losses = [], {}
+    for rank in (1, 4, 16, None):
+        model, language = copy.deepcopy(base), copy.deepcopy(moved)
+        if rank:
+            add_lora(model, LoraSettings(r=rank, alpha=2 * rank, target_modules=everywhere))
+        curve = train(model, (language.batch(8) for _ in range(40)), 5e-3, "adamw")
+        name = f"rank {rank}" if rank else "all weights"
+        losses[rank] = sum(curve[-15:]) / 15
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows.append((name, trained, curve[0], losses[rank]))
+        left.plot(curve, label=name)
+        if rank == 4:
+            lora = model
+    lesson.table("what is trained", "parameters", "first loss", "last loss", rows=rows)
+    assert losses[1] > losses[16] and losses[16] < rows[0][2] - 0.5
+    lesson.conclude(
+        f"Rank 1 ends at {losses[1]:.2f}, 16 at {losses[16]:.2f}, all weights at "
+        f"{losses[None]:.2f}: so many new facts need more than one direction."
+    )
+
+    lesson.predict("Merged into the weights: the same logits? And taken out again?")
+    with torch.no_grad():
+        apart = lora(start).logits
+        old = {name: layer.weight.clone() for name, layer in lora_layers(lora)}
+        merge(lora)
+        together = lora(start).logits
+        unmerge(lora)
+    back = all(torch.equal(old[name], layer.weight) for name, layer in lora_layers(lora))
+    difference = (apart - together).abs().max().item()
+    assert difference < 1e-3 and back
+    lesson.conclude(f"They differ by {difference:.0e}; unmerged, the weights are the old bits.")
+
+    ranks, _, learnt, floors = zip(*by_rank, strict=True)
+    right.plot(ranks, floors, "k--", label="best possible")
+    right.plot(ranks, learnt, "o", label="learnt")
+    left.set(title="another language", xlabel="update", ylabel="nats per token")
+    right.set(title="a change of rank 4", xlabel="rank of LoRA", ylabel="squared error")
+    lesson.save(figure)
+
+    lesson.exercise("Which rank has the change that full fine-tuning makes?", solution_1)
+    lesson.exercise("Why may not A and B both begin at 0? And both at random?", solution_2)
+
+
+def solution_1(lesson: Lesson) -> None:
+    language, model = Language(), small_model()
+    train(model, (language.batch(8) for _ in range(20)))
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    old = weight.detach().clone()
+    train(model, (Language(seed=1).batch(8) for _ in range(20)), 5e-3, "adamw")
+    values = torch.linalg.svdvals(weight.detach() - old)
+    needed = int((values.pow(2).cumsum(0) / values.pow(2).sum() < 0.9).sum()) + 1
+    lesson.print(f"90% of the change lies in {needed} of {len(values)} directions")
+    assert needed < len(values) / 2
+
+
+def solution_2(lesson: Lesson) -> None:
+    layer = LoraLinear(nn.Linear(WIDTH, WIDTH, bias=False), LoraSettings(r=4))
+    nn.init.zeros_(layer.lora_A.weight)
+    layer(torch.randn(8, WIDTH)).pow(2).sum().backward()
+    grads = [layer.lora_A.weight.grad.norm().item(), layer.lora_B.weight.grad.norm().item()]
+    lesson.print(f"both 0: gradients {grads}, it never begins; both random: the model is damaged")
+    assert grads == [0.0, 0.0]
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)

@@ -1,0 +1,146 @@
+"""15. Sampling: temperature, top-k, top-p
+
+Question   The model gives a distribution. Which token do we take?
+Concept    Always the likeliest makes dull text that runs in circles; the distribution as it is
+           sometimes takes a token from the long tail of bad ones. Temperature sharpens or flattens
+           it; top-k and top-p cut the tail off.
+Equation   p_i ~ exp(logit_i / T);  top-p: the fewest likeliest tokens whose sum reaches p
+                                                             (nucleus sampling: arXiv 1904.09751)
+Predict    What becomes of the chances 0.5, 0.2, 0.15, 0.1, 0.05 at temperature 0.5? And top-p 0.8?
+"""
+
+import torch
+from lesson import Language, Lesson, small_model, teach, train
+from torch import Tensor
+
+from model.generation import generate
+from model.sampling import Sampling, filter_logits, sample
+
+CHANCES = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+
+
+def after(**settings) -> Tensor:
+    """The chances that are left of CHANCES."""
+    return filter_logits(CHANCES.log()[None], Sampling(**settings)).softmax(-1)[0]
+
+
+def entropy(p: Tensor) -> float:
+    return -torch.special.xlogy(p, p).sum().item()
+
+
+def main(lesson: Lesson) -> None:
+    lesson.predict("The chances at temperature 0.25, 0.5, 1, 2?")
+    rows = []
+    for T in (0.25, 0.5, 1.0, 2.0):
+        p = CHANCES ** (1 / T) / (CHANCES ** (1 / T)).sum()
+        assert torch.allclose(p, after(temperature=T), atol=1e-5)
+        rows.append((T, *p.tolist(), entropy(p)))
+    lesson.table("T", *(f"p{n}" for n in range(5)), "entropy", rows=rows)
+    assert rows[0][-1] < rows[1][-1] < rows[2][-1] < rows[3][-1]
+    lesson.conclude("exp(logit / T) is p^(1/T): the order stays, the distances grow or shrink.")
+
+    lesson.predict("Which tokens are left with top-k 2, top-p 0.8, top-p 0.4? How likely are they?")
+    cuts = {"top-k 2": dict(top_k=2), "top-p 0.8": dict(top_p=0.8), "top-p 0.4": dict(top_p=0.4)}
+    rows = [(name, *after(**cut).tolist()) for name, cut in cuts.items()]
+    lesson.table("cut", *(f"p{n}" for n in range(5)), rows=rows)
+    left_over = [sum(p > 0 for p in row[1:]) for row in rows]
+    assert left_over == [2, 3, 1] and abs(rows[1][1] - 0.5 / 0.85) < 1e-5
+    lesson.conclude(
+        "0.5 + 0.2 + 0.15 is the first sum to reach 0.8. The rest is divided anew. At 0.4 only "
+        "the likeliest remains: top-p keeps few tokens where the model is sure, many where it is "
+        "not."
+    )
+
+    lesson.predict(
+        "20,000 draws of sample(), which takes the largest p / E, E ~ Exp(1). How often each?"
+    )
+    noise, draws = torch.Generator().manual_seed(0), 20_000
+    logits = CHANCES.log().expand(draws, -1)
+    taken = sample(logits, Sampling(), [], [], [noise] * draws)
+    often = taken.bincount(minlength=5) / draws
+    rows = zip(CHANCES.tolist(), often.tolist(), strict=True)
+    lesson.table("p", "share of the draws", rows=rows)
+    assert (often - CHANCES).abs().max() < 0.015
+    lesson.conclude(
+        "As often as they should be: in a race of exponential clocks of speeds p_i, i is first "
+        "with probability p_i. So each row may have a noise of its own, whoever is beside it."
+    )
+
+    language, model = Language(), small_model()
+    train(model, (language.batch(8) for _ in range(100)))
+    lesson.predict("A trained model at rising temperature: how many words are still possible ones?")
+    prompts = [[word] for word in range(24)]
+    settings = {
+        "greedy": dict(temperature=0.0),
+        "T 0.5": dict(temperature=0.5),
+        "T 1": dict(temperature=1.0),
+        "T 1, top-p 0.9": dict(temperature=1.0, top_p=0.9),
+        "T 2": dict(temperature=2.0),
+        "T 2, top-p 0.9": dict(temperature=2.0, top_p=0.9),
+        "T 2, top-k 4": dict(temperature=2.0, top_k=4),
+    }
+    rows = []
+    for name, setting in settings.items():
+        fixed = dict(max_new_tokens=24, seed=0, stop_ids=())
+        replies = torch.tensor(generate(model, prompts, Sampling(**setting, **fixed)))
+        text = torch.cat((torch.tensor(prompts), replies), dim=1)
+        pairs = torch.stack((text[:, :-1], text[:, 1:]), dim=-1).reshape(-1, 2)
+        legal = (language.next[pairs[:, 0], pairs[:, 1]] > 0).float().mean().item()
+        rows.append((name, legal, len(pairs.unique(dim=0)) / len(pairs)))
+    lesson.table("setting", "share of possible pairs", "share of different pairs", rows=rows)
+    legal = {name: share for name, share, _ in rows}
+    different = {name: share for name, _, share in rows}
+    assert legal["greedy"] > legal["T 1"] > legal["T 2"] + 0.1
+    assert different["greedy"] < different["T 1"] < different["T 2"]
+    assert legal["T 1, top-p 0.9"] > legal["T 1"] and legal["T 2, top-k 4"] > legal["T 2"] + 0.1
+    lesson.conclude(
+        f"More heat, more variety and more nonsense: {legal['T 1']:.0%} possible at 1, "
+        f"{legal['T 2']:.0%} at 2. Cutting the tail gives back {legal['T 2, top-k 4']:.0%}, with "
+        f"{different['T 2, top-k 4'] / different['greedy']:.1f} times the variety of greedy."
+    )
+
+    figure, (left, right) = lesson.figure(2)
+    for offset, T in zip((-0.25, 0, 0.25), (0.5, 1.0, 2.0), strict=True):
+        left.bar(torch.arange(5) + offset, after(temperature=T), 0.22, label=f"T = {T}")
+    left.set(title="temperature", xlabel="token", ylabel="probability")
+    for name, share, variety in rows:
+        right.plot(variety, share, "o")
+        right.annotate(
+            name, (variety, share), xytext=(5, -3), textcoords="offset points", fontsize=8
+        )
+    right.set(title="a trained model", xlabel="share of different pairs", ylabel="possible pairs")
+    right.set_xlim(0, 1.15 * max(different.values()) + 0.1)
+    lesson.save(figure)
+
+    lesson.exercise(
+        "Greedy text of this model: after how many words does it run in a circle?", solution_1
+    )
+    lesson.exercise("Is temperature before top-p the same as after it?", solution_2)
+
+
+def solution_1(lesson: Lesson) -> None:
+    language, model = Language(), small_model()
+    train(model, (language.batch(8) for _ in range(40)))
+    greedy = Sampling(max_new_tokens=200, temperature=0.0, stop_ids=())
+    text = generate(model, [[0]], greedy)[0]
+    last = text[-1]
+    circle = next(
+        n for n in range(1, 200) if text[-1 - n] == last and text[-2 * n :][:n] == text[-n:]
+    )
+    lesson.print(f"{len(set(text))} different words in 200; at last a circle of {circle}")
+    assert circle < 64
+
+
+def solution_2(lesson: Lesson) -> None:
+    def kept(p: Tensor) -> int:
+        return int((p.cumsum(0) - p < 0.8).sum())
+
+    hot = after(temperature=2.0)
+    lesson.print(
+        f"of 5 tokens top-p 0.8 keeps {kept(hot)} when heated first, {kept(CHANCES)} if not"
+    )
+    assert kept(hot) > kept(CHANCES)  # transformers and we heat first; vLLM too
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)
