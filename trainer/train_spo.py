@@ -209,7 +209,6 @@ def main(args: Args) -> dict[str, Any]:
         sums = Sums(run, batches)
         for batch in batches:
             batch.advantages = advantages[batch.members.cpu()].to(run.device)
-            batch.old = log_probs(run, model, batch)
             if reference:
                 batch.reference = reference.log_probs(model, batch)
         for _ in range(args.update_epochs):
@@ -218,6 +217,8 @@ def main(args: Args) -> dict[str, Any]:
                     outputs = model(**policy_inputs(run, batch))
                     loss = policy_loss(outputs.log_probs, batch, args).sum() / sums.tokens
                 run.backward(loss, sums.balance_loss(batch, outputs.aux_loss))
+                if batch.old is None:  # the first update is made from the policy that sampled
+                    batch.old = outputs.log_probs.detach()
                 sums.watch(outputs.log_probs, batch, args.epsilon, args.epsilon)
             run.update(model, optimizer)
         for theirs, rewarded in gathered(run, (places, unit.numpy())):
