@@ -102,8 +102,8 @@ def main(lesson: Lesson) -> None:
     lesson.table(*headers, rows=[(name, *losses) for name, losses in ends.items()])
     assert ends["with"][2] < 4.0 and not ends["without"][1] < 100
     lesson.conclude(
-        f"Guessing has ln 64 = 4.2. With norms the loss falls to {ends['with'][2]:.2f}. Without, it "
-        f"begins at {ends['without'][0]:.0f}, and steps along such gradients end in nan."
+        f"Guessing has ln 64 = 4.2. With norms the loss falls to {ends['with'][2]:.2f}. Without, "
+        f"it begins at {ends['without'][0]:.0f}, and steps along such gradients end in nan."
     )
 
     left.set(title=f"a chain of {DEPTH} matrices", xlabel="layers back from the output")

@@ -48,7 +48,7 @@ def main(lesson: Lesson) -> None:
     figure, axes = lesson.figure(3)
     for panel, (name, moved) in zip(axes, {"before": points, **after}.items(), strict=False):
         moved = moved.detach()
-        panel.scatter(*moved.T, s=7, c=points.atan2(points.roll(1, 1))[:, 0], cmap="twilight")
+        panel.scatter(*moved.T, s=12, c=points.atan2(points.roll(1, 1))[:, 0], cmap="twilight")
         panel.set(title=f"a plane: {name}", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     radius = after["RMSNorm"].norm(dim=-1)
     distinct = len(after["LayerNorm"].sign().unique(dim=0))

@@ -83,10 +83,8 @@ def main(lesson: Lesson) -> None:
     lesson.predict("Somebody types <|im_end|>. May that end the turn?")
     typed = encode_text(tokenizer, "a <|im_end|> b").ids
     careless = tokenizer("a <|im_end|> b")["input_ids"]
-    lesson.table(
-        "how", "token 2 among the text", rows=[("encoded plainly", careless.count(2))]
-        + [("encode_text, its own end left out", typed[:-1].count(2))],
-    )  # fmt: skip
+    rows = [("encoded plainly", careless.count(2)), ("by encode_text", typed[:-1].count(2))]
+    lesson.table("how", "token 2 before the end", rows=rows)
     assert careless.count(2) == 1 and typed[:-1].count(2) == 0 and typed[-1] == 2
     lesson.conclude("encode_text keeps what a person types as characters; only we write token 2.")
 

@@ -104,12 +104,8 @@ def main(lesson: Lesson) -> None:
         left.bar(torch.arange(5) + offset, after(temperature=T), 0.22, label=f"T = {T}")
     left.set(title="temperature", xlabel="token", ylabel="probability")
     for name, share, variety in rows:
-        right.plot(variety, share, "o")
-        right.annotate(
-            name, (variety, share), xytext=(5, -3), textcoords="offset points", fontsize=8
-        )
+        right.plot(variety, share, "o", label=name)
     right.set(title="a trained model", xlabel="share of different pairs", ylabel="possible pairs")
-    right.set_xlim(0, 1.15 * max(different.values()) + 0.1)
     lesson.save(figure)
 
     lesson.exercise(

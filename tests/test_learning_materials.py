@@ -1,9 +1,11 @@
 """Every lesson runs, its claims hold (they are asserted in it), and its solutions solve."""
 
+import os
+import re
 import runpy
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
 import pytest
@@ -15,31 +17,37 @@ from model.weights import ROOT
 LESSONS = sorted((ROOT / "learning_materials").glob("[0-9]*.py"))
 
 
-def run(lesson: Path, out: Path) -> tuple[int, str]:
-    """A lesson with its solutions in a process of its own: exit code and what it prints.
+def start(lesson: Path, out: Path, *flags: str, typed: int | None = None) -> int:
+    """A lesson in a process of its own; what it prints goes to a .txt, what is typed is a terminal.
 
-    It is forked from this one, which has imported what takes longest to import.
+    It is forked from this one, which has imported already what takes longest to import.
     """
 
     def as_a_script() -> None:
-        sys.argv = [str(lesson), "--solutions", "--out", str(out)]
+        if typed is not None:
+            os.dup2(typed, 0)
+            sys.stdin = open(0, closefd=False)
+        sys.argv = [str(lesson), "--out", str(out), *flags]
         sys.path.insert(0, str(lesson.parent))
         runpy.run_path(str(lesson), run_name="__main__")
 
-    log = out / f"{lesson.stem}.txt"
-    code = ended(fork(as_a_script, log))
-    return code, log.read_text()
+    return fork(as_a_script, out / f"{lesson.stem}.txt")
 
 
 @pytest.mark.slow
 def test_every_lesson_holds_what_it_claims(tmp_path):
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda lesson: run(lesson, tmp_path), LESSONS))
-    assert len(results) >= 16
-    failed = [text for code, text in results if code]
+    assert len(LESSONS) >= 16
+    failed = []
+    for first in range(0, len(LESSONS), 2):  # two side by side
+        pair = LESSONS[first : first + 2]
+        processes = [start(lesson, tmp_path, "--solutions") for lesson in pair]
+        for lesson, code in zip(pair, map(ended, processes), strict=True):
+            if code:
+                failed.append(f"{lesson}: {(tmp_path / f'{lesson.stem}.txt').read_text()}")
     assert not failed, "\n".join(failed)
-    for lesson, (_, text) in zip(LESSONS, results, strict=True):
-        assert "Exercise 2: " in text and "def solution_2(" in text, lesson
+    for lesson in LESSONS:
+        printed = (tmp_path / f"{lesson.stem}.txt").read_text()
+        assert "def solution_1(" in printed and "def solution_2(" in printed, lesson
         picture = tmp_path / f"{lesson.stem}.png"
         assert imread(picture)[..., :3].std() > 0.01, lesson  # not an empty one
         assert picture.stat().st_size < 60_000, lesson
@@ -48,15 +56,44 @@ def test_every_lesson_holds_what_it_claims(tmp_path):
 @pytest.mark.slow
 def test_a_lesson_as_a_person_runs_it(tmp_path):
     """Without arguments it shows questions and conclusions, and keeps the solutions back."""
-    command = [sys.executable, LESSONS[5], "--out", tmp_path / "new"]
+    lesson = LESSONS[5]
+    command = [sys.executable, lesson, "--out", tmp_path / "new"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "1. Predict: " in printed and "=> " in printed and "--solutions" in printed
-    assert "def solution_1" not in printed
-    assert (tmp_path / "new" / f"{LESSONS[5].stem}.png").exists()
+    assert printed.index("1. Predict: ") < printed.index("=> ") < printed.index("Exercise 2: ")
+    assert "--solutions" in printed and "def solution_1" not in printed
+    assert (tmp_path / "new" / f"{lesson.stem}.png").exists()
 
 
 @pytest.mark.slow
-def test_a_wrong_flag_is_told_in_a_sentence():
-    command = [sys.executable, LESSONS[5], "--solution"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: ")
+def test_with_ask_it_waits_for_enter(tmp_path):
+    lesson = LESSONS[5]
+    terminal, typed = os.openpty()
+    process = start(lesson, tmp_path, "--ask", typed=typed)
+    printed = tmp_path / f"{lesson.stem}.txt"
+    for question in range(1, 6):
+        deadline = time.monotonic() + 60
+        while printed.read_text().count("(Enter shows the answer)") < question:
+            assert time.monotonic() < deadline, printed.read_text()
+            time.sleep(0.05)
+        assert printed.read_text().count("=> ") == question - 1  # it waits
+        os.write(terminal, b"\n")
+    assert ended(process) == 0
+
+
+def test_a_wrong_flag_is_told_in_a_sentence(tmp_path):
+    assert ended(start(LESSONS[5], tmp_path, "--solution")) == 2
+    assert (tmp_path / f"{LESSONS[5].stem}.txt").read_text().startswith("error: ")
+
+
+@pytest.mark.parametrize("page", ["knowledge_base.md", "knowledge_base_en.md"])
+def test_the_knowledge_base_names_code_that_is_there(page):
+    """`file.py::Name.method` is a definition in that file, and every picture exists."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = re.findall(r"`(\w+/[\w/]+\.py)::([\w.]+)`", text)
+    assert len(places) > 40
+    for file, name in places:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(def|class) {part}\b|^\s*{part}\b.*=", code, re.M), (file, name)
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert len(pictures) >= 15 and all((ROOT / picture).exists() for picture in pictures)
