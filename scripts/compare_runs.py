@@ -57,7 +57,9 @@ def main(args: Args) -> list[tuple[str, ...]]:
         section("Settings that differ", table(differences(settings), ("", *settings))),
     ]
     write_page(Path(args.output), "Runs side by side", ", ".join(runs), parts)
-    printed = Table(*COLUMNS)
+    printed = Table()
+    for column in COLUMNS:
+        printed.add_column(column, overflow="fold", no_wrap=column not in ("run", "bits per byte"))
     for row in rows:
         printed.add_row(*row)
     Console(highlight=False).print(printed)

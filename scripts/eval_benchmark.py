@@ -157,12 +157,12 @@ def show(models: list[dict]) -> None:
         table.add_column(f"{model['name']}\n{model['parameters'] / 1e6:.2f}M", justify="right")
     for task in tasks_in(models):
         rows = [model["results"].get(task) for model in models]
-        first = next(filter(None, rows))
-        cells = [cell(row) if row else "" for row in rows]
-        chance = f"{100 * first['chance']:.1f}"
-        table.add_row(
-            first["title"], f"{first['questions']:,}", str(first["shots"]), chance, *cells
+        found = list(filter(None, rows))
+        numbers = (
+            [f"{r['questions']:,}", str(r["shots"]), f"{100 * r['chance']:.1f}"] for r in found
         )
+        same = (" / ".join(dict.fromkeys(column)) for column in zip(*numbers, strict=True))
+        table.add_row(found[0]["title"], *same, *(cell(row) if row else "" for row in rows))
     Console(highlight=False).print(table)
 
 

@@ -161,7 +161,11 @@ def test_other_data_are_refused_or_not_compared(train, recipe, capsys):
     ("words", "stage", "told"),
     [
         (["--recipe", "none"], train_pretrain, "there is no recipe .*of these: .*demo_pretrain"),
-        (["--recipe", "demo_sft"], train_pretrain, "for a trainer of full_sft: .*--sample_prompt"),
+        (
+            ["--recipe", "demo_full_sft"],
+            train_pretrain,
+            "for a trainer of full_sft: .*--sample_prompt",
+        ),
     ],
 )
 def test_mistakes_with_recipes(words, stage, told):
@@ -189,7 +193,7 @@ def test_the_recipes_of_the_project_fit_its_demo_data(tmp_path, tokenizer):
     write_demo_data(tmp_path)
     stages = {"pretrain": (train_pretrain, "text"), "full_sft": (train_full_sft, "conversations")}
     names = [path.stem for path in recipes.RECIPES.glob("*.json")]
-    assert {"demo_pretrain", "demo_sft"} <= set(names)
+    assert {"demo_pretrain", "demo_full_sft"} <= set(names)
     for name in names:
         made = recipes.read_recipe(name)
         stage, kind = stages[made["stage"]]

@@ -7,6 +7,7 @@ number of trained tokens. Flags on the command line count more than the recipe's
 so. scripts/make_recipe.py writes one from a finished run.
 """
 
+import argparse
 import json
 from dataclasses import fields
 from os.path import normpath
@@ -64,10 +65,14 @@ def words_of(recipe: dict[str, Any], kind: type) -> list[str]:
 
 def with_recipe(words: list[str], kind: type) -> list[str]:
     """A command line, the flags of its --recipe put in front, where any other counts more."""
-    if "--recipe" not in words[:-1]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    parser.add_argument("--data_path", nargs="*")
+    given, _ = parser.parse_known_args(words)
+    if not given.recipe:
         return words
-    recipe = read_recipe(words[words.index("--recipe") + 1])
-    if "--data_path" not in words:
+    recipe = read_recipe(given.recipe)
+    if given.data_path is None:
         for path in located(recipe["flags"])["data_path"]:
             if not Path(path).is_file():
                 raise UserError(
