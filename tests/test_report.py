@@ -49,6 +49,7 @@ def write_recipe(folder: Path, run: str, **more) -> str:
 
 
 def test_the_page_of_a_run_has_everything_inside(any_stage, page):
+    Path(f"{any_stage.data}.manifest.json").write_text('{"steps": ["clean", "<dedup>"]}')
     any_stage(**COMMON)
     text = page(any_stage)
     outside = re.findall(r'<script|<link|<img|@import|url\((?!#)|(?:src|href)="(?!#)', text)
@@ -62,6 +63,7 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
         assert f"step {record['step']}\n{record['val_bpb']:.3f} bpb" in text
     assert "data.jsonl" in text and any_stage.saved()["identity"]["data"] in text
     assert "--learning_rate</td><td>0.001" in text
+    assert "how data.jsonl was made" in text and "&lt;dedup&gt;" in text
     assert len(text) < 300_000
 
 

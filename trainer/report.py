@@ -6,7 +6,9 @@ was stopped and resumed has the same page. scripts/compare_runs.py lays several 
 other with the same curves.
 """
 
+import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from datetime import date
 from html import escape
@@ -40,10 +42,17 @@ UNSEEN = set("step tokens seconds val_loss skipped changed_share recipe_val_bpb"
 
 def data_manifest(args: Any, rows: Rows, held_out: Rows | None) -> dict[str, Any]:
     """What a training reads, for its weights' .json, its report and recipes. The hashes are of
-    tokens: the same for the same text, whatever its file is called."""
+    tokens: the same for the same text, whatever its file is called. How a file was made is in
+    FILE.manifest.json, if it is there."""
 
     def files(paths: list[str]) -> list[dict[str, Any]]:
-        return [{"file": Path(p).name, "bytes": Path(p).stat().st_size} for p in paths]
+        found = []
+        for path in paths:
+            found.append({"file": Path(path).name, "bytes": Path(path).stat().st_size})
+            with suppress(OSError, ValueError):
+                made = json.loads(Path(f"{path}.manifest.json").read_text(encoding="utf-8"))
+                found[-1]["made"] = made
+        return found
 
     return {
         "files": files(args.data_path),
@@ -72,7 +81,7 @@ def write_report(run: "Run", path: Path) -> None:
         tiles(records),
         charts(runs),
         section("What it wrote, over time", samples(records)),
-        section("Data", table(manifest_rows(origin))),
+        section("Data", data(origin)),
         section("Settings", settings(run.args)),
     ]
     state = f"stopped at step {run.step} of {run.steps_in_all}" if run.stopping else "finished"
@@ -168,16 +177,24 @@ def table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     return f'<div class="table"><table>{lines}</table></div>'
 
 
-def manifest_rows(origin: dict[str, Any]) -> list[tuple[str, str]]:
+def data(origin: dict[str, Any]) -> str:
     manifest = origin.get("manifest", {})
-    rows = [("from weights", origin.get("from_weight", ""))]
+    rows, made = [("from weights", origin.get("from_weight", ""))], {}
     for title, part in (("trained", manifest), ("held out", manifest.get("held_out") or {})):
         if part:
             files = ", ".join(f"{f['file']} ({f['bytes'] / 1e6:,.1f} MB)" for f in part["files"])
             amount = f"{part['documents']:,} documents, {part['tokens']:,} tokens"
             rows.append((title, f"{files}: {amount}, hash {part['hash']}"))
+            made |= {f["file"]: f["made"] for f in part["files"] if "made" in f}
     rows.append(("places in rows filled", f"{origin.get('row_fill', 0):.1%}"))
-    return rows
+    return table(rows) + "".join(
+        folded(f"how {name} was made", json.dumps(how, indent=1, ensure_ascii=False))
+        for name, how in made.items()
+    )
+
+
+def folded(title: str, text: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def settings(args: Any) -> str:
@@ -251,5 +268,6 @@ td { padding: .35rem .8rem .35rem 0; border-top: 1px solid var(--line); vertical
   white-space: pre-wrap; }
 td:first-child { color: var(--soft); min-width: 6.5rem; }
 th { padding: .35rem .8rem .35rem 0; text-align: left; color: var(--soft); font-weight: 500; }
+pre { font-size: .85rem; white-space: pre-wrap; }
 summary { margin: .8rem 0; cursor: pointer; color: var(--soft); }
 """
