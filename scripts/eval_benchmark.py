@@ -152,7 +152,8 @@ def tasks_in(models: list[dict]) -> list[str]:
 def show(models: list[dict]) -> None:
     table = Table(title="accuracy ± standard error, in per cent", title_justify="left")
     for name in ("benchmark", "questions", "shots", "chance"):
-        table.add_column(name, justify="left" if name == "benchmark" else "right")
+        first = name == "benchmark"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
     for model in models:
         table.add_column(f"{model['name']}\n{model['parameters'] / 1e6:.2f}M", justify="right")
     for task in tasks_in(models):
