@@ -24,7 +24,7 @@ class Args:
     name: str = option("", "name of the recipe")
     about: str = option("", "a sentence on what it is for")
     prepare: str = option("", "the command that makes or fetches the data")
-    band: float = option(0.03, "share of the bits per byte by which a run on track may differ")
+    band: float = option(0.05, "share of the bits per byte by which a run on track may differ")
     machine: str = option("", "the machine it ran on; default: as the log has it")
     folder: str = option(str(RECIPES), "where recipes lie")
 
