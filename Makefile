@@ -31,6 +31,6 @@ clean:  ## what demo and tests made, and the environment; your own weights in ou
 	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt .venv/installed
+.venv/installed-dev: requirements-dev.txt requirements-eval.txt .venv/installed
 	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	@touch $@

@@ -4,14 +4,12 @@
 
 DIR holds pretrain, pretrain_val, sft and sft_val (.jsonl.gz). Each stage first measures its speed
 for some steps and then trains as many as fit the time, its schedule fitted to them. Bits per byte
-by the rule of bits_per_byte.py; answers are greedy.
+by the rule of scripts/eval_ppl.py; answers are greedy.
 """
 
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-
-from bits_per_byte import bits_per_byte, read_texts
 
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
@@ -19,6 +17,7 @@ from model.generation import generate_text
 from model.sampling import Sampling
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.demo import prompts_of
+from scripts.eval_ppl import bits_per_byte, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.forecast import seconds_of_an_update
 from trainer.hardware import describe_machine

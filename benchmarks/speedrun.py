@@ -4,7 +4,7 @@
     python benchmarks/speedrun.py --stage full_sft --from_weight W.pth --data_path … --val_path …
 
 The model has a fixed size: 256×6 (5.87M parameters), or 512×8 with --long. Quality is held-out bits
-per byte by the rule of bits_per_byte.py, or with --stage full_sft the loss of the answers' tokens,
+per byte by the rule of eval_ppl.py, or with --stage full_sft the loss of the answers' tokens,
 on the first 300 documents of the validation file. Only training is timed: not tokenising,
 evaluation or saving.
 
@@ -34,7 +34,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from bits_per_byte import bits_per_byte, read_lines, read_texts
 from datasets import Dataset
 from matplotlib import pyplot as plt
 from peers import peer_of
@@ -48,6 +47,7 @@ from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORED
 from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
+from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.arguments import TrainArgs
 from trainer.forecast import seconds_of_an_update

@@ -51,7 +51,9 @@ class ChatModel(NamedTuple):
     parameters: int
 
 
-def load_chat_model(args: ModelArgs, weight: str) -> ChatModel:
+def load_chat_model(args: ModelArgs, weight: str, decode_only: bool = True) -> ChatModel:
+    """The model that the flags name. `decode_only` makes it faster at that and unfit for the rest,
+    such as judging whole texts."""
     device = resolve_device(args.device)
     model, tokenizer, stage = load_for_chat(
         args.load_from,
@@ -70,7 +72,8 @@ def load_chat_model(args: ModelArgs, weight: str) -> ChatModel:
             raise UserError("--lora_weight is for own weights, and --load_from is another model")
         add_weights_of_lora(model, args)
     name = args.load_from if foreign else weight
-    return ChatModel(prepare_to_decode(model), tokenizer, stage, name, parameters)
+    model = prepare_to_decode(model) if decode_only else model.eval()
+    return ChatModel(model, tokenizer, stage, name, parameters)
 
 
 def add_weights_of_lora(model: PreTrainedModel, args: ModelArgs) -> None:

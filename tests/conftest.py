@@ -81,6 +81,7 @@ def in_a_hurry(monkeypatch) -> None:
     """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
     monkeypatch.setattr(trainer_utils, "plot_losses", lambda runs, path: None)
+    monkeypatch.setattr(trainer_utils, "write_report", lambda run, path: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 

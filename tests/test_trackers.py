@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from toy import Trainer, logged
+from toy import Trainer
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
 
@@ -30,11 +30,14 @@ def stored(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def wandb_losses(folder: Path) -> tuple[list[str], list[tuple[int, float]]]:
-    """The ids of the offline runs in the order of their time, and what they logged as "loss"."""
+Logged = dict[tuple[int, str], float]  # (step, name) → figure
+
+
+def wandb_log(folder: Path) -> tuple[list[str], Logged]:
+    """The ids of the offline runs in the order of their time, and what they logged."""
     from wandb.proto import wandb_internal_pb2 as wandb
 
-    ids, losses = [], []
+    ids, figures = [], {}
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for content in stored(path):
             record = wandb.Record()
@@ -42,29 +45,29 @@ def wandb_losses(folder: Path) -> tuple[list[str], list[tuple[int, float]]]:
             if record.WhichOneof("record_type") == "run":
                 ids.append(record.run.run_id)
             for item in record.history.item:
-                if "loss" in (item.key, *item.nested_key):
-                    losses.append((record.history.step.num, json.loads(item.value_json)))
-    return ids, losses
+                name = item.key or item.nested_key[0]
+                if not name.startswith("_"):  # its own time and step
+                    figures[record.history.step.num, name] = json.loads(item.value_json)
+    return ids, figures
 
 
-def swanlab_losses(folder: Path) -> tuple[list[str], list[tuple[int, float]]]:
+def swanlab_log(folder: Path) -> tuple[list[str], Logged]:
     from swanlab.proto.swanlab.record.v1 import record_pb2 as swanlab
 
-    ids, losses = [], []
+    ids, figures = [], {}
     for path in sorted(folder.glob("swanlog/run-*/run-*.swanlab")):
         for content in stored(path):
             record = swanlab.Record()
             record.ParseFromString(content)
             if record.WhichOneof("record_type") == "start":
                 ids.append(record.start.id)
-            if record.scalar.key == "loss":
-                losses.append((record.scalar.step, record.scalar.value.number))
-    return ids, losses
+            name = record.scalar.key
+            if name and not name.startswith("__"):  # its own figures of the machine
+                figures[record.scalar.step, name] = record.scalar.value.number
+    return ids, figures
 
 
-@pytest.mark.parametrize(
-    ("tracker", "read"), [("wandb", wandb_losses), ("swanlab", swanlab_losses)]
-)
+@pytest.mark.parametrize(("tracker", "read"), [("wandb", wandb_log), ("swanlab", swanlab_log)])
 def test_a_run_that_goes_on_logs_under_the_same_id(
     any_stage: Trainer, killed, monkeypatch, tmp_path, tracker, read
 ):
@@ -74,13 +77,22 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
     importlib.import_module("wandb").teardown()  # it remembers the settings of its first run
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     common = dict(use_wandb=True, tracker=tracker, max_steps=5, save_interval=1)
+    common |= dict(val_share=0.2, eval_interval=2)
 
     killed(3, any_stage, **common)
     importlib.import_module(tracker).finish()  # what the end of that process would have done
-    records = logged(any_stage(resume=True, **common))
+    records = any_stage(resume=True, **common)["records"]
 
-    (first, second), losses = read(tmp_path / "a" / "out")
+    (first, second), figures = read(tmp_path / "a" / "out")
     assert first == second == any_stage.saved()["progress"]["tracker_id"]
-    assert losses == [(r["step"], pytest.approx(r["loss"])) for r in records]
-    assert [step for step, _ in losses] == [1, 2, 3, 4, 5]
+    expected = {
+        (record["step"], name): value
+        for record in records
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float)
+    }
+    assert figures == pytest.approx(expected)
+    names = "loss lr grad_norm tokens_per_second memory_gb mfu val_bpb changed_share".split()
+    assert set(names) <= {name for _, name in figures}
+    assert [step for step, name in sorted(figures) if name == "loss"] == [1, 2, 3, 4, 5]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -84,6 +84,7 @@ class TrainArgs:
     num_workers: int = option(1, "processes that make batches ahead")
     seed: int = option(42, "of weights, order and sampling")
 
+    recipe: str = option("", "follow benchmarks/recipes/NAME.json: its flags, and is it on track?")
     log_interval: int = option(100, "updates between lines of the log")
     eval_interval: int = option(500, "updates between evaluations on held-out data; 0: at the end")
     save_interval: int = option(100, "updates between saves; 0: at the end")

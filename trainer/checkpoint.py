@@ -26,8 +26,8 @@ PARTS = set(
 # Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
 # cut into batches. Data, tokenizer and first weights are compared by what they hold.
 MAY_CHANGE = set(
-    "resume from_resume device num_workers log_interval eval_interval save_interval save_dir "
-    "checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
+    "recipe resume from_resume device num_workers log_interval eval_interval save_interval "
+    "save_dir checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
     "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt "
     "rollout_batch_size update_batch_size rollout_url rollout_folder rollout_reload "
     "reward_model_path judge_url".split()

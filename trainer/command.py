@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from model.command_line import parse_arguments
 from model.errors import UserError, exit_on_user_error
+from trainer.recipes import with_recipe
 
 WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 
@@ -27,7 +28,7 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
     try:
         with exit_on_user_error():
             try:
-                main(parse_arguments(kind, about))
+                main(parse_arguments(kind, about, with_recipe(sys.argv[1:], kind)))
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
                 forget_workers()

@@ -54,6 +54,60 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None
     save_figure(figure, path)
 
 
+INK = "#123456"  # stands for the color of the page's text
+LINES = "#3b82f6 #f97316 #22a67a #c04fd0 #d9a514 #e0475b".split()  # on light and dark ground
+REFERENCE = "#8a93a3"
+
+
+def curve_svg(
+    runs: dict[str, list[tuple[int, float]]], title: str, unit: str, from_zero: bool = False
+) -> str:
+    """Curves over the tokens trained as an <svg> inside a page, whose text color they take.
+
+    Args:
+        runs: name → (tokens, figure) of each. The first is drawn in front; a recipe's is grey.
+    """
+    style = {
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "svg.fonttype": "none",  # text stays text
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(figsize=(4.6, 3), layout="constrained")
+        colors = iter(LINES * len(runs))
+        for front, (name, points) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
+            color = REFERENCE if name.startswith("recipe ") else next(colors)
+            if points:
+                marker = "." if len(points) < 30 else None
+                axes.plot(
+                    *zip(*points, strict=True),
+                    color=color,
+                    label=name,
+                    marker=marker,
+                    linewidth=1.4,
+                    zorder=2 + front,
+                )
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set(xlabel="tokens trained", ylabel=unit)
+        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+        axes.grid(alpha=0.25)
+        if from_zero:
+            axes.set_ylim(0)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(runs) > 1 and axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg", transparent=True, metadata={"Date": None})
+        plt.close(figure)
+    svg = picture.getvalue()
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
+
+
 def save_figure(figure: Any, path: Path | str) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)

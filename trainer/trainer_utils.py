@@ -58,7 +58,14 @@ from model.model_minimind import (
     MiniMindConfig,
     MiniMindForCausalLM,
 )
-from model.weights import atomic_write, find_weights, load_model, save_weights, weight_name
+from model.weights import (
+    atomic_write,
+    count_parameters,
+    find_weights,
+    load_model,
+    save_weights,
+    weight_name,
+)
 from trainer import hardware
 from trainer.arguments import EXPERTS, TrainArgs
 from trainer.checkpoint import (
@@ -75,6 +82,8 @@ from trainer.command import out_of_memory
 from trainer.forecast import duration, forecast
 from trainer.optimizers import Together, learning_rate_factor
 from trainer.plots import plot_losses
+from trainer.recipes import Reference
+from trainer.report import data_manifest, write_report
 from trainer.trackers import start_tracker
 
 # What is known since the last line of the log, when nothing is.
@@ -244,6 +253,7 @@ class Run:
         self.records: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.evaluation: dict[str, Any] = {}  # the newest one
         self.origin: dict[str, Any] = {}  # what the weights' .json says of how they were made
+        self.reference: Reference | None = None  # the run of --recipe
         self.identity: dict[str, Any] = {}  # what makes a checkpoint one of this run
         self.smaller_batch = ""  # what to try if memory runs out
         self.stored_at_start: dict[str, Tensor] = {}  # the weights, as a file holds them
@@ -532,19 +542,24 @@ class Run:
         return {"expert_load": [round(figure, 3) for figure in busiest.tolist()]}
 
     def log_evaluation(self, sample: str = "", **figures: float) -> None:
-        """Figures on held-out data, and a sample of the model's text."""
+        """Figures on held-out data, and a sample of the model's text; with --recipe, whether the
+        run is on track."""
         self.evaluation = {name: round(figure, 4) for name, figure in figures.items()}
         line = "  ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         self.print(
             f"step {self.step}: {line}",
             *(["    " + sample.replace("\n", "\n    ")] if sample else []),
         )
-        self.record(
-            tokens=self.tokens + self.pending["tokens"],
-            seconds=round(self.seconds + self.pending["seconds"], 2),
+        record = {
+            "tokens": self.tokens + self.pending["tokens"],
+            "seconds": round(self.seconds + self.pending["seconds"], 2),
             **self.evaluation,
             **({"sample": sample} if sample else {}),
-        )
+        }
+        beside = self.reference.beside(record) if self.reference else {}
+        self.record(**record, **beside)
+        if beside:
+            self.print(f"    {self.reference.verdict(self.records)}")
 
     def record(self, **values: Any) -> None:
         """One line of metrics.jsonl, the same to the tracker."""
@@ -660,10 +675,14 @@ class Run:
             "row_fill": round(rows.fill, 4),
             "from_weight": self.args.from_weight,
             "machine": hardware.describe_machine(self.device),
+            "parameters": count_parameters(unwrapped(model)),
+            "manifest": data_manifest(self.args, rows, held_out),
         }
+        if self.args.recipe:
+            self.reference = Reference(self, rows, held_out)
         self.identity = identity_of(self.args, self.stage, unwrapped(model), self.tokenizer, rows)
         lines, self.smaller_batch = forecast(self, model, rows, held_out)
-        self.print(*lines)
+        self.print(*lines, *(self.reference.lines() if self.reference else []))
 
     def finish(self) -> dict[str, Any]:
         """Close the log and draw the curves. Returns the last figures and the whole log."""
@@ -683,12 +702,13 @@ class Run:
         if self.tracker:
             self.tracker.finish()
         plot_losses({self.name: self.records}, self.file(".loss.png"))
+        write_report(self, self.file(".report.html"))
         if self.stopping:
             self.print(f"stopped at step {self.step}; --resume goes on from there")
         elif self.file(".pth").exists():
             self.print(
                 f"{duration(self.seconds)} of training; weights {self.file('.pth')}, "
-                f"curves {self.file('.loss.png').name}, log {self.file('.metrics.jsonl').name}"
+                f"report {self.file('.report.html').name}, log {self.file('.metrics.jsonl').name}"
             )
         return metrics
 

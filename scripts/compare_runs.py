@@ -1,0 +1,107 @@
+"""Lay the curves of several trainings over each other, and their figures side by side.
+
+    python scripts/compare_runs.py --runs out/pretrain_512 out/pretrain_768
+    python scripts/compare_runs.py --runs out/pretrain_96 --recipe demo_pretrain
+
+A run is named by its weights, its log, or both without an ending. The page that is written has
+everything inside.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.weights import OUT, read_info
+from scripts.make_recipe import files_of, read_log
+from trainer.forecast import duration
+from trainer.recipes import read_recipe
+from trainer.report import Records, charts, section, shown, table, write_page
+
+COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
+
+
+@dataclass
+class Args:
+    runs: list[str] = option([], "the runs, such as out/pretrain_512 out/pretrain_768")
+    recipe: list[str] = option([], "recipes whose reference runs are shown too")
+    output: str = option(str(OUT / "compare.html"), "the page that is written")
+
+    def __post_init__(self) -> None:
+        if not self.runs and not self.recipe:
+            raise UserError("--runs names what to compare, such as out/pretrain_512")
+
+
+def main(args: Args) -> list[tuple[str, ...]]:
+    runs: dict[str, Records] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    parameters: dict[str, int | None] = {}
+    for run, name in zip(args.runs, names(args.runs), strict=True):
+        weights, log = files_of(run)
+        runs[name] = read_log(log)
+        info = read_info(weights) or {}
+        settings[name] = info.get("origin", {}).get("args", {})
+        parameters[name] = info.get("parameters")
+    for recipe in map(read_recipe, args.recipe):
+        name = f"recipe {recipe['name']}"
+        runs[name], settings[name] = recipe["records"], recipe["flags"]
+        parameters[name] = recipe.get("parameters")
+    rows = [summary(name, records, parameters[name]) for name, records in runs.items()]
+    parts = [
+        table(rows, COLUMNS),
+        charts(runs),
+        section("Settings that differ", table(differences(settings), ("", *settings))),
+    ]
+    write_page(Path(args.output), "Runs side by side", ", ".join(runs), parts)
+    printed = Table()
+    for column in COLUMNS:
+        printed.add_column(column, overflow="fold", no_wrap=column not in ("run", "bits per byte"))
+    for row in rows:
+        printed.add_row(*row)
+    Console(highlight=False).print(printed)
+    print(f"curves: {args.output}")
+    return rows
+
+
+def names(runs: list[str]) -> list[str]:
+    """As short a name for each as tells it from the others: the last parts of its path."""
+    paths = [files_of(run)[0].with_suffix("").parts for run in runs]
+    if len(set(paths)) < len(paths):
+        raise UserError("--runs names the same run twice")
+    size = 1
+    while len({path[-size:] for path in paths}) < len(paths):
+        size += 1
+    return ["/".join(path[-size:]) for path in paths]
+
+
+def summary(name: str, records: Records, parameters: int | None) -> tuple[str, ...]:
+    last: dict[str, Any] = {}
+    for record in records:
+        last |= {key: value for key, value in record.items() if value is not None}
+    seconds, tokens = last.get("seconds", 0), last.get("tokens", 0)
+    return (
+        name,
+        f"{parameters / 1e6:.2f}M" if parameters else "",
+        f"{last['step']:,}",
+        f"{tokens:,}",
+        duration(seconds),
+        f"{tokens / max(1e-9, seconds):,.0f}",
+        f"{last['loss']:.4f}" if "loss" in last else "",
+        f"{last['val_bpb']:.4f}" if "val_bpb" in last else "",
+    )
+
+
+def differences(settings: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The flags that are not the same in all runs; one that a run does not tell stays empty."""
+    flags = sorted({flag for each in settings.values() for flag in each})
+    rows = [(f"--{flag}", *(shown(s.get(flag, "")) for s in settings.values())) for flag in flags]
+    return [row for row in rows if len(set(row[1:]) - {""}) > 1]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

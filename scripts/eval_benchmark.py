@@ -1,0 +1,208 @@
+"""The benchmarks of the field, by lm-evaluation-harness, for one model or several side by side.
+
+    pip install -r requirements-eval.txt
+    python scripts/eval_benchmark.py --weight pretrain full_sft             own weights, from out/
+    python scripts/eval_benchmark.py --load_from ./MiniMind2 ./Qwen3-0.6B   transformers folders
+    python scripts/eval_benchmark.py --tasks ceval piqa --limit 100 --json out/a.json
+    python scripts/eval_benchmark.py --compare out/a.json                   beside earlier results
+
+Questions come from the Hugging Face Hub, or without a network from --local DIR, which has a folder
+for each benchmark (ceval-exam, cmmlu, openbookqa, ai2_arc, hellaswag, piqa, gsm8k) as
+`hf download --repo-type dataset --local-dir` makes it, or as its authors publish it, unzipped:
+.parquet, .jsonl or .csv.
+
+A model of MiniMind's size guesses most of these questions. Each figure stands beside what guessing
+gives and its standard error; what is not two of those above is no knowledge.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.weights import OUT, TOKENIZER, write_json
+from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
+from trainer.hardware import describe_machine, resolve_device
+from trainer.plots import save_figure
+
+TASKS = "ceval cmmlu openbookqa arc_easy arc_challenge hellaswag piqa gsm8k"
+
+
+@dataclass
+class Args(ModelArgs):
+    load_from: list[str] = option(
+        [str(TOKENIZER)], "./model: own weights from save_dir; else transformers folders"
+    )
+    weight: list[str] = option(["full_sft"], "own weights: stages, such as pretrain, or .pth files")
+    tasks: list[str] = option(TASKS.split(), f"of {TASKS}; arc is both of them")
+    local: str = option("", "folder with copies of the benchmarks, which needs no network")
+    num_fewshot: int | None = option(
+        None, "solved examples before each question; default: 5 for gsm8k, else 0"
+    )
+    chat_template: bool = option(False, "put questions as a user's turn of a conversation")
+    limit: int = option(0, "questions of each task or subject at most, for a quick look; 0: all")
+    batch_size: int = option(16, "rows at a time")
+    max_seq_len: int = option(2048, "longest question, with its examples; its beginning is cut")
+    compare: list[str] = option([], "files of --json, whose models are shown too")
+    json: str = option("", "also write the figures to this file")
+    plot: str = option(str(OUT / "benchmark.png"), "draw the figures into this file")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("limit", "num_fewshot"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+        arc = ["arc_easy", "arc_challenge"]
+        self.tasks = [t for task in self.tasks for t in (arc if task == "arc" else [task])]
+        for task in self.tasks:
+            if task not in TASKS.split():
+                raise UserError(f"--tasks {task} is unknown; there are {TASKS}")
+
+
+def main(args: Args) -> dict[str, Any]:
+    reports = [read_report(path) for path in args.compare]
+    try:
+        from scripts import harness
+    except ImportError as error:
+        raise UserError(
+            f"lm-evaluation-harness is not installed, or not whole ({error}); "
+            "`pip install -r requirements-eval.txt`"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    managers = {task: harness.tasks_of(harness.BENCHMARKS[task], args.local) for task in args.tasks}
+    models = []
+    for loaded in load_models(args):
+        own = harness.HarnessModel(
+            loaded.model, loaded.tokenizer, args.batch_size, args.max_seq_len
+        )
+        results = {}
+        for task, manager in managers.items():
+            print(f"{loaded.name}: {harness.BENCHMARKS[task].title}")
+            try:
+                results[task] = harness.evaluate(
+                    own,
+                    harness.BENCHMARKS[task],
+                    manager,
+                    shots=args.num_fewshot,
+                    limit=args.limit or None,
+                    chat_template=args.chat_template,
+                )
+            except OSError as error:  # as those of the Hub are
+                raise UserError(
+                    f"{harness.BENCHMARKS[task].title} cannot be had ({error}); with a copy of it "
+                    "in a folder, give --local"
+                ) from error
+        models.append({"name": loaded.name, "parameters": loaded.parameters, "results": results})
+    report = {
+        "date": str(date.today()),
+        "machine": describe_machine(resolve_device(args.device)),
+        "lm_eval": version("lm_eval"),
+        "limit": args.limit,
+        "chat_template": args.chat_template,
+        "models": models,
+    }
+    shown = [model for each in [*reports, report] for model in each["models"]]
+    show(shown)
+    plot(shown, args.plot)
+    print(f"drawn: {args.plot}")
+    if args.json:
+        write_json(args.json, report)
+    return report
+
+
+def load_models(args: Args) -> Iterator[ChatModel]:
+    """One after the other, so that one is in memory at a time."""
+    for folder in args.load_from:
+        foreign = (Path(folder) / "config.json").exists()
+        for weight in [""] if foreign else args.weight:
+            loaded = load_chat_model(replace(args, load_from=folder), weight, decode_only=False)
+            name = Path(folder).resolve().name if foreign else Path(weight).stem
+            name += f" + {args.lora_weight}" * bool(args.lora_weight)
+            yield ChatModel(*loaded[:3], name, loaded.parameters)
+
+
+def read_report(path: str) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        report["models"][0]["results"]
+        return report
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError(f"--compare {path} is no file that --json has written") from error
+
+
+# -- what came of it -------------------------------------------------------------------------------
+
+
+def tasks_in(models: list[dict]) -> list[str]:
+    return [task for task in TASKS.split() if any(task in each["results"] for each in models)]
+
+
+def show(models: list[dict]) -> None:
+    table = Table(title="accuracy ± standard error, in per cent", title_justify="left")
+    for name in ("benchmark", "questions", "shots", "chance"):
+        first = name == "benchmark"
+        table.add_column(name, justify="left" if first else "right", no_wrap=first)
+    for model in models:
+        table.add_column(f"{model['name']}\n{model['parameters'] / 1e6:.2f}M", justify="right")
+    for task in tasks_in(models):
+        rows = [model["results"].get(task) for model in models]
+        found = list(filter(None, rows))
+        numbers = (
+            [f"{r['questions']:,}", str(r["shots"]), f"{100 * r['chance']:.1f}"] for r in found
+        )
+        same = (" / ".join(dict.fromkeys(column)) for column in zip(*numbers, strict=True))
+        table.add_row(found[0]["title"], *same, *(cell(row) if row else "" for row in rows))
+    Console(highlight=False).print(table)
+
+
+def cell(row: dict) -> str:
+    """Bold where it is more than guessing, by two standard errors."""
+    error = row["standard_error"] or 0
+    text = f"{100 * row['accuracy']:.1f} ± {100 * error:.1f}"
+    return f"[bold]{text}[/bold]" if row["accuracy"] > row["chance"] + 2 * error else text
+
+
+def plot(models: list[dict], path: str) -> None:
+    """Bars side by side, with standard errors, and chance as a line across."""
+    tasks = tasks_in(models)
+    figure, axes = plt.subplots(
+        figsize=(max(5, 1.2 + len(tasks) * (0.7 + 0.3 * len(models))), 4.5), layout="constrained"
+    )
+    width = 0.8 / len(models)
+    for n, model in enumerate(models):
+        kept = [(at, model["results"][t]) for at, t in enumerate(tasks) if t in model["results"]]
+        axes.bar(
+            [at + width * (n - (len(models) - 1) / 2) for at, _ in kept],
+            [100 * row["accuracy"] for _, row in kept],
+            width * 0.92,
+            yerr=[100 * (row["standard_error"] or 0) for _, row in kept],
+            capsize=2,
+            label=f"{model['name']} ({model['parameters'] / 1e6:.1f}M)",
+        )
+    rows = [next(m["results"][task] for m in models if task in m["results"]) for task in tasks]
+    for at, row in enumerate(rows):
+        label = "chance" if at == 0 else None
+        axes.hlines(100 * row["chance"], at - 0.45, at + 0.45, "black", "dashed", label=label)
+    axes.set_xticks(range(len(tasks)), [row["title"] for row in rows], rotation=20, ha="right")
+    axes.set(title="benchmarks", ylabel="accuracy, %", ylim=(0, None))
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    axes.legend()
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

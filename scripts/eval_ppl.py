@@ -1,0 +1,273 @@
+"""Bits per byte of a model on text: the figure by which models with other tokenizers compare.
+
+    python scripts/eval_ppl.py --weight pretrain --data FILE [--json FILE]
+    python scripts/eval_ppl.py --load_from ./MiniMind2 --data FILE        any transformers folder
+
+The rule: the first 500 characters of each document, each document alone, <|im_start|> (or what
+the tokenizer has to begin a text with) before it; the sum of −log2 p over all tokens after the
+first, divided by the UTF-8 bytes of the text. A byte costs 8 bits without a model.
+
+FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messages]}, whose contents
+are read as one text. Of any other file each 500 characters are a document.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dataset.lm_dataset import encode_pieces
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.model_minimind import IGNORED
+from model.weights import write_json
+from scripts.chat_model import ModelArgs, load_chat_model
+
+CHARACTERS = 500
+LONGEST = 2048  # tokens that a model sees at once
+
+
+@dataclass
+class Args(ModelArgs):
+    weight: str = option("pretrain", "own weights: the stage, or a .pth file")
+    data: str = option("", "JSONL or a text file, perhaps .gz")
+    documents: int = option(0, "how many documents, from the first; 0: all")
+    characters: int = option(CHARACTERS, "of each document, from the first; 0: all")
+    batch_size: int = option(16, "documents at a time")
+    json: str = option("", "also write the figures to this file")
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("--data names the text to measure on")
+        for name in ("documents", "characters"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
+
+
+# -- documents -------------------------------------------------------------------------------------
+
+
+def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTERS) -> list[str]:
+    """The beginnings of the first documents of a file; 0: all of it."""
+    texts = filter(None, read_documents(path, characters))
+    return [text[: characters or None] for text in islice(texts, documents or None)]
+
+
+def read_documents(path: str | Path, characters: int = CHARACTERS) -> Iterator[str]:
+    if ".jsonl" in Path(path).suffixes:
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                yield text_of(json.loads(line))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(
+                    f"{path}, line {number} is neither "
+                    '{"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
+                ) from error
+    else:
+        text = "".join(read_lines(path))
+        step = characters or len(text)
+        yield from (text[at : at + step] for at in range(0, len(text), step))
+
+
+def text_of(row: dict) -> str:
+    if "text" in row:
+        return row["text"] + ""
+    return "\n".join(message["content"] or "" for message in row["conversations"])
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
+
+
+def language(text: str) -> str:
+    """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
+    chinese = sum("\u4e00" <= c <= "\u9fff" for c in text)
+    latin = sum(c.isascii() and c.isalpha() for c in text)
+    if not chinese and not latin:
+        return "other"
+    return "zh" if chinese >= latin else "en"
+
+
+def length(text: str) -> str:
+    """The power of two that its number of characters lies above, as 64-127."""
+    power = 2 ** (len(text).bit_length() - 1)
+    return f"{power}-{2 * power - 1}"
+
+
+# -- bits ------------------------------------------------------------------------------------------
+
+
+class Stretch(NamedTuple):
+    """What a model sees at once of a document, and from which token on it is counted."""
+
+    document: int
+    ids: list[int]
+    counted: int
+
+
+def stretches(ids: list[int], document: int, longest: int) -> Iterator[Stretch]:
+    """A document in one, or if it is too long in several, each with half of the one before as
+    context; every token but the first is counted once."""
+    yield Stretch(document, ids[:longest], 1)
+    half = longest // 2
+    for at in range(half, len(ids) - longest + half, half):
+        yield Stretch(document, ids[at : at + longest], longest - half)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text, after the one that begins a text."""
+    begin = tokenizer.bos_token_id
+    begin = tokenizer.eos_token_id if begin is None else begin  # as Qwen's, which has no other
+    if begin is None:
+        raise UserError("the tokenizer has no token that begins or ends a text")
+    encoded = encode_pieces(tokenizer, [[(begin, False), (text, True)] for text in texts])
+    return [document.ids for document in encoded]
+
+
+@torch.inference_mode()
+def document_bits(
+    model: PreTrainedModel,
+    documents: list[list[int]],
+    batch_size: int = 16,
+) -> list[float]:
+    """−log2 p of all tokens of each document but the first; those of about the same length share a
+    batch."""
+    longest = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
+    pieces = [s for n, ids in enumerate(documents) for s in stretches(ids, n, longest)]
+    pieces.sort(key=lambda piece: len(piece.ids))
+    bits = [0.0] * len(documents)
+    for at in tqdm(range(0, len(pieces), batch_size), desc="bits per byte", leave=False):
+        some = pieces[at : at + batch_size]
+        # padding stands behind the text, where causal attention does not see it
+        ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
+        labels = torch.full_like(ids, IGNORED)
+        for row, piece in enumerate(some):
+            ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
+            labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
+        logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
+        labels = labels[:, 1:].to(model.device)
+        chosen = labels != IGNORED
+        nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
+        of_piece = nats.double().split(chosen.sum(1).tolist())
+        for piece, losses in zip(some, of_piece, strict=True):
+            bits[piece.document] += losses.sum().item() / math.log(2)
+    return bits
+
+
+def bits_per_byte(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int = 16,
+) -> float:
+    """Bits per byte by the rule above."""
+    bits = document_bits(model, encode(tokenizer, texts), batch_size)
+    return sum(bits) / sum(len(text.encode()) for text in texts)
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def figures(texts: list[str], bits: list[float]) -> dict[str, float]:
+    """Bits per byte over some documents, with its standard error as a ratio of two sums over
+    independent documents; None for a single one."""
+    sizes = [len(text.encode()) for text in texts]
+    ratio, n = sum(bits) / sum(sizes), len(texts)
+    spread = sum((b - ratio * size) ** 2 for b, size in zip(bits, sizes, strict=True))
+    error = math.sqrt(spread * n / (n - 1)) / sum(sizes) if n > 1 else None
+    return {
+        "documents": n,
+        "bytes": sum(sizes),
+        "bits_per_byte": round(ratio, 5),
+        "standard_error": None if error is None else round(error, 5),
+    }
+
+
+def by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[str, dict]:
+    """The figures of each group of documents, the groups in their natural order."""
+    groups: dict[str, list[int]] = {}
+    for number, text in enumerate(texts):
+        groups.setdefault(name(text), []).append(number)
+    order = sorted(groups, key=lambda group: int(group.split("-")[0]) if "-" in group else 0)
+    return {
+        group: figures([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
+        for group in order
+    }
+
+
+def main(args: Args) -> dict[str, float]:
+    texts = read_texts(args.data, args.documents, args.characters)
+    if not texts:
+        raise UserError(f"{args.data} holds no text")
+    loaded = load_chat_model(args, args.weight, decode_only=False)
+    documents = encode(loaded.tokenizer, texts)
+    bits = document_bits(loaded.model, documents, args.batch_size)
+    tokens = sum(map(len, documents)) - len(documents)
+    result = {
+        "model": loaded.name,
+        "parameters": loaded.parameters,
+        "data": args.data,
+        "characters": args.characters,
+        **figures(texts, bits),
+        "perplexity": round(2 ** (sum(bits) / tokens), 3),
+        "bytes_per_token": round(sum(len(text.encode()) for text in texts) / tokens, 3),
+        "languages": by(language, texts, bits),
+        "lengths": by(length, texts, bits),
+    }
+    show(result)
+    if args.json:
+        write_json(args.json, result)
+    return result
+
+
+def show(result: dict) -> None:
+    table = Table(
+        title=f"{result['model']} ({result['parameters'] / 1e6:.2f}M) on {result['data']}",
+        title_justify="left",
+    )
+    for name in ("documents", "", "bytes", "bits per byte", "± s.e."):
+        table.add_column(name, justify="left" if name == "documents" else "right")
+    groups = [("language", result["languages"]), ("characters", result["lengths"])]
+    for kind, members in [*groups, ("", {"all": result})]:
+        for name, row in members.items():
+            error = row["standard_error"]
+            table.add_row(
+                f"{kind} {name}".strip(),
+                f"{row['documents']:,}",
+                f"{row['bytes']:,}",
+                f"{row['bits_per_byte']:.4f}",
+                "" if error is None else f"{error:.4f}",
+            )
+        table.add_section()
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"perplexity {result['perplexity']:.2f} a token, of {result['bytes_per_token']:.2f} bytes; "
+        "only between models with the same tokenizer is that a comparison"
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

@@ -1,0 +1,103 @@
+"""Write a recipe from a finished run, so that anyone can repeat it and compare.
+
+    python scripts/make_recipe.py --run out/pretrain_192 --name demo_pretrain \
+        --prepare "python -m dataset.demo"
+    python trainer/train_pretrain.py --recipe demo_pretrain
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.weights import ROOT, read_info, write_json
+from trainer.recipes import FREE, METRIC, PATHS, RECIPES
+
+
+@dataclass
+class Args:
+    run: str = option("", "its weights, such as out/pretrain_512.pth; the log lies beside them")
+    name: str = option("", "name of the recipe")
+    about: str = option("", "a sentence on what it is for")
+    prepare: str = option("", "the command that makes or fetches the data")
+    band: float = option(0.05, "share of the bits per byte by which a run on track may differ")
+    machine: str = option("", "the machine it ran on; default: as the log has it")
+    folder: str = option(str(RECIPES), "where recipes lie")
+
+    def __post_init__(self) -> None:
+        for name in ("run", "name"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is needed (--help explains it)")
+        if not 0 < self.band < 1:
+            raise UserError(f"--band must be more than 0 and less than 1, not {self.band}")
+
+
+def main(args: Args) -> Path:
+    weights, log = files_of(args.run)
+    info, records = read_info(weights), read_log(log)
+    if info is None:
+        raise UserError(f"{weights.with_suffix('.json')} is not there, which tells of the run")
+    origin = info["origin"]
+    if not any(METRIC in record for record in records):
+        raise UserError(f"{log} has no evaluation on held-out data to compare with")
+    flags = {
+        name: from_project(value) if name in PATHS else value
+        for name, value in origin["args"].items()
+        if name not in FREE and value not in (None, "", [])
+    }
+    path = Path(args.folder) / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "name": args.name,
+        "about": args.about,
+        "stage": info["stage"],
+        "prepare": args.prepare,
+        "flags": flags,
+        "data": origin["data"],
+        "held_out": origin["manifest"]["held_out"]["hash"],
+        "tokenizer": info["tokenizer_hash"],
+        "parameters": info["parameters"],
+        "machine": args.machine or origin["machine"],
+        "date": str(date.today()),
+        "seconds": origin["seconds"],
+        "band": args.band,
+        "records": records,
+    }
+    write_json(path, recipe)
+    print(f"{path}: {len(flags)} flags, {records[-1]['step']} steps, ±{args.band:.0%}")
+    return path
+
+
+def files_of(run: str) -> tuple[Path, Path]:
+    """The weights and the log of a run, by its weights, its log, or both without an ending."""
+    stem = run.removesuffix(".pth").removesuffix(".metrics.jsonl")
+    return Path(f"{stem}.pth"), Path(f"{stem}.metrics.jsonl")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. UserError if it cannot be read."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all("step" in record for record in records):
+            raise ValueError("a line has no step")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no log of a training: {error}") from error
+    if not records:
+        raise UserError(f"{path} is empty")
+    return records
+
+
+def from_project(value: str | list[str]) -> str | list[str]:
+    """Paths from the project's folder."""
+    if isinstance(value, list):
+        return [from_project(each) for each in value]
+    return Path(os.path.relpath(value, ROOT)).as_posix()
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))
