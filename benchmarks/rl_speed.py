@@ -1,7 +1,8 @@
-"""Speed and memory of learning from preferences: this project against trl.
+"""Speed and memory of learning from preferences and rewards: this project against trl.
 
     pip install trl
     python benchmarks/rl_speed.py --part dpo [--data_path dpo.jsonl] [--rounds 3] [--json FILE]
+    python benchmarks/rl_speed.py --part grpo --batch_size 8 --max_gen_len 64
 
 All train a model of the same size from the same random weights, with the same pairs, none longer
 than --max_seq_len, --batch_size pairs an update, in float32 on the CPU with the same number of
@@ -13,6 +14,13 @@ threads, fused AdamW and gradients clipped to norm 1.
 - minimind_padded: the same, each side in a row of its own, padded to --max_seq_len.
 - trl: DPOTrainer with LlamaForCausalLM, which asks a second model, the reference, in each update.
 - trl_precomputed: the same with precompute_ref_log_probs; what computing them takes is not counted.
+
+With --part grpo an update is --batch_size prompts with 8 answers each of --max_gen_len tokens
+(random weights do not end them), written, scored by a trivial rule and learnt from, with a
+reference:
+
+- minimind: trainer/train_grpo.py.
+- trl: GRPOTrainer, which writes with transformers' generate.
 
 Each measurement is a process of its own, for its peak memory, and the contestants take turns.
 Timed are whole updates: the batch, forward, backward, clipping, step.
@@ -37,31 +45,31 @@ from peers import peer_with_weights
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dataset.demo import write_demo_data
-from dataset.lm_dataset import load_documents, read_lines
+from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_lines
 from dataset.pairs import Pairs
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer, save_weights, write_json
-from trainer import reference, train_dpo
+from trainer import reference, train_dpo, train_grpo
 from trainer.hardware import describe_machine
 
 
 @dataclass
 class Args:
-    part: Literal["dpo"] = option("dpo", "what to measure")
-    data_path: str = option("", "preference pairs, .jsonl or .jsonl.gz; default: the demo's")
+    part: Literal["dpo", "grpo"] = option("dpo", "what to measure")
+    data_path: str = option("", "preference pairs or prompts; default: the demo's")
     hidden_size: int = option(512, "width")
     num_hidden_layers: int = option(8, "depth")
     max_seq_len: int = option(1024, "tokens of a side at most")
-    batch_size: int = option(4, "pairs an update")
+    max_gen_len: int = option(64, "grpo: tokens of an answer")
+    batch_size: int = option(4, "pairs, or prompts, an update")
     updates: int = option(8, "updates of each measurement")
     rounds: int = option(3, "how often each contestant is measured")
-    contestants: list[str] = option(
-        ["minimind", "minimind_padded", "trl", "trl_precomputed"], "which, of the four"
-    )
+    contestants: list[str] = option([], "which; default: all of the part")
     measure: str = option("", "measure this contestant, in this process (the benchmark itself)")
     folder: str = option("", "where its data and weights are")
     json: str = option("", "also write the figures to this file")
@@ -70,19 +78,21 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     if min(args.rounds, args.batch_size, args.updates) < 1:
         raise UserError("--rounds, --batch_size and --updates must be at least 1")
-    unknown = set(args.contestants) - set(CONTESTANTS)
+    known = CONTESTANTS[args.part]
+    unknown = set(args.contestants) - set(known)
     if unknown:
-        raise UserError(f"--contestants: {min(unknown)} is unknown; {', '.join(CONTESTANTS)}")
+        raise UserError(f"--contestants: {min(unknown)} is unknown; {', '.join(known)}")
+    args.contestants = args.contestants or list(known)
     if args.measure:
         print(json.dumps(measure(args)))
         return {}
     with tempfile.TemporaryDirectory() as folder:
-        lengths = prepare(args, Path(folder))
+        lengths = PREPARE[args.part](args, Path(folder))
         rounds = race(args, folder)
     report = {
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
-        "tokens_of_a_side": lengths,
+        "tokens": lengths,
         "arguments": vars(args),
         "contestants": {name: medians(rounds[name]) for name in args.contestants},
         "rounds": rounds,
@@ -93,7 +103,7 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def prepare(args: Args, folder: Path) -> dict[str, float]:
+def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
     """Weights, and pairs for all updates; returns how long their sides are."""
     source = Path(args.data_path)
     if not args.data_path:
@@ -109,18 +119,49 @@ def prepare(args: Args, folder: Path) -> dict[str, float]:
     lines = [line for some in read_lines(source) for line in some.lines if line.strip()]
     kept = b"".join(lines[pairs.chosen[pair]].rstrip() + b"\n" for pair in chosen)
     (folder / "dpo.jsonl").write_bytes(kept)
+    save_start(args, folder, tokenizer)
+    sides = pairs.lengths[chosen]
+    return {"mean": float(sides.mean()), "median": float(np.median(sides)), "max": int(sides.max())}
+
+
+def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
+    """Weights, and prompts for all updates; returns how long they are."""
+    source = Path(args.data_path)
+    if not args.data_path:
+        write_demo_data(folder / "demo")
+        source = folder / "demo" / "rlaif-mini.jsonl"
+    tokenizer, wanted = load_tokenizer(), args.updates * args.batch_size
+    rows = [parse_row(line) for some in read_lines(source) for line in some.lines if line.strip()]
+    if len(rows) < wanted:
+        raise UserError(f"{source} has {len(rows)} prompts, of {wanted}")
+    rows = random.Random(0).sample(rows, wanted)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+    save_start(args, folder, tokenizer)
+    asked = (row["conversations"][:-1] for row in rows)
+    lengths = [len(encode_chat(tokenizer, m, add_generation_prompt=True).ids) for m in asked]
+    return {
+        "mean": statistics.mean(lengths),
+        "median": statistics.median(lengths),
+        "max": max(lengths),
+    }
+
+
+def save_start(args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(0)
     sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
     model = MiniMindForCausalLM(MiniMindConfig(vocab_size=len(tokenizer), **sizes))
     save_weights(model, folder / "start.pth", stage="start", tokenizer=tokenizer, origin={})
-    sides = pairs.lengths[chosen]
-    return {"mean": float(sides.mean()), "median": float(np.median(sides)), "max": int(sides.max())}
+
+
+PREPARE = {"dpo": prepare_pairs, "grpo": prepare_prompts}
 
 
 def race(args: Args, folder: str) -> dict[str, list[dict[str, float]]]:
     """Every contestant --rounds times, in turn."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.contestants}
-    flags = [f"--{name}={getattr(args, name)}" for name in ("max_seq_len", "batch_size", "updates")]
+    names = ("part", "max_seq_len", "max_gen_len", "batch_size", "updates")
+    flags = [f"--{name}={getattr(args, name)}" for name in names]
     for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
         for name in args.contestants:
             words = [sys.executable, __file__, f"--measure={name}", f"--folder={folder}", *flags]
@@ -132,11 +173,11 @@ def race(args: Args, folder: str) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(args: Args) -> dict[str, float]:
-    """Pairs a second, and the peak memory of this process in GB."""
-    found = CONTESTANTS[args.measure](args)
-    pairs = args.updates * args.batch_size
+    """Pairs, or answers, a second, and the peak memory of this process in GB."""
+    found = CONTESTANTS[args.part][args.measure](args)
+    pairs = args.updates * args.batch_size * (GENERATIONS if args.part == "grpo" else 1)
     return {
-        **{f"pairs_per_second{what}": pairs / seconds for what, seconds in found.items()},
+        **{f"per_second{what}": pairs / seconds for what, seconds in found.items()},
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
@@ -183,18 +224,20 @@ def minimind_padded(args: Args) -> dict[str, float]:
     return {"": minimind(args)[""]}
 
 
+class Clock(TrainerCallback):
+    """The seconds of a training by transformers' Trainer."""
+
+    def on_train_begin(self, *_, **more) -> None:
+        self.seconds = -time.perf_counter()
+
+    def on_train_end(self, *_, **more) -> None:
+        self.seconds += time.perf_counter()
+
+
 def trl(args: Args, **settings) -> dict[str, float]:
     """DPOTrainer's updates."""
     import trl
     from datasets import load_dataset
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **more) -> None:
-            self.seconds = -time.perf_counter()
-
-        def on_train_end(self, *_, **more) -> None:
-            self.seconds += time.perf_counter()
 
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
@@ -230,7 +273,61 @@ def trl_precomputed(args: Args) -> dict[str, float]:
     return trl(args, precompute_ref_log_probs=True)
 
 
-CONTESTANTS = {f.__name__: f for f in (minimind, minimind_padded, trl, trl_precomputed)}
+def minimind_grpo(args: Args) -> dict[str, float]:
+    """Whole updates of train_grpo.py."""
+    flags = f"""--data_path {args.folder}/prompts.jsonl --from_weight {args.folder}/start.pth
+        --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
+        --batch_size {args.batch_size} --num_generations {GENERATIONS} --reward length
+        --max_gen_len {args.max_gen_len} --max_seq_len {args.max_seq_len} --val_share 0
+        --update_batch_size 32 --save_interval 0 --num_workers 0 --device cpu"""
+    done = train_grpo.main(parse_arguments(train_grpo.Args, arguments=flags.split()))
+    return {"": done["seconds"]}
+
+
+def trl_grpo(args: Args) -> dict[str, float]:
+    """GRPOTrainer's updates."""
+    import trl
+    from datasets import Dataset
+
+    tokenizer = load_tokenizer()
+    own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
+    peer_with_weights(own).save_pretrained(f"{args.folder}/peer")
+    tokenizer.save_pretrained(f"{args.folder}/peer")
+    lines = Path(args.folder, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [{"prompt": json.loads(line)["conversations"][:-1]} for line in lines]
+    clock = Clock()
+    trainer = trl.GRPOTrainer(
+        f"{args.folder}/peer",
+        lambda completions, **more: [float(len(each[0]["content"])) for each in completions],
+        args=trl.GRPOConfig(
+            output_dir=f"{args.folder}/trl",
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=max(1, args.batch_size * GENERATIONS // 32),
+            num_generations=GENERATIONS,
+            max_completion_length=args.max_gen_len,
+            max_steps=args.updates,
+            beta=0.02,
+            loss_type="grpo",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return {"": clock.seconds}
+
+
+GENERATIONS = 8
+CONTESTANTS = {
+    "dpo": {f.__name__: f for f in (minimind, minimind_padded, trl, trl_precomputed)},
+    "grpo": {"minimind": minimind_grpo, "trl": trl_grpo},
+}
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -239,19 +336,20 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def show(report: dict[str, Any]) -> None:
     rows = report["contestants"]
-    lengths = report["tokens_of_a_side"]
-    table = Table(title=f"DPO, sides of {lengths['mean']:.0f} tokens, {lengths['max']} at most")
-    for column in ("", "pairs/s", "with reference", "peak GB", "minimind is faster by"):
+    lengths, part = report["tokens"], report["arguments"]["part"]
+    what, unit = ("sides", "pairs/s") if part == "dpo" else ("prompts", "answers/s")
+    table = Table(title=f"{part}, {what} of {lengths['mean']:.0f} tokens, {lengths['max']} at most")
+    for column in ("", unit, "with reference", "peak GB", "minimind is faster by"):
         table.add_column(column, justify="right" if column else "left")
     ours = rows.get("minimind", {})
     for name, row in rows.items():
         # trl's updates hold the reference, unless it is precomputed
-        like = "pairs_per_second" + "_with_reference" * (name == "trl")
-        faster = f"{ours[like] / row['pairs_per_second']:.2f}×" if ours else ""
-        both = row.get("pairs_per_second_with_reference")
+        like = "per_second" + "_with_reference" * (name == "trl" and part == "dpo")
+        faster = f"{ours[like] / row['per_second']:.2f}×" if ours else ""
+        both = row.get("per_second_with_reference")
         table.add_row(
             name,
-            f"{row['pairs_per_second']:.2f}",
+            f"{row['per_second']:.2f}",
             f"{both:.2f}" if both else "",
             f"{row['peak_gb']:.2f}",
             "" if name == "minimind" else faster,

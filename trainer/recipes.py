@@ -118,8 +118,8 @@ class Reference:
             if getattr(run.args, name, None) != value and name not in PATHS
         ]
         hashes = {
-            "data": rows.documents.info.description,
-            "held_out": held_out and held_out.documents.info.description,
+            "data": rows.description,
+            "held_out": held_out and held_out.description,
             "tokenizer": tokenizer_hash(run.tokenizer),
         }
         other = [what for what, found in hashes.items() if recipe.get(what, found) != found]

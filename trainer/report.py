@@ -56,13 +56,13 @@ def data_manifest(args: Any, rows: Rows, held_out: Rows | None) -> dict[str, Any
 
     return {
         "files": files(args.data_path),
-        "hash": rows.documents.info.description,
+        "hash": rows.description,
         "documents": len(rows.chosen),
         "tokens": rows.tokens,
         "held_out": held_out
         and {
             "files": files(args.val_path or args.data_path),
-            "hash": held_out.documents.info.description,
+            "hash": held_out.description,
             "documents": len(held_out.chosen),
             "tokens": held_out.tokens,
         },
