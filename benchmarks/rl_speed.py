@@ -41,7 +41,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peers import peer_with_weights
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -53,7 +52,14 @@ from dataset.pairs import Pairs
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_model, load_tokenizer, save_weights, write_json
+from model.transformers_folder import save_folder
+from model.weights import (
+    load_model,
+    load_tokenizer,
+    load_transformers,
+    save_weights,
+    write_json,
+)
 from trainer import reference, train_dpo, train_grpo
 from trainer.hardware import describe_machine
 
@@ -241,9 +247,11 @@ def trl(args: Args, **settings) -> dict[str, float]:
 
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
+    same = Path(args.folder) / "transformers"  # trl loads its reference from there
+    save_folder(own, tokenizer, same)
     clock = Clock()
     trainer = trl.DPOTrainer(
-        model=peer_with_weights(own).train(),
+        model=load_transformers(same, torch.float32).train(),
         args=trl.DPOConfig(
             output_dir=f"{args.folder}/trl",
             per_device_train_batch_size=args.batch_size,
