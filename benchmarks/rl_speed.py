@@ -299,8 +299,7 @@ def trl_grpo(args: Args) -> dict[str, float]:
 
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
-    peer_with_weights(own).save_pretrained(f"{args.folder}/peer")
-    tokenizer.save_pretrained(f"{args.folder}/peer")
+    save_folder(own, tokenizer, Path(args.folder) / "peer")
     lines = Path(args.folder, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [{"prompt": json.loads(line)["conversations"][:-1]} for line in lines]
     clock = Clock()
