@@ -120,7 +120,7 @@ def test_the_wrong_head_is_told(make_scoring, save, tokenizer, tmp_path):
     ("changes", "target"), [({}, 0.3), (dict(packing=True), 0.3), (dict(use_moe=True), 0.65)]
 )
 def test_it_begins_with_ln_2_and_learns_to_tell_the_better_answer(train, changes, target):
-    metrics = train(val_share=0.3, epochs=10, **changes)
+    metrics = train(val_share=0.3, epochs=10, learning_rate=1e-3, **changes)
     assert metrics["records"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics["val_accuracy"] == 1 and metrics["val_loss"] < target
     assert logged(metrics)[-1]["accuracy"] == 1
@@ -128,7 +128,7 @@ def test_it_begins_with_ln_2_and_learns_to_tell_the_better_answer(train, changes
 
 def test_the_saved_model_scores_as_the_trained_one_did(train, tokenizer):
     """Its held-out figures, from the file; the .json says how the scores are spread."""
-    metrics = train(val_share=0.3, epochs=10)
+    metrics = train(val_share=0.3, epochs=10, learning_rate=1e-3)
     path = train.folder / "a" / "out" / "reward_32.pth"
     model = load_scoring_model(path, tokenizer=tokenizer)
     documents = load_documents(train.data, "preferences", tokenizer)

@@ -71,7 +71,8 @@ STAGES = {
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
     train_lora: (chat_file, CHATS, {"from_weight": "none", "lora_r": 4}),
     train_dpo: (pair_file, PAIRS, {"from_weight": "none"}),
-    train_reward: (pair_file, PAIRS, {"from_weight": "none"}),
+    # its gradients are tiny at first, so that AdamW makes much of rounding: slowly, then
+    train_reward: (pair_file, PAIRS, {"from_weight": "none", "learning_rate": 1e-4}),
 }
 
 

@@ -54,7 +54,7 @@ class Args(LoraArgs):
     )
     from_weight: str = option("full_sft", "stage to start from; also the reference")
     batch_size: int = option(4, "pairs a device takes at once")
-    learning_rate: float = option(4e-8, LEARNING_RATE_HELP)
+    learning_rate: float = option(1e-5, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
     packing: bool = option(True, "short sides share a row; 0: each has one, padded to the longest")
     beta: float = option(0.1, "how closely to stay to the reference; ipo: 1/(2β) is the margin")
