@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test check stages lint format clean
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
@@ -10,6 +10,9 @@ demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a repo
 
 test: .venv/installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+stages: .venv/installed  ## does each stage learn? some 45 minutes
+	$(BIN)/python benchmarks/stages.py
 
 check: lint  ## what to run before each commit: style and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
