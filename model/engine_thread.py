@@ -1,4 +1,5 @@
-"""The engine in a thread of its own, for an asyncio program such as the server."""
+"""The engine in a thread of its own: for an asyncio program such as the server, which follows a
+request, and for any other, which starts it and is told."""
 
 import asyncio
 import queue
@@ -36,10 +37,8 @@ class EngineThread:
             step = len(request.tokens), request.finish_reason, error
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        self.listeners[request] = tell
         try:
-            self.engine.submit(request)
-            self.calls.put(lambda: None)  # wakes the thread
+            self.start(request, tell)
             while True:
                 count, reason, error = await steps.get()
                 if error:
@@ -48,7 +47,26 @@ class EngineThread:
                 if reason:
                     return
         finally:
-            self.calls.put(lambda: self.forget(request))
+            self.cancel(request)
+
+    def start(self, request: Request, tell: Callable[[Exception | None], None]) -> None:
+        """Have a request decoded. `tell` is called in the engine's thread whenever there are more
+        tokens, and with the error if one ended it.
+
+        Raises:
+            ValueError, QueueFull: as Engine.submit.
+        """
+        self.listeners[request] = tell
+        try:
+            self.engine.submit(request)
+        except Exception:
+            del self.listeners[request]
+            raise
+        self.calls.put(lambda: None)  # wakes the thread
+
+    def cancel(self, request: Request) -> None:
+        """Give up a request if it still runs, and tell no more of it."""
+        self.calls.put(lambda: self.forget(request))
 
     def stop(self, seconds: float) -> None:
         """Finish what runs, for at most so long, and end."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.attention import for_each_query_head
 from model.feed_forward import MixtureOfExperts, Routing
@@ -30,7 +30,7 @@ class Observation:
     """One text, and what a model made of it."""
 
     ids: Tensor  # [T]
-    hidden: Tensor  # [L + 1, T, C]: behind the embedding, and behind each layer; the last normalised
+    hidden: Tensor  # [L + 1, T, C]: behind embedding and each layer; the last is normalised
     logits: Tensor  # [T, V], float32
     attention: Tensor | None  # [L, H, T, T]: row = who looks, column = what is looked at
     routing: list[Routing | None]  # of each layer; None where it is no mixture (or does not tell)
@@ -175,3 +175,25 @@ def expert_load(routing: Routing) -> Tensor:
     """[E]: of a layer's choices, the share that went to each expert."""
     experts = routing.scores.shape[-1]
     return torch.bincount(routing.chosen.flatten(), minlength=experts) / routing.chosen.numel()
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that byte-level BPE (GPT-2) writes for each byte: itself where that can be
+    seen, and else one from 256 on, in the order of the bytes."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(b): b for b in seen} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+BYTES = byte_characters()
+
+
+def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """What a token stands for: often a part of a character. A control token is its name."""
+    name = tokenizer.convert_ids_to_tokens(token)
+    if token not in tokenizer.added_tokens_decoder and all(c in BYTES for c in name):
+        return bytes(BYTES[c] for c in name)
+    return tokenizer.decode([token]).encode()

@@ -9,7 +9,7 @@ import ast
 import json
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -27,13 +27,19 @@ class ToolError(Exception):
     """What the model is told instead of a result."""
 
 
-def call_tool(name: str, arguments: dict[str, Any] | str) -> str:
+def call_tool(
+    name: str, arguments: dict[str, Any] | str, offered: Iterable[str] | None = None
+) -> str:
     """The result of a call as JSON; {"error": "…"} where there is none.
 
     Args:
         arguments: an object, or the JSON text of one, as a model writes it.
+        offered: the tools that may be called; default: all.
     """
+    offered = list(TOOLS if offered is None else offered)
     try:
+        if name not in offered:
+            raise ToolError(f"there is no tool {name!r}; there are {', '.join(offered)}")
         result = run_tool(name, arguments)
     except ToolError as error:
         result = {"error": str(error)}
@@ -41,8 +47,6 @@ def call_tool(name: str, arguments: dict[str, Any] | str) -> str:
 
 
 def run_tool(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
-    if name not in TOOLS:
-        raise ToolError(f"there is no tool {name!r}; there are {', '.join(TOOLS)}")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from model.feed_forward import mixtures
 from model.generation import prepare_to_decode
 from model.microscope import (
+    bytes_of_token,
     expert_load,
     logit_lens,
     observe,
@@ -140,3 +141,12 @@ def test_a_model_that_is_prepared_to_decode_shows_the_same(make_model):
 def test_a_text_must_fit(make_model, ids):
     with pytest.raises(ValueError, match="where a text has 1 to 256"):
         observe(make_model(), ids)
+
+
+def test_bytes_of_tokens_make_up_the_text(tokenizer):
+    text = "Ünïcode, 字节 和 emoji 🦙🏽!\n\n\ttabs\x00\x7f\xad  “x” <think> def f(x): return x**2"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts = [bytes_of_token(tokenizer, token) for token in ids]
+    assert b"".join(parts) == text.encode()
+    assert any(len(part) == 1 and part[0] > 127 for part in parts)  # a part of a character
+    assert bytes_of_token(tokenizer, tokenizer.eos_token_id) == b"<|im_end|>"

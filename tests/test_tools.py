@@ -112,6 +112,11 @@ def test_arguments_may_come_as_text():
     assert called("calculator", '{"expression": "6 * 7"}') == {"result": 42}
 
 
+def test_only_tools_on_offer_can_be_called():
+    told = json.loads(call_tool("clock", {}, offered=["calculator"]))
+    assert told == {"error": "there is no tool 'clock'; there are calculator"}
+
+
 def test_a_model_of_the_demo_knows_calculator_and_clock():
     for name, schema in demo_stages.TOOLS.items():
         assert TOOLS[name].schema == schema
