@@ -5,6 +5,8 @@ import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
 
 from model.engine import Engine, Request
 
@@ -67,6 +69,19 @@ class EngineThread:
     def cancel(self, request: Request) -> None:
         """Give up a request if it still runs, and tell no more of it."""
         self.calls.put(lambda: self.forget(request))
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of something else that is done with the model, between two steps."""
+        done: Future = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.calls.put(run)
+        return done.result()
 
     def stop(self, seconds: float) -> None:
         """Finish what runs, for at most so long, and end."""

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -173,7 +174,8 @@ def without_note(message: Message) -> Message:
 # -- the page --------------------------------------------------------------------------------------
 
 
-def chat_page(args: TalkArgs, loaded: Loaded, words: Words) -> None:
+def chat_page(args: TalkArgs, loaded: Loaded, words: Words, look: Callable[[], None]) -> None:
+    """`look` goes to the microscope."""
     state = st.session_state
     state.setdefault("messages", [])
     settings = Settings(args, loaded, words)
@@ -189,7 +191,7 @@ def chat_page(args: TalkArgs, loaded: Loaded, words: Words) -> None:
     for turn in turns_of(state.messages):
         show_turn(turn, loaded, settings, words)
     if state.messages and not state.get("answer"):
-        buttons(loaded, settings, words)
+        buttons(loaded, settings, words, look)
 
 
 def greeting(loaded: Loaded, words: Words) -> str | None:
@@ -321,7 +323,7 @@ def as_markdown(text: str) -> str:
     return text.replace("\n", "  \n")
 
 
-def buttons(loaded: Loaded, settings: Settings, words: Words) -> None:
+def buttons(loaded: Loaded, settings: Settings, words: Words, look: Callable[[], None]) -> None:
     state = st.session_state
     with st.container(horizontal=True):
         if st.button(words("again"), icon=":material/refresh:", type="tertiary"):
@@ -340,3 +342,8 @@ def buttons(loaded: Loaded, settings: Settings, words: Words) -> None:
             type="tertiary",
             on_click="ignore",
         )
+        if not loaded.continues:
+            icon = ":material/biotech:"
+            if st.button(words("look"), icon=icon, type="tertiary"):
+                state.source = "source_chat"
+                look()

@@ -8,7 +8,6 @@ The models that are found can be chosen on the page. Behind `--` the flags are t
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,28 +54,21 @@ def main() -> None:
     words = Words(language(args))
     loaded = choose_model(args, words)
 
-    def show(page: Callable[..., None], *more: object) -> None:
+    def chat() -> None:
         if loaded:
-            page(*more, loaded, words)
+            chat_page(args, loaded, words, look=lambda: st.switch_page(second))
         else:
             no_model_page(args, words)
 
-    pages = [
-        st.Page(
-            lambda: show(chat_page, args),
-            title=words("chat"),
-            icon=":material/chat:",
-            url_path="chat",
-            default=True,
-        ),
-        st.Page(
-            lambda: show(microscope_page),
-            title=words("microscope"),
-            icon=":material/biotech:",
-            url_path="microscope",
-        ),
-    ]
-    st.navigation(pages, position="top").run()
+    def microscope() -> None:
+        if loaded:
+            microscope_page(loaded, words)
+        else:
+            no_model_page(args, words)
+
+    first = st.Page(chat, title=words("chat"), icon=":material/chat:", default=True)
+    second = st.Page(microscope, title=words("microscope"), icon=":material/biotech:")
+    st.navigation([first, second], position="top").run()
     with st.sidebar:
         st.segmented_control(
             "Language",
@@ -98,7 +90,7 @@ def language(args: Args) -> str:
 
 
 def choose_model(args: Args, words: Words) -> Loaded | None:
-    """The model that is chosen in the sidebar, or None where there is none to be had."""
+    """The model that is chosen in the sidebar, or None where none is found."""
     found = find_models(args)
     if not found:
         return None
@@ -124,7 +116,7 @@ def choose_model(args: Args, words: Words) -> Loaded | None:
             loaded = load(args, chosen, lora)
     except UserError as error:
         st.error(f"{words('cannot_load')} {error}")
-        return None
+        st.stop()
     config, chat = loaded.chat.model.config, loaded.chat
     st.sidebar.caption(
         words(

@@ -1,5 +1,6 @@
 """The microscope page: what a model does with a text, in pictures of model/microscope.py."""
 
+import json
 import math
 from html import escape
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ import streamlit as st
 from torch import Tensor
 
 from dataset.lm_dataset import encode_chat, encode_text
-from model.engine_thread import EngineThread
 from model.microscope import (
     Observation,
     bytes_of_token,
@@ -66,7 +66,7 @@ def microscope_page(loaded: Loaded, words: Words) -> None:
     tokenizer = loaded.chat.tokenizer
     parts = [bytes_of_token(tokenizer, token) for token in ids]
     text = Text(ids, [readable(part) for part in parts], parts)
-    seen = look(loaded.thread, tuple(ids))
+    seen = look(loaded.key, tuple(ids), loaded)
     show_figures(text, seen, words)
     views = {
         "tokens": show_tokens,
@@ -90,7 +90,7 @@ def microscope_page(loaded: Loaded, words: Words) -> None:
 
 
 def chosen_ids(loaded: Loaded, words: Words) -> list[int]:
-    """The tokens of the text that is typed, or of the chat as the model reads it."""
+    """The tokens of the text that is typed, or of the chat, without system message and tools."""
     tokenizer, messages = loaded.chat.tokenizer, st.session_state.get("messages")
     source = "source_text"
     if messages and not loaded.continues:
@@ -109,10 +109,10 @@ def chosen_ids(loaded: Loaded, words: Words) -> list[int]:
     return encode_text(tokenizer, typed if typed.strip() else words("example")).ids[:-1]
 
 
-@st.cache_resource(max_entries=8, show_spinner=False, hash_funcs={EngineThread: id})
-def look(thread: EngineThread, ids: tuple[int, ...]) -> Observation:
-    """What the model of a thread does with a text."""
-    return observe(thread.engine.model, list(ids))
+@st.cache_resource(max_entries=8, show_spinner=False)
+def look(key: tuple[str, str, float], ids: tuple[int, ...], _loaded: Loaded) -> Observation:
+    """What a model does with a text, between two steps of what it writes meanwhile."""
+    return _loaded.thread.call(lambda: observe(_loaded.chat.model, list(ids)))
 
 
 def readable(part: bytes) -> str:
@@ -189,12 +189,12 @@ def show_attention(loaded: Loaded, text: Text, seen: Observation, words: Words) 
     layer = left.selectbox(words("layer"), range(1, layers + 1), **kept("layer")) - 1
     head = right.selectbox(
         words("head"),
-        [*range(heads), None],
-        format_func=lambda each: words("mean_head") if each is None else str(each + 1),
+        [*range(1, heads + 1), 0],
+        format_func=lambda each: str(each or words("mean_head")),
         **kept("head"),
     )
     weights = seen.attention[layer]  # [H, T, T]
-    chosen = weights.mean(0) if head is None else weights[head]
+    chosen = weights[head - 1] if head else weights.mean(0)
     st.altair_chart(heat_map(chosen, text, words))
     at = place(text, words)
     st.write(words("looks_at", token=code(text.labels[at])))
@@ -348,6 +348,7 @@ def token_axis(text: Text, first: int = 0) -> alt.Axis | None:
     if len(text.labels) > MOST_LABELS:
         return alt.Axis(labels=False, ticks=False)
     names = [label[:12] for label in text.labels]
+    names = json.dumps(names, ensure_ascii=False)
     return alt.Axis(labelExpr=f"{names}[datum.value]", labelOverlap=False, labelAngle=-90)
 
 

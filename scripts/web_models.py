@@ -92,6 +92,7 @@ def find_lora(model: Found) -> list[Path]:
 class Loaded(NamedTuple):
     """A model, and the thread that decodes for everybody who looks at the page."""
 
+    key: tuple[str, str, float]  # which one it is, and of when
     chat: ChatModel
     thread: EngineThread
     continues: bool  # it was only pretrained, or has no chat template
@@ -110,17 +111,17 @@ def load(args: TalkArgs, model: Found, lora: Path | None) -> Loaded:
     chosen = replace(
         args, weight=str(model.path), lora_weight=str(lora or ""), hidden_size=None, **source
     )
-    return load_once(str(model.path), str(lora), model.changed, chosen)
+    return load_once((str(model.path), str(lora), model.changed), chosen)
 
 
 @st.cache_resource(
     max_entries=2, show_spinner=False, on_release=lambda loaded: loaded.thread.stop(0)
 )
-def load_once(path: str, lora: str, changed: float, _args: TalkArgs) -> Loaded:
+def load_once(key: tuple[str, str, float], _args: TalkArgs) -> Loaded:
     """Everybody shares a model; one that was trained anew is loaded anew."""
     chat = load_chat_model(_args, _args.weight)
     thread = EngineThread(Engine(chat.model, slots=SLOTS, queue=64))
-    return Loaded(chat, thread, chat.stage == "pretrain" or not chat.tokenizer.chat_template)
+    return Loaded(key, chat, thread, chat.stage == "pretrain" or not chat.tokenizer.chat_template)
 
 
 # -- the demo's training ---------------------------------------------------------------------------

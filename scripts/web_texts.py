@@ -203,5 +203,5 @@ class Words:
         self.language = language
         self.number = list(LANGUAGES).index(language)
 
-    def __call__(self, name: str, **values: object) -> str:
+    def __call__(self, name: str, /, **values: object) -> str:
         return TEXTS[name][self.number].format(**values)
