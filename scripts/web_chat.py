@@ -33,7 +33,11 @@ class Settings:
         with st.sidebar:
             if not loaded.continues:
                 self.tools = st.multiselect(
-                    words("tools"), list(TOOLS), help=words("tools_help"), **kept("tools")
+                    words("tools"),
+                    list(TOOLS),
+                    help=words("tools_help"),
+                    placeholder=words("choose"),
+                    **kept("tools"),
                 )
                 self.thinking = st.toggle(
                     words("think"), args.open_thinking, help=words("think_help"), **kept("think")
@@ -181,7 +185,7 @@ def chat_page(args: TalkArgs, loaded: Loaded, words: Words, look: Callable[[], N
     settings = Settings(args, loaded, words)
     asked = st.chat_input(words("go_on" if loaded.continues else "say"), key="asked")
     if not (state.messages or asked):
-        asked = greeting(loaded, words)
+        asked = greeting(loaded, words, look)
     if asked:
         end_answer(words)
         state.messages.append({"role": "user", "content": asked})
@@ -194,12 +198,14 @@ def chat_page(args: TalkArgs, loaded: Loaded, words: Words, look: Callable[[], N
         buttons(loaded, settings, words, look)
 
 
-def greeting(loaded: Loaded, words: Words) -> str | None:
+def greeting(loaded: Loaded, words: Words, look: Callable[[], None]) -> str | None:
     """What stands there before anything was said; the example that was chosen."""
     st.subheader(words("hello"))
     examples = TEXT_PROMPTS if loaded.continues else CHAT_PROMPTS
     with st.container(horizontal=True):
         chosen = [each for each in examples if st.button(each, key=f"example {each}")]
+    if st.button(words("look_inside"), icon=":material/biotech:", type="tertiary"):
+        look()
     return chosen[0] if chosen else None
 
 
@@ -254,15 +260,16 @@ def follow(answer: Answer, loaded: Loaded, settings: Settings, words: Words) -> 
             show_message(answer.message, words, live=True)
         time.sleep(SECONDS_PER_FRAME)
     del state.answer
-    answer.message["note"] = answer.note(words)
+    note = answer.note(words)
     if answer.error:
-        answer.message["note"] = words("failed", error=answer.error)
+        note = words("failed", error=answer.error)
     elif results := results_of(answer, settings):
         state.messages += results
         if answer.rounds + 1 < MOST_ROUNDS:
             begin_answer(loaded, settings, words, answer.rounds + 1)
-        else:
-            answer.message["note"] += " · " + words("rounds")
+            st.rerun()
+        note += " · " + words("rounds")
+    answer.message["note"] = note
     st.rerun()
 
 

@@ -16,7 +16,7 @@ import streamlit as st
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from scripts.chat_model import TalkArgs
-from scripts.web_chat import chat_page, end_answer
+from scripts.web_chat import chat_page, end_answer, kept
 from scripts.web_microscope import microscope_page
 from scripts.web_models import (
     Loaded,
@@ -51,7 +51,7 @@ def main() -> None:
     except UserError as error:
         st.error(error)
         return
-    words = Words(language(args))
+    words = Words(choose_language(args))
     loaded = choose_model(args, words)
 
     def chat() -> None:
@@ -69,24 +69,22 @@ def main() -> None:
     first = st.Page(chat, title=words("chat"), icon=":material/chat:", default=True)
     second = st.Page(microscope, title=words("microscope"), icon=":material/biotech:")
     st.navigation([first, second], position="top").run()
-    with st.sidebar:
-        st.segmented_control(
-            "Language",
-            list(LANGUAGES),
-            format_func=LANGUAGES.get,
-            key="language",
-            required=True,
-            label_visibility="collapsed",
-        )
 
 
-def language(args: Args) -> str:
+def choose_language(args: Args) -> str:
     """That of the browser, until another one is chosen."""
-    state = st.session_state
-    if "language" not in state:
-        browser = "zh" if (st.context.locale or "").startswith("zh") else "en"
-        state.language = browser if args.language == "auto" else args.language
-    return state.language
+    first = args.language
+    if first == "auto":
+        first = "zh" if (st.context.locale or "").startswith("zh") else "en"
+    return st.sidebar.segmented_control(
+        "Language",
+        list(LANGUAGES),
+        default=first,
+        format_func=LANGUAGES.get,
+        required=True,
+        label_visibility="collapsed",
+        **kept("language"),
+    )
 
 
 def choose_model(args: Args, words: Words) -> Loaded | None:

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import streamlit as st
 from torch import Tensor
@@ -30,6 +31,7 @@ MOST_LABELS = 48  # beyond, the names of the tokens would not fit beside it
 K = 8  # likeliest tokens
 HUES = (210, 28, 140, 350, 265, 48, 180, 310)  # neighbours that can be told apart
 BLUE, RED = 215, 5
+COLOUR = (49, 120, 198)
 STYLE = """<style>
 .mm-chips {display: flex; flex-wrap: wrap; gap: 3px; line-height: 1.25}
 .mm-chip {border-radius: 5px; padding: 2px 5px; text-align: center; white-space: pre;
@@ -158,15 +160,15 @@ def show_next(loaded: Loaded, text: Text, seen: Observation, words: Words) -> No
     names = names_of(tokenizer, top.ids)
     at = place(text, words)
     st.write(words("behind", token=code(text.labels[at])))
-    bars = pd.DataFrame({"token": names[at], "probability": top.probabilities[at].tolist()})
-    axis = alt.Axis(format=".0%")
+    shares = top.probabilities[at].tolist()
+    bars = pd.DataFrame({"rank": range(len(shares)), "token": names[at], "probability": shares})
     chart = alt.Chart(bars).mark_bar(cornerRadius=3)
     chart = chart.encode(
-        x=alt.X("probability", title=words("probability"), axis=axis),
-        y=alt.Y("token", sort=None, title=None, axis=alt.Axis(labelFontSize=13)),
+        x=alt.X("probability", title=words("probability"), axis=alt.Axis(format=".0%")),
+        y=alt.Y("rank:O", title=None, axis=named_axis(names[at], labelFontSize=13)),
         tooltip=["token", alt.Tooltip("probability", format=".2%")],
     )
-    st.altair_chart(chart.properties(height=28 * len(bars)))
+    st.altair_chart(chart.properties(height=60 + 24 * len(bars)))
     if at + 1 < len(text.ids):
         ranks, came = token_ranks(seen.logits, seen.ids), text.labels[at + 1]
         probability = math.exp(-token_losses(seen.logits, seen.ids)[at])
@@ -221,9 +223,9 @@ def show_lens(loaded: Loaded, text: Text, seen: Observation, words: Words) -> No
         for at, (some, shares) in enumerate(
             zip(names, top.probabilities[layer].tolist(), strict=True)
         ):
-            true = at + 1 < len(text.ids) and text.ids[at + 1] == top.ids[layer, at]
+            came = text.ids[at + 1 : at + 2] == [int(top.ids[layer, at, 0])]
             told = "\n".join(f"{p:6.1%}  {name}" for name, p in zip(some, shares, strict=True))
-            cells.append(cell(some[0], shares[0], shares[0], bool(true), told))
+            cells.append(cell(some[0], shares[0], shares[0], came, told))
         rows.append((f"{words('layer')} {layer}" if layer else words("embedding"), cells))
     table(text.labels, rows)
 
@@ -273,7 +275,7 @@ def show_loss(loaded: Loaded, text: Text, seen: Observation, words: Words) -> No
     )
     chart = alt.Chart(frame).mark_bar()
     chart = chart.encode(
-        x=alt.X("place:O", title=None, axis=token_axis(text, 1)),
+        x=alt.X("place:O", title=None, axis=named_axis(text.labels, labelAngle=-90)),
         y=alt.Y("loss", title=words("loss_axis")),
         color=alt.Color("loss", scale=alt.Scale(scheme="reds", domain=[-2, most]), legend=None),
         tooltip=["token", alt.Tooltip("loss", format=".3f")],
@@ -290,7 +292,7 @@ def place(text: Text, words: Words) -> int:
     if last == 0:
         return 0
     state = st.session_state
-    state.place = min(state.get("place", last), last)  # the text may have become shorter
+    state.place = min(state.get("place", last // 2), last)  # the text may have become shorter
     return st.select_slider(
         words("place"),
         range(last + 1),
@@ -343,13 +345,12 @@ def table(columns: list[str], rows: list[tuple[str, list[str]]]) -> None:
     st.html(f'<div class="mm-scroll">{html}</div>')
 
 
-def token_axis(text: Text, first: int = 0) -> alt.Axis | None:
-    """Tokens as the names of numbered places, where they fit."""
-    if len(text.labels) > MOST_LABELS:
+def named_axis(names: list[str], **looks: Any) -> alt.Axis:
+    """An axis of numbered places, with a token's name at each if they fit."""
+    if len(names) > MOST_LABELS:
         return alt.Axis(labels=False, ticks=False)
-    names = [label[:12] for label in text.labels]
-    names = json.dumps(names, ensure_ascii=False)
-    return alt.Axis(labelExpr=f"{names}[datum.value]", labelOverlap=False, labelAngle=-90)
+    shown = json.dumps([name[:12] for name in names], ensure_ascii=False)
+    return alt.Axis(labelExpr=f"{shown}[datum.value]", labelOverlap=False, **looks)
 
 
 def heat_map(weights: Tensor, text: Text, words: Words) -> alt.Chart:
@@ -360,14 +361,16 @@ def heat_map(weights: Tensor, text: Text, words: Words) -> alt.Chart:
         for i, line in enumerate(weights.tolist())
         for j, weight in enumerate(line[: i + 1])
     ]
-    down = token_axis(text)
-    down.labelAngle = 0
     chart = alt.Chart(pd.DataFrame(cells)).mark_rect()
     return chart.encode(
-        x=alt.X("column:O", title=words("to"), axis=token_axis(text)),
-        y=alt.Y("row:O", title=words("from"), axis=down),
-        color=alt.Color(
-            "weight", scale=alt.Scale(scheme="blues", domain=[0, 1]), title=words("weight")
+        x=alt.X("column:O", title=words("to"), axis=named_axis(labels, labelAngle=-90)),
+        y=alt.Y("row:O", title=words("from"), axis=named_axis(labels)),
+        color=alt.value(f"rgb{COLOUR}"),
+        opacity=alt.Opacity(  # not a colour, so that it looks well on white and on black
+            "weight",
+            scale=alt.Scale(type="sqrt", domain=[0, 1], range=[0.02, 1]),
+            legend=alt.Legend(orient="top", format=".0%", values=[0, 0.1, 0.5, 1]),
+            title=words("weight"),
         ),
         tooltip=[
             alt.Tooltip("from", title=words("from")),
@@ -377,10 +380,10 @@ def heat_map(weights: Tensor, text: Text, words: Words) -> alt.Chart:
     ).properties(height=max(320, min(620, 18 * len(labels) + 90)))
 
 
-def as_image(weights: Tensor) -> Any:
-    """A small picture of a head, [T, T] → [T, T, 3], from white to blue."""
-    strong = weights.sqrt()[..., None].cpu().numpy()  # square roots, so that small weights show
-    white, blue = (255.0, 255.0, 255.0), (8.0, 48.0, 107.0)
-    side = max(1, 264 // len(weights))
-    picture = (1 - strong) * white + strong * blue
-    return picture.repeat(side, 0).repeat(side, 1).astype("uint8")
+def as_image(weights: Tensor) -> np.ndarray:
+    """A small picture of a head: [T, T] → [side, side, 4], the stronger the less transparent."""
+    strong = weights.sqrt().cpu().numpy()  # square roots, so that small weights show
+    picture = np.empty((*strong.shape, 4), np.uint8)
+    picture[..., :3], picture[..., 3] = COLOUR, strong * 255
+    zoom = max(1, 264 // len(strong))
+    return picture.repeat(zoom, 0).repeat(zoom, 1)

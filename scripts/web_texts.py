@@ -60,6 +60,8 @@ TEXTS = {
     "new": ("New chat", "新对话"),
     "save": ("Save", "保存"),
     "look": ("Under the microscope", "放到显微镜下"),
+    "look_inside": ("Or look inside the model", "或者看看模型内部"),
+    "choose": ("none chosen", "未选择"),
     "thinking": ("Thinking …", "思考中……"),
     "thoughts": ("Thoughts", "思考过程"),
     "step": ("Step {step}: {name}", "第 {step} 步：{name}"),

@@ -67,10 +67,11 @@ def folder(make_model, tokenizer, tmp_path_factory):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         kept = [token if yes else IGNORED for token, yes in zip(row.ids, row.trained, strict=True)]
         labels[n, : len(kept)] = torch.tensor(kept)
-    model = make_model(hidden_size=96, num_hidden_layers=2, **sizes).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    for step in range(90):
-        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (90 - step) / 45)
+    model = make_model(hidden_size=96, qk_norm=True, **sizes).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    steps = 120
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (step + 1) / 10, 2 - 2 * step / steps)
         loss = model(ids, labels=labels, return_logits=False).loss
         loss.backward()
         optimizer.step()
