@@ -186,7 +186,7 @@ def chat_page(args: TalkArgs, loaded: Loaded, words: Words, look: Callable[[], N
     asked = st.chat_input(words("go_on" if loaded.continues else "say"), key="asked")
     if not (state.messages or asked):
         asked = greeting(loaded, words, look)
-    if asked:
+    if asked and asked.strip():
         end_answer(words)
         state.messages.append({"role": "user", "content": asked})
         begin_answer(loaded, settings, words, rounds=0)

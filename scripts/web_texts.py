@@ -114,7 +114,6 @@ TEXTS = {
         "The Transformer reads all tokens at once. Attention lets each token look at the earlier ones.",
         "Transformer 同时读入所有 token。注意力让每个 token 看到前面的 token。",
     ),
-    "no_text": ("Type a text to look at.", "请输入一段文字。"),
     "cut": (
         "Only the first {most} of {tokens} tokens are shown.",
         "只显示 {tokens} 个 token 中的前 {most} 个。",
