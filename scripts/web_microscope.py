@@ -95,11 +95,11 @@ def chosen_ids(loaded: Loaded, words: Words) -> list[int]:
     """The tokens of the text that is typed, or of the chat, without system message and tools."""
     tokenizer, messages = loaded.chat.tokenizer, st.session_state.get("messages")
     source = "source_text"
+    st.session_state.setdefault("source", source)
     if messages and not loaded.continues:
         source = st.segmented_control(
             words("source"),
             ["source_text", "source_chat"],
-            default=source,
             format_func=words,
             required=True,
             label_visibility="collapsed",

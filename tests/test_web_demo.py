@@ -6,11 +6,13 @@ thoughts, and a tool's call.
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from html import escape
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +22,16 @@ from streamlit.testing.v1 import AppTest
 from dataset.lm_dataset import encode_chat
 from model.engine import Engine
 from model.engine_thread import EngineThread
-from model.microscope import observe, token_losses
+from model.microscope import bytes_of_token, observe, token_losses, top_tokens
 from model.model_minimind import IGNORED
 from model.sampling import Sampling
 from model.weights import ROOT, load_model, save_weights
-from scripts import web_chat
+from scripts import web_chat, web_models
 from scripts.chat_model import ChatModel
 from scripts.tools import TOOLS
 from scripts.web_chat import as_markdown, recent, results_of
 from scripts.web_demo import Args
+from scripts.web_microscope import readable
 from scripts.web_models import DemoTraining, Loaded, default_model, find_lora, find_models
 from scripts.web_texts import TEXTS
 
@@ -247,22 +250,29 @@ def test_without_a_model_the_page_says_how_to_get_one(open_page, tmp_path, monke
 def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
     (tmp_path / "full_sft_64.pth").write_bytes(b"nothing")
     page = open_page(save_dir=tmp_path)
-    assert "is no checkpoint" in page.error[0].value
+    assert "is refused: it is no plain state dict" in page.error[0].value
 
 
-def test_a_wrong_flag_is_one_sentence(open_page):
+def test_a_wrong_flag_is_one_sentence(open_page, monkeypatch, capsys):
     assert "unknown argument --nonsense" in open_page("--nonsense").error[0].value
-    process = subprocess.run([sys.executable, PAGE], capture_output=True, text=True)
-    assert process.returncode == 2 and "streamlit run" in process.stderr
+    monkeypatch.setattr(sys, "argv", [PAGE])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(PAGE, run_name="__main__")
+    assert end.value.code == 2 and "streamlit run" in capsys.readouterr().err
 
 
 def test_the_training_is_a_process_that_can_be_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", shutil.which("yes"))
+    (tmp_path / "scripts").mkdir()
+    slow = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
+    (tmp_path / "scripts" / "demo.py").write_text(slow)
+    monkeypatch.setattr(web_models, "ROOT", tmp_path)
     training = DemoTraining()
-    training.start(str(tmp_path), 3)
+    training.start(str(tmp_path / "out"), 3)
     while not training.log.read_bytes():
         time.sleep(0.01)
-    assert training.running and str(ROOT / "scripts" / "demo.py") in training.last_lines(2)
+    assert (
+        training.running and f"'--minutes', '3', '--output', '{tmp_path}" in training.last_lines()
+    )
     training.stop()
     assert not training.running and not training.failed
     training.log.write_bytes(b"1%\r50%\r100%\r\n\nend\n")
@@ -286,9 +296,11 @@ def test_every_view_of_the_microscope(open_page, folder, tokenizer):
     for view in ("tokens", "next", "attention", "lens", "experts", "loss"):
         page.segmented_control(key="view").set_value(view).run()
         assert not page.exception
-        said[view] = "".join(each.proto.body for each in page.get("html"))
+        said[view] = "".join(each.value for each in page.html)
     assert "&lt;|im_start|&gt;" in said["tokens"] and "<br>3c 7c 69 6d" in said["tokens"]
-    assert ">30<" in said["next"] and ">30<" in said["lens"]
+    learnt = escape(readable(bytes_of_token(tokenizer, ids[-10])))
+    assert top_tokens(seen.logits, 1).ids[-11] == ids[-10]
+    assert f">{learnt}<small>" in said["next"] and f">{learnt}<small>" in said["lens"]
     page.segmented_control(key="view").set_value("experts").run()
     assert "no experts" in page.info[0].value
 
@@ -298,7 +310,7 @@ def test_the_experts_of_a_mixture(open_page):
     page.session_state.view = "experts"
     page = to_microscope(page)
     assert not page.info and not page.exception
-    rows = "".join(each.proto.body for each in page.get("html"))
+    rows = "".join(each.value for each in page.html)
     assert "Layer 2" in rows and "Layer 3" not in rows
 
 
