@@ -277,7 +277,7 @@ def show_loss(loaded: Loaded, text: Text, seen: Observation, words: Words) -> No
     chart = chart.encode(
         x=alt.X("place:O", title=None, axis=named_axis(text.labels, labelAngle=-90)),
         y=alt.Y("loss", title=words("loss_axis")),
-        color=alt.Color("loss", scale=alt.Scale(scheme="reds", domain=[-2, most]), legend=None),
+        color=alt.value(f"hsl({RED}, 70%, 55%)"),
         tooltip=["token", alt.Tooltip("loss", format=".3f")],
     )
     st.altair_chart(chart.properties(height=280))
