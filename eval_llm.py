@@ -22,7 +22,7 @@ from model.generation import decode
 from model.sampling import Sampling
 from model.text_stream import stream_text
 from model.weights import write_json
-from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.chat_model import ChatModel, TalkArgs, load_chat_model
 
 CHAT_PROMPTS = [
     "Who are you?",
@@ -43,33 +43,14 @@ COMMANDS = """/clear        forget the conversation
 
 
 @dataclass
-class Args(ModelArgs):
+class Args(TalkArgs):
     weight: list[str] = option(
         ["full_sft"], "own weights: stages, such as pretrain, or .pth files; several answer in turn"
     )
     prompts: Literal["ask", "auto", "type"] = option(
         "ask", "auto: a list of examples; type: your own; ask: choose at the start"
     )
-    historys: int = option(0, "how many earlier messages the model sees; 0: each prompt alone")
-    max_new_tokens: int = option(512, "longest answer")
-    temperature: float = option(0.85, "how freely it chooses; 0: always the likeliest token")
-    top_p: float = option(0.85, "choose among the likeliest tokens that make up this share")
-    top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
-    repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
-    seed: int | None = option(None, "the same seed gives the same answers")
     show_speed: bool = option(True, "tokens a second after each answer")
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # nor is NaN
-            raise UserError(f"--temperature must not be negative, as {self.temperature} is")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be more than 0 and at most 1, not {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= (self.seed or 0) < 2**31:
-            raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
-        if self.historys < 0:
-            raise UserError(f"--historys must not be negative, as {self.historys} is")
 
 
 def main(args: Args) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from lesson import Language, Lesson, crops, small_model, teach, textbook, train
 
-from model.model_minimind import cross_entropy_sum
+from model.losses import cross_entropy_sum
 from scripts.train_tokenizer import train as train_bpe
 
 # facts to learn from, and others that are held out

@@ -1,9 +1,12 @@
-"""The engine in a thread of its own, for an asyncio program such as the server."""
+"""The engine in a thread of its own: for an asyncio program such as the server, which follows a
+request, and for any other, which starts it and is told."""
 
 import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
 
 from model.engine import Engine, Request
 
@@ -36,10 +39,8 @@ class EngineThread:
             step = len(request.tokens), request.finish_reason, error
             loop.call_soon_threadsafe(steps.put_nowait, step)
 
-        self.listeners[request] = tell
         try:
-            self.engine.submit(request)
-            self.calls.put(lambda: None)  # wakes the thread
+            self.start(request, tell)
             while True:
                 count, reason, error = await steps.get()
                 if error:
@@ -48,7 +49,39 @@ class EngineThread:
                 if reason:
                     return
         finally:
-            self.calls.put(lambda: self.forget(request))
+            self.cancel(request)
+
+    def start(self, request: Request, tell: Callable[[Exception | None], None]) -> None:
+        """Have a request decoded. `tell` is called in the engine's thread whenever there are more
+        tokens, and with the error if one ended it.
+
+        Raises:
+            ValueError, QueueFull: as Engine.submit.
+        """
+        self.listeners[request] = tell
+        try:
+            self.engine.submit(request)
+        except Exception:
+            del self.listeners[request]
+            raise
+        self.calls.put(lambda: None)  # wakes the thread
+
+    def cancel(self, request: Request) -> None:
+        """Give up a request if it still runs, and tell no more of it."""
+        self.calls.put(lambda: self.forget(request))
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        """The result of something else that is done with the model, between two steps."""
+        done: Future = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        self.calls.put(run)
+        return done.result()
 
     def stop(self, seconds: float) -> None:
         """Finish what runs, for at most so long, and end."""

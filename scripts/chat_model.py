@@ -1,4 +1,4 @@
-"""Which model to talk to: the flags that chat and server share, and loading what they name."""
+"""Which model to talk to, and how: flags that chat, web page and server share, and loading it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,31 @@ class ModelArgs:
     yarn_attention_factor: float | None = option(None, "default: 0.1 · ln(factor) + 1")
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "on CUDA")
+
+
+@dataclass
+class TalkArgs(ModelArgs):
+    """How to talk to it, too."""
+
+    historys: int = option(0, "how many earlier messages the model sees; 0: each prompt alone")
+    max_new_tokens: int = option(512, "longest answer")
+    temperature: float = option(0.85, "how freely it chooses; 0: always the likeliest token")
+    top_p: float = option(0.85, "choose among the likeliest tokens that make up this share")
+    top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
+    repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
+    seed: int | None = option(None, "the same seed gives the same answers")
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:  # nor is NaN
+            raise UserError(f"--temperature must not be negative, as {self.temperature} is")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p must be more than 0 and at most 1, not {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if not 0 <= (self.seed or 0) < 2**31:
+            raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
+        if self.historys < 0:
+            raise UserError(f"--historys must not be negative, as {self.historys} is")
 
 
 class ChatModel(NamedTuple):
