@@ -83,7 +83,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters by role: "matrices" inside the blocks, the "embedding" (also the head, where they
+    """Parameters by role: "matrices" inside the blocks, the "embedding" (also the heads, where they
     are tied), and "vectors" (norms)."""
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "embedding": [], "vectors": []}
     for name, parameter in model.named_parameters():
@@ -91,7 +91,7 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
             continue
         if parameter.dim() < 2:
             groups["vectors"].append(parameter)
-        elif "embed_tokens" in name or "lm_head" in name:
+        elif any(role in name for role in ("embed_tokens", "lm_head", "score")):
             groups["embedding"].append(parameter)
         else:
             groups["matrices"].append(parameter)
