@@ -8,8 +8,8 @@ demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
 	$(BIN)/python scripts/demo.py --started $(STARTED)
 
-test: .venv/installed-dev  ## all tests
-	$(BIN)/python -m pytest
+test: .venv/installed-dev  ## all tests, files side by side
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 stages: .venv/installed  ## does each stage learn? some 45 minutes
 	$(BIN)/python benchmarks/stages.py
