@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from bits_per_byte import bits_per_byte, read_lines, read_texts
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +23,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts import prepare_data
+from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
 from trainer import train_pretrain
 from trainer.hardware import describe_machine
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dataset.lm_dataset import Encoded, encode_chat, encode_text
 from dataset.packing import Rows, collate
 from model.attention import visible_keys
-from model.model_minimind import IGNORED
+from model.losses import IGNORED
 from model.weights import load_tokenizer
 
 ROW = 256

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dataset.lm_dataset import encode_pieces
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.model_minimind import IGNORED
+from model.losses import IGNORED
 from model.weights import write_json
 from scripts.chat_model import ModelArgs, load_chat_model
 

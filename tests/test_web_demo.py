@@ -22,8 +22,8 @@ from streamlit.testing.v1 import AppTest
 from dataset.lm_dataset import encode_chat
 from model.engine import Engine
 from model.engine_thread import EngineThread
+from model.losses import IGNORED
 from model.microscope import bytes_of_token, observe, token_losses, top_tokens
-from model.model_minimind import IGNORED
 from model.sampling import Sampling
 from model.weights import ROOT, load_model, save_weights
 from scripts import web_chat, web_models
