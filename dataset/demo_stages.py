@@ -24,7 +24,7 @@ PRETRAIN_FACT_PASSES = 3  # each with every training phrasing of every fact, and
 SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
-RLAIF_PROMPTS = 120  # for each skill
+RLAIF_PROMPTS = 800  # for each skill
 R1_PROBLEMS = 2000
 TOOL_ROWS = 1200
 
