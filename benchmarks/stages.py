@@ -61,8 +61,9 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340, which the demo makes
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --reward answer:1 similarity:1
-    --max_gen_len 48 --update_batch_size 64 --rollout_batch_size 128 --num_workers 0"""
+# Many different prompts in an update, few answers to each: their number is what averages noise out.
+RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
+    --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64 --rollout_batch_size 128 --num_workers 0"""
 PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.jsonl
     --val_documents 1000 --max_seq_len 256 --num_workers 0"""
 
@@ -79,32 +80,34 @@ UP_15 = {"skill_accuracy": ("gain", 0.15)}
 STAGES = {
     "reward": Stage(
         train_reward,
-        f"{PAIRS} --batch_size 16 --learning_rate 3e-4 --max_steps 150",
+        f"{PAIRS} --batch_size 8 --learning_rate 4e-4",
         {"pair_accuracy": ("level", 0.85)},
         "accuracy",
     ),
     "dpo": Stage(
         train_dpo,
-        f"{PAIRS} --batch_size 16 --learning_rate 1e-4 --max_steps 150",
+        f"{PAIRS} --batch_size 16 --learning_rate 1e-5",
         {"preference_accuracy": ("level", 0.85), "skill_accuracy": ("gain", -0.03)},
         "accuracy",
     ),
     "ppo": Stage(
         train_ppo,
-        f"{RL} --batch_size 128 --learning_rate 1e-4 --critic_learning_rate 2e-4 --max_steps 50",
+        f"{RL} --batch_size 128 --learning_rate 2e-4 --critic_learning_rate 3e-4 --kl_coef 0 "
+        "--update_epochs 1 --max_steps 100",
         UP_15,
         "reward",
     ),
     "grpo": Stage(
         train_grpo,
-        f"{RL} --batch_size 16 --num_generations 8 --learning_rate 1e-4 --beta 0 --max_steps 60",
+        f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --learning_rate 3e-4 --beta 0 "
+        "--max_steps 120",
         UP_15,
         "reward",
     ),
     "spo": Stage(
         train_spo,
-        f"{RL} --batch_size 128 --accumulation_steps 1 --learning_rate 1e-4 --beta 0 "
-        "--max_steps 60",
+        f"{RL} --batch_size 128 --accumulation_steps 1 --learning_rate 3e-4 --beta 0 "
+        "--max_steps 120",
         UP_15,
         "reward",
     ),
