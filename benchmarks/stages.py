@@ -61,9 +61,10 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340, which the demo makes
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-# Many different prompts in an update, few answers to each: their number is what averages noise out.
+# Many different prompts in an update and few answers to each: prompts average the noise out.
 RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
-    --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64 --rollout_batch_size 128 --num_workers 0"""
+    --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64
+    --rollout_batch_size 128 --num_workers 0"""
 PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.jsonl
     --val_documents 1000 --max_seq_len 256 --num_workers 0"""
 
@@ -99,8 +100,8 @@ STAGES = {
     ),
     "grpo": Stage(
         train_grpo,
-        f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --learning_rate 3e-4 --beta 0 "
-        "--max_steps 120",
+        f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --learning_rate 3e-4 "
+        "--beta 0 --max_steps 120",
         UP_15,
         "reward",
     ),
