@@ -88,9 +88,9 @@ def choose_language(args: Args) -> str:
 
 
 def choose_model(args: Args, words: Words) -> Loaded | None:
-    """The model that is chosen in the sidebar, or None where none is found."""
+    """The model that is chosen in the sidebar, or None where there is none yet."""
     found = find_models(args)
-    if not found:
+    if not found or demo_training().running:  # which has written its first stage, perhaps
         return None
     with st.sidebar:
         first = found.index(default_model(found, args))

@@ -161,9 +161,9 @@ class DemoTraining:
         return self.process is not None and self.process.poll() not in (None, 0)
 
     def stop(self) -> None:
-        """End it; there is nothing to tell of it any more."""
+        """End it at once; files that it wrote are whole. There is nothing more to tell of it."""
         if self.process:
-            self.process.terminate()
+            self.process.kill()
             self.process.wait()
             self.process = None
 
