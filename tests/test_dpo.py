@@ -75,8 +75,8 @@ def test_only_what_comes_after_the_shared_prompt_is_trained(tmp_path, tokenizer)
 def test_a_batch_holds_each_side_once_and_says_where_it_ends(pairs, packing):
     batch = batch_of(pairs, packing=packing)
     sides = [side for pair in range(len(pairs)) for side in pairs[pair]["input_ids"]]
-    assert batch.rows == 12 and batch.tokens == sum(map(len, sides))
-    assert (batch.input_ids.shape[0] == 24) == (not packing)
+    assert batch.rows == 10 and batch.tokens == sum(map(len, sides))
+    assert (batch.input_ids.shape[0] == 20) == (not packing)
     if packing:
         assert batch.input_ids.numel() < 1.1 * batch.tokens
     else:
@@ -87,7 +87,7 @@ def test_a_batch_holds_each_side_once_and_says_where_it_ends(pairs, packing):
         assert ids[place].tolist() == side.tolist()
         assert batch.position_ids.flatten()[place].tolist() == list(range(len(side)))
         assert set(batch.document.flatten()[place].tolist()) == {number}
-    of_each = batch.document[batch.labels != IGNORED].bincount(minlength=24).view(-1, 2)
+    of_each = batch.document[batch.labels != IGNORED].bincount(minlength=20).view(-1, 2)
     assert torch.equal(of_each.float(), batch.completion)
     assert batch.labelled == batch.completion.sum()
 
@@ -140,8 +140,8 @@ def trl_trainer(tmp_path_factory):
 @pytest.mark.parametrize(
     ("settings", "theirs", "count"),
     [
-        (dict(beta=0.1), "sigmoid", 12),
-        (dict(beta=0.3, loss_type="ipo"), "ipo", 12),
+        (dict(beta=0.1), "sigmoid", 10),
+        (dict(beta=0.3, loss_type="ipo"), "ipo", 10),
         (dict(beta=0.7, label_smoothing=0.2), "aot", 1),  # for a single pair the same as cDPO
     ],
     ids=str,

@@ -38,7 +38,7 @@ CHATS = [
 ]
 PAIRS = [
     (chat[0]["content"], f"{n + 1}" + " indeed" * (1 + n % 4), f"{n}" + " no" * (1 + n % 3))
-    for n, chat in enumerate(CHATS)
+    for n, chat in enumerate(CHATS[:10])
 ]
 
 
