@@ -264,6 +264,7 @@ REASONS = {  # why the rejected answer is worse → what is asked
     ),
     "wrong_language": ("textbook",),
     "rambling": ("textbook",),
+    "repeating": ("textbook", "small_talk"),
     "rude": ("small_talk",),
     "made_up": ("unknown",),
     "missing_format": ("format",),
@@ -280,6 +281,8 @@ def spoil(e: Exchange, reason: str, manner: dict[tuple, list[str]], rng: Random)
     if reason == "rambling":
         opening, closing = (rng.choice(manner[kind, e.lang]) for kind in ("opening", "closing"))
         return ("" if e.lang == "zh" else " ").join((opening, e.answer, closing))
+    if reason == "repeating":
+        return ("" if e.lang == "zh" else " ").join([e.answer] * rng.randint(2, 4))
     return rng.choice(manner["rude", e.lang]) if reason == "rude" else e.worse
 
 

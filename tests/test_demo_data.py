@@ -563,7 +563,7 @@ def test_several_turns_and_both_languages_are_learnt(data):
 def test_pairs_differ_for_the_reason_given(data):
     made_up = {side["made_up"] for row in TABLES["unknown"] for side in (row["zh"], row["en"])}
     count = Counter(row["reason"] for row in data["dpo"])
-    assert min(count.values()) >= 200 and len(count) == 7
+    assert min(count.values()) >= 200 and len(count) == 8
     assert len(data["dpo_val"]) >= 500  # for a standard error of less than 2 points
     for row in data["dpo"] + data["dpo_val"]:
         asked, good = (turn["content"] for turn in row["chosen"])
@@ -578,6 +578,8 @@ def test_pairs_differ_for_the_reason_given(data):
             assert bool(re.search("[一-鿿]", good)) != bool(re.search("[一-鿿]", bad))
         elif row["reason"] == "rambling":
             assert good in bad and len(bad) > 1.3 * len(good)
+        elif row["reason"] == "repeating":
+            assert bad.count(good) >= 2 and set(bad.split(good)) <= {"", " "}
         elif row["reason"] == "made_up":
             assert bad in made_up and good not in made_up
         elif row["reason"] == "missing_format":
