@@ -70,6 +70,8 @@ def test_with_ask_it_waits_for_enter(tmp_path):
     terminal, typed = os.openpty()
     process = start(lesson, tmp_path, "--ask", typed=typed)
     printed = tmp_path / f"{lesson.stem}.txt"
+    while not printed.exists():
+        time.sleep(0.05)
     for question in range(1, 6):
         deadline = time.monotonic() + 60
         while printed.read_text().count("(Enter shows the answer)") < question:

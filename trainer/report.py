@@ -29,7 +29,7 @@ Records = list[dict[str, Any]]
 
 # Figures of the log that have a curve, in this order; others that a trainer logs come after them.
 CURVES = {
-    "loss": ("training loss", "nats per token"),
+    "loss": ("training loss", "nats"),
     "val_bpb": ("held-out text", "bits per byte"),
     "lr": ("learning rate", ""),
     "grad_norm": ("norm of the gradient, before it is clipped", ""),
