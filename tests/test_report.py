@@ -54,7 +54,7 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
     text = page(any_stage)
     outside = re.findall(r'<script|<link|<img|@import|url\((?!#)|(?:src|href)="(?!#)', text)
     assert not outside and "<!DOCTYPE" not in text.replace("<!doctype", "")
-    held_out = "held-out text" if any_stage.log(kind="val_bpb") else "val_accuracy"  # of pairs
+    held_out = "held-out text" if any_stage.log(kind="val_bpb") else "val accuracy"  # of pairs
     for title in ("training loss", held_out, "learning rate", "norm of the gradient"):
         assert title in text
     for title in ("speed", "memory"):

