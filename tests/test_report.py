@@ -63,7 +63,7 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
     for record in records:
         assert f"step {record['step']}\n{record['val_bpb']:.3f} bpb" in text
     assert "data.jsonl" in text and any_stage.saved()["identity"]["data"] in text
-    assert "--learning_rate</td><td>0.001" in text
+    assert f"--learning_rate</td><td>{any_stage.settings()['learning_rate']}" in text
     assert "how data.jsonl was made" in text and "&lt;dedup&gt;" in text
     assert len(text) < 300_000
 
