@@ -11,7 +11,7 @@ demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a repo
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-stages: .venv/installed  ## does each stage learn? some 45 minutes
+stages: .venv/installed  ## does each stage of preferences and rewards learn? long
 	$(BIN)/python benchmarks/stages.py
 
 check: lint  ## what to run before each commit: style and the fast tests
