@@ -233,7 +233,7 @@ def test_it_begins_with_ln_2(train, changes):
     [
         (dict(packing=True), 0.3),
         (dict(use_moe=True), 0.3),
-        (dict(use_lora=True, learning_rate=1e-2), 0.5),
+        (dict(use_lora=True, learning_rate=1e-2), 0.6),
         (dict(loss_type="ipo", beta=1.0), 0.05),
     ],
     ids=str,
