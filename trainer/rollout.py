@@ -418,6 +418,16 @@ def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def mean_and_deviation(run: Run, own: Tensor) -> tuple[float, float]:
+    """Of the numbers of all ranks, of which `own` are this one's."""
+    own = own.double()
+    count, total, squares = run.sum_over_ranks(
+        len(own), own.sum().item(), own.square().sum().item()
+    )
+    mean = total / max(1, count)
+    return mean, math.sqrt(max(0.0, squares / max(1, count) - mean**2))
+
+
 class Sums:
     """How much the batches of all ranks hold together, and sums over tokens for the log."""
 

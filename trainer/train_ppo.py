@@ -50,6 +50,7 @@ from trainer.rollout import (
     evaluate_policy,
     lengths_and_ends,
     log_probs,
+    mean_and_deviation,
     micro_batches,
     policy_inputs,
     prompt_batch,
@@ -179,12 +180,8 @@ def judge(
 
 def whiten(run: Run, batches: list[RolloutBatch]) -> None:
     """Advantages of mean 0 and deviation 1 over the tokens of all ranks."""
-    own = torch.cat([batch.advantages[batch.mask] for batch in batches]).double()
-    count, total, squares = run.sum_over_ranks(
-        len(own), own.sum().item(), own.square().sum().item()
-    )
-    mean = total / max(1, count)
-    deviation = math.sqrt(max(0.0, squares / max(1, count) - mean**2))
+    own = torch.cat([batch.advantages[batch.mask] for batch in batches])
+    mean, deviation = mean_and_deviation(run, own)
     for batch in batches:
         batch.advantages = (batch.advantages - mean) / (deviation + 1e-8) * batch.mask
 

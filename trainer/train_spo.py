@@ -52,6 +52,7 @@ from trainer.rollout import (
     kl_estimate,
     lengths_and_ends,
     log_probs,
+    mean_and_deviation,
     micro_batches,
     policy_inputs,
     prompt_batch,
@@ -156,12 +157,7 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 def normalised(run: Run, advantages: Tensor) -> Tensor:
     """Mean 0 and deviation 1 over the answers of all ranks; what is NaN becomes 0 and does not
     count."""
-    known = advantages[~advantages.isnan()].double()
-    count, total, squares = run.sum_over_ranks(
-        len(known), known.sum().item(), known.square().sum().item()
-    )
-    mean = total / max(1, count)
-    deviation = max(0.0, squares / max(1, count) - mean**2) ** 0.5
+    mean, deviation = mean_and_deviation(run, advantages[~advantages.isnan()])
     return ((advantages - mean) / (deviation + 1e-8)).nan_to_num(0.0)
 
 
