@@ -160,17 +160,15 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def unfinished_model(console: Console, out: Path, args: Args) -> Path:
-    """Data and base model; made once."""
+    """Data and base model; made once, and gone on with where that was broken off."""
     base = out / "base"
     path = base / f"full_sft_{HIDDEN_SIZE}.pth"
     write_demo_data(out / "data", seed=42)
     kinds = ((train_pretrain, PRETRAIN, ""), (train_full_sft, SFT, "--lr_schedule constant"))
     for stage, flags, more in kinds:
         name = Path(stage.__file__).stem.removeprefix("train_")
-        if (base / f"{name}_{HIDDEN_SIZE}.pth").exists():
-            continue
         steps = min(BASE_STEPS[name], args.max_steps or BASE_STEPS[name])
-        text = f"{flags} {COMMON} {more} --max_steps {steps} --num_workers 0"
+        text = f"{flags} {COMMON} {more} --max_steps {steps} --num_workers 0 --resume 1"
         words = [w.format(data=out / "data", out=base, device="cpu") for w in text.split()]
         run(console, stage, words)
     return path

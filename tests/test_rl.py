@@ -20,7 +20,7 @@ from dataset.lm_dataset import encode_chat
 from model.errors import UserError
 from model.losses import IGNORED
 from model.weights import load_model, load_tokenizer
-from trainer import rollout, train_grpo, train_ppo, train_spo
+from trainer import hardware, rollout, train_grpo, train_ppo, train_spo
 from trainer.rollout import Completion, Prompt, RolloutBatch
 from trainer.trainer_utils import Run
 
@@ -435,6 +435,17 @@ def test_learning_stops_when_the_policy_has_moved_too_far(tmp_path, monkeypatch)
 
 
 # -- mistakes --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_what_would(rl, command, monkeypatch):
+    monkeypatch.setattr(hardware, "memory_available", lambda device: 2e7)
+    monkeypatch.setattr(hardware, "memory_in_all", lambda device: 2e7)
+    more = dict(update_batch_size=1000, max_gen_len=64)
+    code, printed = command(rl.stage, *flags(rl.settings(**more)))
+    told = complaint(printed)
+    fits = int(re.search(r"; --update_batch_size (\d+) should fit$", told)[1])
+    assert code == 2 and "--update_batch_size 1000 with prompts of 96 tokens needs" in told
+    assert 1 <= fits <= 500
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from model.command_line import option
 from model.errors import UserError
@@ -23,6 +23,8 @@ most a full batch: while much is to learn, few rows tell where to go; 0: always 
 @dataclass
 class TrainArgs:
     """The arguments of every trainer. A stage's own class changes defaults and adds its own."""
+
+    rows_flag: ClassVar[str] = "batch_size"  # says how many rows go through the model at once
 
     data_path: list[str] = option([], "JSONL file(s) to train on, .jsonl or .jsonl.gz")
     val_path: list[str] = option([], "held-out file(s); default: a share of data_path")
@@ -93,6 +95,11 @@ class TrainArgs:
     use_wandb: bool = option(False, "log to a tracker too")
     tracker: Literal["wandb", "swanlab"] = option("wandb", "which, with --use_wandb")
     wandb_project: str = option("MiniMind", "the tracker's project")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the model stands in memory beside it."""
+        return False
 
     def __post_init__(self) -> None:
         """UserError for values that make no sense, before anything is loaded."""

@@ -10,7 +10,7 @@ from torch import nn
 from dataset.packing import Rows
 from dataset.pairs import Pairs
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, MiniMindModel
 from model.weights import count_parameters
 from trainer import hardware
 
@@ -67,25 +67,30 @@ def window_sizes(run: "Run") -> str:
 def memory_forecast(run: "Run", model: nn.Module, rows: Rows | Pairs) -> tuple[str, str]:
     """A line on memory, and which batch to try should it run out; UserError if the batch is far
     beyond what the machine has."""
-    args = run.args
-    batch_size, most = min(args.batch_size, len(rows)), rows.tokens_of_longest
+    args, flag, most = run.args, run.args.rows_flag, rows.tokens_of_longest
+    batch_size = getattr(args, flag)
+    at_once = batch_size if flag != "batch_size" else min(batch_size, len(rows))
     fixed, per_token = training_memory(
         run.config, model, run.dtype, args.optimizer, args.gradient_checkpointing
     )
-    need = fixed + per_token * batch_size * most
+    if args.needs_reference:
+        fixed += 4 * count_parameters(model)
+    need = fixed + per_token * at_once * most
     free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
     if run.device.type != "cuda":  # all processes share it
         free, whole = free / hardware.ranks_here(), whole / hardware.ranks_here()
     fitting = int((free - fixed) / (per_token * most))
-    fitting = min(fitting, batch_size // 2)
+    fitting = min(fitting, at_once // 2)
     if fitting < 1:
         smaller = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
+    elif flag != "batch_size":  # the update is the same, in more parts
+        smaller = f"--{flag} {fitting} should fit"
     else:
         steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)
         smaller = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
     if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
         raise UserError(
-            f"--batch_size {args.batch_size} with {rows.rows_name} of {most} tokens needs about "
+            f"--{flag} {batch_size} with {rows.rows_name} of {most} tokens needs about "
             f"{need / 1e9:.0f} GB a process, and there are {whole / 1e9:.0f} GB; {smaller}"
         )
     told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
@@ -105,7 +110,7 @@ def training_memory(
     (AdamW keeps two, Muon one), in float32. For each token, what backward needs of every layer:
     about 12 vectors of the hidden size and 4 of the intermediate size, or with gradient
     checkpointing one vector a layer and one layer at a time; and logits, which float32 makes in
-    chunks and autocast as a whole, three times.
+    chunks and autocast as a whole, three times. A critic beside the actor doubles all that.
     """
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     fixed = 4 * (count_parameters(model) + trained * (3 if optimizer == "adamw" else 2))
@@ -114,7 +119,8 @@ def training_memory(
     layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
-    return fixed, size * kept + config.vocab_size * (1 if whole else 14)
+    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
+    return fixed, models * (size * kept + config.vocab_size * (1 if whole else 14))
 
 
 def seconds_of_an_update(records: list[dict]) -> float:

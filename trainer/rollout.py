@@ -51,6 +51,9 @@ from trainer.trainer_utils import Run, Window, unwrapped
 class RolloutArgs(LoraArgs):
     """What PPO, GRPO and SPO have in common beyond the flags of every trainer."""
 
+    rows_flag = "update_batch_size"
+    reference_flag = "beta"  # the weight of the KL to the starting model; 0: no reference
+
     data_path: list[str] = option(
         [str(DATASET / "rlaif-mini.jsonl")],
         'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
@@ -58,6 +61,7 @@ class RolloutArgs(LoraArgs):
     from_weight: str = option("dpo", "stage to start from")
     batch_size: int = option(2, "prompts a device takes at once")
     max_seq_len: int = option(256, "tokens of a prompt at most; longer ones are left out")
+    packing: bool = option(False, "without effect: answers are padded, like lengths side by side")
     max_gen_len: int = option(1024, "tokens of a completion at most")
     rollout_batch_size: int = option(64, "completions decoded side by side")
     update_batch_size: int = option(8, "completions in a forward pass of the update")
@@ -89,6 +93,10 @@ class RolloutArgs(LoraArgs):
             raise UserError(f"--temperature must be more than 0, not {self.temperature}")
         if self.rollout_url and not self.rollout_folder:
             raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
+
+    @property
+    def needs_reference(self) -> bool:
+        return bool(getattr(self, self.reference_flag)) and not self.use_lora
 
     def stage(self, name: str) -> str:
         return f"lora/{name}" if self.use_lora else name

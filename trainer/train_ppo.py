@@ -66,6 +66,8 @@ from trainer.trainer_utils import Run, starting_model, unwrapped
 
 @dataclass
 class Args(RolloutArgs):
+    reference_flag = "kl_coef"
+
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
     critic_learning_rate: float = option(8e-8, "the same, of the critic")
     num_generations: int = option(1, "answers to each prompt")

@@ -419,8 +419,9 @@ class Run:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            flag = self.args.rows_flag
             raise UserError(
-                f"out of memory with --batch_size {self.args.batch_size}; {self.smaller_batch}"
+                f"out of memory with --{flag} {getattr(self.args, flag)}; {self.smaller_batch}"
             ) from error
 
     def update(self, model: nn.Module, optimizer: Together) -> None:
@@ -647,7 +648,7 @@ class Run:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             for name, value in checkpoint["progress"].items():
                 setattr(self, name, value)
-            self.pending, self.records = checkpoint["pending"], checkpoint["records"]
+            self.pending, self.records = NOTHING | checkpoint["pending"], checkpoint["records"]
             if len(checkpoint["random"]) == self.ranks:
                 restore_random_state(checkpoint["random"][self.rank], self.device)
             self.plan_steps()
