@@ -5,8 +5,8 @@
 The model is the demo's (3.0M parameters, data of `python -m dataset.demo`), whose fine-tuning was
 stopped before its learning rate had come down, so that it answers about half of the held-out
 questions of the skills. It is trained once and kept in --output; so is everything that follows.
-Then each stage is trained for a minute or two with each seed, by the commands that are printed,
-and measured on what is in no training file:
+Then each stage is trained for some minutes with each seed, one training a core, by the commands in
+the logs beside the weights, and measured on what is in no training file:
 
     skill_accuracy       greedy answers to held-out problems of 13 skills that are exactly right
     rule_reward          how far they agree with the truth, from 0 to 1
@@ -21,9 +21,14 @@ before, after, target, met}, the other figures beside it; curves of each stage a
 """
 
 import math
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +37,7 @@ import matplotlib
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from dataset.demo import grade, load_tests, write_demo_data
 from dataset.lm_dataset import encode_chat, load_documents
@@ -61,10 +67,11 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340, which the demo makes
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-# Many different prompts in an update and few answers to each: prompts average the noise out.
+# Many different prompts in an update and few answers to each: prompts average the noise out. Muon,
+# which makes the step in directions of noise as long as any other, learns less (RECIPE_LOG.md).
 RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
     --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64
-    --rollout_batch_size 128 --num_workers 0"""
+    --rollout_batch_size 128 --num_workers 0 --optimizer adamw --learning_rate 2e-4"""
 PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.jsonl
     --val_documents 1000 --max_seq_len 256 --num_workers 0"""
 
@@ -93,22 +100,20 @@ STAGES = {
     ),
     "ppo": Stage(
         train_ppo,
-        f"{RL} --batch_size 128 --learning_rate 2e-4 --critic_learning_rate 3e-4 --kl_coef 0 "
-        "--update_epochs 1 --max_steps 100",
+        f"{RL} --batch_size 128 --critic_learning_rate 2e-4 --kl_coef 0 --update_epochs 1 "
+        "--max_steps 90",
         UP_15,
         "reward",
     ),
     "grpo": Stage(
         train_grpo,
-        f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --learning_rate 3e-4 "
-        "--beta 0 --max_steps 120",
+        f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --beta 0 --max_steps 110",
         UP_15,
         "reward",
     ),
     "spo": Stage(
         train_spo,
-        f"{RL} --batch_size 128 --accumulation_steps 1 --learning_rate 3e-4 --beta 0 "
-        "--max_steps 120",
+        f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0 --max_steps 90",
         UP_15,
         "reward",
     ),
@@ -120,6 +125,7 @@ class Args:
     stage: list[str] = option(list(STAGES), "which stages")
     seeds: list[int] = option([42, 43, 44], "each stage is trained with each of them")
     questions: int = option(120, "held-out questions of each of the 13 skills at most")
+    jobs: int = option(os.cpu_count() or 1, "trainings side by side, on a core each")
     output: str = option(str(OUT / "stages"), "folder of data, weights, logs and curves")
     json: str = option(str(OUT / "stages_report.json"), "the report")
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
@@ -129,24 +135,29 @@ def main(args: Args) -> dict[str, Any]:
     unknown = set(args.stage) - set(STAGES)
     if unknown:
         raise UserError(f"--stage: {min(unknown)} is unknown; there are {', '.join(STAGES)}")
+    if args.jobs < 1:
+        raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     started, console, out = time.time(), Console(highlight=False), Path(args.output)
     base = unfinished_model(console, out, args)
-    measure = Measure(out / "data", load_model(base), args.questions)
+    measure = Measure(out / "data", base, args.questions)
     before = measure.policy(measure.base)
     told = ", ".join(f"{name} {value:.3f}" for name, value in before.items())
     console.print(f"unfinished model: {told}")
-    rows, curves = [], {}
-    for name in args.stage:
-        for seed in args.seeds:
-            console.rule(f"{name}, seed {seed}")
-            result = train(console, name, seed, out, args)
-            path = out / f"{name}_{seed}_{HIDDEN_SIZE}.pth"
-            after = measure.scorer(result) if name == "reward" else measure.policy(load_model(path))
-            rows += judged(name, seed, before, {**after, "seconds": round(result["seconds"], 1)})
-            curves.setdefault(name, {})[seed] = result["records"]
+    rows, curves = [], {name: {} for name in args.stage}
+    # seeds one after the other: what the seeds of a stage share is made by the first
+    tasks = [(name, seed, args, before) for seed in args.seeds for name in args.stage]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), begin, (threads,)) as pool:
+        futures = {pool.submit(train_and_measure, *task): task for task in tasks}
+        for future in tqdm(as_completed(futures), total=len(futures), desc="trainings"):
+            name, seed, *_ = futures[future]
+            found, curves[name][seed] = future.result()
+            rows += found
+            rows.sort(key=lambda row: (args.stage.index(row["stage"]), row["seed"]))
             report = {
                 "date": str(date.today()),
                 "machine": describe_machine(torch.device("cpu")),
+                "jobs": args.jobs,
                 "seconds": round(time.time() - started, 1),
                 "unfinished": before,
                 "questions": measure.count,
@@ -162,7 +173,6 @@ def main(args: Args) -> dict[str, Any]:
 def unfinished_model(console: Console, out: Path, args: Args) -> Path:
     """Data and base model; made once, and gone on with where that was broken off."""
     base = out / "base"
-    path = base / f"full_sft_{HIDDEN_SIZE}.pth"
     write_demo_data(out / "data", seed=42)
     kinds = ((train_pretrain, PRETRAIN, ""), (train_full_sft, SFT, "--lr_schedule constant"))
     for stage, flags, more in kinds:
@@ -171,7 +181,31 @@ def unfinished_model(console: Console, out: Path, args: Args) -> Path:
         text = f"{flags} {COMMON} {more} --max_steps {steps} --num_workers 0 --resume 1"
         words = [w.format(data=out / "data", out=base, device="cpu") for w in text.split()]
         run(console, stage, words)
-    return path
+    return base / f"full_sft_{HIDDEN_SIZE}.pth"
+
+
+def begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+def train_and_measure(
+    name: str, seed: int, args: Args, before: dict[str, float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a report and the log of a training, which is all in a process of its own."""
+    out = Path(args.output)
+    with (
+        open(out / f"{name}_{seed}.log", "w", encoding="utf-8") as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        console = Console(file=log, highlight=False)
+        result = train(console, name, seed, out, args)
+        base = out / "base" / f"full_sft_{HIDDEN_SIZE}.pth"
+        measure = measure_of(out / "data", base, args.questions)
+        trained = out / f"{name}_{seed}_{HIDDEN_SIZE}.pth"
+        after = measure.scorer(result) if name == "reward" else measure.policy(load_model(trained))
+    after["seconds"] = round(result["seconds"], 1)
+    return judged(name, seed, before, after), result["records"]
 
 
 def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict[str, Any]:
@@ -201,8 +235,8 @@ def run(console: Console, stage: Any, words: list[str]) -> dict[str, Any]:
 class Measure:
     """The same held-out questions and pairs for every model."""
 
-    def __init__(self, data: Path, base: MiniMindForCausalLM, questions: int):
-        self.base, self.tokenizer = base, load_tokenizer()
+    def __init__(self, data: Path, base: Path, questions: int):
+        self.base, self.tokenizer = load_model(base), load_tokenizer()
         self.questions = []
         counts: dict[str, int] = {}
         for row in load_tests(data)["skills"]:
@@ -219,7 +253,7 @@ class Measure:
         ]
         documents = load_documents(data / "dpo_val.jsonl", "preferences", self.tokenizer)
         self.pairs = Pairs(documents, 256)
-        self.reference = self.pair_log_probs(base)
+        self.reference = self.pair_log_probs(self.base)
 
     @property
     def count(self) -> dict[str, int]:
@@ -280,6 +314,9 @@ class Measure:
             "pair_accuracy": accuracy,
             "pair_accuracy_error": standard_error(accuracy, len(self.pairs)),
         }
+
+
+measure_of = cache(Measure)  # a process measures several models
 
 
 def load_copy(model: MiniMindForCausalLM) -> MiniMindForCausalLM:

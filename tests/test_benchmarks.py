@@ -2,9 +2,11 @@
 
 import math
 
+import memory
 import numpy as np
 import pytest
 import speedrun
+import stages
 from toy import TEXTS, text_file
 
 from dataset.lm_dataset import load_documents
@@ -69,3 +71,21 @@ def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):
     peer = LlamaCpp(model, "float32", rows=3, context=32, threads=1)
     for _ in range(2):  # nothing is left of the first time
         assert peer.generate(prompts, 12) == expected
+
+
+def test_a_stage_is_judged_by_its_targets():
+    before = {"skill_accuracy": 0.5}
+    after = {"preference_accuracy": 0.9, "skill_accuracy": 0.46, "seconds": 3.0}
+    level, gain = stages.judged("dpo", 42, before, after)
+    assert (level["metric"], level["target"], level["met"]) == ("preference_accuracy", 0.85, True)
+    assert (gain["metric"], gain["target"], gain["met"]) == ("skill_accuracy", 0.47, False)
+    assert gain["beside"] == {"preference_accuracy": 0.9, "seconds": 3.0}
+
+
+def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
+    rows = {(row["model"], row["stage"]): row for row in memory.fitting()}
+    for stage in memory.CASES:
+        small, large = rows["26M", stage], rows["104M", stage]
+        for tokens in (512, 1024):
+            assert small[f"24 GB, {tokens}"] > large[f"24 GB, {tokens}"] > large[f"8 GB, {tokens}"]
+    assert rows["26M", "sft"]["24 GB, 512"] // 2 == rows["26M", "dpo"]["24 GB, 512"]
