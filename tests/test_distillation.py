@@ -132,7 +132,7 @@ def test_in_chunks_it_takes_less_memory(tmp_path):
         return kl(teacher, student)
 
     chunked = peak("chunked", lambda: divergence_sum(hidden, head, hidden, head + 1, labels, 1, kl))
-    assert 3 * chunked < peak("whole", whole)
+    assert 2 * chunked < peak("whole", whole)
 
 
 # -- a batch ---------------------------------------------------------------------------------------
@@ -195,11 +195,12 @@ def test_with_alpha_1_it_is_fine_tuning_bit_for_bit(tmp_path, train):
 
 
 @pytest.mark.parametrize("on_policy", [0.0, 0.5])
-def test_the_student_comes_closer_and_the_teacher_stays(train, on_policy):
+def test_the_student_comes_closer_and_the_teacher_stays(train, monkeypatch, on_policy):
+    monkeypatch.setattr(train_distillation, "answer", lambda *args: "")  # which takes the time
     path = train.more["teacher_weight"]
     before = load_model(path, tokenizer=load_tokenizer()).state_dict()
-    settings = dict(alpha=0.0, val_path=[train.data], eval_interval=1, epochs=8, batch_size=4)
-    train(on_policy=on_policy, max_gen_len=8, **settings)
+    settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4, max_gen_len=8)
+    train(on_policy=on_policy, val_path=[train.data], eval_interval=1, **settings)
     figures = [record["val_kl"] for record in train.log(kind="val_kl")]
     assert figures[-1] < 0.5 * figures[0]
     assert same(load_model(path, tokenizer=load_tokenizer()).state_dict(), before)

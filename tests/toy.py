@@ -81,6 +81,8 @@ def saved_teacher(folder: Path, name: str = "teacher", seed: int = 1, **fields) 
     return str(path)
 
 
+# For trainers some of whose gradients are tiny, so that AdamW makes much of rounding.
+SLOWLY = {"learning_rate": 1e-4}
 KINDS = {text_file: "text", chat_file: "conversations", pair_file: "preferences"}
 
 # Every trainer is in this table, and with it in the tests of resuming, ranks and mistakes: how its
@@ -94,10 +96,9 @@ STAGES = {
     train_distillation: (
         chat_file,
         CHATS,
-        {"from_weight": "none", "teacher_weight": saved_teacher, "epochs": 1},
+        {"from_weight": "none", "teacher_weight": saved_teacher, "epochs": 1, **SLOWLY},
     ),
-    # its gradients are tiny at first, so that AdamW makes much of rounding: slowly, then
-    train_reward: (pair_file, PAIRS, {"from_weight": "none", "learning_rate": 1e-4}),
+    train_reward: (pair_file, PAIRS, {"from_weight": "none", **SLOWLY}),
 }
 
 
