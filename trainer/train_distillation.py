@@ -87,8 +87,8 @@ class Args(TrainArgs):
     mixture: float = option(0.5, "jsd and skew: the teacher's share of what is compared with")
 
     student_hidden_size: int | None = option(None, "as --hidden_size; default for a stage: 512")
-    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers; default: 8")
-    student_use_moe: bool | None = option(None, "as --use_moe, which has the other flags of it")
+    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers")
+    student_use_moe: bool | None = option(None, "as --use_moe")
     teacher_hidden_size: int | None = option(None, "width; default for a stage: 768")
     teacher_num_hidden_layers: int | None = option(None, "depth; default: as its weights have it")
     teacher_use_moe: bool = option(False, "whether the teacher of that stage is the mixture")
@@ -255,7 +255,8 @@ def main(args: Args) -> dict[str, Any]:
     loader = run.loader(rows)
     run.announce(model, rows, held_out)
     run.identity["teacher"] = hash_of(*halves(teacher.state_dict()).values())
-    run.print(f"teacher: {count_parameters(teacher) / 1e6:.2f}M parameters")
+    parameters = count_parameters(teacher) / 1e6
+    run.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
 
     model, teacher = run.distribute(model), teacher.to(run.device)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
@@ -281,17 +282,17 @@ def main(args: Args) -> dict[str, Any]:
                 )
                 if alpha > 0:
                     loss = alpha * outputs.loss
-                    figures["ce"] += outputs.loss.item()
+                    figures["ce"] += outputs.loss.detach()
                 if alpha < 1:
                     soft = from_teacher(model, outputs, teacher, batch, **how) / window.labelled
                     loss = loss + (1 - alpha) * args.temperature**2 * soft
-                    figures["divergence"] += soft.item()
+                    figures["divergence"] += soft.detach()
             run.backward(loss, window.balance_loss(batch, outputs))
         run.update(model, optimizer)
         if held_out and run.due(args.eval_interval):
-            figures_now = held_out_loss(run, model, held_out)
-            figures_now["val_kl"] = held_out_kl(run, model, teacher, held_out)
-            run.log_evaluation(answer(run, model, args.sample_prompt), **figures_now)
+            val_figures = held_out_loss(run, model, held_out)
+            val_figures["val_kl"] = held_out_kl(run, model, teacher, held_out)
+            run.log_evaluation(answer(run, model, args.sample_prompt), **val_figures)
         run.log(**figures)
         run.save_every(model, optimizer)
     return run.finish()
