@@ -4,10 +4,10 @@
 
 DIR holds data and unfinished model of benchmarks/stages.py: `data` and `base/full_sft_192.pth`. Its
 fine-tuning is finished (TEACHER): 3.0M parameters in 4 layers. The student is the unfinished model
-with two of its layers taken out and then mended by some fine-tuning (STUDENT): 2.1M parameters.
-Both are made once and kept in --output. With each seed the student is trained twice on the same
-rows in the same order, in as many updates at the same learning rate: by train_full_sft.py, which is
-CE alone, and by train_distillation.py. Then
+with two of its layers cut out, so that it has to learn anew: 2.1M parameters. Both are made once
+and kept in --output. With each seed the student is trained twice on the same rows in the same
+order, in as many updates at the same learning rate: by train_full_sft.py, which is CE alone, and by
+train_distillation.py at its defaults. Then
 
     held_out_loss    CE of held-out conversations, nats a token of the answers
     skill_accuracy   greedy answers to held-out problems of 13 skills that are exactly right
@@ -43,9 +43,8 @@ DATA = """--data_path {data}/sft_mini_512.jsonl --val_path {data}/sft_mini_512_v
     --val_documents 600 --max_seq_len 160 --batch_size 12 --epochs 3 --num_workers 0 --device cpu
     --log_interval 10 --save_interval 0 --eval_interval 0"""
 TEACHER = "--from_weight {base} --learning_rate 8e-4 --max_steps 400"
-STUDENT = "--from_weight {cut} --learning_rate 8e-4 --max_steps 250"
-ALONE = "--from_weight {student} --learning_rate 8e-4 --max_steps 120"
-DISTILLED = f"{ALONE} --teacher_weight {{teacher}} --alpha 0.1 --temperature 1"
+ALONE = "--from_weight {student} --learning_rate 8e-4 --max_steps 250"
+DISTILLED = f"{ALONE} --teacher_weight {{teacher}} --alpha 0.5 --temperature 1.5"
 KEPT = (0, 3)  # the student's layers, of 0 to 3
 WIDTH = f"_{HIDDEN_SIZE}"
 
@@ -81,13 +80,12 @@ def distillation(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
     """Both trainings of a seed: a row for each metric."""
-    places = {name: out / f"{name}{WIDTH}.pth" for name in ("cut", "student", "teacher")}
+    places = {name: out / f"{name}{WIDTH}.pth" for name in ("student", "teacher")}
     places |= {"data": data, "base": base / f"full_sft{WIDTH}.pth"}
     if not places["teacher"].exists():
         train(console, train_full_sft, TEACHER, "teacher", 7, places, out, max_steps)
     if not places["student"].exists():
-        cut(places["base"], places["cut"])
-        train(console, train_full_sft, STUDENT, "student", 42, places, out, max_steps)
+        cut(places["base"], places["student"])
     questions = load_tests(data)["skills"]
     found, curves = {}, {}
     trainings = {"alone": (train_full_sft, ALONE), "distilled": (train_distillation, DISTILLED)}
