@@ -141,16 +141,17 @@ def train(
     batches: Iterable[dict[str, Tensor]],
     learning_rate: float = 5e-3,
     optimizer: str = "muon",
+    loss_of: Callable[[MiniMindForCausalLM, dict[str, Tensor]], Tensor] | None = None,
 ) -> list[float]:
     """One update a batch (the model's arguments, with labels), the learning rate rising for ten
-    and then falling to 0; the loss before each update."""
+    and then falling to 0; the loss (default: the model's own) before each update."""
     updates = make_optimizer(model.train(), optimizer, learning_rate, weight_decay=0.0)
     batches, losses = list(batches), []
     for step, batch in enumerate(batches):
         factor = learning_rate_factor("linear", step, step / len(batches), warmup_steps=10)
         for group in updates.param_groups:
             group["lr"] = factor * group["peak_lr"]
-        loss = model(**batch, return_logits=False).loss
+        loss = loss_of(model, batch) if loss_of else model(**batch, return_logits=False).loss
         loss.backward()
         updates.step()
         updates.zero_grad()

@@ -3,6 +3,8 @@
 Letters in the shape comments: B batch   T tokens   C hidden size   V vocabulary
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,3 +62,39 @@ def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: f
     parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     zeros = torch.zeros(labels.shape, device=labels.device)
     return zeros.masked_scatter(chosen, torch.cat(parts))
+
+
+def divergence_sum(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+    divergence: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Σ divergence(log p_teacher, log p_student) over the positions that have a label, where p is
+    softmax(head · h / temperature).
+
+    The logits of both are made a chunk at a time, and anew for the chunk's gradient: [B, T, V]
+    never stands in memory, let alone twice.
+
+    Args:
+        hidden: [B, T, C]. head: [V, C]. The teacher's may have another C, and get no gradient.
+        labels: [B, T], -100 where there is none.
+        divergence: of two [N, V], summed over both.
+    """
+
+    def of_chunk(states: Tensor, teacher_states: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = log_probs(teacher_states, teacher_head)
+        return divergence(teacher, log_probs(states, head))
+
+    def log_probs(states: Tensor, head: Tensor) -> Tensor:
+        return (F.linear(states, head).float() / temperature).log_softmax(-1)  # [N, V]
+
+    chosen = labels != IGNORED
+    chunks = zip(hidden[chosen].split(CHUNK), teacher_hidden[chosen].split(CHUNK), strict=True)
+    return torch.stack(
+        [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    ).sum()

@@ -6,6 +6,7 @@ import memory
 import numpy as np
 import pytest
 import speedrun
+import stage_distillation
 import stages
 from toy import TEXTS, text_file
 
@@ -59,6 +60,22 @@ def test_as_many_updates_as_fit_the_time():
         steps += 1
     assert recipe.steps_within(2000) == steps
     assert math.isclose(trained / steps, 7, abs_tol=1)
+
+
+def test_better_by_more_than_two_standard_errors():
+    """Losses fall by 0.1, 0.2, 0.3, and accuracies rise by 0, 0.1, 0.02: 0.04 ± 0.031."""
+    rows = [
+        dict(metric=metric, before=0.5, after=0.5 + gain)
+        for metric, gains in (
+            ("held_out_loss", (-0.1, -0.2, -0.3)),
+            ("skill_accuracy", (0.0, 0.1, 0.02)),
+        )
+        for gain in gains
+    ]
+    loss, accuracy = stage_distillation.verdict(rows)
+    assert (loss["gain"], loss["error"]) == pytest.approx((0.2, 0.1 / math.sqrt(3)))
+    assert loss["met"] and loss["after"] == pytest.approx(0.3)
+    assert accuracy["error"] == pytest.approx(0.030551, abs=1e-6) and not accuracy["met"]
 
 
 def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):

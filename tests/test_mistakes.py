@@ -210,7 +210,10 @@ MISTAKES = {
     # weights
     "a stage not trained": (given(from_weight="dpo"), "no weights .*dpo_32.pth; train that stage"),
     "a file not there": (given(from_weight="nowhere.pth"), "nowhere.pth .* does not exist"),
-    "several sizes": (two_sizes, "several sizes of pretrain .*; choose with --hidden_size"),
+    "several sizes": (  # distillation has a width that it looks for
+        two_sizes,
+        "several sizes of pretrain .*; choose with --hidden_size|has pretrain_32.pth, pretrain_64",
+    ),
     "another width": (weights(hidden_size=64), "has hidden_size 32, as its .json says, and not 64"),
     "another depth": (weights(num_hidden_layers=3), "has num_hidden_layers 2, as its .json says"),
     "a .json of another model": (

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import torch
 
-from trainer import train_dpo, train_full_sft, train_lora, train_pretrain, train_reward
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_tokenizer, save_weights
+from trainer import (
+    train_distillation,
+    train_dpo,
+    train_full_sft,
+    train_lora,
+    train_pretrain,
+    train_reward,
+)
 
 TINY = dict(
     hidden_size=32,
@@ -62,17 +71,34 @@ def pair_file(path: Path, pairs=PAIRS) -> str:
     return str(path)
 
 
+def saved_teacher(folder: Path, name: str = "teacher", seed: int = 1, **fields) -> str:
+    """A tiny model for distillation; its file."""
+    tiny = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(seed)
+    model = MiniMindForCausalLM(MiniMindConfig(**{**tiny, "initializer_range": 0.2, **fields}))
+    path = folder / f"{name}.pth"
+    save_weights(model, path, stage="full_sft", tokenizer=load_tokenizer(), origin={})
+    return str(path)
+
+
+# For trainers some of whose gradients are tiny, so that AdamW makes much of rounding.
+SLOWLY = {"learning_rate": 1e-4}
 KINDS = {text_file: "text", chat_file: "conversations", pair_file: "preferences"}
 
 # Every trainer is in this table, and with it in the tests of resuming, ranks and mistakes: how its
-# data is written, examples of it, and the settings that it needs beyond TINY.
+# data is written, examples of it, and the settings that it needs beyond TINY; a function makes one
+# in the folder of the training.
 STAGES = {
     train_pretrain: (text_file, TEXTS, {}),
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
     train_lora: (chat_file, CHATS, {"from_weight": "none", "lora_r": 4}),
     train_dpo: (pair_file, PAIRS, {"from_weight": "none"}),
-    # its gradients are tiny at first, so that AdamW makes much of rounding: slowly, then
-    train_reward: (pair_file, PAIRS, {"from_weight": "none", "learning_rate": 1e-4}),
+    train_distillation: (
+        chat_file,
+        CHATS,
+        {"from_weight": "none", "teacher_weight": saved_teacher, "epochs": 1, **SLOWLY},
+    ),
+    train_reward: (pair_file, PAIRS, {"from_weight": "none", **SLOWLY}),
 }
 
 
@@ -85,7 +111,8 @@ class Trainer:
 
     def __init__(self, folder: Path, stage=train_pretrain, kind: tuple | None = None):
         self.folder, self.stage = folder, stage
-        self.write_data, self.examples, self.more = kind or STAGES[stage]
+        self.write_data, self.examples, more = kind or STAGES[stage]
+        self.more = {name: each(folder) if callable(each) else each for name, each in more.items()}
         self.data = self.write_data(folder / "data.jsonl", self.examples)
 
     def settings(self, name="a", **changes) -> dict:

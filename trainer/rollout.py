@@ -14,7 +14,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -253,10 +253,16 @@ class Completion:
 
 @uncompiled
 def roll_out(
-    run: Run, model: nn.Module, prompts: list[Prompt], copies: int = 1, attempt: int = 0
+    run: Run,
+    model: nn.Module,
+    prompts: list[Prompt],
+    copies: int = 1,
+    attempt: int = 0,
+    temperature: float | None = None,
 ) -> list[Completion]:
-    """`copies` completions of each prompt, neighbours in the list."""
-    args = run.args
+    """`copies` completions of each prompt, neighbours in the list. The temperature of sampling is
+    --temperature, where none is given."""
+    args = run.args if temperature is None else replace(run.args, temperature=temperature)
     chosen = [
         (prompt, row_seed(args.seed, run.step, prompt.row, attempt), n)
         for prompt in prompts
@@ -268,7 +274,7 @@ def roll_out(
         run.sum_over_ranks(0.0)  # nobody asks before the weights are there
         replies = complete_by_server(args, run.tokenizer, chosen)
     else:
-        replies = complete(run, unwrapped(model), chosen)
+        replies = complete(args, unwrapped(model), chosen)
     run.pending["tokens"] += int(run.sum_over_ranks(sum(map(len, replies)))[0])
     return [completion(run, prompt, ids) for (prompt, *_), ids in zip(chosen, replies, strict=True)]
 
@@ -278,10 +284,9 @@ def row_seed(*numbers: int) -> int:
 
 
 def complete(
-    run: Run, model: MiniMindForCausalLM, chosen: list[tuple[Prompt, int, int]]
+    args: RolloutArgs, model: MiniMindForCausalLM, chosen: list[tuple[Prompt, int, int]]
 ) -> list[list[int]]:
     """By the project's own engine: new tokens of each (prompt, seed, copy)."""
-    args = run.args
     settings = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
     requests = [
         Request(prompt.ids, Sampling(**settings, seed=seed), row=n) for prompt, seed, n in chosen

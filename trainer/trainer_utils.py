@@ -369,13 +369,7 @@ class Run:
             self.clock = time.perf_counter()  # waiting for data counts
             places = self.sampler.windows()
             for micro_batches, (before, after) in zip(batches, places, strict=False):
-                window = Window(batch.to(self.device) for batch in micro_batches)
-                totals = (
-                    sum(getattr(batch, what) for batch in window)
-                    for what in ("labelled", "tokens", "rows")
-                )
-                labelled, tokens, rows = map(int, self.sum_over_ranks(*totals))
-                window.labelled, window.tokens, window.rows = max(1, labelled), tokens, rows
+                window = self.count(Window(batch.to(self.device) for batch in micro_batches))
                 self.step += 1
                 self.done, self.rows_seen = before / self.rows_in_all, after
                 self.pending["tokens"] += window.tokens
@@ -384,6 +378,15 @@ class Run:
                 if self.stopping or self.step == self.steps_in_all:
                     return
                 self.clock = time.perf_counter()
+
+    def count(self, window: Window) -> Window:
+        """The window, knowing what all ranks' batches hold together."""
+        totals = (
+            sum(getattr(batch, what) for batch in window) for what in ("labelled", "tokens", "rows")
+        )
+        labelled, tokens, rows = map(int, self.sum_over_ranks(*totals))
+        window.labelled, window.tokens, window.rows = max(1, labelled), tokens, rows
+        return window
 
     @contextmanager
     def forward(self, model: nn.Module, sync: bool) -> Iterator[None]:
