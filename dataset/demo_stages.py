@@ -25,7 +25,7 @@ SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
-R1_PROBLEMS = 2000
+R1_PROBLEMS, R1_VAL_PROBLEMS = 2000, 600
 TOOL_ROWS = 1200
 
 
@@ -360,7 +360,7 @@ def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, 
 def r1(m: Material, part: str, rng: Random) -> Table:
     """Sums in two or three steps, thought through aloud; held out are four and five steps."""
     found = {}
-    while len(found) < (R1_PROBLEMS if part == TRAIN else R1_PROBLEMS // 10):
+    while len(found) < (R1_PROBLEMS if part == TRAIN else R1_VAL_PROBLEMS):
         story, lang = rng.choice(m.tables["stories"]), rng.choice(LANGUAGES)
         steps = list(walk(m, rng.choice((2, 3) if part == TRAIN else (4, 5)), rng))
         told = [rng.choice(story[lang][way]).format(n=n) for way, _, n, _ in steps]
