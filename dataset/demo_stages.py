@@ -25,7 +25,8 @@ SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
-R1_PROBLEMS, R1_VAL_PROBLEMS = 2000, 600
+R1_PROBLEMS = {TRAIN: 3000, VAL: 600}
+R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, 6
 TOOL_ROWS = 1200
 
 
@@ -344,6 +345,13 @@ def rlaif(m: Material, part: str, rng: Random) -> Table:
     return rows
 
 
+SIGNS = {"plus": "+", "minus": "-"}
+IDLE = {
+    "zh": ("没有变化。", "这一天什么也没有发生。", "和前一天一样，没有变化。"),
+    "en": ("No change.", "Nothing happens all day.", "It is as on the day before."),
+}
+
+
 def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, int]]:
     """(plus or minus, before, number, after) within 0–99, with no sum that the tests ask."""
     value = rng.randint(2, 60)
@@ -358,16 +366,31 @@ def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, 
 
 
 def r1(m: Material, part: str, rng: Random) -> Table:
-    """Sums in two or three steps, thought through aloud; held out are four and five steps."""
+    """Stories of up to six days with two or three sums, thought through aloud; four or five sums
+    are held out.
+
+    On the other days nothing changes, so that a held-out story is no longer than those trained on:
+    a small model finds the next number by how far away it is, and would be lost in a longer text.
+    """
     found = {}
-    while len(found) < (R1_PROBLEMS if part == TRAIN else R1_VAL_PROBLEMS):
-        story, lang = rng.choice(m.tables["stories"]), rng.choice(LANGUAGES)
-        steps = list(walk(m, rng.choice((2, 3) if part == TRAIN else (4, 5)), rng))
-        told = [rng.choice(story[lang][way]).format(n=n) for way, _, n, _ in steps]
-        told = [story[lang]["start"].format(n=steps[0][1]), *told, story[lang]["question"]]
-        prompt = ("" if lang == "zh" else " ").join(told).strip()
-        sign = {"plus": "+", "minus": "-"}
-        thought = "\n".join(f"{a} {sign[way]} {n} = {b}" for way, a, n, b in steps)
+    while len(found) < R1_PROBLEMS[part]:
+        lang = rng.choice(LANGUAGES)
+        story = rng.choice(m.tables["stories"])[lang]
+        steps = list(walk(m, rng.choice(R1_SUMS[part]), rng))
+        told = [rng.choice(story[way]).format(n=n) for way, _, n, _ in steps]
+        lines = [f"{a} {SIGNS[way]} {n} = {b}" for way, a, n, b in steps]
+        for _ in range(rng.randint(0, R1_DAYS - 1 - len(steps))):
+            day = rng.randint(0, len(told))
+            told.insert(day, rng.choice(IDLE[lang]))
+            before = lines[day - 1].split()[-1] if day else str(steps[0][1])
+            lines.insert(day, before)
+        told.insert(0, story["start"].format(n=steps[0][1]))
+        first = rng.randrange(7)
+        days = [WEEKDAYS[lang][(first + i) % 7] for i in range(len(told))]
+        colon, space = ("：", "") if lang == "zh" else (": ", " ")
+        told = [day + colon + sentence for day, sentence in zip(days, told, strict=True)]
+        thought = "\n".join(map(colon.join, zip(days[1:], lines, strict=True)))
+        prompt = space.join([*told, story["question"]])
         answer = f"<think>\n{thought}\n</think>\n<answer>\n{steps[-1][-1]}\n</answer>"
         found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
     return [{"conversations": row} for row in found.values()]

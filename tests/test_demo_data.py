@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dataset.demo import grade, load_tables, load_tests, write_demo_data
-from dataset.demo_skills import SKILLS, in_words
+from dataset.demo_skills import SKILLS, WEEKDAYS, in_words
 from dataset.demo_stages import OPENINGS, same
 from model.errors import UserError
 from model.weights import load_tokenizer
@@ -594,13 +594,21 @@ def test_thoughts_lead_to_the_answer(data):
             form = r"<think>\n(.+)\n</think>\n<answer>\n(\d+)\n</answer>"
             thoughts, final = re.fullmatch(form, reply, re.DOTALL).groups()
             value, *given = map(int, re.findall(r"\d+", prompt))
-            for thought, n in zip(thoughts.split("\n"), given, strict=True):
-                a, sign, b, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", thought).groups()
-                assert (int(a), int(b)) == (value, n)
-                value = value + n if sign == "+" else value - n
-                assert value == int(result)
-            assert value == int(final)
             seen.add(len(given))
+            days = re.findall("|".join(WEEKDAYS["zh"] + WEEKDAYS["en"]), prompt)
+            assert len(set(days)) == len(days) <= 6
+            for thought, day in zip(thoughts.split("\n"), days[1:], strict=True):
+                told, line = re.fullmatch(r"(\w+)(?:: |：)(.+)", thought).groups()
+                assert told == day
+                if line.isdigit():  # nothing happened on this day
+                    assert re.search(rf"{day}(: |：)\D+?[.。]", prompt)
+                    assert int(line) == value
+                    continue
+                a, sign, b, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line).groups()
+                assert (int(a), int(b)) == (value, given.pop(0))
+                value = value + int(b) if sign == "+" else value - int(b)
+                assert value == int(result)
+            assert value == int(final) and not given
     assert max(steps["r1_mix_1024"]) < min(steps["r1_mix_1024_val"])
 
 

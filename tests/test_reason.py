@@ -64,7 +64,7 @@ def test_the_weighted_loss_is_the_sum_by_hand_with_its_gradients(
     loss = model(**batch.inputs, labels=batch.labels, label_weights=weights).loss
     loss.backward()
     assert total == batch.labelled + 9 * 4 * rows
-    assert loss.item() == pytest.approx(expected.item() / total, abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item() / total, rel=1e-6)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         assert_close(parameter.grad, gradient, 1e-6)
 

@@ -73,10 +73,8 @@ def weights_of_labels(tokenizer: PreTrainedTokenizerBase, tag_weight: float) -> 
 
 def total_weight(run: Run, window: Window, label_weights: Tensor) -> float:
     """What the labels of an update weigh, all ranks together."""
-    (total,) = run.sum_over_ranks(
-        sum(sum_of_weights(batch.labels, label_weights).item() for batch in window)
-    )
-    return max(1.0, total)
+    own = sum(sum_of_weights(batch.labels, label_weights) for batch in window)
+    return max(1.0, *run.sum_over_ranks(float(own)))
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -141,13 +139,10 @@ def ask(run: Run, model: nn.Module, questions: list[Question]) -> tuple[str, dic
     that are right besides; the ranks share the questions out between them."""
     mine = questions[run.rank :: run.ranks]
     settings = Sampling(run.args.max_gen_len, temperature=0)
-    replies = [
-        reply
-        for at in range(0, len(mine), SIDE_BY_SIDE)
-        for reply in generate(
-            unwrapped(model), [prompt for prompt, _ in mine[at : at + SIDE_BY_SIDE]], settings
-        )
-    ]
+    replies = []
+    for at in range(0, len(mine), SIDE_BY_SIDE):
+        prompts = [prompt for prompt, _ in mine[at : at + SIDE_BY_SIDE]]
+        replies += generate(unwrapped(model), prompts, settings)
     texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
     formed = right = 0
     for reply, text, (_, answer) in zip(replies, texts, mine, strict=True):
