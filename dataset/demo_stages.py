@@ -25,7 +25,7 @@ SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
-R1_PROBLEMS = {TRAIN: 3000, VAL: 600}
+R1_PROBLEMS = {TRAIN: 2600, VAL: 600}
 R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, 6
 TOOL_ROWS = 1200
 
@@ -369,29 +369,35 @@ def r1(m: Material, part: str, rng: Random) -> Table:
     """Stories of up to six days with two or three sums, thought through aloud; four or five sums
     are held out.
 
-    On the other days nothing changes, so that a held-out story is no longer than those trained on:
-    a small model finds the next number by how far away it is, and would be lost in a longer text.
+    A thought says a day's sentence again and does its sum beside it. On some days nothing changes,
+    so that a held-out story has no more days than those trained on: a small model learns how far
+    away the next sentence is and after how many it stops, and would be lost among more of them.
     """
     found = {}
     while len(found) < R1_PROBLEMS[part]:
         lang = rng.choice(LANGUAGES)
         story = rng.choice(m.tables["stories"])[lang]
         steps = list(walk(m, rng.choice(R1_SUMS[part]), rng))
-        told = [rng.choice(story[way]).format(n=n) for way, _, n, _ in steps]
-        lines = [f"{a} {SIGNS[way]} {n} = {b}" for way, a, n, b in steps]
+        days: list[tuple | None] = list(steps)
         for _ in range(rng.randint(0, R1_DAYS - 1 - len(steps))):
-            day = rng.randint(0, len(told))
-            told.insert(day, rng.choice(IDLE[lang]))
-            before = lines[day - 1].split()[-1] if day else str(steps[0][1])
-            lines.insert(day, before)
-        told.insert(0, story["start"].format(n=steps[0][1]))
-        first = rng.randrange(7)
-        days = [WEEKDAYS[lang][(first + i) % 7] for i in range(len(told))]
-        colon, space = ("：", "") if lang == "zh" else (": ", " ")
-        told = [day + colon + sentence for day, sentence in zip(days, told, strict=True)]
-        thought = "\n".join(map(colon.join, zip(days[1:], lines, strict=True)))
-        prompt = space.join([*told, story["question"]])
-        answer = f"<think>\n{thought}\n</think>\n<answer>\n{steps[-1][-1]}\n</answer>"
+            days.insert(rng.randint(0, len(days)), None)
+        value = steps[0][1]
+        told = [(story["start"].format(n=value), "")]
+        for step in days:
+            sentence, worked = rng.choice(IDLE[lang]), str(value)
+            if step:
+                way, before, n, value = step
+                sentence = rng.choice(story[way]).format(n=n)
+                worked = f"{before} {SIGNS[way]} {n} = {value}"
+            told.append((sentence, f" {worked}"))
+        first, colon = rng.randrange(7), "：" if lang == "zh" else ": "
+        told = [
+            (WEEKDAYS[lang][(first + i) % 7] + colon + sentence, worked)
+            for i, (sentence, worked) in enumerate(told)
+        ]
+        prompt = ("" if lang == "zh" else " ").join([*(day for day, _ in told), story["question"]])
+        thought = "\n".join(map("".join, told[1:]))
+        answer = f"<think>\n{thought}\n</think>\n<answer>\n{value}\n</answer>"
         found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
     return [{"conversations": row} for row in found.values()]
 

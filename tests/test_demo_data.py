@@ -587,29 +587,29 @@ def test_pairs_differ_for_the_reason_given(data):
 
 
 def test_thoughts_lead_to_the_answer(data):
-    steps = {"r1_mix_1024": set(), "r1_mix_1024_val": set()}
-    for name, seen in steps.items():
+    sums, days = ({"r1_mix_1024": set(), "r1_mix_1024_val": set()} for _ in range(2))
+    for name in sums:
         for row in data[name]:
             prompt, reply = (turn["content"] for turn in row["conversations"])
             form = r"<think>\n(.+)\n</think>\n<answer>\n(\d+)\n</answer>"
             thoughts, final = re.fullmatch(form, reply, re.DOTALL).groups()
             value, *given = map(int, re.findall(r"\d+", prompt))
-            seen.add(len(given))
-            days = re.findall("|".join(WEEKDAYS["zh"] + WEEKDAYS["en"]), prompt)
-            assert len(set(days)) == len(days) <= 6
-            for thought, day in zip(thoughts.split("\n"), days[1:], strict=True):
-                told, line = re.fullmatch(r"(\w+)(?:: |：)(.+)", thought).groups()
-                assert told == day
-                if line.isdigit():  # nothing happened on this day
-                    assert re.search(rf"{day}(: |：)\D+?[.。]", prompt)
-                    assert int(line) == value
-                    continue
-                a, sign, b, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", line).groups()
-                assert (int(a), int(b)) == (value, given.pop(0))
-                value = value + int(b) if sign == "+" else value - int(b)
-                assert value == int(result)
-            assert value == int(final) and not given
-    assert max(steps["r1_mix_1024"]) < min(steps["r1_mix_1024_val"])
+            sums[name].add(len(given))
+            names = re.findall("|".join(WEEKDAYS["zh"] + WEEKDAYS["en"]), prompt)
+            assert len(set(names)) == len(names)
+            days[name].add(len(names))
+            for thought, day in zip(thoughts.split("\n"), names[1:], strict=True):
+                told, worked = re.fullmatch(r"([^.。]+[.。]) (.+)", thought).groups()
+                assert told in prompt and re.match(f"{day}[:：]", told)
+                if numbers := re.findall(r"\d+", told):
+                    form = r"(\d+) ([+-]) (\d+) = (\d+)"
+                    a, sign, b, worked = re.fullmatch(form, worked).groups()
+                    assert (int(a), [b]) == (value, numbers)
+                    value = value + int(b) if sign == "+" else value - int(b)
+                assert value == int(worked)
+            assert value == int(final)
+    assert max(sums["r1_mix_1024"]) < min(sums["r1_mix_1024_val"])
+    assert max(days["r1_mix_1024"]) == max(days["r1_mix_1024_val"]) == 6
 
 
 def test_tools_are_called_where_they_help(data):
