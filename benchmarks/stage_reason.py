@@ -1,7 +1,7 @@
 """Does thinking help? The stage `reason` of stages.py.
 
 One unfinished demo model learns the same stories of two and three sums three ways, and is then
-asked stories of four and five, greedily:
+asked stories of four and five sums, greedily:
 
     direct      train_full_sft.py on the answers alone, the thoughts left out
     distilled   train_distill_reason.py on thoughts and answers
@@ -30,15 +30,15 @@ from trainer import train_distill_reason, train_full_sft, train_grpo
 from trainer.rewards import same_answer
 
 GAIN, LOSS = 0.20, 0.03  # at least so much better than direct; rewarded at most so much worse
-ROWS = "--max_seq_len 256 --batch_size 4 --learning_rate 8e-4 --epochs 2 --val_share 0"
+ROWS = "--max_seq_len 256 --batch_size 4 --learning_rate 8e-4 --epochs 1 --val_share 0"
 TRAININGS = {
     "direct": (train_full_sft, f"--data_path {{direct}} {ROWS}"),
     "distilled": (train_distill_reason, f"--data_path {{thoughts}} {ROWS}"),
     "rewarded": (
         train_grpo,
         "--data_path {thoughts} --reasoning 1 --reward answer:1 similarity:0.5 format:0.5 "
-        "--loss_type dr_grpo --beta 0 --batch_size 32 --num_generations 4 --max_gen_len 96 "
-        "--update_batch_size 64 --rollout_batch_size 128 --learning_rate 1e-4 --max_steps 20 "
+        "--loss_type dr_grpo --beta 0 --batch_size 16 --num_generations 4 --max_gen_len 160 "
+        "--update_batch_size 32 --rollout_batch_size 64 --learning_rate 1e-4 --max_steps 12 "
         "--val_share 0",
     ),
 }
