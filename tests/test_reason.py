@@ -60,7 +60,7 @@ def test_the_weighted_loss_is_the_sum_by_hand_with_its_gradients(
     (expected / total).backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    weights = weights_of_labels(tokenizer, 10.0)
+    weights = weights_of_labels(tokenizer, len(tokenizer), 10.0)
     loss = model(**batch.inputs, labels=batch.labels, label_weights=weights).loss
     loss.backward()
     assert total == batch.labelled + 9 * 4 * rows
@@ -104,7 +104,7 @@ def test_with_weight_1_it_is_fine_tuning_bit_for_bit(train, tmp_path):
 
 
 def test_tags_outside_the_trained_span_have_no_weight(tokenizer, make_model):
-    weights = weights_of_labels(tokenizer, 10.0)
+    weights = weights_of_labels(tokenizer, len(tokenizer), 10.0)
     ids = tokenizer.encode(GOOD + "yes")
     trained = torch.tensor([False] * (len(ids) - 1) + [True])
     ids = torch.tensor([ids])
@@ -206,7 +206,7 @@ def test_a_setting_without_sense_is_refused(train, change, complaint):
 def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(train_distill_reason, "REASONING_TAGS", ("<think>", "<ponder>"))
     with pytest.raises(UserError, match="no token <ponder>"):
-        weights_of_labels(tokenizer, 10.0)
+        weights_of_labels(tokenizer, len(tokenizer), 10.0)
 
 
 # -- rewards on top --------------------------------------------------------------------------------

@@ -60,9 +60,11 @@ class Args(TrainArgs):
             raise UserError(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
 
 
-def weights_of_labels(tokenizer: PreTrainedTokenizerBase, tag_weight: float) -> Tensor:
+def weights_of_labels(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, tag_weight: float
+) -> Tensor:
     """[V]: tag_weight for the four tags, 1 for every other token."""
-    weights = torch.ones(len(tokenizer))
+    weights = torch.ones(vocab_size)
     tags = tokenizer.convert_tokens_to_ids(list(REASONING_TAGS))
     for tag, token in zip(REASONING_TAGS, tags, strict=True):
         if token is None or token == tokenizer.unk_token_id:
@@ -89,7 +91,9 @@ def main(args: Args) -> dict[str, Any]:
     model = run.distribute(model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
-    label_weights = weights_of_labels(tokenizer, args.tag_weight).to(run.device)
+    label_weights = weights_of_labels(tokenizer, run.config.vocab_size, args.tag_weight).to(
+        run.device
+    )
 
     for window in run.steps(loader):
         total = total_weight(run, window, label_weights)
