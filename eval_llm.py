@@ -3,6 +3,7 @@
 python eval_llm.py --weight full_sft                    weights of your own, from out/
 python eval_llm.py --weight pretrain full_sft           several, side by side
 python eval_llm.py --load_from ./MiniMind2              any transformers folder
+python eval_llm.py --weight reason --open_thinking 1    let it think first
 echo "Who are you?" | python eval_llm.py                prompts from a pipe, one a line
 
 While you talk: /clear, /save [FILE], /quit, /help.
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
+from dataset.replies import parse_reply
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.generation import decode
@@ -102,11 +104,14 @@ class Chat:
     def answer(self, prompt: str) -> None:
         """Print what the model says to a prompt, as it comes."""
         self.history.append({"role": "user", "content": prompt})
+        thinking = self.args.open_thinking and not self.continues
         if self.continues:
             ids = encode_text(self.tokenizer, prompt).ids[:-1]
         else:
             recent = self.history[-1 - self.args.historys // 2 * 2 :]  # whole exchanges
-            ids = encode_chat(self.tokenizer, recent, add_generation_prompt=True).ids
+            ids = encode_chat(
+                self.tokenizer, recent, add_generation_prompt=True, open_thinking=thinking
+            ).ids
         if len(ids) > self.room:
             print(f"that is {len(ids)} tokens, and there is room for {self.room}; say it shorter\n")
             self.history.clear()
@@ -119,15 +124,24 @@ class Chat:
                 tokens += 1
                 yield step[0]
 
+        print("<think>\n" if thinking else "", end="")  # stands in the prompt already
         try:
             for piece in stream_text(self.tokenizer, counted()):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        self.history.append({"role": "assistant", "content": text})
+        self.history.append({"role": "assistant", **self.said(text, thinking)})
         speed = f"[{tokens / (time.perf_counter() - started):.1f} tokens/s]"
         print(f"\n{speed}\n" if self.args.show_speed else "\n")
+
+    def said(self, text: str, thinking: bool) -> Message:
+        """What a reply says, its thoughts apart, as the chat template takes them."""
+        if self.continues:
+            return {"content": text}
+        reply = parse_reply(text, thinking)
+        more = {"reasoning_content": reply.reasoning, "tool_calls": reply.tool_calls}
+        return {"content": reply.content, **{key: each for key, each in more.items() if each}}
 
 
 def save(chats: list[Chat], path: Path) -> None:

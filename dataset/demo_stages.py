@@ -25,7 +25,8 @@ SFT_EXERCISES = 1700
 SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dialogues": 30}
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
-R1_PROBLEMS = 2000
+R1_PROBLEMS = {TRAIN: 2600, VAL: 600}
+R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, 6
 TOOL_ROWS = 1200
 
 
@@ -344,6 +345,13 @@ def rlaif(m: Material, part: str, rng: Random) -> Table:
     return rows
 
 
+SIGNS = {"plus": "+", "minus": "-"}
+IDLE = {
+    "zh": ("没有变化。", "这一天什么也没有发生。", "和前一天一样，没有变化。"),
+    "en": ("No change.", "Nothing happens all day.", "It is as on the day before."),
+}
+
+
 def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, int]]:
     """(plus or minus, before, number, after) within 0–99, with no sum that the tests ask."""
     value = rng.randint(2, 60)
@@ -358,17 +366,38 @@ def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, 
 
 
 def r1(m: Material, part: str, rng: Random) -> Table:
-    """Sums in two or three steps, thought through aloud; held out are four and five steps."""
+    """Stories of up to six days with two or three sums, thought through aloud; four or five sums
+    are held out.
+
+    A thought says a day's sentence again and does its sum beside it. On some days nothing changes,
+    so that a held-out story has no more days than those trained on: a small model learns how far
+    away the next sentence is and after how many it stops, and would be lost among more of them.
+    """
     found = {}
-    while len(found) < (R1_PROBLEMS if part == TRAIN else R1_PROBLEMS // 10):
-        story, lang = rng.choice(m.tables["stories"]), rng.choice(LANGUAGES)
-        steps = list(walk(m, rng.choice((2, 3) if part == TRAIN else (4, 5)), rng))
-        told = [rng.choice(story[lang][way]).format(n=n) for way, _, n, _ in steps]
-        told = [story[lang]["start"].format(n=steps[0][1]), *told, story[lang]["question"]]
-        prompt = ("" if lang == "zh" else " ").join(told).strip()
-        sign = {"plus": "+", "minus": "-"}
-        thought = "\n".join(f"{a} {sign[way]} {n} = {b}" for way, a, n, b in steps)
-        answer = f"<think>\n{thought}\n</think>\n<answer>\n{steps[-1][-1]}\n</answer>"
+    while len(found) < R1_PROBLEMS[part]:
+        lang = rng.choice(LANGUAGES)
+        story = rng.choice(m.tables["stories"])[lang]
+        steps = list(walk(m, rng.choice(R1_SUMS[part]), rng))
+        days: list[tuple | None] = list(steps)
+        for _ in range(rng.randint(0, R1_DAYS - 1 - len(steps))):
+            days.insert(rng.randint(0, len(days)), None)
+        value = steps[0][1]
+        told = [(story["start"].format(n=value), "")]
+        for step in days:
+            sentence, worked = rng.choice(IDLE[lang]), str(value)
+            if step:
+                way, before, n, value = step
+                sentence = rng.choice(story[way]).format(n=n)
+                worked = f"{before} {SIGNS[way]} {n} = {value}"
+            told.append((sentence, f" {worked}"))
+        first, colon = rng.randrange(7), "：" if lang == "zh" else ": "
+        told = [
+            (WEEKDAYS[lang][(first + i) % 7] + colon + sentence, worked)
+            for i, (sentence, worked) in enumerate(told)
+        ]
+        prompt = ("" if lang == "zh" else " ").join([*(day for day, _ in told), story["question"]])
+        thought = "\n".join(map("".join, told[1:]))
+        answer = f"<think>\n{thought}\n</think>\n<answer>\n{value}\n</answer>"
         found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
     return [{"conversations": row} for row in found.values()]
 

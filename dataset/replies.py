@@ -10,6 +10,7 @@ the answer
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,6 +86,24 @@ class ReplyParser:
             if any(tag.startswith(rest) for tag in ENDS[self.kind]):
                 return n
         return 0
+
+
+FORM = re.compile(r"<think>\n(.+?)\n</think>\n<answer>\n(.+?)\n</answer>", re.DOTALL)
+REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def parse_reasoning(text: str) -> tuple[str, str] | None:
+    """Thought and answer of a text in exactly the form of r1_mix_1024.jsonl, each tag once and
+    nothing around it; else None."""
+    found = FORM.fullmatch(text)
+    once = all(text.count(tag) == 1 for tag in REASONING_TAGS)
+    return (found[1], found[2]) if found and once else None
+
+
+def tagged_answer(text: str) -> str | None:
+    """What stands between <answer> and </answer>, whatever is around them."""
+    found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return found[1].strip() if found else None
 
 
 def parsed_call(text: str) -> dict[str, Any] | None:

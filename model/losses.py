@@ -14,13 +14,17 @@ IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
 CHUNK = 512  # positions whose logits stand in memory at a time
 
 
-def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ −log softmax(head · h)[label] over the positions that have a label, and their number.
+def cross_entropy_sum(
+    hidden: Tensor, head: Tensor, labels: Tensor, label_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Σ −w[label] · log softmax(head · h)[label] over the positions that have a label, and Σ w.
 
     Args:
         hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
+        label_weights: w, [V], float32. Default: 1 each, so that Σ w is the number of labels.
     """
     chosen = labels != IGNORED
+    total = chosen.sum() if label_weights is None else sum_of_weights(labels, label_weights)
     if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
     else:
@@ -35,10 +39,18 @@ def cross_entropy_sum(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Ten
         # on a CPU, larger chunks than PyTorch's choice make faster matrix products (RECIPE_LOG.md)
         rows = CHUNK if hidden.device.type == "cpu" else None
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-        loss = F.linear_cross_entropy(hidden, head, labels, reduction="sum", options=options)
+        loss = F.linear_cross_entropy(
+            hidden, head, labels, weight=label_weights, reduction="sum", options=options
+        )
     else:
-        loss = F.cross_entropy(F.linear(hidden, head).float(), labels, reduction="sum")
-    return loss, chosen.sum()
+        logits = F.linear(hidden, head).float()
+        loss = F.cross_entropy(logits, labels, weight=label_weights, reduction="sum")
+    return loss, total
+
+
+def sum_of_weights(labels: Tensor, label_weights: Tensor) -> Tensor:
+    """Σ w[label] over the positions that have a label."""
+    return (label_weights[labels.clamp(min=0)] * (labels != IGNORED)).sum()
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -190,6 +190,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         past_key_values: object | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
         logits_to_keep: int | Tensor = 0,
@@ -211,9 +212,10 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 `get_seq_length()`; since transformers 5.24 its name is `cache`.
             labels: [B, T], the input_ids themselves with -100 where no loss is wanted; they are
                 shifted here (position t predicts label t+1).
+            label_weights: [V], how much each token counts as a label; default: 1.
             logits_to_keep: only the last n positions (0: all), or the positions in a tensor.
             num_items_in_batch: what the summed token loss is divided by. Default: the labels in
-                this call. Trainers give the count of the whole window over all ranks.
+                this call, or their weights. Trainers give that of the whole window over all ranks.
             return_logits: False saves the memory of [B, T, V] where only the loss is wanted.
             return_log_probs: log p of each label instead of the loss, for preferences and
                 reinforcement learning; `temperature` is what the tokens were sampled with.
@@ -235,7 +237,8 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             states, targets = hidden[:, :-1], labels[:, 1:]
             log_probs = token_log_probs(states, self.lm_head.weight, targets, temperature)
         elif labels is not None:
-            loss, count = cross_entropy_sum(hidden[:, :-1], self.lm_head.weight, labels[:, 1:])
+            states, targets = hidden[:, :-1], labels[:, 1:]
+            loss, count = cross_entropy_sum(states, self.lm_head.weight, targets, label_weights)
             loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
         logits = None

@@ -51,6 +51,7 @@ class TalkArgs(ModelArgs):
     top_p: float = option(0.85, "choose among the likeliest tokens that make up this share")
     top_k: int = option(0, "choose among this many of the likeliest tokens; 0: all")
     repetition_penalty: float = option(1.0, "more than 1 discourages repetition")
+    open_thinking: bool = option(False, "let it think first, if it has learnt to")
     seed: int | None = option(None, "the same seed gives the same answers")
 
     def __post_init__(self) -> None:

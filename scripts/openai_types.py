@@ -157,9 +157,11 @@ class ChatRequest(Settings):
     verbosity: str | None = None
 
     @property
-    def thinking(self) -> bool:
+    def thinking(self) -> bool | None:
+        """None if the request does not say."""
         given = self.chat_template_kwargs or TemplateSettings()
-        return bool(given.open_thinking or given.enable_thinking)
+        said = [given.open_thinking, given.enable_thinking]
+        return None if said == [None, None] else any(said)
 
 
 class CompletionRequest(Settings):

@@ -63,6 +63,7 @@ class Args(ModelArgs):
     max_length: int = option(4096, "tokens of a prompt and its reply together, at most")
     max_new_tokens: int = option(512, "tokens of a reply, where the client does not say")
     prefill_tokens: int = option(512, "tokens of prompts that are read in one step")
+    open_thinking: bool = option(False, "let it think first, where the client does not say")
     temperature: float = option(0.85, "where the client does not say")
     top_p: float = option(0.85, "where the client does not say")
 
@@ -389,7 +390,8 @@ class Chat(Task):
         shaped = body.response_format is not None and body.response_format.type != "text"
         if forced and shaped:
             raise ApiError("response_format and a forced tool call exclude each other")
-        self.thinking = body.thinking and not (forced or shaped)
+        wanted = service.args.open_thinking if body.thinking is None else body.thinking
+        self.thinking = wanted and not (forced or shaped)
         options: dict[str, Any] = {"open_thinking": True} if self.thinking else {}
         if tools and choice != "none":
             options["tools"] = tools

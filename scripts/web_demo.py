@@ -39,7 +39,6 @@ STYLE = "<style>.stMainBlockContainer {padding-top: 4.5rem; padding-bottom: 2rem
 @dataclass
 class Args(TalkArgs):
     historys: int = option(8, "how many earlier messages the model sees; 0: each prompt alone")
-    open_thinking: bool = option(False, "let it think first, if it has learnt to")
     language: Literal["auto", "en", "zh"] = option("auto", "of the page; auto: the browser's")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dataset.demo import grade, load_tables, load_tests, write_demo_data
-from dataset.demo_skills import SKILLS, in_words
+from dataset.demo_skills import SKILLS, WEEKDAYS, in_words
 from dataset.demo_stages import OPENINGS, same
 from model.errors import UserError
 from model.weights import load_tokenizer
@@ -587,21 +587,29 @@ def test_pairs_differ_for_the_reason_given(data):
 
 
 def test_thoughts_lead_to_the_answer(data):
-    steps = {"r1_mix_1024": set(), "r1_mix_1024_val": set()}
-    for name, seen in steps.items():
+    sums, days = ({"r1_mix_1024": set(), "r1_mix_1024_val": set()} for _ in range(2))
+    for name in sums:
         for row in data[name]:
             prompt, reply = (turn["content"] for turn in row["conversations"])
             form = r"<think>\n(.+)\n</think>\n<answer>\n(\d+)\n</answer>"
             thoughts, final = re.fullmatch(form, reply, re.DOTALL).groups()
             value, *given = map(int, re.findall(r"\d+", prompt))
-            for thought, n in zip(thoughts.split("\n"), given, strict=True):
-                a, sign, b, result = re.fullmatch(r"(\d+) ([+-]) (\d+) = (\d+)", thought).groups()
-                assert (int(a), int(b)) == (value, n)
-                value = value + n if sign == "+" else value - n
-                assert value == int(result)
+            sums[name].add(len(given))
+            names = re.findall("|".join(WEEKDAYS["zh"] + WEEKDAYS["en"]), prompt)
+            assert len(set(names)) == len(names)
+            days[name].add(len(names))
+            for thought, day in zip(thoughts.split("\n"), names[1:], strict=True):
+                told, worked = re.fullmatch(r"([^.。]+[.。]) (.+)", thought).groups()
+                assert told in prompt and re.match(f"{day}[:：]", told)
+                if numbers := re.findall(r"\d+", told):
+                    form = r"(\d+) ([+-]) (\d+) = (\d+)"
+                    a, sign, b, worked = re.fullmatch(form, worked).groups()
+                    assert (int(a), [b]) == (value, numbers)
+                    value = value + int(b) if sign == "+" else value - int(b)
+                assert value == int(worked)
             assert value == int(final)
-            seen.add(len(given))
-    assert max(steps["r1_mix_1024"]) < min(steps["r1_mix_1024_val"])
+    assert max(sums["r1_mix_1024"]) < min(sums["r1_mix_1024_val"])
+    assert max(days["r1_mix_1024"]) == max(days["r1_mix_1024_val"]) == 6
 
 
 def test_tools_are_called_where_they_help(data):

@@ -257,6 +257,31 @@ def test_thoughts_are_told_apart(server, client, tokenizer):
     )
 
 
+@pytest.mark.parametrize("asked", [None, False, True])
+@pytest.mark.parametrize("default", [False, True])
+def test_thinking_is_switched_by_the_server_or_the_request(serve, tokenizer, default, asked):
+    server = serve(max_batch=1, open_thinking=default)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    given = {} if asked is None else {"chat_template_kwargs": {"open_thinking": asked}}
+    settings = dict(**GREEDY, extra_body=given)
+    thinks = default if asked is None else asked
+    ids = encode_chat(tokenizer, HELLO, add_generation_prompt=True, open_thinking=thinks).ids
+    reply = generate(server.model, [ids], Sampling(12, temperature=0))[0]
+    text = tokenizer.decode(reply, skip_special_tokens=True).strip("\n")
+    answer = client.chat.completions.create(**settings)
+    assert answer.usage.prompt_tokens == len(ids)
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(**settings, stream=True)
+    ]
+    streamed = {
+        "content": "".join(delta.content or "" for delta in deltas),
+        "reasoning_content": "".join(getattr(d, "reasoning_content", None) or "" for d in deltas),
+    }
+    whole = {name: getattr(answer.choices[0].message, name, "") for name in streamed}
+    expected = {"content": "" if thinks else text, "reasoning_content": text if thinks else ""}
+    assert whole == streamed == expected
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 WRONG = {

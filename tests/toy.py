@@ -13,6 +13,7 @@ import torch
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, save_weights
 from trainer import (
+    train_distill_reason,
     train_distillation,
     train_dpo,
     train_full_sft,
@@ -48,6 +49,13 @@ CHATS = [
 PAIRS = [
     (chat[0]["content"], f"{n + 1}" + " indeed" * (1 + n % 4), f"{n}" + " no" * (1 + n % 3))
     for n, chat in enumerate(CHATS[:10])
+]
+THOUGHTS = [
+    f"<think>\n{n}{' 1' * (n % 3)}\n</think>\n<answer>\n{n + 1}\n</answer>" for n in range(12)
+]
+REASONED = [
+    [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": thought}]
+    for n, thought in enumerate(THOUGHTS)
 ]
 
 
@@ -91,6 +99,7 @@ KINDS = {text_file: "text", chat_file: "conversations", pair_file: "preferences"
 STAGES = {
     train_pretrain: (text_file, TEXTS, {}),
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),
+    train_distill_reason: (chat_file, REASONED, {"from_weight": "none", "max_gen_len": 4}),
     train_lora: (chat_file, CHATS, {"from_weight": "none", "lora_r": 4}),
     train_dpo: (pair_file, PAIRS, {"from_weight": "none"}),
     train_distillation: (

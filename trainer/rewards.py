@@ -37,6 +37,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from dataset.demo import fold
 from dataset.lm_dataset import encode_chat
+from dataset.replies import REASONING_TAGS, parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.weights import find_weights, load_scoring_model
 from trainer.rollout import Completion, Prompts, RolloutArgs
@@ -156,8 +157,7 @@ def answer_in(completion: Completion, args: RolloutArgs) -> str:
     """What counts as the answer: the whole text, or with reasoning what the tags hold."""
     if not args.reasoning:
         return completion.text
-    found = re.search(r"<answer>(.*?)</answer>", completion.text, re.DOTALL)
-    return found[1].strip() if found else ""
+    return tagged_answer(completion.text) or ""
 
 
 def same_answer(text: str, answer: str) -> bool:
@@ -176,10 +176,8 @@ def same_number(text: str, answer: str) -> bool:
 def form(text: str, opened: bool) -> float:
     """How well the text keeps to the think/answer form; `opened`: the prompt has the <think>."""
     text = "<think>\n" + text if opened else text
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
-    whole = re.fullmatch(r"<think>\n.+?\n</think>\n<answer>\n.+?\n</answer>", text, re.DOTALL)
-    once = [text.count(tag) == 1 for tag in tags]
-    return 0.1 * sum(once) + 0.6 * bool(whole and all(once))
+    once = sum(text.count(tag) == 1 for tag in REASONING_TAGS)
+    return 0.1 * once + 0.6 * (parse_reasoning(text) is not None)
 
 
 def same_language(completion: Completion) -> float:

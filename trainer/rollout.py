@@ -31,6 +31,7 @@ from dataset.lm_dataset import (
     read_lines,
 )
 from dataset.packing import Batch, collate
+from dataset.replies import tagged_answer
 from model.command_line import option
 from model.engine import Engine, Request
 from model.errors import UserError
@@ -230,13 +231,15 @@ def load_prompts(run: Run, paths: list[str]) -> list[Prompt]:
 
 
 def asked(row: dict) -> tuple[list[Message], str | None]:
-    """The messages up to the last answer, and the truth."""
+    """The messages up to the last answer, and the truth: the row's "answer", or what its last
+    message has between <answer> and </answer>."""
     messages = check_messages(row.get("conversations"))
+    answer = row.get("answer")
     if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
+        *messages, last = messages
+        answer = tagged_answer(last["content"]) if answer is None else answer
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError("asks nothing: before the last answer there must be a user's message")
-    answer = row.get("answer")
     return messages, None if answer is None else str(answer)
 
 
