@@ -158,14 +158,15 @@ def add_bare(report: dict[str, Any], tasks: list[Task], bare: list[Episode]) -> 
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
-    title = f"{report['model']}, {report['parameters'] / 1e6:.2f}M parameters: right, ± std. error"
+    console.print(f"{report['model']}: {report['parameters'] / 1e6:.2f}M parameters")
+    title = "right, in % ± standard error"
     table = Table(title=title, title_justify="left")
     table.add_column("tasks that need")
     for name in ("tasks", "name", "arguments", "answer", "without tools"):
         table.add_column(name, justify="right")
     for kind, own in report["kinds"].items():
         cells = [
-            f"{own[name]:.1%} ± {own[f'{name}_error']:.1%}" if name in own else ""
+            f"{100 * own[name]:.1f} ± {100 * own[f'{name}_error']:.1f}" if name in own else ""
             for name in ("name", "arguments", "answer", "bare")
         ]
         table.add_row(kind if kind != "tools" else "any tool", str(own["tasks"]), *cells)

@@ -42,7 +42,7 @@ from trainer.arguments import DATASET, LEARNING_RATE_HELP
 from trainer.command import run_stage
 from trainer.evaluation import uncompiled
 from trainer.optimizers import make_optimizer
-from trainer.rewards import Rewards, mean
+from trainer.rewards import Rewards, answer_in, mean, same_answer
 from trainer.rollout import (
     Completion,
     Prompt,
@@ -109,7 +109,8 @@ def begin(run: Run, prompt: Prompt) -> Episode:
 
 
 def finished(prompt: Prompt, episode: Episode) -> Play:
-    tokens, ended = episode.ids[episode.prompt_length :], not episode.errors
+    tokens = episode.ids[episode.prompt_length :]
+    ended = not {"unfinished", "endless", "too_long"} & set(episode.errors)
     return Play(prompt, tokens, episode.text, ended, episode.written, episode)
 
 
@@ -166,18 +167,18 @@ class ToolRewards:
         """[N] rewards; for the log their parts, how many answers are right (success), calls in
         an episode, and how many errors of each kind."""
         rewards, figures = self.parts(plays)
-        episodes = [each.episode for each in plays]
-        wrong = torch.tensor([bool(episode.errors) for episode in episodes], dtype=torch.bool)
-        rewards = rewards.masked_fill(wrong, 0.0)
-        count = max(1, len(plays))
+        episodes, args = [each.episode for each in plays], self.parts.run.args
+        wrong = [bool(episode.errors) for episode in episodes]
+        rewards = rewards.masked_fill(torch.tensor(wrong, dtype=torch.bool), 0.0)
+        right = [same_answer(answer_in(each, args), each.prompt.answer) for each in plays]
         errors = Counter(error for episode in episodes for error in episode.errors)
-        return rewards, {
-            **figures,
-            "reward": mean(rewards),
-            "success": sum(score(episode)["answer"] for episode in episodes) / count,
-            "calls": sum(len(episode.calls) for episode in episodes) / count,
-            **{f"error_{kind}": errors[kind] / count for kind in ERRORS},
+        sums = {
+            "success": sum(yes and not no for yes, no in zip(right, wrong, strict=True)),
+            "calls": sum(len(episode.calls) for episode in episodes),
+            **{f"error_{kind}": errors[kind] for kind in ERRORS},
         }
+        means = {name: number / max(1, len(plays)) for name, number in sums.items()}
+        return rewards, {**figures, "reward": mean(rewards), **means}
 
 
 OWN = ("name", "arguments")
