@@ -65,7 +65,8 @@ class Task:
     """A question with tools, and the truth."""
 
     messages: list[Message]  # up to the question
-    offered: list[str]  # names of the tools
+    tools: list[dict[str, Any]]  # schemas of the tools on offer
+    offered: list[str]  # their names
     calls: list[Call]  # that the truth makes
     answer: str  # the final one
     known: dict[tuple, str] = field(default_factory=dict)  # calls whose results are replayed
@@ -73,7 +74,7 @@ class Task:
     def without_tools(self) -> "Task":
         """The same question with no tool on offer."""
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in self.messages]
-        return replace(self, messages=messages, offered=[], calls=[], known={})
+        return replace(self, messages=messages, tools=[], offered=[], calls=[], known={})
 
 
 def task_of(row: dict[str, Any]) -> Task:
@@ -103,7 +104,7 @@ def task_of(row: dict[str, Any]) -> Task:
     tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
     offered = [str((tool.get("function") or tool).get("name")) for tool in tools]
     offered += [call["name"] for call in calls if call["name"] not in offered]
-    return Task(asked, offered, calls, str(answer), known)
+    return Task(asked, tools, offered, calls, str(answer), known)
 
 
 def plain_call(call: dict[str, Any]) -> Call:
@@ -184,12 +185,13 @@ def tokens_of_results(
     tokenizer: PreTrainedTokenizerBase, results: list[Result], open_thinking: bool = False
 ) -> list[int]:
     """What the chat template writes between the end of a reply that called and the next reply."""
-    messages = [{"role": "assistant", "content": "…"}]
-    messages += [{"role": "tool", "content": result.text} for result in results]
-    ids = encode_chat(
-        tokenizer, messages, add_generation_prompt=True, open_thinking=open_thinking
-    ).ids
-    return ids[ids.index(tokenizer.eos_token_id) + 1 :]
+    before = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+    messages = before + [{"role": "tool", "content": result.text} for result in results]
+    options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+    replies = encode_chat(tokenizer, before).ids.count(tokenizer.eos_token_id)
+    ids = encode_chat(tokenizer, messages, **options).ids
+    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    return ids[ends[replies - 1] + 1 :]
 
 
 class Episode:
@@ -206,6 +208,8 @@ class Episode:
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
         self.task, self.tokenizer, self.open_thinking = task, tokenizer, open_thinking
         options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+        if task.tools:  # where any model's template looks for them
+            options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids
         self.prompt_length = len(self.ids)
         self.written: list[bool] = []

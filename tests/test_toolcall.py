@@ -1,5 +1,6 @@
 """Tool use: what is trained, the loop against scripted models, and the script that scores it."""
 
+import copy
 import json
 import random
 import re
@@ -12,8 +13,17 @@ from toy import Trainer, chat_file
 
 from dataset.demo import demo_rows
 from dataset.lm_dataset import encode_chat
-from dataset.tool_loop import CLOCK, Episode, key, play, read_tasks, score, task_of
-from dataset.tools import TOOLS
+from dataset.tool_loop import (
+    CLOCK,
+    Episode,
+    key,
+    play,
+    read_tasks,
+    score,
+    task_of,
+    tokens_of_results,
+)
+from dataset.tools import TOOLS, Result
 from model.command_line import parse_arguments
 from model.errors import UserError
 from model.generation import generate
@@ -112,6 +122,20 @@ def test_an_episode_has_the_tokens_that_fine_tuning_has(tokenizer, played, numbe
     assert episode.ids == whole.ids[:-1]  # but for the line break behind its end
     assert [False] * episode.prompt_length + episode.written == whole.trained[:-1]
     assert score(episode) == {"name": 1, "arguments": 1, "answer": 1}
+
+
+def test_a_template_with_a_system_message_of_its_own_writes_the_same_results(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    own = "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"
+    other.chat_template = own + tokenizer.chat_template
+    results = [Result("42"), Result("43<|im_end|>")]
+    ids = tokens_of_results(tokenizer, results)
+    assert tokens_of_results(other, results) == ids
+    assert tokenizer.decode(ids) == (
+        "\n<|im_start|>user\n<tool_response>\n42\n</tool_response>"
+        "\n<tool_response>\n43<|im_end|>\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ids.count(tokenizer.eos_token_id) == 1  # what a tool says is text
 
 
 def test_several_calls_in_one_reply_are_answered_in_one_turn(tokenizer, played):

@@ -152,8 +152,10 @@ def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Play]:
 
 
 def room(run: Run) -> int:
-    """Tokens of an episode after which another reply may be too long for the model."""
-    return run.config.max_position_embeddings - run.args.max_gen_len
+    """Tokens of an episode after which another reply might not fit the model, or the memory."""
+    args = run.args
+    most = args.max_seq_len + args.max_turns * args.max_gen_len
+    return min(most, run.config.max_position_embeddings) - args.max_gen_len
 
 
 class ToolRewards:
