@@ -26,13 +26,14 @@ TARGET, GAIN = 0.9, 0.15
 COMMON = """--seed {seed} --save_dir {out} --checkpoint_dir {out}/checkpoints --device cpu
     --num_workers 0 --save_interval 0 --eval_interval 0 --val_share 0"""
 SFT = """--data_path {data}/tools.jsonl --from_weight {base}/full_sft_{size}.pth
-    --max_seq_len 576 --batch_size 6 --learning_rate 8e-4 --log_interval 10"""
+    --max_seq_len 640 --batch_size 6 --learning_rate 8e-4 --log_interval 10"""
 FINISHED = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 150"
 UNFINISHED = f"{SFT} --save_weight agent_start_{{seed}} --max_steps 30 --lr_schedule constant"
 # Many different questions in an update and few episodes of each: they average the noise out.
 AGENT = """--data_path {data}/tools.jsonl --from_weight {out}/agent_start_{seed}_{size}.pth
     --save_weight agent_{seed} --batch_size 16 --num_generations 4 --loss_type dr_grpo --beta 0
-    --learning_rate 2e-4 --max_gen_len 64 --max_turns 3 --update_batch_size 16 --max_steps 40
+    --learning_rate 2e-4 --max_seq_len 320 --max_gen_len 64 --max_turns 3 --update_batch_size 16
+    --max_steps 40
     --reward answer:0.4 similarity:0.2 arguments:0.2 name:0.2 --log_interval 2"""
 
 

@@ -31,7 +31,7 @@ R1_PROBLEMS = 2000
 TOOL_ROWS, TOOL_VAL_ROWS = 2400, 600
 TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is not needed
     TRAIN: {"helps": 10, "missing": 2, "not_needed": 3},
-    VAL: {"helps": 10, "missing": 1, "not_needed": 1},
+    VAL: {"helps": 14, "missing": 1, "not_needed": 1},
 }
 TOOL_SHARES = {"calculator": 3, "clock": 3, "convert_units": 3, "dictionary": 1}
 TOOL_HELD_OUT = {"calculator": 150, "convert_units": 150, "dictionary": 12}  # as HELD_OUT
@@ -437,9 +437,8 @@ def moment(lang: str, part: str, rng: Random) -> dict[str, str]:
     return {"date": str(day), "weekday": WEEKDAYS[lang][day.weekday()], "time": time}
 
 
-def call(m: Material, kind: str, lang: str, part: str, rng: Random) -> list[dict]:
-    """Question, call, result and answer; or, where the tool is missing, saying so."""
-    name = rng.choices(list(TOOL_SHARES), list(TOOL_SHARES.values()))[0]
+def call(m: Material, name: str, lang: str, part: str, rng: Random, given: bool) -> list[dict]:
+    """Question, call, result and answer; or, where the tool is not given, saying so."""
     use = rng.choice([use for use in m.tables["tool_use"] if use["tool"] == name])
     if name == "clock":
         arguments, said = {}, {}
@@ -450,12 +449,10 @@ def call(m: Material, kind: str, lang: str, part: str, rng: Random) -> list[dict
     side, said = use[lang], {**said, **result}
     question = rng.choice(side["questions"]) if part == TRAIN else side["held_out"]
     asked = {"role": "user", "content": question.format(**said)}
-    if kind == "missing":
-        others = some_tools(rng, without=name)
-        return [*system(others, lang), asked, {"role": "assistant", "content": side["without"]}]
+    if not given:
+        return [asked, {"role": "assistant", "content": side["without"]}]
     calls = as_json([{"name": name, "arguments": arguments}])
     return [
-        *system(some_tools(rng, name), lang),
         asked,
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "content": as_json(result)},
@@ -463,11 +460,13 @@ def call(m: Material, kind: str, lang: str, part: str, rng: Random) -> list[dict
     ]
 
 
-def some_tools(rng: Random, needed: str = "", without: str = "") -> list[str]:
-    """One tool on offer, or two, with the one that is needed."""
-    others = rng.sample([name for name in TOOLS if name not in (needed, without)], 2)
-    given = [needed or others.pop(), *others[: rng.random() < 0.4]]
-    return rng.sample(given, len(given))
+def some_tools(rng: Random, *, but: tuple[str, ...] = (), count: int = 1) -> list[str]:
+    """Names of tools, the commoner ones more often."""
+    found: list[str] = []
+    while len(found) < count:
+        left = [name for name in TOOLS if name not in (*but, *found)]
+        found += rng.choices(left, [TOOL_SHARES[name] for name in left])
+    return found
 
 
 def system(given: list[str], lang: str) -> list[dict]:
@@ -477,23 +476,31 @@ def system(given: list[str], lang: str) -> list[dict]:
 
 
 def tools(m: Material, part: str, rng: Random) -> Table:
-    """Four tools, called where they help; talk and easy sums that need none. Held out: other sums,
-    amounts, words and days, in other phrasings, each only once."""
-    talk = m.all_exercises(part, HELD_OUT, rng)
-    talk += (e for kind in ("small_talk", "textbook") for e in m.questions(kind, part, rng))
+    """Four tools, of which one or two are on offer, called where they help; talk and easy sums that
+    need none. In training there are up to three questions in a row. Held out: other sums, amounts,
+    words and days, in other phrasings, each only once."""
+    talk = {lang: [] for lang in LANGUAGES}
+    for e in m.all_exercises(part, HELD_OUT, rng):
+        talk[e.lang].append(e)
+    for e in (*m.questions("small_talk", part, rng), *m.questions("textbook", part, rng)):
+        talk[e.lang].append(e)
     kinds = [kind for kind, times in TOOL_MIX[part].items() for _ in range(times)]
-    rows, asked = [], set()
+    rows, asked, turn = [], set(), 0
     while len(rows) < (TOOL_ROWS if part == TRAIN else TOOL_VAL_ROWS):
-        kind, lang = kinds[len(rows) // 2 % len(kinds)], LANGUAGES[len(rows) % 2]
-        if kind == "not_needed":
-            plain = rng.choice(talk)
-            row = system(some_tools(rng), plain.lang) + conversation(plain)
-        else:
-            row = call(m, kind, lang, part, rng)
-        about = as_json(row[1:]) if kind == "helps" else as_json(row)
+        lang, turns = LANGUAGES[len(rows) % 2], []
+        given = some_tools(rng, count=1 + (rng.random() < 0.4))
+        for _ in range(rng.randint(1, 3) if part == TRAIN else 1):
+            kind, turn = kinds[turn % len(kinds)], turn + 1
+            if kind == "not_needed":
+                turns += conversation(rng.choice(talk[lang]))
+                continue
+            helps = kind == "helps"
+            name = rng.choice(given) if helps else some_tools(rng, but=tuple(given))[0]
+            turns += call(m, name, lang, part, rng, helps)
+        about = as_json(turns)
         if part == TRAIN or about not in asked:
             asked.add(about)
-            rows.append({"conversations": row})
+            rows.append({"conversations": [*system(given, lang), *turns]})
     return rows
 
 

@@ -538,7 +538,7 @@ def test_rows_are_as_the_spec_says(data, name):
             [row["conversations"]] if "conversations" in row else [row["chosen"], row["rejected"]]
         ):
             roles = "".join(turn["role"][0] for turn in turns)  # system, user, assistant, tool
-            assert re.fullmatch("(ua)+|sua(ta)?", roles), roles
+            assert re.fullmatch("(ua)+|s(ua(ta)?)+", roles), roles
             for turn in turns:
                 assert set(turn) <= {"role", "content", "tools", "tool_calls"}
                 assert isinstance(turn["content"], str)
@@ -609,12 +609,7 @@ def test_thoughts_lead_to_the_answer(data):
 def test_tools_are_called_where_they_help(data):
     used = {name: Counter() for name in ("tools", "tools_val")}
     problems = {name: set() for name in used}
-    for name, row in [("tools", row) for row in data["tools"]] + [
-        ("tools_val", row) for row in data["tools_val"]
-    ]:
-        first, asked, *turns = row["conversations"]
-        given = {tool["function"]["name"]: tool for tool in json.loads(first["tools"])}
-        assert 1 <= len(given) <= 2
+    for name, given, (asked, *turns) in exchanges(data):
         if len(turns) == 1:
             missing = any(turns[0]["content"] == use[lang]["without"] for use, lang in USES)
             used[name]["missing" if missing else "not needed"] += 1
@@ -634,6 +629,7 @@ def test_tools_are_called_where_they_help(data):
         elif call["name"] == "clock":
             day = date.fromisoformat(result["date"]).weekday()
             assert result["weekday"] in (EN_DAYS[day], ZH_DAYS[day])
+            assert any(value in turns[2]["content"] for value in result.values())
             problems[name].add((result["date"], result["time"]))
         else:
             assert json.loads(call_tool(call["name"], arguments).text) == result
@@ -644,6 +640,18 @@ def test_tools_are_called_where_they_help(data):
     held_out = used["tools_val"]
     assert held_out.total() - held_out["missing"] - held_out["not needed"] >= 500
     assert not problems["tools"] & problems["tools_val"]
+
+
+def exchanges(data):
+    """Of both files: its name, the tools on offer, and a question with all that answers it."""
+    for name in ("tools", "tools_val"):
+        for row in data[name]:
+            first, *turns = row["conversations"]
+            given = {tool["function"]["name"]: tool for tool in json.loads(first["tools"])}
+            assert 1 <= len(given) <= 2
+            starts = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
+            for start, end in zip(starts, [*starts[1:], None], strict=True):
+                yield name, given, turns[start:end]
 
 
 def said(name: str, result: dict) -> list:
