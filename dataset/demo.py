@@ -73,7 +73,7 @@ FILES = {
     "dpo": (stages.dpo, "DPO: a better and a worse answer, with the reason"),
     "rlaif-mini": (stages.rlaif, "PPO, GRPO, SPO: prompts with checkable answers"),
     "r1_mix_1024": (stages.r1, "reasoning: sums thought through in steps"),
-    "tools": (stages.tools, "tool calls: a calculator and a clock"),
+    "tools": (stages.tools, "tool calls: a calculator, a clock, units, a dictionary"),
     "lora_identity": (stages.lora, "LoRA: a persona, the cheerful captain of a ship"),
 }
 TESTS = {
@@ -125,17 +125,24 @@ def load_tables(source: Path = SOURCE) -> dict[str, Table]:
     return tables
 
 
+def demo_rows(name: str, held_out: bool, seed: int = 42, material: Material | None = None) -> Table:
+    """The rows of one file."""
+    part = VAL if held_out else TRAIN
+    rng = Random(f"{seed}/{name}/{part}")
+    make, _ = FILES[name]
+    rows = make(material or Material(load_tables(), seed), part, rng)
+    rng.shuffle(rows)
+    return rows[:VAL_ROWS] if held_out else rows
+
+
 def write_demo_data(output: Path | str = OUTPUT, seed: int = 42) -> dict[str, int]:
     """Write every file; returns its number of rows by name. The same seed gives the same bytes."""
     output = Path(output)
     m = Material(load_tables(), seed)
     files = {}
-    for name, (make, _) in FILES.items():
-        for part, end in ((TRAIN, ""), (VAL, "_val")):
-            rng = Random(f"{seed}/{name}/{part}")
-            rows = make(m, part, rng)
-            rng.shuffle(rows)
-            files[f"{name}{end}.jsonl"] = rows if part == TRAIN else rows[:VAL_ROWS]
+    for name, held_out in product(FILES, (False, True)):
+        end = "_val" if held_out else ""
+        files[f"{name}{end}.jsonl"] = demo_rows(name, held_out, seed, m)
     for name, (make, _) in TESTS.items():
         files[f"{name}.jsonl"] = make(m, Random(f"{seed}/{name}"))
     try:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from itertools import product
 from random import Random
+from typing import Any
 
 from dataset.demo_skills import LANGUAGES, SKILLS, WEEKDAYS, Problem, Skill, Table, calculations
+from dataset.tools import MEANINGS, TOOLS, call_tool
 
 TRAIN, VAL = "train", "val"
 
@@ -27,7 +29,13 @@ DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are ques
 RLAIF_PROMPTS = 800  # for each skill
 R1_PROBLEMS = {TRAIN: 2600, VAL: 600}
 R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, 6
-TOOL_ROWS = 1200
+TOOL_ROWS, TOOL_VAL_ROWS = 2400, 600
+TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is not needed
+    TRAIN: {"helps": 10, "missing": 2, "not_needed": 3},
+    VAL: {"helps": 14, "missing": 1, "not_needed": 1},
+}
+TOOL_SHARES = {"calculator": 3, "clock": 3, "convert_units": 3, "dictionary": 1}
+TOOL_HELD_OUT = {"calculator": 150, "convert_units": 150, "dictionary": 12}  # as HELD_OUT
 
 
 # -- the material: everything that a file may draw on, split once ----------------------------------
@@ -49,11 +57,14 @@ class Exchange:
 
 
 def split(
-    problems: list[Problem], rng: Random, testable: Callable[[Problem], bool] = bool
+    problems: list[Problem],
+    rng: Random,
+    testable: Callable[[Problem], bool] = bool,
+    count: int = HELD_OUT,
 ) -> dict[str, list[Problem]]:
-    """Shuffle, and keep HELD_OUT of the testable problems away from training."""
+    """Shuffle, and keep `count` of the testable problems away from training."""
     mixed = rng.sample(problems, len(problems))
-    held_out = [problem for problem in mixed if testable(problem)][:HELD_OUT]
+    held_out = [problem for problem in mixed if testable(problem)][:count]
     apart = set(held_out)
     return {TRAIN: [problem for problem in mixed if problem not in apart], VAL: held_out}
 
@@ -76,9 +87,11 @@ class Material:
         self.skills = {skill.name: skill for skill in SKILLS}
         self.problems = {}
         spaces = [(skill.name, skill.problems, skill.testable) for skill in SKILLS]
-        for name, space, testable in [*spaces, ("calculator", calculations, bool)]:
+        spaces += [(name, space, bool) for name, space in TOOL_PROBLEMS.items()]
+        for name, space, testable in spaces:
             rng = Random(f"{seed}/{space.__name__}")  # skills of the same problems: the same split
-            self.problems[name] = split(space(tables, rng), rng, testable)
+            count = TOOL_HELD_OUT.get(name, HELD_OUT)
+            self.problems[name] = split(space(tables, rng), rng, testable, count)
         for skill in SKILLS:
             if skill.practice:
                 more = skill.practice(tables, Random(f"{seed}/{skill.practice.__name__}"))
@@ -402,12 +415,25 @@ def r1(m: Material, part: str, rng: Random) -> Table:
     return [{"conversations": row} for row in found.values()]
 
 
-def function(name: str, description: str, **properties: str) -> dict:
-    """A tool in the form of OpenAI's API; every property is a string and required."""
-    fields = {key: {"type": "string", "description": about} for key, about in properties.items()}
-    parameters = {"type": "object", "properties": fields, "required": list(fields)}
-    about = {"name": name, "description": description, "parameters": parameters}
-    return {"type": "function", "function": about}
+# -- tools -----------------------------------------------------------------------------------------
+
+
+def conversions(tables: dict[str, Table], rng: Random) -> list[Problem]:
+    """(value, place in the table's list of units), for tools.jsonl only."""
+    (row,) = (row for row in tables["tool_use"] if row["tool"] == "convert_units")
+    return list(product(range(2, 100), range(len(row["units"]))))
+
+
+def lookups(tables: dict[str, Table], rng: Random) -> list[Problem]:
+    """Words of the dictionary."""
+    return list(MEANINGS)
+
+
+TOOL_PROBLEMS = {"calculator": calculations, "convert_units": conversions, "dictionary": lookups}
+SYSTEM = {
+    "zh": "你是 MiniMind，需要时请使用工具。",
+    "en": "You are MiniMind. Use a tool if it helps.",
+}
 
 
 def as_json(value: object) -> str:
@@ -415,73 +441,96 @@ def as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-TOOLS = {
-    "calculator": function("calculator", "Work out a sum", expression="such as 348 * 27"),
-    "clock": function("clock", "Tell today's date and weekday, and the time of day"),
-}
-SYSTEM = {
-    "zh": "你是 MiniMind，需要时请使用工具。",
-    "en": "You are MiniMind. Use a tool if it helps.",
-}
+def arguments_of(
+    m: Material, use: dict, lang: str, part: str, rng: Random
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arguments of a call, and what the question says of them."""
+    problem = rng.choice(m.problems[use["tool"]][part])
+    if use["tool"] == "calculator":
+        expression = " ".join(map(str, problem))
+        return {"expression": expression}, {"shown": expression.replace("*", "×")}
+    if use["tool"] == "dictionary":
+        return {"word": problem}, {"word": problem}
+    value, place = problem
+    units = use["units"][place]
+    source, target = units[lang]
+    arguments = {"value": value, "from_unit": units["from"], "to_unit": units["to"]}
+    return arguments, {"value": value, "source": source, "target": target}
 
 
-def calculate(m: Material, lang: str, part: str, rng: Random) -> tuple[dict, dict, dict]:
-    """The arguments of a call, its result, and what the messages around it name."""
-    a, sign, b = rng.choice(m.problems["calculator"][part])
-    expression = f"{a} {sign} {b}"
-    result = {"+": a + b, "-": a - b, "*": a * b}[sign]
-    seen = {"shown": expression.replace("*", "×"), "result": result}
-    return {"expression": expression}, {"result": result}, seen
-
-
-def look_at_clock(m: Material, lang: str, part: str, rng: Random) -> tuple[dict, dict, dict]:
-    """The same for the clock: a moment from 2020 to 2027, or after that where it is held out."""
+def moment(lang: str, part: str, rng: Random) -> dict[str, str]:
+    """What the clock says: a moment from 2020 to 2027, or after that where it is held out."""
     start = date(2020 if part == TRAIN else 2028, 1, 1)
     day = start + timedelta(days=rng.randrange(2900))
     time = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
-    seen = {"date": str(day), "weekday": WEEKDAYS[lang][day.weekday()], "time": time}
-    return {}, seen, seen
+    return {"date": str(day), "weekday": WEEKDAYS[lang][day.weekday()], "time": time}
 
 
-def call(m: Material, use: dict, lang: str, part: str, rng: Random) -> list[dict]:
-    """Question, call, result and answer; or, without the tool, saying so."""
-    side, given = use[lang], list(TOOLS)
-    run = calculate if use["tool"] == "calculator" else look_at_clock
-    arguments, result, seen = run(m, lang, part, rng)
+def call(m: Material, name: str, lang: str, part: str, rng: Random, given: bool) -> list[dict]:
+    """Question, call, result and answer; or, where the tool is not given, saying so."""
+    use = rng.choice([use for use in m.tables["tool_use"] if use["tool"] == name])
+    if name == "clock":
+        arguments, said = {}, {}
+        result = moment(lang, part, rng)
+    else:
+        arguments, said = arguments_of(m, use, lang, part, rng)
+        result = json.loads(call_tool(name, arguments).text)
+    side, said = use[lang], {**said, **result}
     question = rng.choice(side["questions"]) if part == TRAIN else side["held_out"]
-    asked = {"role": "user", "content": question.format(**seen)}
-    if rng.random() < 0.2:
-        given.remove(use["tool"])
-        return [*system(given, lang), asked, {"role": "assistant", "content": side["without"]}]
-    calls = as_json([{"name": use["tool"], "arguments": arguments}])
+    asked = {"role": "user", "content": question.format(**said)}
+    if not given:
+        return [asked, {"role": "assistant", "content": side["without"]}]
+    calls = as_json([{"name": name, "arguments": arguments}])
     return [
-        *system(given, lang),
         asked,
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "content": as_json(result)},
-        {"role": "assistant", "content": side["answer"].format(**seen)},
+        {"role": "assistant", "content": side["answer"].format(**said)},
     ]
+
+
+def some_tools(rng: Random, *, but: tuple[str, ...] = (), count: int = 1) -> list[str]:
+    """Names of tools, the commoner ones more often."""
+    found: list[str] = []
+    while len(found) < count:
+        left = [name for name in TOOLS if name not in (*but, *found)]
+        found += rng.choices(left, [TOOL_SHARES[name] for name in left])
+    return found
 
 
 def system(given: list[str], lang: str) -> list[dict]:
     """The first message, which says what tools there are."""
-    schemas = as_json([TOOLS[name] for name in given])
+    schemas = as_json([TOOLS[name].schema for name in given])
     return [{"role": "system", "content": SYSTEM[lang], "tools": schemas}]
 
 
 def tools(m: Material, part: str, rng: Random) -> Table:
-    """A calculator and a clock, called where they help; talk and easy sums that need neither."""
-    count = TOOL_ROWS if part == TRAIN else TOOL_ROWS // 10
-    talk = m.all_exercises(part, HELD_OUT, rng)
-    talk += (e for kind in ("small_talk", "textbook") for e in m.questions(kind, part, rng))
-    rows = []
-    for i in range(count):
-        if i % 3:
-            rows.append(call(m, rng.choice(m.tables["tool_use"]), LANGUAGES[i % 2], part, rng))
-        else:
-            plain = rng.choice(talk)
-            rows.append(system(list(TOOLS), plain.lang) + conversation(plain))
-    return [{"conversations": row} for row in rows]
+    """Four tools, of which one or two are on offer, called where they help; talk and easy sums that
+    need none. In training there are up to three questions in a row. Held out: other sums, amounts,
+    words and days, in other phrasings, each only once."""
+    talk = {lang: [] for lang in LANGUAGES}
+    for e in m.all_exercises(part, HELD_OUT, rng):
+        talk[e.lang].append(e)
+    for e in (*m.questions("small_talk", part, rng), *m.questions("textbook", part, rng)):
+        talk[e.lang].append(e)
+    kinds = [kind for kind, times in TOOL_MIX[part].items() for _ in range(times)]
+    rows, asked, turn = [], set(), 0
+    while len(rows) < (TOOL_ROWS if part == TRAIN else TOOL_VAL_ROWS):
+        lang, turns = LANGUAGES[len(rows) % 2], []
+        given = some_tools(rng, count=1 + (rng.random() < 0.4))
+        for _ in range(rng.randint(1, 3) if part == TRAIN else 1):
+            kind, turn = kinds[turn % len(kinds)], turn + 1
+            if kind == "not_needed":
+                turns += conversation(rng.choice(talk[lang]))
+                continue
+            helps = kind == "helps"
+            name = rng.choice(given) if helps else some_tools(rng, but=tuple(given))[0]
+            turns += call(m, name, lang, part, rng, helps)
+        about = as_json(turns)
+        if part == TRAIN or about not in asked:
+            asked.add(about)
+            rows.append({"conversations": [*system(given, lang), *turns]})
+    return rows
 
 
 def lora(m: Material, part: str, rng: Random) -> Table:

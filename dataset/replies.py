@@ -110,7 +110,7 @@ def parsed_call(text: str) -> dict[str, Any] | None:
     """A tool call's name and arguments, or None if this is none."""
     try:
         call = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None

@@ -10,17 +10,17 @@ from typing import Any
 import streamlit as st
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.replies import ReplyParser
+from dataset.replies import Reply, ReplyParser
+from dataset.tool_loop import MAX_TURNS, answer_calls
+from dataset.tools import TOOLS
 from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS
 from model.engine import QueueFull, Request
 from model.sampling import Sampling
 from model.text_stream import TextStream
 from scripts.chat_model import TalkArgs
-from scripts.tools import TOOLS, call_tool
 from scripts.web_models import Loaded
 from scripts.web_texts import Words
 
-MOST_ROUNDS = 4  # of tools in one turn; a model may call them for ever
 SECONDS_PER_FRAME = 0.07
 AVATARS = {"user": ":material/person:", "assistant": ":material/neurology:"}
 
@@ -265,7 +265,7 @@ def follow(answer: Answer, loaded: Loaded, settings: Settings, words: Words) -> 
         note = words("failed", error=answer.error)
     elif results := results_of(answer, settings):
         state.messages += results
-        if answer.rounds + 1 < MOST_ROUNDS:
+        if answer.rounds + 1 < MAX_TURNS:
             begin_answer(loaded, settings, words, answer.rounds + 1)
             st.rerun()
         note += " · " + words("rounds")
@@ -277,11 +277,10 @@ def results_of(answer: Answer, settings: Settings) -> list[Message]:
     """What the tools say that an answer calls."""
     if answer.request.finish_reason != "stop" or not settings.tools:
         return []
-    calls = answer.message.get("tool_calls", [])
-    results = [call_tool(each["name"], each["arguments"], settings.tools) for each in calls]
-    if "<tool_call>" in answer.message["content"]:  # the parser could not read it
-        results.append(json.dumps({"error": "a tool call is JSON with a name and arguments"}))
-    return [{"role": "tool", "content": result} for result in results]
+    message = answer.message
+    reply = Reply(message["content"], tool_calls=message.get("tool_calls", []))
+    results = answer_calls(reply, settings.tools)
+    return [{"role": "tool", "content": result.text} for result in results]
 
 
 # -- messages --------------------------------------------------------------------------------------

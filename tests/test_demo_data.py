@@ -18,6 +18,7 @@ import pytest
 from dataset.demo import grade, load_tables, load_tests, write_demo_data
 from dataset.demo_skills import SKILLS, WEEKDAYS, in_words
 from dataset.demo_stages import OPENINGS, same
+from dataset.tools import call_tool
 from model.errors import UserError
 from model.weights import load_tokenizer
 
@@ -48,6 +49,7 @@ ZH_UNITS = dict(
 )
 NUMERALS = "one two three four five six seven eight nine ten".split()
 NOUNS = [row for row in TABLES["phrases"] if row["kind"] == "noun"]
+USES = [(use, lang) for use in TABLES["tool_use"] for lang in ("zh", "en")]
 ADJECTIVES = [row for row in TABLES["phrases"] if row["kind"] == "adjective"]
 
 
@@ -536,7 +538,7 @@ def test_rows_are_as_the_spec_says(data, name):
             [row["conversations"]] if "conversations" in row else [row["chosen"], row["rejected"]]
         ):
             roles = "".join(turn["role"][0] for turn in turns)  # system, user, assistant, tool
-            assert re.fullmatch("(ua)+|sua(ta)?", roles), roles
+            assert re.fullmatch("(ua)+|s(ua(ta)?)+", roles), roles
             for turn in turns:
                 assert set(turn) <= {"role", "content", "tools", "tool_calls"}
                 assert isinstance(turn["content"], str)
@@ -613,32 +615,63 @@ def test_thoughts_lead_to_the_answer(data):
 
 
 def test_tools_are_called_where_they_help(data):
-    used, problems = Counter(), {}
+    used = {name: Counter() for name in ("tools", "tools_val")}
+    problems = {name: set() for name in used}
+    for name, given, (asked, *turns) in exchanges(data):
+        if len(turns) == 1:
+            missing = any(turns[0]["content"] == use[lang]["without"] for use, lang in USES)
+            used[name]["missing" if missing else "not needed"] += 1
+            continue
+        (call,) = json.loads(turns[0]["tool_calls"])
+        arguments, result = call["arguments"], json.loads(turns[1]["content"])
+        used[name][call["name"]] += 1
+        schema = given[call["name"]]["function"]["parameters"]
+        assert set(arguments) == set(schema["required"]) == set(schema["properties"])
+        assert all(str(value) in turns[2]["content"] for value in said(call["name"], result))
+        assert all(word in asked["content"] for word in known(call["name"], arguments))
+        if call["name"] == "calculator":
+            a, sign, b = arguments["expression"].split()
+            right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
+            assert result == {"result": right}
+            problems[name].add((*sorted((a, b)), sign))
+        elif call["name"] == "clock":
+            day = date.fromisoformat(result["date"]).weekday()
+            assert result["weekday"] in (EN_DAYS[day], ZH_DAYS[day])
+            assert any(value in turns[2]["content"] for value in result.values())
+            problems[name].add((result["date"], result["time"]))
+        else:
+            assert json.loads(call_tool(call["name"], arguments).text) == result
+            problems[name].add(tuple(arguments.values()))
+    kinds = {"calculator", "clock", "convert_units", "dictionary", "missing", "not needed"}
+    for some in used.values():
+        assert set(some) == kinds and min(some.values()) >= 20
+    held_out = used["tools_val"]
+    assert held_out.total() - held_out["missing"] - held_out["not needed"] >= 500
+    assert not problems["tools"] & problems["tools_val"]
+
+
+def exchanges(data):
+    """Of both files: its name, the tools on offer, and a question with all that answers it."""
     for name in ("tools", "tools_val"):
         for row in data[name]:
-            first, asked, *turns = row["conversations"]
+            first, *turns = row["conversations"]
             given = {tool["function"]["name"]: tool for tool in json.loads(first["tools"])}
-            assert all(tool["type"] == "function" for tool in given.values())
-            if len(turns) == 1:
-                used["none" if len(given) == 2 else "missing"] += 1
-                continue
-            (call,) = json.loads(turns[0]["tool_calls"])
-            result = json.loads(turns[1]["content"])
-            used[call["name"]] += 1
-            schema = given[call["name"]]["function"]["parameters"]
-            assert set(call["arguments"]) == set(schema["required"]) == set(schema["properties"])
-            if call["name"] == "calculator":
-                a, sign, b = call["arguments"]["expression"].split()
-                right = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-                assert result["result"] == right and str(right) in turns[2]["content"]
-                assert a in asked["content"] and b in asked["content"]
-                problems.setdefault(name, set()).add((*sorted((a, b)), sign))
-            else:
-                day = date.fromisoformat(result["date"]).weekday()
-                assert result["weekday"] in (EN_DAYS[day], ZH_DAYS[day])
-                assert any(value in turns[2]["content"] for value in result.values())
-    assert min(used[kind] for kind in ("calculator", "clock", "none", "missing")) > 50
-    assert not problems["tools"] & problems["tools_val"]
+            assert 1 <= len(given) <= 2
+            starts = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
+            for start, end in zip(starts, [*starts[1:], None], strict=True):
+                yield name, given, turns[start:end]
+
+
+def said(name: str, result: dict) -> list:
+    """What of a result the answer repeats: of the clock's one, of the others' all of these."""
+    return {"dictionary": [result.get("meaning")], "clock": []}.get(name, [result.get("result")])
+
+
+def known(name: str, arguments: dict) -> list[str]:
+    """What of the arguments stands in the question."""
+    if name == "calculator":
+        return [part for part in arguments["expression"].split() if part.isdigit()]
+    return [str(arguments[key]) for key in ("value", "word") if key in arguments]
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from dataset.lm_dataset import encode_chat
 from model.errors import UserError
 from model.losses import IGNORED
 from model.weights import load_model, load_tokenizer
-from trainer import hardware, rollout, train_grpo, train_ppo, train_spo
+from trainer import hardware, rollout, train_agent, train_grpo, train_ppo, train_spo
 from trainer.rollout import Completion, Prompt, RolloutBatch
 from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
-STAGES = [train_ppo, train_grpo, train_spo]
+STAGES = [train_ppo, train_grpo, train_spo, train_agent]
 B, P, T = 6, 5, 7  # answers, tokens of the prompts, of the answers
 
 
@@ -364,6 +364,7 @@ MORE = {
     train_ppo: dict(num_generations=2, num_minibatches=2, critic_learning_rate=1e-3),
     train_grpo: dict(num_generations=3, update_epochs=2),
     train_spo: dict(update_epochs=2),
+    train_agent: dict(num_generations=3, update_epochs=2),
 }
 
 
@@ -505,6 +506,7 @@ def test_a_row_that_asks_nothing_is_named(rl, command, row, sentence):
     assert code == 2 and re.search(f"line 3 of .*data.jsonl {sentence}", complaint(printed))
 
 
+@pytest.mark.parametrize("rl", [train_ppo, train_grpo, train_spo], indirect=True)
 def test_a_rule_needs_answers_and_auto_tells_how_to_get_a_reward(rl, command):
     rows = [json.loads(line) for line in open(rl.data)]
     del rows[3]["answer"]

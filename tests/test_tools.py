@@ -1,16 +1,15 @@
-"""scripts/tools.py: right results, and for everything else an error text and never a crash."""
+"""dataset/tools.py: right results, and for everything else an error text and never a crash."""
 
 import json
 from datetime import datetime
 
 import pytest
 
-from dataset import demo_stages
-from scripts.tools import TOOLS, call_tool
+from dataset.tools import call_tool
 
 
 def called(name, arguments):
-    return json.loads(call_tool(name, arguments))
+    return json.loads(call_tool(name, arguments).text)
 
 
 @pytest.mark.parametrize(
@@ -113,10 +112,25 @@ def test_arguments_may_come_as_text():
 
 
 def test_only_tools_on_offer_can_be_called():
-    told = json.loads(call_tool("clock", {}, offered=["calculator"]))
-    assert told == {"error": "there is no tool 'clock'; there are calculator"}
+    told, kind = call_tool("clock", {}, offered=["calculator"])
+    assert json.loads(told) == {"error": "there is no tool 'clock'; there are calculator"}
+    assert kind == "unknown_tool"
 
 
-def test_a_model_of_the_demo_knows_calculator_and_clock():
-    for name, schema in demo_stages.TOOLS.items():
-        assert TOOLS[name].schema == schema
+@pytest.mark.parametrize(
+    "name, arguments, kind",
+    [
+        ("calculator", {"expression": "1 + 1"}, None),
+        ("calculator", {"expression": "1 / 0"}, "failed"),
+        ("calculator", {}, "bad_arguments"),
+        ("calculator", "{", "bad_arguments"),
+        ("convert_units", {"value": "x", "from_unit": "m", "to_unit": "m"}, "bad_arguments"),
+        ("weather", {}, "unknown_tool"),
+    ],
+)
+def test_what_went_wrong_has_a_kind(name, arguments, kind):
+    assert call_tool(name, arguments).error == kind
+
+
+def test_a_tool_of_somebodys_data_cannot_be_run():
+    assert call_tool("weather", {}, offered=["weather"]).error == "failed"

@@ -20,6 +20,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from dataset.lm_dataset import encode_chat
+from dataset.tools import TOOLS
 from model.engine import Engine
 from model.engine_thread import EngineThread
 from model.losses import IGNORED
@@ -28,7 +29,6 @@ from model.sampling import Sampling
 from model.weights import ROOT, load_model, save_weights
 from scripts import web_chat, web_models
 from scripts.chat_model import ChatModel
-from scripts.tools import TOOLS
 from scripts.web_chat import as_markdown, recent, results_of
 from scripts.web_demo import Args
 from scripts.web_microscope import readable
@@ -155,7 +155,7 @@ def test_tools_are_called_step_by_step(open_page):
 
 
 def test_tools_end_after_some_rounds(open_page, monkeypatch):
-    monkeypatch.setattr(web_chat, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(web_chat, "MAX_TURNS", 1)
     page = open_page()
     page.multiselect(key="tools").set_value(["calculator"]).run()
     assistant = say(page, "6 * 7?").chat_message[1]

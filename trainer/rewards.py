@@ -25,7 +25,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ class Rewards:
 
     Args:
         prompts: the data, which must have answers if a rule asks for them.
+        more: rules of the stage's own, by name.
     """
 
-    def __init__(self, run: Run, prompts: Prompts):
-        self.run, self.errors = run, 0
-        chosen = parse(run.args.reward)
+    def __init__(self, run: Run, prompts: Prompts, more: dict[str, Callable] | None = None):
+        self.run, self.more = run, more or {}
+        chosen = parse(run.args.reward, [*NAMES, *self.more])
         if "auto" in chosen:
             chosen = automatic(run, prompts)
             run.print("reward: " + " + ".join(f"{weight:g} · {n}" for n, weight in chosen.items()))
@@ -79,6 +80,7 @@ class Rewards:
             "language": same_language,
             "length": lambda each: 1 - len(each.tokens) / args.max_gen_len,
             "repetition": unrepeated,
+            **self.more,
         }
         if name in rules:
             return lambda answers: [self.survive(rules[name], answer) for answer in answers]
@@ -117,13 +119,13 @@ NAMES = (
 )
 
 
-def parse(words: list[str]) -> dict[str, float]:
+def parse(words: list[str], names: Iterable[str] = NAMES) -> dict[str, float]:
     """["answer:1", "repetition:0.2"] → weights by name."""
     found = {}
     for word in words:
         name, _, weight = word.partition(":")
-        if name not in ("auto", *NAMES):
-            raise UserError(f"--reward knows {', '.join(NAMES)} and auto, not {name!r}")
+        if name not in ("auto", *names):
+            raise UserError(f"--reward knows {', '.join(names)} and auto, not {name!r}")
         try:
             found[name] = float(weight or 1)
         except ValueError:

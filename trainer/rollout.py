@@ -32,6 +32,7 @@ from dataset.lm_dataset import (
 )
 from dataset.packing import Batch, collate
 from dataset.replies import tagged_answer
+from dataset.tool_loop import Task
 from model.command_line import option
 from model.engine import Engine, Request
 from model.errors import UserError
@@ -112,6 +113,7 @@ class Prompt:
     messages: list[Message]
     ids: list[int]  # as the chat template has them, up to where the answer begins
     answer: str | None  # the truth, for a rule
+    task: Task | None = None  # with tools (train_agent.py): the rest of the truth
 
 
 class Prompts(torch.utils.data.Dataset):
@@ -140,7 +142,8 @@ class Prompts(torch.utils.data.Dataset):
     def description(self) -> str:
         """A hash of the prompts."""
         ids = [np.array(prompt.ids) for prompt in self.prompts]
-        answers = [np.frombuffer(str(prompt.answer).encode(), np.uint8) for prompt in self.prompts]
+        truths = [f"{prompt.answer}{prompt.task or ''}".encode() for prompt in self.prompts]
+        answers = [np.frombuffer(truth, np.uint8) for truth in truths]
         return hash_of(*ids, *answers)
 
     @property
@@ -180,15 +183,18 @@ def prompts_of(window: Window) -> list[Prompt]:
     return [prompt for batch in window for prompt in batch.prompts]
 
 
-def read_prompts(run: Run) -> tuple[Prompts, Prompts | None]:
+def read_prompts(run: Run, read: Callable | None = None) -> tuple[Prompts, Prompts | None]:
     """Prompts to train on and held-out ones, split as the rows of other stages are.
+
+    Args:
+        read: of a row the messages, the answer, and perhaps the task; default: `asked`.
 
     Raises:
         UserError: a line is not what it must be, or every prompt is too long.
     """
     args = run.args
-    rows = load_prompts(run, args.data_path)
-    separate = load_prompts(run, args.val_path) if args.val_path else None
+    rows = load_prompts(run, args.data_path, read)
+    separate = load_prompts(run, args.val_path, read) if args.val_path else None
     order = np.random.default_rng(0).permutation(len(rows)).tolist()
     count = 0 if separate is not None else math.ceil(len(rows) * args.val_share)
     if count >= len(rows):
@@ -200,7 +206,7 @@ def read_prompts(run: Run) -> tuple[Prompts, Prompts | None]:
     return chosen, Prompts(held_out, length) if held_out else None
 
 
-def load_prompts(run: Run, paths: list[str]) -> list[Prompt]:
+def load_prompts(run: Run, paths: list[str], read: Callable | None = None) -> list[Prompt]:
     options = {"open_thinking": True} if run.args.reasoning else {}
     found, too_long = [], 0
     for path in paths:
@@ -210,7 +216,7 @@ def load_prompts(run: Run, paths: list[str]) -> list[Prompt]:
                     continue
                 try:
                     row = parse_row(line)
-                    messages, answer = asked(row)
+                    messages, *truth = (read or asked)(row)
                     encoded = encode_chat(
                         run.tokenizer, messages, add_generation_prompt=True, **options
                     )
@@ -219,7 +225,7 @@ def load_prompts(run: Run, paths: list[str]) -> list[Prompt]:
                 if len(encoded.ids) > run.args.max_seq_len:
                     too_long += 1
                 else:
-                    found.append(Prompt(len(found), messages, encoded.ids, answer))
+                    found.append(Prompt(len(found), messages, encoded.ids, *truth))
     if too_long:
         left_out = f"{too_long:,} prompts are longer than --max_seq_len {run.args.max_seq_len}"
         if not found:
@@ -252,6 +258,7 @@ class Completion:
     tokens: list[int]  # a final EOS included
     text: str
     finished: bool  # by its EOS, not by --max_gen_len
+    written: list[bool] | None = None  # which tokens the policy drew, and learns from; None: all
 
 
 @uncompiled
@@ -271,15 +278,21 @@ def roll_out(
         for prompt in prompts
         for n in range(copies)
     ]
-    if args.rollout_url:
-        if run.is_main:
-            hand_over(args, unwrapped(model), run.tokenizer)
-        run.sum_over_ranks(0.0)  # nobody asks before the weights are there
-        replies = complete_by_server(args, run.tokenizer, chosen)
-    else:
-        replies = complete(args, unwrapped(model), chosen)
+    replies = writer(args, run, model)(chosen)
     run.pending["tokens"] += int(run.sum_over_ranks(sum(map(len, replies)))[0])
     return [completion(run, prompt, ids) for (prompt, *_), ids in zip(chosen, replies, strict=True)]
+
+
+def writer(
+    args: RolloutArgs, run: Run, model: nn.Module
+) -> Callable[[list[tuple[Prompt, int, int]]], list]:
+    """What completes prompts with these weights: the engine, or the server that gets them now."""
+    if not args.rollout_url:
+        return partial(complete, args, unwrapped(model))
+    if run.is_main:
+        hand_over(args, unwrapped(model), run.tokenizer)
+    run.sum_over_ranks(0.0)  # nobody asks before the weights are there
+    return partial(complete_by_server, args, run.tokenizer)
 
 
 def row_seed(*numbers: int) -> int:
@@ -367,9 +380,9 @@ def micro_batches(run: Run, completions: list[Completion]) -> list[RolloutBatch]
 
 
 def piece(completion: Completion) -> dict[str, np.ndarray]:
-    ids = completion.prompt.ids + completion.tokens
-    trained = np.arange(len(ids)) >= len(completion.prompt.ids)
-    return {"input_ids": np.array(ids), "trained": trained}
+    prompt, tokens = completion.prompt.ids, completion.tokens
+    trained = [False] * len(prompt) + (completion.written or [True] * len(tokens))
+    return {"input_ids": np.array(prompt + tokens), "trained": np.array(trained)}
 
 
 def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
@@ -484,15 +497,19 @@ class Sums:
         return {name: value / seen for name, value in self.watched.items()}
 
 
+def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Completion]:
+    settings = Sampling(run.args.max_gen_len, temperature=0)
+    ids = generate(unwrapped(model), [prompt.ids for prompt in prompts], settings)
+    return [completion(run, *pair) for pair in zip(prompts, ids, strict=True)]
+
+
 @uncompiled
 def evaluate_policy(
-    run: Run, model: nn.Module, held_out: Prompts, rewards: Callable
+    run: Run, model: nn.Module, held_out: Prompts, rewards: Callable, answer: Callable = greedy
 ) -> tuple[str, dict[str, float]]:
     """Greedy answers to held-out prompts: one of them to look at, and the means of the rewards."""
     mine = held_out.prompts[run.rank :: run.ranks]
-    settings = Sampling(run.args.max_gen_len, temperature=0)
-    ids = generate(unwrapped(model), [prompt.ids for prompt in mine], settings) if mine else []
-    answers = [completion(run, *pair) for pair in zip(mine, ids, strict=True)]
+    answers = answer(run, model, mine) if mine else []
     _, figures = rewards(answers)
     figures = {**figures, **lengths_and_ends(answers)}
     sums = run.sum_over_ranks(

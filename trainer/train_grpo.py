@@ -30,6 +30,7 @@ one update from each set of answers, for which ρ is 1 and the clip never acts.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,18 +133,23 @@ def total(loss: Tensor, batch: RolloutBatch, args: Args, sums: Sums) -> Tensor:
 
 
 def answer_groups(
-    run: Run, model: nn.Module, rewards: Rewards, prompts: list[Prompt], data: Prompts
+    run: Run,
+    model: nn.Module,
+    rewards: Rewards,
+    prompts: list[Prompt],
+    data: Prompts,
+    answer: Callable = roll_out,
 ) -> tuple[list[Completion], Tensor, dict[str, float]]:
     """Answers to each prompt, [groups, G] rewards, and figures for the log."""
     args = run.args
-    completions = roll_out(run, model, prompts, args.num_generations)
+    completions = answer(run, model, prompts, args.num_generations)
     scores, figures = rewards(completions)
     scores = scores.view(-1, args.num_generations)
     figures["flat_groups"] = flat(scores).float().mean().item() if len(scores) else math.nan
     for attempt in range(args.resample if args.loss_type == "dapo" else 0):
         places = flat(scores).nonzero().flatten().tolist()
         others = draw(data, len(places), args.seed, run.step, run.rank, attempt)
-        new = roll_out(run, model, others, args.num_generations, attempt + 1)
+        new = answer(run, model, others, args.num_generations, attempt + 1)
         theirs, _ = rewards(new)
         for n, place in enumerate(places):
             group = slice(n * args.num_generations, (n + 1) * args.num_generations)

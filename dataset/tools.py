@@ -1,8 +1,8 @@
-"""Tools that a model can call: safe, local, and the same for the web page and for evaluation.
+"""Tools that a model can call: safe, local, the same in data, training, evaluation and web page.
 
 A tool is a name, a JSON schema of its arguments, and a function of them. `call_tool` never raises:
-what goes wrong is told to the model, which may try again. Calculator and clock are those of the
-demo's data (dataset/demo_stages.py), so that a model trained on tools.jsonl knows them.
+what goes wrong is told to the model, which may try again. A model trained on the demo's tools.jsonl
+knows all of them. How calls are read from replies and answered is in tool_loop.py.
 """
 
 import ast
@@ -26,11 +26,28 @@ class Tool(NamedTuple):
 class ToolError(Exception):
     """What the model is told instead of a result."""
 
+    kind = "failed"
+
+
+class UnknownTool(ToolError):
+    kind = "unknown_tool"
+
+
+class BadArguments(ToolError):
+    kind = "bad_arguments"
+
+
+class Result(NamedTuple):
+    """What the model reads of a call: JSON, {"error": "…"} if it went wrong; and in which way."""
+
+    text: str
+    error: str | None = None
+
 
 def call_tool(
     name: str, arguments: dict[str, Any] | str, offered: Iterable[str] | None = None
-) -> str:
-    """The result of a call as JSON; {"error": "…"} where there is none.
+) -> Result:
+    """The result of a call; it never raises.
 
     Args:
         arguments: an object, or the JSON text of one, as a model writes it.
@@ -39,32 +56,36 @@ def call_tool(
     offered = list(TOOLS if offered is None else offered)
     try:
         if name not in offered:
-            raise ToolError(f"there is no tool {name!r}; there are {', '.join(offered)}")
-        result = run_tool(name, arguments)
+            raise UnknownTool(
+                f"there is no tool {name!r}; there are {', '.join(offered) or 'none'}"
+            )
+        result, kind = run_tool(name, arguments), None
     except ToolError as error:
-        result = {"error": str(error)}
-    return json.dumps(result, ensure_ascii=False)
+        result, kind = {"error": str(error)}, error.kind
+    return Result(json.dumps(result, ensure_ascii=False), kind)
 
 
 def run_tool(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    if name not in TOOLS:  # offered by somebody's data
+        raise ToolError(f"{name} cannot be run here")
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise ToolError(f"the arguments are not JSON: {error}") from None
+            raise BadArguments(f"the arguments are not JSON: {error}") from None
     if not isinstance(arguments, dict):
-        raise ToolError("the arguments must be a JSON object")
+        raise BadArguments("the arguments must be a JSON object")
     parameters = TOOLS[name].schema["function"]["parameters"]
     for key, about in parameters["properties"].items():
         if key not in arguments:
-            raise ToolError(f"{name} needs {key!r}: {about['description']}")
+            raise BadArguments(f"{name} needs {key!r}: {about['description']}")
         if about["type"] == "number":
             arguments = {**arguments, key: number(arguments[key], key)}
         elif not isinstance(arguments[key], str):
-            raise ToolError(f"{key!r} must be a text")
+            raise BadArguments(f"{key!r} must be a text")
     for key in arguments:
         if key not in parameters["properties"]:
-            raise ToolError(f"{name} takes no {key!r}")
+            raise BadArguments(f"{name} takes no {key!r}")
     return TOOLS[name].run(**arguments)
 
 
@@ -75,7 +96,7 @@ def number(value: Any, key: str) -> float:
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise ToolError(f"{key!r} must be a number")
+        raise BadArguments(f"{key!r} must be a number")
     return value
 
 
@@ -185,16 +206,54 @@ def convert_units(value: float, from_unit: str, to_unit: str) -> dict[str, Any]:
 MEANINGS = {
     "token": "a piece of text, often a part of a word, that a model reads and writes as one",
     "tokenizer": "what cuts a text into tokens and puts tokens together to a text",
+    "vocabulary": "all tokens that a model knows",
+    "corpus": "a large collection of texts to learn from",
     "embedding": "the vector that stands for a token inside a model",
-    "attention": "how a position of a text gathers what it needs from earlier ones",
+    "vector": "a row of numbers",
+    "matrix": "a table of numbers, by which vectors are multiplied",
+    "tensor": "numbers in a block of any number of dimensions",
+    "weight": "one of the numbers that a model learns",
+    "bias": "a number that a layer adds, whatever its input is",
     "layer": "one of the equal steps in which a model works on its vectors",
-    "loss": "how surprised a model is by the true next token; training makes it small",
-    "gradient": "for each weight, how the loss changes if the weight is changed a little",
+    "neuron": "one output of a layer, with the weights that lead to it",
+    "transformer": "a model that is built of attention and feed-forward layers in turn",
+    "attention": "how a position of a text gathers what it needs from earlier ones",
+    "query": "what a position asks of the others in attention",
+    "key": "what a position shows to those that ask in attention",
+    "value": "what a position hands over in attention",
+    "head": "one of several attentions that run side by side in a layer",
+    "mask": "what hides positions that must not be seen",
+    "residual": "the path on which a layer's input is added to its output",
+    "activation": "the function that bends a layer's output, so that layers can do more than one",
+    "normalization": "bringing vectors to the same size before they are worked on",
+    "expert": "one of several feed-forward layers, of which each token uses a few",
+    "router": "what chooses the experts for a token",
+    "context": "the text that a model sees when it predicts the next token",
+    "cache": "keys and values of earlier tokens, kept so that nobody works them out again",
+    "prompt": "the text that a model is given to go on from",
+    "completion": "the text that a model writes after a prompt",
     "logit": "the score that a model gives a token before softmax makes it a probability",
     "softmax": "turns scores into probabilities that add up to 1",
+    "temperature": "what logits are divided by: the higher, the freer the choice",
+    "sampling": "drawing the next token at random from the probabilities",
+    "entropy": "how uncertain a distribution is, in nats or bits",
     "perplexity": "e to the mean loss: how many equally likely tokens there seem to be",
+    "loss": "how surprised a model is by the true next token; training makes it small",
+    "gradient": "for each weight, how the loss changes if the weight is changed a little",
+    "backpropagation": "working out all gradients from the last layer to the first",
+    "optimizer": "the rule by which gradients change the weights",
+    "momentum": "a running mean of gradients that an optimizer follows",
+    "batch": "the examples from which one update is learnt",
+    "epoch": "one pass through all the training data",
+    "overfitting": "learning examples by heart instead of what they have in common",
+    "dropout": "leaving out random activations in training, against learning by heart",
     "pretraining": "training on plain text, to predict the next token",
-    "expert": "one of several feed-forward layers, of which each token uses a few",
+    "alignment": "making a model do what people want of it",
+    "reward": "a number that says how good an answer was",
+    "policy": "the model that acts, in learning from rewards",
+    "distillation": "training a small model on what a large one says",
+    "quantization": "storing weights in fewer bits",
+    "benchmark": "fixed questions by which models are compared",
 }
 
 
