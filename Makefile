@@ -14,12 +14,13 @@ test: .venv/installed-dev  ## all tests, files side by side
 stages: .venv/installed  ## does each stage of preferences and rewards learn? long
 	$(BIN)/python benchmarks/stages.py
 
-check: lint  ## what to run before each commit: style and the fast tests
+check: lint  ## what to run before each commit: style, notes and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check_notes.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
