@@ -67,13 +67,14 @@ def as_page(name: str, path: Path) -> str:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links to code lead to its page, and those to `file.py::Name` to the line."""
-    if page.file.generated_by and page.file.src_uri.endswith(".py.md"):
+    if page.file.src_uri.endswith(".py.md"):
         return markdown
 
     def code_link(match: re.Match) -> str:
         file, name = match.groups()
-        target, line = files.get_file_from_path(page_of(file)), line_of(file, name)
-        if target is None or line is None:
+        target = files.get_file_from_path(page_of(file))
+        line = line_of(file, name) if target else None
+        if line is None:
             return match[0]
         url = f"{get_relative_url(target.url, page.url)}#__codelineno-0-{line}"
         shown = f"{file}::{name}".replace("/", "/<wbr>").replace("::", "::<wbr>")
