@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from streamlit import config
+from streamlit.web.cli import main_run
 
 from dataset.demo import write_demo_data
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -34,7 +34,7 @@ ONE_STEP = (
 )
 REWARDS = f"{ONE_STEP} --max_gen_len 4 --update_batch_size 2"
 
-# Small settings for what is run: the first pattern that fits the script and its first argument.
+# Small settings for what is run, by the first pattern that fits the script, or it and a word more.
 RUN = {
     "trainer/train_pretrain.py": f"{ONE_STEP} --num_hidden_layers 1",
     "trainer/train_grpo.py": f"{REWARDS} --num_generations 2",
@@ -48,11 +48,11 @@ RUN = {
     "scripts/make_recipe.py": "",
     "scripts/check_notes.py": "",
     "scripts/convert_model.py *": "--force",
-    "scripts/prepare_data.py [cdms][!o]*": "--force 1 --workers 1",  # all but download
+    "scripts/prepare_data.py *": "--force 1 --workers 1",
     "-m dataset.demo": "--output again",
     "learning_materials/*.py": "--out lesson",
 }
-# Why the flags are all that is tried, and where else the script is run.
+# Why the flags are all that is tried, and where else the script is run; this comes before RUN.
 PARSE = {
     "scripts/prepare_data.py download": "network; tests/test_prepare_data.py has a stand-in",
     "trainer/train_full_sft.py --recipe": "reads 28,596 conversations; tests/test_report.py",
@@ -87,9 +87,9 @@ def curl(address: str, *words: str) -> None:
 
 def streamlit(run: str, script: str, *words: str) -> None:
     assert run == "run" and (ROOT / script).exists()
-    for flag in words[: words.index("--") if "--" in words else None]:
-        if flag.startswith("--"):
-            assert flag[2:] in config.get_config_options(on_force_reparsing=None)
+    known = {name for option in main_run.params for name in option.opts}
+    flags = words[: words.index("--") if "--" in words else None]
+    assert all(flag in known for flag in flags if flag.startswith("--"))
 
 
 def not_ours(*words: str) -> None:
@@ -313,6 +313,34 @@ def test_each_command_has_a_rule():
         if command.words[0] == "python" and command.words[1] != "-m":
             script = command.words[1].replace("train_X", "train_pretrain")
             assert (ROOT / command.folder / script).exists(), command
+
+
+def test_commands_are_read_as_a_shell_reads_them():
+    text = """
+Text with `python a.py [--b c]` and `--flag`.
+```bash
+x="--y 1"
+cd trainer && .venv/bin/python b.py $x \\
+    --z 'two words'        # a comment; with && and |
+echo "hi" | python3 c.py
+torchrun --nproc_per_node 2 d.py --e
+```
+```
+python not_bash.py
+```
+"""
+    assert list(commands_of(text)) == [
+        Command(("python", "a.py", "--b", "c")),
+        Command(("python", "b.py", "--y", "1", "--z", "two words"), folder="trainer"),
+        Command(("python", "c.py"), typed="hi\n"),
+        Command(("python", "d.py", "--e")),
+    ]
+
+
+@pytest.mark.parametrize("words", ["python scripts/new.py --x", "new_program --x"])
+def test_a_command_without_a_rule_fails(words):
+    with pytest.raises(KeyError):
+        Command(tuple(words.split())).rule()
 
 
 @pytest.mark.slow
