@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check stages lint format clean
+.PHONY: demo test check stages docs lint format clean
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
@@ -14,12 +14,17 @@ test: .venv/installed-dev  ## all tests, files side by side
 stages: .venv/installed  ## does each stage of preferences and rewards learn? long
 	$(BIN)/python benchmarks/stages.py
 
-check: lint  ## what to run before each commit: style and the fast tests
+docs: .venv/installed-docs  ## these texts as a site, out/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "to read it: $(BIN)/python -m http.server --directory out/site"
+
+check: lint  ## what to run before each commit: style, notes and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/check_notes.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
@@ -34,6 +39,11 @@ clean:  ## what demo and tests made, and the environment; your own weights in ou
 	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-eval.txt .venv/installed
+.venv/installed-docs: requirements-docs.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements-docs.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt requirements-eval.txt requirements-docs.txt .venv/installed
 	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	@touch $@

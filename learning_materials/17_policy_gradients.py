@@ -1,0 +1,150 @@
+"""17. Policy gradients: PPO, GRPO and SPO
+
+Question   A model writes an answer and is told how good it was. How does it learn from a number?
+Concept    What brought more than expected becomes likelier. What is expected, the baseline, takes
+           noise away: GRPO has the mean of a group of answers, SPO what the prompt has brought
+           before, PPO the word of a critic. The clip keeps the policy near the one that answered.
+Equation   gradient of E[r] = E[(r - b) * gradient of log pi]                          (REINFORCE)
+           L = -min(rho * A, clip(rho, 1 - eps, 1 + eps) * A), rho = pi / pi_old       (1707.06347)
+Predict    Eight answers to a prompt are all right. What does GRPO learn from them?
+"""
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from lesson import Language, Lesson, small_model, teach, train
+
+from model.generation import generate
+from model.model_minimind import MiniMindForScoring
+from model.sampling import Sampling
+from trainer import train_grpo, train_ppo, train_spo
+from trainer.rollout import Completion, Prompt, Sums, micro_batches, policy_inputs
+
+CHANCES = torch.tensor([0.95, 0.85, 0.75, 0.65])  # of a reward of 1, for the bandit's four arms
+TRUE = (CHANCES - CHANCES.mean()) / 4  # the gradient of E[r] for the logits, where all are 0
+G = 8  # answers in a group
+TRAINERS = {"GRPO": train_grpo, "SPO": train_spo, "PPO": train_ppo}
+
+
+def main(lesson: Lesson) -> None:
+    lesson.predict("Which baselines turn the gradient, and which make it less noisy?")
+    arms = torch.randint(4, (4000, G))
+    rewards = (torch.rand(4000, G) < CHANCES[arms]).float()
+    tracker = train_spo.ValueTracker(1, train_spo.Args())
+    tracker.learn(np.zeros(40, int), rewards[:5].flatten().numpy())  # one after the other
+    advantages = {
+        "none": rewards,
+        "mean of the group (GRPO)": train_grpo.group_advantages(rewards, scaled=False),
+        "earlier answers (SPO)": rewards - float(tracker.values[0]),
+        "a perfect critic (PPO)": rewards - CHANCES.mean(),
+    }
+    rows = []
+    for name, A in advantages.items():
+        estimates = (A[..., None] * (torch.eye(4)[arms] - 1 / 4)).mean(1)  # A * grad log pi, [N, 4]
+        length = (estimates.mean(0) @ TRUE / TRUE.square().sum()).item()
+        rows.append((name, length, estimates.var(0).sum().item()))
+    lesson.table("baseline", "gradient / true one", "variance", rows=rows)
+    assert abs(rows[1][1] - 7 / 8) < 0.1 and max(row[2] for row in rows[1:]) < rows[0][2] / 3
+    lesson.conclude("None turns it. A group's mean has the answer itself in it: 7/8 of the length.")
+
+    lesson.predict("8 answers, each right with chance p. Which share of groups teaches nothing?")
+    p = torch.tensor([0.02, 0.1, 0.5, 0.9, 0.98])
+    flat = [train_grpo.flat((torch.rand(4000, G) < x).float()).float().mean() for x in p]
+    rows = torch.stack([p, torch.stack(flat), p**G + (1 - p) ** G], 1)
+    lesson.table("p", "flat groups", "p^8 + (1 - p)^8", rows=rows.tolist())
+    assert torch.allclose(rows[:, 1], rows[:, 2], atol=0.03)
+    lesson.conclude("All alike, and no answer is better than the mean. So ask what is half known.")
+
+    lesson.predict("A = 1, eps 0.2: how strongly is log pi pushed up at rho 0.7, 1, 1.1, 1.3?")
+    rho = torch.linspace(0.4, 1.6, 121)
+    rows = torch.cat([rho[:, None], pushed(rho)], 1)[[30, 60, 70, 90]]
+    lesson.table("rho", "clip (GRPO)", "simple (SPO)", rows=rows.tolist())
+    assert rows[3, 1] == 0 > rows[3, 2] and rows[:3].min() > 0
+    lesson.conclude("Beyond 1.2 the clip is silent and the penalty of simple pulls back.")
+
+    lesson.predict("A half-trained model, its reward the share of possible pairs. Who learns?")
+    curves = {name: learn(name) for name in TRAINERS}
+    rows = [(name, np.mean(c[:3]).item(), np.mean(c[-3:]).item()) for name, c in curves.items()]
+    lesson.table("", "reward at first", "at last", rows=rows)
+    assert all(last > first + 0.2 for _, first, last in rows)
+    lesson.conclude("All three, from numbers alone: nobody showed them a right answer.")
+
+    figure, (left, right) = lesson.figure(2)
+    left.plot(rho, pushed(rho), label=["clip (GRPO)", "simple (SPO)"])
+    left.set(title="A = 1: how strongly log pi is pushed up", xlabel="pi / pi_old")
+    right.plot(torch.tensor(list(curves.values())).T, label=list(curves))
+    right.set(title="a tiny language", xlabel="update", ylabel="reward: possible pairs")
+    lesson.save(figure)
+
+    lesson.exercise("Where does the push end for a bad answer, A = -1?", solution_1)
+    lesson.exercise("With --gae_lambda 1, what is PPO's advantage of each token?", solution_2)
+
+
+def pushed(ratios: torch.Tensor, advantage: float = 1.0) -> torch.Tensor:
+    """Minus the gradient for log pi at each pi / pi_old, of GRPO's and of SPO's loss, [N, 2]."""
+    log_pi = ratios.log()[:, None].repeat(1, 2).requires_grad_()
+    batch = SimpleNamespace(old=0, advantages=torch.tensor(advantage), reference=None, mask=1)
+    for column, trainer in enumerate((train_grpo, train_spo)):
+        trainer.policy_loss(log_pi[:, column], batch, trainer.Args()).sum().backward()
+    return 0 - log_pi.grad
+
+
+def learn(name: str, updates: int = 20) -> list[float]:
+    """The mean reward of each update's 64 answers of 8 words; updates are those of the trainer."""
+    language, model = Language(), small_model()
+    train(model, (language.batch(8) for _ in range(15)))
+    args = TRAINERS[name].Args(update_batch_size=64)
+    run = SimpleNamespace(args=args, device="cpu", tokenizer=SimpleNamespace(pad_token_id=0))
+    run.forward, run.sum_over_ranks = lambda *_, **__: nullcontext(), lambda *own: list(own)
+    tracker = train_spo.ValueTracker(64, train_spo.Args())
+    both = train_ppo.ActorCritic(model, MiniMindForScoring.on(copy.deepcopy(model)))
+    optimizer, curve = torch.optim.AdamW(both.parameters(), 2e-3), []
+    for update in range(updates):
+        asked = torch.randint(64, (64 // G,)).repeat_interleave(G).numpy()
+        settings = Sampling(max_new_tokens=8, stop_ids=(), seed=update)
+        texts = torch.tensor(generate(model, asked[:, None].tolist(), settings))
+        before = torch.cat([torch.from_numpy(asked)[:, None], texts[:, :-1]], 1)
+        scores = (language.next[before, texts] > 0).float().mean(1)
+        pairs = zip(asked.tolist(), texts.tolist(), strict=True)
+        answers = [Completion(Prompt(0, [], [a], None), text, "", True) for a, text in pairs]
+        (batch,) = micro_batches(run, answers)
+        if name == "PPO":
+            train_ppo.judge(run, both, None, [batch], scores)
+        elif name == "GRPO":
+            batch.advantages = train_grpo.group_advantages(scores.view(-1, G), True).view(-1, 1)
+        else:
+            unexpected = scores - torch.from_numpy(tracker.values[asked])
+            batch.advantages = train_spo.normalised(run, unexpected).float()[:, None]
+            tracker.learn(asked, scores.numpy())
+        for _ in range(args.update_epochs):
+            log_pi, values, _ = both(**policy_inputs(run, batch))
+            if name == "PPO":
+                actor, critic = train_ppo.ppo_loss(log_pi, values, batch, args)
+                loss = actor + args.vf_coef * critic
+            else:
+                loss = TRAINERS[name].policy_loss(log_pi, batch, args).sum()
+            (loss / Sums(run, [batch]).tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curve.append(scores.mean().item())
+    return curve
+
+
+def solution_1(lesson: Lesson) -> None:
+    push = pushed(torch.tensor([0.7, 1.3]), -1.0)
+    lesson.print(f"at rho 0.7 and 1.3, of clip and simple: {push.tolist()}; so below 0.8")
+    assert push[0, 0] == 0 < push[0, 1] and push[1].max() < 0
+
+
+def solution_2(lesson: Lesson) -> None:
+    rewards, values = torch.tensor([[0.0, 0, 1]]), torch.rand(1, 3)
+    advantages = train_ppo.advantage_estimates(rewards, values, torch.ones(1, 3), 1.0, 1.0)
+    lesson.print(f"{advantages.tolist()}: the final reward, less the critic's {values.tolist()}")
+    assert torch.allclose(advantages, 1 - values)
+
+
+if __name__ == "__main__":
+    teach(main, __file__, __doc__)
