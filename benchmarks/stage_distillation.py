@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from trainings import run_trainer
 
 from dataset.demo import grade, load_tests
 from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
+from model.errors import exit_on_user_error
 from model.generation import prepare_to_decode
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, save_weights, write_json
@@ -80,12 +81,7 @@ def distillation(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
     """Both trainings of a seed: a row for each metric."""
-    places = {name: out / f"{name}{WIDTH}.pth" for name in ("student", "teacher")}
-    places |= {"data": data, "base": base / f"full_sft{WIDTH}.pth"}
-    if not places["teacher"].exists():
-        train(console, train_full_sft, TEACHER, "teacher", 7, places, out, max_steps)
-    if not places["student"].exists():
-        cut(places["base"], places["student"])
+    places = prepare(base, data, out, max_steps, console)
     questions = load_tests(data)["skills"]
     found, curves = {}, {}
     trainings = {"alone": (train_full_sft, ALONE), "distilled": (train_distillation, DISTILLED)}
@@ -114,6 +110,17 @@ def distillation(
     return rows
 
 
+def prepare(base: Path, data: Path, out: Path, max_steps: int, console: Console) -> dict[str, Path]:
+    """Teacher and student, made once: where they and the data are."""
+    places = {name: out / f"{name}{WIDTH}.pth" for name in ("student", "teacher")}
+    places |= {"data": data, "base": base / f"full_sft{WIDTH}.pth"}
+    if not places["teacher"].exists():
+        train(console, train_full_sft, TEACHER, "teacher", 7, places, out, max_steps)
+    if not places["student"].exists():
+        cut(places["base"], places["student"])
+    return places
+
+
 def train(
     console: Console,
     trainer: Any,
@@ -124,17 +131,10 @@ def train(
     out: Path,
     max_steps: int,
 ) -> dict[str, Any]:
-    """Run a trainer by its command line, which is printed."""
     words = [word.format(**places) for word in f"{flags} {DATA}".split()]
     words += ["--seed", str(seed), "--save_weight", name, "--save_dir", str(out)]
     words += ["--checkpoint_dir", str(out / "checkpoints")]
-    words += ["--max_steps", str(max_steps)] if max_steps else []
-    script = Path(trainer.__file__).name
-    console.print(f"$ python trainer/{script} {' '.join(words)}\n", soft_wrap=True)
-    result = trainer.main(parse_arguments(trainer.Args, arguments=words))
-    if result["stopped"]:
-        raise UserError("stopped")
-    return result
+    return run_trainer(console, trainer, words, max_steps)
 
 
 def cut(base: Path, student: Path) -> None:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from trainings import run_trainer
 
 from dataset.demo import read_jsonl, write_jsonl
 from dataset.lm_dataset import encode_chat
 from dataset.replies import parse_reasoning, tagged_answer
-from model.command_line import parse_arguments
-from model.errors import UserError
 from model.generation import generate, prepare_to_decode
 from model.sampling import Sampling
 from model.weights import load_model, load_tokenizer
@@ -67,13 +66,8 @@ def reason(
         words += f"--seed {seed} --save_weight reason_{name}_{seed} --device cpu".split()
         words += "--num_workers 0 --log_interval 10 --save_interval 0 --eval_interval 0".split()
         words += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
-        words += ["--max_steps", str(max_steps)] if max_steps else []
-        console.print(
-            f"$ python trainer/{Path(stage.__file__).name} {' '.join(words)}\n", soft_wrap=True
-        )
         began = time.time()
-        if stage.main(parse_arguments(stage.Args, arguments=words))["stopped"]:
-            raise UserError("stopped; what was finished is in the report")
+        run_trainer(console, stage, words, max_steps)
         seconds = round(time.time() - began, 1)
         path = out / f"reason_{name}_{seed}_{HIDDEN_SIZE}.pth"
         found[name] = {**measured(path, questions, name == "direct"), "seconds": seconds}

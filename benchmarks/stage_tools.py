@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from trainings import run_trainer
 
 from model.command_line import parse_arguments
-from model.errors import UserError
 from scripts import eval_toolcall
 from trainer import train_agent, train_full_sft
 
@@ -67,17 +67,8 @@ def agent(
 def train(
     stage: Any, flags: str, places: dict[str, Any], max_steps: int, console: Console
 ) -> dict[str, Any]:
-    """Train by the command line that is printed."""
     words = [word.format(**places) for word in f"{flags} {COMMON}".split()]
-    if max_steps:
-        at = words.index("--max_steps") + 1
-        words[at] = str(min(max_steps, int(words[at])))
-    script = Path(stage.__file__).name
-    console.print(f"$ python trainer/{script} {' '.join(words)}\n", soft_wrap=True)
-    result = stage.main(parse_arguments(stage.Args, arguments=words))
-    if result["stopped"]:
-        raise UserError("stopped; what was finished is in the report")
-    return result
+    return run_trainer(console, stage, words, max_steps)
 
 
 def evaluate(path: Path, data: Path, console: Console, bare: bool = True) -> dict[str, Any]:

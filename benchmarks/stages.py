@@ -16,8 +16,10 @@ the logs beside the weights, and measured on what is in no training file:
     kl                   nats that an answer (sampled at temperature 1) departs from the start
     length               tokens of an answer
 
-with standard errors. The report has a row for each metric that has a target: {stage, seed, metric,
-before, after, target, met}, the other figures beside it; curves of each stage are drawn.
+with standard errors. Distillation, reasoning and tools have their own ways to measure, which
+stage_distillation.py, stage_reason.py and stage_tools.py tell. The report has a row for each metric
+that has a target: {stage, seed, metric, before, after, target, met}, the other figures beside it;
+curves of each stage are drawn.
 """
 
 import math
@@ -34,10 +36,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
+import stage_distillation
+import stage_reason
+import stage_tools
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from trainings import run_trainer
 
 from dataset.demo import grade, load_tests, write_demo_data
 from dataset.lm_dataset import encode_chat, load_documents
@@ -120,9 +126,18 @@ STAGES = {
 }
 
 
+ELSEWHERE = {  # a function of a seed, which returns rows of the report
+    "distillation": stage_distillation.distillation,
+    "reason": stage_reason.reason,
+    "toolcall": stage_tools.toolcall,
+    "agent": stage_tools.agent,
+}
+KNOWN = [*STAGES, *ELSEWHERE]
+
+
 @dataclass
 class Args:
-    stage: list[str] = option(list(STAGES), "which stages")
+    stage: list[str] = option(KNOWN, "which stages")
     seeds: list[int] = option([42, 43, 44], "each stage is trained with each of them")
     questions: int = option(120, "held-out questions of each of the 13 skills at most")
     jobs: int = option(os.cpu_count() or 1, "trainings side by side, on a core each")
@@ -132,9 +147,9 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
-    unknown = set(args.stage) - set(STAGES)
+    unknown = set(args.stage) - set(KNOWN)
     if unknown:
-        raise UserError(f"--stage: {min(unknown)} is unknown; there are {', '.join(STAGES)}")
+        raise UserError(f"--stage: {min(unknown)} is unknown; there are {', '.join(KNOWN)}")
     if args.jobs < 1:
         raise UserError(f"--jobs must be at least 1, not {args.jobs}")
     started, console, out = time.time(), Console(highlight=False), Path(args.output)
@@ -143,16 +158,19 @@ def main(args: Args) -> dict[str, Any]:
     before = measure.policy(measure.base)
     told = ", ".join(f"{name} {value:.3f}" for name, value in before.items())
     console.print(f"unfinished model: {told}")
-    rows, curves = [], {name: {} for name in args.stage}
-    # seeds one after the other: what the seeds of a stage share is made by the first
-    tasks = [(name, seed, args, before) for seed in args.seeds for name in args.stage]
+    if "distillation" in args.stage:
+        stage_distillation.prepare(base.parent, out / "data", out, args.max_steps, console)
+    rows, curves = [], {name: {} for name in args.stage if name in STAGES}
+    tasks = [(name, seed, args, before) for name in args.stage for seed in args.seeds]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), begin, (threads,)) as pool:
         futures = {pool.submit(train_and_measure, *task): task for task in tasks}
         for future in tqdm(as_completed(futures), total=len(futures), desc="trainings"):
             name, seed, *_ = futures[future]
-            found, curves[name][seed] = future.result()
+            found, records = future.result()
             rows += found
+            if name in STAGES:
+                curves[name][seed] = records
             rows.sort(key=lambda row: (args.stage.index(row["stage"]), row["seed"]))
             report = {
                 "date": str(date.today()),
@@ -163,10 +181,14 @@ def main(args: Args) -> dict[str, Any]:
                 "questions": measure.count,
                 "rows": rows,
             }
+            if distilled := [row for row in rows if row["stage"] == "distillation"]:
+                report["distillation"] = stage_distillation.verdict(distilled)
             write_json(args.json, report)  # after each: hours of others' time are not lost
-    draw(curves, out / "stages.png")
     show(console, report)
-    console.print(f"figures: {args.json}\ncurves:  {out / 'stages.png'}")
+    console.print(f"figures: {args.json}")
+    if curves:
+        draw(curves, out / "stages.png")
+        console.print(f"curves:  {out / 'stages.png'}")
     return report
 
 
@@ -177,10 +199,9 @@ def unfinished_model(console: Console, out: Path, args: Args) -> Path:
     kinds = ((train_pretrain, PRETRAIN, ""), (train_full_sft, SFT, "--lr_schedule constant"))
     for stage, flags, more in kinds:
         name = Path(stage.__file__).stem.removeprefix("train_")
-        steps = min(BASE_STEPS[name], args.max_steps or BASE_STEPS[name])
-        text = f"{flags} {COMMON} {more} --max_steps {steps} --num_workers 0 --resume 1"
+        text = f"{flags} {COMMON} {more} --max_steps {BASE_STEPS[name]} --num_workers 0 --resume 1"
         words = [w.format(data=out / "data", out=base, device="cpu") for w in text.split()]
-        run(console, stage, words)
+        run_trainer(console, stage, words, args.max_steps)
     return base / f"full_sft_{HIDDEN_SIZE}.pth"
 
 
@@ -199,6 +220,9 @@ def train_and_measure(
         redirect_stderr(log),
     ):
         console = Console(file=log, highlight=False)
+        if name in ELSEWHERE:
+            places = out / "base", out / "data", out
+            return ELSEWHERE[name](seed, *places, args.max_steps, console), []
         result = train(console, name, seed, out, args)
         base = out / "base" / f"full_sft_{HIDDEN_SIZE}.pth"
         measure = measure_of(out / "data", base, args.questions)
@@ -215,18 +239,7 @@ def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict
     words += f"--seed {seed} --save_weight {name}_{seed} --device cpu --log_interval 2".split()
     words += "--save_interval 0 --eval_interval 0".split()
     words += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
-    if args.max_steps:
-        words += ["--max_steps", str(args.max_steps)]
-    return run(console, stage.trainer, words)
-
-
-def run(console: Console, stage: Any, words: list[str]) -> dict[str, Any]:
-    script = Path(stage.__file__).name
-    console.print(f"$ python trainer/{script} {' '.join(words)}\n", soft_wrap=True)
-    result = stage.main(parse_arguments(stage.Args, arguments=words))
-    if result["stopped"]:
-        raise UserError("stopped; what was finished is in the report")
-    return result
+    return run_trainer(console, stage.trainer, words, args.max_steps)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -365,20 +378,26 @@ def show(console: Console, report: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("stage", "metric", "") else "right")
     for row in report["rows"]:
         each = SimpleNamespace(**row)
-        error = each.beside.get(f"{each.metric}_error", 0.0)
+        form = "{:.3f}" if each.metric.endswith("loss") else "{:.1%}"
+        error = each.beside.get(f"{each.metric}_error")
         table.add_row(
             each.stage,
             str(each.seed),
             each.metric,
-            f"{each.before:.1%}",
-            f"{each.after:.1%} ± {error:.1%}",
-            f"{each.target:.1%}",
+            form.format(each.before),
+            form.format(each.after) + (f" ± {form.format(error)}" if error else ""),
+            form.format(each.target),
             "[green]met[/green]" if each.met else "[red]missed[/red]",
             f"{each.beside['kl']:.2f}" if "kl" in each.beside else "",
             f"{each.beside['length']:.1f}" if "length" in each.beside else "",
             f"{each.beside['seconds']:.0f}",
         )
     console.print(table)
+    for mean in report.get("distillation", []):
+        gain, error = mean["gain"], mean["error"]
+        said = "more" if mean["met"] else "not more"
+        metric = f"distillation, mean of the seeds: {mean['metric']} better by {gain:.4f}"
+        console.print(f"{metric} ± {error:.4f}, {said} than two standard errors")
     console.print(f"{report['machine']}, {report['date']}, {report['seconds'] / 60:.0f} min in all")
 
 
