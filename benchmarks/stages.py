@@ -73,11 +73,10 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340, which the demo makes
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-# Many different prompts in an update and few answers to each: prompts average the noise out. Muon,
-# which makes the step in directions of noise as long as any other, learns less (RECIPE_LOG.md).
+# Many different prompts in an update and few answers to each: prompts average the noise out.
 RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
     --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64
-    --rollout_batch_size 128 --num_workers 0 --optimizer adamw --learning_rate 2e-4"""
+    --rollout_batch_size 128 --num_workers 0 --learning_rate 2e-4"""
 PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.jsonl
     --val_documents 1000 --max_seq_len 256 --num_workers 0"""
 

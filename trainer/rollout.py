@@ -63,6 +63,9 @@ class RolloutArgs(LoraArgs):
     from_weight: str = option("dpo", "stage to start from")
     batch_size: int = option(2, "prompts a device takes at once")
     max_seq_len: int = option(256, "tokens of a prompt at most; longer ones are left out")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "muon would walk along the noise of the samples as far as along the signal"
+    )
     packing: bool = option(False, "without effect: answers are padded, like lengths side by side")
     max_gen_len: int = option(1024, "tokens of a completion at most")
     rollout_batch_size: int = option(64, "completions decoded side by side")
