@@ -185,7 +185,7 @@ def test_turns_are_evenly_spread():
 
 
 def test_with_alpha_1_it_is_fine_tuning_bit_for_bit(tmp_path, train):
-    settings = dict(max_steps=4, dropout=0.1)
+    settings = dict(max_steps=4, dropout=0.1, learning_rate=1e-3)
     train("a", alpha=1.0, **settings)
     tuned = Trainer(tmp_path, train_full_sft)
     tuned("b", **settings)
