@@ -597,21 +597,26 @@ def test_thoughts_lead_to_the_answer(data):
             thoughts, final = re.fullmatch(form, reply, re.DOTALL).groups()
             value, *given = map(int, re.findall(r"\d+", prompt))
             sums[name].add(len(given))
-            names = re.findall("|".join(WEEKDAYS["zh"] + WEEKDAYS["en"]), prompt)
+            *lines, question = prompt.split("\n")[1:]
+            week = "|".join(WEEKDAYS["zh"] + WEEKDAYS["en"])
+            names = [re.match(week, line)[0] for line in prompt.split("\n")[:-1]]
             assert len(set(names)) == len(names)
             days[name].add(len(names))
-            for thought, day in zip(thoughts.split("\n"), names[1:], strict=True):
-                told, worked = re.fullmatch(r"([^.。]+[.。]) (.+)", thought).groups()
-                assert told in prompt and re.match(f"{day}[:：]", told)
-                if numbers := re.findall(r"\d+", told):
-                    form = r"(\d+) ([+-]) (\d+) = (\d+)"
-                    a, sign, b, worked = re.fullmatch(form, worked).groups()
+            *thoughts, last = thoughts.split("\n")
+            for thought, line in zip(thoughts, lines, strict=True):
+                assert thought.startswith(f"{line} ")
+                worked = thought.removeprefix(f"{line} ")
+                if numbers := re.findall(r"\d+", line):
+                    a, sign, b = re.match(r"(\d+) ([+-]) (\d+) = ", worked).groups()
                     assert (int(a), [b]) == (value, numbers)
                     value = value + int(b) if sign == "+" else value - int(b)
-                assert value == int(worked)
+                    sides = [eval(side) for side in worked.split(" = ")]
+                    assert set(sides) == {value}
+                assert value == int(worked.split(" ")[-1])
+            assert last == f"{question} {value}"
             assert value == int(final)
     assert max(sums["r1_mix_1024"]) < min(sums["r1_mix_1024_val"])
-    assert max(days["r1_mix_1024"]) == max(days["r1_mix_1024_val"]) == 6
+    assert max(days["r1_mix_1024"]) >= max(days["r1_mix_1024_val"])
 
 
 def test_tools_are_called_where_they_help(data):

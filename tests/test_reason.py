@@ -93,14 +93,14 @@ def test_how_a_window_is_cut_into_batches_changes_nothing(train, trajectory):
 
 
 def test_with_weight_1_it_is_fine_tuning_bit_for_bit(train, tmp_path):
-    sft = Trainer(tmp_path / "sft", train_full_sft, (chat_file, REASONED, {"from_weight": "none"}))
+    sft = Trainer(tmp_path, train_full_sft, (chat_file, REASONED, {"from_weight": "none"}))
     settings = dict(epochs=2, packing=True, accumulation_steps=2)
     train(**settings, tag_weight=1.0)
-    sft(**settings)
+    sft("sft", **settings)
     for what in ("model", "optimizer"):
-        assert same(train.saved()[what], sft.saved()[what])
+        assert same(train.saved()[what], sft.saved("sft")[what])
     train("other", **settings, tag_weight=2.0)
-    assert not same(train.saved("other")["model"], sft.saved()["model"])
+    assert not same(train.saved("other")["model"], sft.saved("sft")["model"])
 
 
 def test_tags_outside_the_trained_span_have_no_weight(tokenizer, make_model):
@@ -246,7 +246,9 @@ def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("thinking", [False, True])
 def test_thoughts_are_opened_shown_and_kept_apart(save, tokenizer, monkeypatch, capsys, thinking):
-    args = eval_llm.Args(weight=[str(save())], device="cpu", open_thinking=thinking, historys=4)
+    args = eval_llm.Args(
+        weight=[str(save())], device="cpu", open_thinking=thinking, historys=4, max_new_tokens=99
+    )
     chat = eval_llm.Chat(eval_llm.load_chat_model(args, args.weight[0]), args)
     prompts = []
 
