@@ -506,7 +506,7 @@ def system(given: list[str], lang: str) -> list[dict]:
 
 def tools(m: Material, part: str, rng: Random) -> Table:
     """Four tools, of which one or two are on offer, called where they help; talk and easy sums that
-    need none. In training there are up to three questions in a row. Held out: other sums, amounts,
+    need none. In training there are up to four questions in a row. Held out: other sums, amounts,
     words and days, in other phrasings, each only once."""
     talk = {lang: [] for lang in LANGUAGES}
     for e in m.all_exercises(part, HELD_OUT, rng):
@@ -518,7 +518,7 @@ def tools(m: Material, part: str, rng: Random) -> Table:
     while len(rows) < (TOOL_ROWS if part == TRAIN else TOOL_VAL_ROWS):
         lang, turns = LANGUAGES[len(rows) % 2], []
         given = some_tools(rng, count=1 + (rng.random() < 0.4))
-        for _ in range(rng.randint(1, 3) if part == TRAIN else 1):
+        for _ in range(rng.choice((1, 1, 3, 4)) if part == TRAIN else 1):
             kind, turn = kinds[turn % len(kinds)], turn + 1
             if kind == "not_needed":
                 turns += conversation(rng.choice(talk[lang]))
