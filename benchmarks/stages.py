@@ -118,7 +118,7 @@ STAGES = {
     ),
     "spo": Stage(
         train_spo,
-        f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0 --max_steps 90",
+        f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0 --max_steps 110",
         UP_15,
         "reward",
     ),

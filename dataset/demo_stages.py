@@ -14,7 +14,17 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from dataset.demo_skills import LANGUAGES, SKILLS, WEEKDAYS, Problem, Skill, Table, calculations
+from dataset.demo_skills import (
+    LANGUAGES,
+    SKILLS,
+    WEEKDAYS,
+    Problem,
+    Skill,
+    Table,
+    calculations,
+    worked_difference,
+    worked_sum,
+)
 from dataset.tools import MEANINGS, TOOLS, call_tool
 
 TRAIN, VAL = "train", "val"
@@ -28,7 +38,7 @@ SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dial
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
 R1_PROBLEMS = {TRAIN: 2600, VAL: 600}
-R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, 6
+R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, {TRAIN: 7, VAL: 6}
 TOOL_ROWS, TOOL_VAL_ROWS = 2400, 600
 TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is not needed
     TRAIN: {"helps": 10, "missing": 2, "not_needed": 3},
@@ -358,7 +368,6 @@ def rlaif(m: Material, part: str, rng: Random) -> Table:
     return rows
 
 
-SIGNS = {"plus": "+", "minus": "-"}
 IDLE = {
     "zh": ("没有变化。", "这一天什么也没有发生。", "和前一天一样，没有变化。"),
     "en": ("No change.", "Nothing happens all day.", "It is as on the day before."),
@@ -379,12 +388,14 @@ def walk(m: Material, steps: int, rng: Random) -> Iterator[tuple[str, int, int, 
 
 
 def r1(m: Material, part: str, rng: Random) -> Table:
-    """Stories of up to six days with two or three sums, thought through aloud; four or five sums
-    are held out.
+    """Stories of some days with two or three sums, thought through aloud; four or five sums are
+    held out.
 
-    A thought says a day's sentence again and does its sum beside it. On some days nothing changes,
-    so that a held-out story has no more days than those trained on: a small model learns how far
-    away the next sentence is and after how many it stops, and would be lost among more of them.
+    A thought says a line of the story again and does its sum beside it, in the steps of the skills;
+    the question, said again, ends it. On some days nothing changes, so that held-out stories are no
+    longer than those trained on: a small model learns how far away the next line is and after how
+    many it stops, and would be lost among more of them. A line begins with its day alone, for what
+    is easiest to find is what comes behind a word that was there before.
     """
     found = {}
     while len(found) < R1_PROBLEMS[part]:
@@ -392,25 +403,28 @@ def r1(m: Material, part: str, rng: Random) -> Table:
         story = rng.choice(m.tables["stories"])[lang]
         steps = list(walk(m, rng.choice(R1_SUMS[part]), rng))
         days: list[tuple | None] = list(steps)
-        for _ in range(rng.randint(0, R1_DAYS - 1 - len(steps))):
+        for _ in range(rng.randint(0, R1_DAYS[part] - 1 - len(steps))):
             days.insert(rng.randint(0, len(days)), None)
         value = steps[0][1]
-        told = [(story["start"].format(n=value), "")]
+        told, worked = [story["start"].format(n=value)], []
         for step in days:
-            sentence, worked = rng.choice(IDLE[lang]), str(value)
             if step:
                 way, before, n, value = step
-                sentence = rng.choice(story[way]).format(n=n)
-                worked = f"{before} {SIGNS[way]} {n} = {value}"
-            told.append((sentence, f" {worked}"))
-        first, colon = rng.randrange(7), "：" if lang == "zh" else ": "
-        told = [
-            (WEEKDAYS[lang][(first + i) % 7] + colon + sentence, worked)
-            for i, (sentence, worked) in enumerate(told)
+                told.append(rng.choice(story[way]).format(n=n))
+                work = worked_sum if way == "plus" else worked_difference
+                worked.append(work(before, n))
+            else:
+                told.append(rng.choice(IDLE[lang]))
+                worked.append(str(value))
+        first, on = rng.randrange(7), "{}{}" if lang == "zh" else "On {} {}"
+        lines = [
+            on.format(WEEKDAYS[lang][(first + i) % 7], sentence[0].lower() + sentence[1:])
+            for i, sentence in enumerate(told)
         ]
-        prompt = ("" if lang == "zh" else " ").join([*(day for day, _ in told), story["question"]])
-        thought = "\n".join(map("".join, told[1:]))
+        lines.append(story["question"])
+        thought = "\n".join(map(" ".join, zip(lines[1:], [*worked, str(value)], strict=True)))
         answer = f"<think>\n{thought}\n</think>\n<answer>\n{value}\n</answer>"
+        prompt = "\n".join(lines)
         found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
     return [{"conversations": row} for row in found.values()]
 
