@@ -174,17 +174,17 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def show(console: Console, report: dict[str, Any]) -> None:
     table = Table(title="as many updates, with and without a teacher", title_justify="left")
-    for name in ("metric", "seed", "CE alone", "distilled", "gain ± standard error", ""):
+    for name in ("metric", "seed", "CE alone", "distilled", "difference ± standard error", ""):
         table.add_column(name, justify="left" if name in ("metric", "") else "right")
     for row in report["rows"]:
-        gain = row["after"] - row["before"]
+        difference = row["after"] - row["before"]
         figures = (f"{row[name]:.4f}" for name in ("before", "after"))
-        table.add_row(row["metric"], str(row["seed"]), *figures, f"{gain:+.4f}", "")
+        table.add_row(row["metric"], str(row["seed"]), *figures, f"{difference:+.4f}", "")
     for mean in report["verdict"]:
-        gain = f"{mean['after'] - mean['before']:+.4f} ± {mean['error']:.4f}"
+        difference = f"{mean['after'] - mean['before']:+.4f} ± {mean['error']:.4f}"
         said = "[green]met[/green]" if mean["met"] else "[red]missed[/red]"
         figures = (f"{mean[name]:.4f}" for name in ("before", "after"))
-        table.add_row(mean["metric"], "mean", *figures, gain, said)
+        table.add_row(mean["metric"], "mean", *figures, difference, said)
     console.print(table)
     console.print(f"{report['machine']}, {report['date']}")
 
