@@ -29,7 +29,7 @@ from trainer import train_distill_reason, train_full_sft, train_grpo
 from trainer.rewards import same_answer
 
 GAIN, LOSS = 0.20, 0.03  # at least so much better than direct; rewarded at most so much worse
-ROWS = "--max_seq_len 512 --batch_size 2 --learning_rate 8e-4 --epochs 1 --val_share 0"
+ROWS = "--max_seq_len 512 --batch_size 2 --learning_rate 8e-4 --epochs 2 --val_share 0"
 TRAININGS = {
     "direct": (train_full_sft, f"--data_path {{direct}} {ROWS}"),
     "distilled": (train_distill_reason, f"--data_path {{thoughts}} {ROWS}"),

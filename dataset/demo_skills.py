@@ -50,15 +50,11 @@ def sums(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 
 def addition(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
-    a, b = rng.sample(problem, 2)
-    return {"a": a, "b": b, "answer": worked_sum(a, b)}
-
-
-def worked_sum(a: int, b: int) -> str:
     """Tens and ones apart: 37 + 45 = 70 + 12 = 82."""
+    a, b = rng.sample(problem, 2)
     tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
     working = f" = {tens} + {ones}" if tens else ""
-    return f"{a} + {b}{working} = {a + b}"
+    return {"a": a, "b": b, "answer": f"{a} + {b}{working} = {a + b}"}
 
 
 def two_digits(problem: Problem) -> bool:
@@ -72,14 +68,10 @@ def differences(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 
 def subtraction(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
-    a, b = problem
-    return {"a": a, "b": b, "answer": worked_difference(a, b)}
-
-
-def worked_difference(a: int, b: int) -> str:
     """The tens first: 82 - 45 = 42 - 5 = 37."""
+    a, b = problem
     working = f" = {a - b // 10 * 10} - {b % 10}" if b > 9 and b % 10 else ""
-    return f"{a} - {b}{working} = {a - b}"
+    return {"a": a, "b": b, "answer": f"{a} - {b}{working} = {a - b}"}
 
 
 def pairs(tables: dict[str, Table], rng: Random) -> list[Problem]:

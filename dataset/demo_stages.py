@@ -14,17 +14,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from dataset.demo_skills import (
-    LANGUAGES,
-    SKILLS,
-    WEEKDAYS,
-    Problem,
-    Skill,
-    Table,
-    calculations,
-    worked_difference,
-    worked_sum,
-)
+from dataset.demo_skills import LANGUAGES, SKILLS, WEEKDAYS, Problem, Skill, Table, calculations
 from dataset.tools import MEANINGS, TOOLS, call_tool
 
 TRAIN, VAL = "train", "val"
@@ -368,6 +358,7 @@ def rlaif(m: Material, part: str, rng: Random) -> Table:
     return rows
 
 
+SIGNS = {"plus": "+", "minus": "-"}
 IDLE = {
     "zh": ("没有变化。", "这一天什么也没有发生。", "和前一天一样，没有变化。"),
     "en": ("No change.", "Nothing happens all day.", "It is as on the day before."),
@@ -391,11 +382,10 @@ def r1(m: Material, part: str, rng: Random) -> Table:
     """Stories of some days with two or three sums, thought through aloud; four or five sums are
     held out.
 
-    A thought says a line of the story again and does its sum beside it, in the steps of the skills;
-    the question, said again, ends it. On some days nothing changes, so that held-out stories are no
-    longer than those trained on: a small model learns how far away the next line is and after how
-    many it stops, and would be lost among more of them. A line begins with its day alone, for what
-    is easiest to find is what comes behind a word that was there before.
+    A thought says a line of the story again and does its sum beside it. On some days nothing
+    changes, so that held-out stories are no longer than those trained on: a small model learns how
+    far away the next line is and after how many it stops, and would be lost among more of them. A
+    line begins with its day alone, for what is easiest to find is what came behind the same word.
     """
     found = {}
     while len(found) < R1_PROBLEMS[part]:
@@ -411,8 +401,7 @@ def r1(m: Material, part: str, rng: Random) -> Table:
             if step:
                 way, before, n, value = step
                 told.append(rng.choice(story[way]).format(n=n))
-                work = worked_sum if way == "plus" else worked_difference
-                worked.append(work(before, n))
+                worked.append(f"{before} {SIGNS[way]} {n} = {value}")
             else:
                 told.append(rng.choice(IDLE[lang]))
                 worked.append(str(value))
@@ -421,10 +410,9 @@ def r1(m: Material, part: str, rng: Random) -> Table:
             on.format(WEEKDAYS[lang][(first + i) % 7], sentence[0].lower() + sentence[1:])
             for i, sentence in enumerate(told)
         ]
-        lines.append(story["question"])
-        thought = "\n".join(map(" ".join, zip(lines[1:], [*worked, str(value)], strict=True)))
+        thought = "\n".join(map(" ".join, zip(lines[1:], worked, strict=True)))
         answer = f"<think>\n{thought}\n</think>\n<answer>\n{value}\n</answer>"
-        prompt = "\n".join(lines)
+        prompt = "\n".join([*lines, story["question"]])
         found[prompt] = conversation(Exchange("r1", lang, prompt, answer))
     return [{"conversations": row} for row in found.values()]
 

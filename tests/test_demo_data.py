@@ -174,7 +174,7 @@ def letter_counts(line: str) -> set:
 
 def weekdays(line: str) -> set:
     first = re.search("|".join(EN_DAYS + ZH_DAYS), line)
-    n = re.findall(r"\d+", line)
+    n = re.findall(r"(\d+) (?:天|days)", line)
     if not first or not n or "× 7" in line:  # working names no day to begin with
         return set()
     days = EN_DAYS if first[0] in EN_DAYS else ZH_DAYS
@@ -597,23 +597,19 @@ def test_thoughts_lead_to_the_answer(data):
             thoughts, final = re.fullmatch(form, reply, re.DOTALL).groups()
             value, *given = map(int, re.findall(r"\d+", prompt))
             sums[name].add(len(given))
-            *lines, question = prompt.split("\n")[1:]
+            _, *lines, _ = prompt.split("\n")
             week = "|".join(WEEKDAYS["zh"] + WEEKDAYS["en"])
-            names = [re.match(week, line)[0] for line in prompt.split("\n")[:-1]]
+            names = [re.match(f"(?:On )?({week})", line)[1] for line in prompt.split("\n")[:-1]]
             assert len(set(names)) == len(names)
             days[name].add(len(names))
-            *thoughts, last = thoughts.split("\n")
-            for thought, line in zip(thoughts, lines, strict=True):
+            for thought, line in zip(thoughts.split("\n"), lines, strict=True):
                 assert thought.startswith(f"{line} ")
                 worked = thought.removeprefix(f"{line} ")
                 if numbers := re.findall(r"\d+", line):
-                    a, sign, b = re.match(r"(\d+) ([+-]) (\d+) = ", worked).groups()
+                    a, sign, b = re.match(r"(\d+) ([+-]) (\d+) = \d+$", worked).groups()
                     assert (int(a), [b]) == (value, numbers)
                     value = value + int(b) if sign == "+" else value - int(b)
-                    sides = [eval(side) for side in worked.split(" = ")]
-                    assert set(sides) == {value}
                 assert value == int(worked.split(" ")[-1])
-            assert last == f"{question} {value}"
             assert value == int(final)
     assert max(sums["r1_mix_1024"]) < min(sums["r1_mix_1024_val"])
     assert max(days["r1_mix_1024"]) >= max(days["r1_mix_1024_val"])
