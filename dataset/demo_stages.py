@@ -28,7 +28,7 @@ SFT_PASSES = {"textbook": 3, "small_talk": 4, "identity": 6, "unknown": 5, "dial
 DPO_PAIRS, DPO_VAL_PAIRS = 300, 100  # for each reason, as far as there are questions
 RLAIF_PROMPTS = 800  # for each skill
 R1_PROBLEMS = {TRAIN: 2600, VAL: 600}
-R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, {TRAIN: 7, VAL: 6}
+R1_SUMS, R1_DAYS = {TRAIN: (2, 3), VAL: (4, 5)}, {TRAIN: 8, VAL: 6}
 TOOL_ROWS, TOOL_VAL_ROWS = 2400, 600
 TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is not needed
     TRAIN: {"helps": 10, "missing": 2, "not_needed": 3},
