@@ -118,7 +118,7 @@ STAGES = {
     ),
     "spo": Stage(
         train_spo,
-        f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0 --max_steps 110",
+        f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0.1 --max_steps 100",
         UP_15,
         "reward",
     ),

@@ -136,7 +136,7 @@ def test_the_sampled_ids_are_kept(make_run, calling, tokenizer, monkeypatch):
     run, model, prompts = make_run()
     odd = [tokenizer(letter).input_ids[0] for letter in "the"]
     draw = lambda chosen: [[*odd, tokenizer.eos_token_id] for _ in chosen]  # noqa: E731
-    monkeypatch.setattr(train_agent, "writer", lambda run, model: draw)
+    monkeypatch.setattr(train_agent, "writer", lambda args, run, model: draw)
     assert tokenizer(tokenizer.decode(odd)).input_ids != odd
     for each in train_agent.roll_out(run, model, prompts.prompts[:3]):
         drawn = [t for t, own in zip(each.tokens, each.written, strict=True) if own]
@@ -168,7 +168,7 @@ def test_rewards_and_figures_by_hand(make_run, tokenizer, monkeypatch):
             texts.append(said if isinstance(said, str) else f"<tool_call>\n{json.dumps(said)}")
         return [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
 
-    monkeypatch.setattr(train_agent, "writer", lambda run, model: draw)
+    monkeypatch.setattr(train_agent, "writer", lambda args, run, model: draw)
     plays = train_agent.roll_out(run, model, [prompt], copies=4)
     rewards, figures = train_agent.ToolRewards(run, prompts)(plays)
     assert rewards.tolist() == pytest.approx([1.0, 0.7, 0.0, 0.0])

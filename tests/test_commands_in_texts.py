@@ -29,7 +29,7 @@ from scripts.openai_types import ChatRequest
 
 TEXTS = ("README.md", "README_zh.md", "CLAUDE.md")
 ONE_STEP = (
-    "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 128 --val_documents 2 "
+    "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 320 --val_documents 2 "
     "--num_workers 0 --device cpu"
 )
 REWARDS = f"{ONE_STEP} --max_gen_len 4 --update_batch_size 2"
@@ -39,8 +39,11 @@ RUN = {
     "trainer/train_pretrain.py": f"{ONE_STEP} --num_hidden_layers 1",
     "trainer/train_grpo.py": f"{REWARDS} --num_generations 2",
     "trainer/train_[ps]po.py": REWARDS,
+    "trainer/train_agent.py": f"{REWARDS} --num_generations 2 --max_seq_len 640",
+    "trainer/train_distillation.py": f"{ONE_STEP} --teacher_weight out/full_sft_512.pth",
     "trainer/train_*.py": ONE_STEP,
     "eval_llm.py": "--max_new_tokens 4",
+    "scripts/eval_toolcall.py": "--tasks 2 --max_new_tokens 4 --device cpu",
     "scripts/train_tokenizer.py": "--vocab_size 300",
     "scripts/show_batch.py": "",
     "scripts/eval_ppl.py": "--documents 2 --characters 200",

@@ -113,7 +113,7 @@ def test_when_hot_it_is_matching_logits():
 
 def test_in_chunks_it_takes_less_memory(tmp_path):
     """Measured: what the process has more at its peak than before."""
-    hidden, labels = torch.randn(1, 4096, 64), torch.zeros(1, 4096, dtype=torch.long)
+    hidden, labels = torch.randn(1, 8192, 64), torch.zeros(1, 8192, dtype=torch.long)
     head = torch.randn(6400, 64, requires_grad=True)
     hidden.requires_grad_()
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from model.command_line import option
 from model.errors import UserError
@@ -24,7 +24,7 @@ most a full batch: while much is to learn, few rows tell where to go; 0: always 
 class TrainArgs:
     """The arguments of every trainer. A stage's own class changes defaults and adds its own."""
 
-    rows_flag: ClassVar[str] = "batch_size"  # says how many rows go through the model at once
+    rows_flag = "batch_size"  # no flag itself: the one that says how many rows go through at once
 
     data_path: list[str] = option([], "JSONL file(s) to train on, .jsonl or .jsonl.gz")
     val_path: list[str] = option([], "held-out file(s); default: a share of data_path")
