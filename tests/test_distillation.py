@@ -1,5 +1,6 @@
 """Distillation: against trl, by hand and the slow way; its teachers; the student's own answers."""
 
+import ctypes
 import math
 import re
 import resource
@@ -113,12 +114,13 @@ def test_when_hot_it_is_matching_logits():
 
 def test_in_chunks_it_takes_less_memory(tmp_path):
     """Measured: what the process has more at its peak than before."""
-    hidden, labels = torch.randn(1, 8192, 64), torch.zeros(1, 8192, dtype=torch.long)
+    hidden, labels = torch.randn(1, 4096, 64), torch.zeros(1, 4096, dtype=torch.long)
     head = torch.randn(6400, 64, requires_grad=True)
     hidden.requires_grad_()
 
     def peak(name: str, loss) -> int:
         def measure():
+            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             loss().backward()
             after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -132,7 +134,7 @@ def test_in_chunks_it_takes_less_memory(tmp_path):
         return kl(teacher, student)
 
     chunked = peak("chunked", lambda: divergence_sum(hidden, head, hidden, head + 1, labels, 1, kl))
-    assert 2 * chunked < peak("whole", whole)
+    assert 4 * chunked < peak("whole", whole)
 
 
 # -- a batch ---------------------------------------------------------------------------------------
