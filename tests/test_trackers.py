@@ -4,6 +4,7 @@ import importlib
 import json
 import signal
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,9 +82,15 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
 
     killed(3, any_stage, **common)
     importlib.import_module(tracker).finish()  # what the end of that process would have done
+    time.sleep(1.1)  # wandb names a folder by id and second
     records = any_stage(resume=True, **common)["records"]
 
-    (first, second), figures = read(tmp_path / "a" / "out")
+    for _ in range(50):  # wandb's own process may still be writing
+        ids, figures = read(tmp_path / "a" / "out")
+        if len(ids) == 2:
+            break
+        time.sleep(0.2)
+    first, second = ids
     assert first == second == any_stage.saved()["progress"]["tracker_id"]
     expected = {
         (record["step"], name): value
