@@ -2,11 +2,11 @@
 
     pip install trl
     python benchmarks/rl_speed.py --part dpo [--data_path dpo.jsonl] [--rounds 3] [--json FILE]
-    python benchmarks/rl_speed.py --part grpo --batch_size 8 --max_gen_len 64
+    python benchmarks/rl_speed.py --part grpo --batch_size 8 --max_gen_len 64 [--weight FILE]
 
-All train a model of the same size from the same random weights, with the same pairs, none longer
-than --max_seq_len, --batch_size pairs an update, in float32 on the CPU with the same number of
-threads, fused AdamW and gradients clipped to norm 1.
+All train a model of the same size from the same weights, random unless --weight names others, with
+the same pairs, none longer than --max_seq_len, --batch_size pairs an update, in float32 on the CPU
+with the same number of threads, fused AdamW and gradients clipped to norm 1.
 
 - minimind: trainer/train_dpo.py, called as its command line calls it. "with reference" counts the
   computing of the reference's log-probabilities too, once for each pair: what one epoch takes when
@@ -15,9 +15,9 @@ threads, fused AdamW and gradients clipped to norm 1.
 - trl: DPOTrainer with LlamaForCausalLM, which asks a second model, the reference, in each update.
 - trl_precomputed: the same with precompute_ref_log_probs; what computing them takes is not counted.
 
-With --part grpo an update is --batch_size prompts with 8 answers each of --max_gen_len tokens
-(random weights do not end them), written, scored by a trivial rule and learnt from, with a
-reference:
+With --part grpo an update is --batch_size prompts with 8 answers each of --max_gen_len tokens at
+most, written, scored by a trivial rule and learnt from, with a reference. Random weights end no
+answer, so that all are equally long; the answers of a trained model (--weight) are not.
 
 - minimind: trainer/train_grpo.py.
 - trl: GRPOTrainer, which writes with transformers' generate.
@@ -68,10 +68,11 @@ from trainer.hardware import describe_machine
 class Args:
     part: Literal["dpo", "grpo"] = option("dpo", "what to measure")
     data_path: str = option("", "preference pairs or prompts; default: the demo's")
-    hidden_size: int = option(512, "width")
-    num_hidden_layers: int = option(8, "depth")
+    weight: str = option("", "weights to start from, of any size; default: random ones")
+    hidden_size: int = option(512, "width of random weights")
+    num_hidden_layers: int = option(8, "depth of random weights")
     max_seq_len: int = option(1024, "tokens of a side at most")
-    max_gen_len: int = option(64, "grpo: tokens of an answer")
+    max_gen_len: int = option(64, "grpo: tokens of an answer at most")
     batch_size: int = option(4, "pairs, or prompts, an update")
     updates: int = option(8, "updates of each measurement")
     rounds: int = option(3, "how often each contestant is measured")
@@ -154,9 +155,12 @@ def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
 
 
 def save_start(args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
-    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=len(tokenizer), **sizes))
+    if args.weight:
+        model = load_model(args.weight, tokenizer=tokenizer)
+    else:
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
+        model = MiniMindForCausalLM(MiniMindConfig(vocab_size=len(tokenizer), **sizes))
     save_weights(model, folder / "start.pth", stage="start", tokenizer=tokenizer, origin={})
 
 

@@ -1,13 +1,15 @@
 """Does a student learn more from a teacher than from the data alone, in as many updates?
 
     python benchmarks/stage_distillation.py --base DIR [--seeds 42 43 44] [--json FILE]
+                                            [--variants reverse jsd skew on_policy]
 
 DIR holds data and unfinished model of benchmarks/stages.py: `data` and `base/full_sft_192.pth`. Its
 fine-tuning is finished (TEACHER): 3.0M parameters in 4 layers. The student is the unfinished model
 with two of its layers cut out, so that it has to learn anew: 2.1M parameters. Both are made once
 and kept in --output. With each seed the student is trained twice on the same rows in the same
 order, in as many updates at the same learning rate: by train_full_sft.py, which is CE alone, and by
-train_distillation.py at its defaults. Then
+train_distillation.py at its defaults (and with each of --variants, other divergences and answers of
+the student's own). Then
 
     held_out_loss    CE of held-out conversations, nats a token of the answers
     skill_accuracy   greedy answers to held-out problems of 13 skills that are exactly right
@@ -18,8 +20,10 @@ two trainings of a seed)?
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -31,7 +35,7 @@ from trainings import run_trainer
 
 from dataset.demo import grade, load_tests
 from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
+from model.errors import UserError, exit_on_user_error
 from model.generation import prepare_to_decode
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, save_weights, write_json
@@ -46,25 +50,35 @@ DATA = """--data_path {data}/sft_mini_512.jsonl --val_path {data}/sft_mini_512_v
 TEACHER = "--from_weight {base} --learning_rate 8e-4 --max_steps 400"
 ALONE = "--from_weight {student} --learning_rate 8e-4 --max_steps 250"
 DISTILLED = f"{ALONE} --teacher_weight {{teacher}} --alpha 0.5 --temperature 1.5"
+VARIANTS = {
+    **{name: f"--divergence {name}" for name in ("reverse", "jsd", "skew")},
+    "on_policy": "--on_policy 0.5 --max_gen_len 64",
+}
 KEPT = (0, 3)  # the student's layers, of 0 to 3
 WIDTH = f"_{HIDDEN_SIZE}"
+BETTER = {"held_out_loss": -1, "skill_accuracy": 1}  # which way each metric improves
 
 
 @dataclass
 class Args:
     base: str = option(str(OUT / "stages"), "folder of data and base, as stages.py leaves them")
     seeds: list[int] = option([42, 43, 44], "the student is trained twice with each of them")
+    variants: list[str] = option([], f"also train with: {', '.join(VARIANTS)}")
     output: str = option(str(OUT / "stage_distillation"), "folder of weights, logs and curves")
     json: str = option(str(OUT / "stage_distillation.json"), "the report")
     max_steps: int = option(0, "updates of each training at most, for a quick look; 0: all")
 
 
 def main(args: Args) -> dict[str, Any]:
+    unknown = set(args.variants) - set(VARIANTS)
+    if unknown:
+        raise UserError(f"--variants: {min(unknown)} is unknown; there are {', '.join(VARIANTS)}")
     console, base, out = Console(highlight=False), Path(args.base), Path(args.output)
     rows = []
     for seed in args.seeds:
         console.rule(f"seed {seed}")
-        rows += distillation(seed, base / "base", base / "data", out, args.max_steps, console)
+        places = base / "base", base / "data", out
+        rows += distillation(seed, *places, args.max_steps, console, args.variants)
         report = {
             "date": str(date.today()),
             "machine": describe_machine(torch.device("cpu")),
@@ -78,13 +92,20 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def distillation(
-    seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
+    seed: int,
+    base: Path,
+    data: Path,
+    out: Path,
+    max_steps: int,
+    console: Console,
+    variants: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Both trainings of a seed: a row for each metric."""
+    """The trainings of a seed: a row for each metric, and for each of every variant."""
     places = prepare(base, data, out, max_steps, console)
     questions = load_tests(data)["skills"]
     found, curves = {}, {}
     trainings = {"alone": (train_full_sft, ALONE), "distilled": (train_distillation, DISTILLED)}
+    trainings |= {name: (train_distillation, f"{DISTILLED} {VARIANTS[name]}") for name in variants}
     for name, (trainer, flags) in trainings.items():
         result = train(console, trainer, flags, f"{name}_{seed}", seed, places, out, max_steps)
         curves[name] = result["records"]
@@ -96,15 +117,16 @@ def distillation(
     plot_losses(curves, out / f"distillation_{seed}.png")
     teacher = {"teacher_skill_accuracy": accuracy(places["teacher"], questions)}
     rows = []
-    for metric, sign in (("held_out_loss", -1), ("skill_accuracy", 1)):
-        before, after = found["alone"][metric], found["distilled"][metric]
-        beside = {**teacher, "seconds": found["distilled"]["seconds"]}
+    for name, (metric, sign) in product(list(found)[1:], BETTER.items()):
+        before, after = found["alone"][metric], found[name][metric]
+        beside = {**teacher, "seconds": found[name]["seconds"]}
         beside["seconds_alone"] = found["alone"]["seconds"]
         if metric == "skill_accuracy":
             error = math.sqrt(after * (1 - after) / len(questions))
             beside["skill_accuracy_error"] = error
+        shown = metric if name == "distilled" else f"{name}_{metric}"
         rows.append(
-            dict(stage="distillation", seed=seed, metric=metric, before=before, after=after)
+            dict(stage="distillation", seed=seed, metric=shown, before=before, after=after)
             | dict(target=before, met=sign * (after - before) > 0, beside=beside)
         )
     return rows
@@ -162,7 +184,7 @@ def verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each metric the mean gain of the seeds, its standard error, and whether the gain is more
     than twice that."""
     found = []
-    for metric, sign in (("held_out_loss", -1), ("skill_accuracy", 1)):
+    for metric, sign in BETTER.items():
         of_metric = [row for row in rows if row["metric"] == metric]
         gains = [sign * (row["after"] - row["before"]) for row in of_metric]
         error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf

@@ -28,7 +28,7 @@ COMMON = """--seed {seed} --save_dir {out} --checkpoint_dir {out}/checkpoints --
     --num_workers 0 --save_interval 0 --eval_interval 0 --val_share 0"""
 SFT = """--data_path {data}/tools.jsonl --from_weight {base}/full_sft_{size}.pth
     --max_seq_len 960 --batch_size 4 --learning_rate 8e-4 --log_interval 10"""
-FINISHED = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 280"
+FINISHED = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 440"
 UNFINISHED = f"{SFT} --save_weight agent_start_{{seed}} --max_steps 120 --lr_schedule constant"
 # Many different questions in an update and few episodes of each: they average the noise out.
 AGENT = """--data_path {data}/tools.jsonl --from_weight {out}/agent_start_{seed}_{size}.pth

@@ -34,7 +34,10 @@ TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is no
     TRAIN: {"helps": 10, "missing": 2, "not_needed": 3},
     VAL: {"helps": 14, "missing": 1, "not_needed": 1},
 }
-TOOL_SHARES = {"calculator": 3, "clock": 3, "convert_units": 3, "dictionary": 1}
+TOOL_SHARES = {  # copying a word is learnt late
+    TRAIN: {"calculator": 3, "clock": 4, "convert_units": 3, "dictionary": 4},
+    VAL: {"calculator": 3, "clock": 3, "convert_units": 3, "dictionary": 1},
+}
 TOOL_HELD_OUT = {"calculator": 150, "convert_units": 150, "dictionary": 12}  # as HELD_OUT
 
 
@@ -422,7 +425,7 @@ def r1(m: Material, part: str, rng: Random) -> Table:
 
 def conversions(tables: dict[str, Table], rng: Random) -> list[Problem]:
     """(value, place in the table's list of units), for tools.jsonl only."""
-    (row,) = (row for row in tables["tool_use"] if row["tool"] == "convert_units")
+    (row,) = (row for row in tables["tool_use"] if row["kind"] == "conversion")
     return list(product(range(2, 100), range(len(row["units"]))))
 
 
@@ -448,6 +451,8 @@ def arguments_of(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The arguments of a call, and what the question says of them."""
     problem = rng.choice(m.problems[use["tool"]][part])
+    if use["tool"] == "dictionary" and part == TRAIN and rng.random() < 0.7:
+        (problem,) = rng.choice(m.problems["spelling"][TRAIN])  # so many words must be copied
     if use["tool"] == "calculator":
         expression = " ".join(map(str, problem))
         return {"expression": expression}, {"shown": expression.replace("*", "×")}
@@ -461,16 +466,21 @@ def arguments_of(
 
 
 def moment(lang: str, part: str, rng: Random) -> dict[str, str]:
-    """What the clock says: a moment from 2020 to 2027, or after that where it is held out."""
-    start = date(2020 if part == TRAIN else 2028, 1, 1)
-    day = start + timedelta(days=rng.randrange(2900))
+    """What the clock says: a moment from 2000 to 2040; every tenth day is held out."""
+    day = date(2000, 1, 1) + timedelta(days=10 * rng.randrange(1500))
+    day += timedelta(days=rng.randint(1, 9) if part == TRAIN else 0)
     time = f"{rng.randrange(24):02}:{rng.randrange(60):02}"
     return {"date": str(day), "weekday": WEEKDAYS[lang][day.weekday()], "time": time}
 
 
 def call(m: Material, name: str, lang: str, part: str, rng: Random, given: bool) -> list[dict]:
-    """Question, call, result and answer; or, where the tool is not given, saying so."""
-    use = rng.choice([use for use in m.tables["tool_use"] if use["tool"] == name])
+    """Question, call, result and answer; or, where the tool is not given, saying so.
+
+    What is asked stands in a frame, "Tell me {}.", which is the same for all tools: so that a model
+    learns from what is in it. Held out is one frame.
+    """
+    frames, *uses = m.tables["tool_use"]
+    use = rng.choice([use for use in uses if use["tool"] == name])
     if name == "clock":
         arguments, said = {}, {}
         result = moment(lang, part, rng)
@@ -478,25 +488,29 @@ def call(m: Material, name: str, lang: str, part: str, rng: Random, given: bool)
         arguments, said = arguments_of(m, use, lang, part, rng)
         result = json.loads(call_tool(name, arguments).text)
     side, said = use[lang], {**said, **result}
-    question = rng.choice(side["questions"]) if part == TRAIN else side["held_out"]
-    asked = {"role": "user", "content": question.format(**said)}
+    framed = [frames[lang]["held_out"]] if part == VAL else frames[lang]["questions"]
+    question = rng.choice(framed).format(rng.choice(side["asked"]))
+    if part == TRAIN and rng.random() < 0.2:
+        question = rng.choice(side["questions"])
+    asked = {"role": "user", "content": question.strip().format(**said)}
     if not given:
         return [asked, {"role": "assistant", "content": side["without"]}]
     calls = as_json([{"name": name, "arguments": arguments}])
+    answer = side["unknown"] if "error" in result else side["answer"]
     return [
         asked,
         {"role": "assistant", "content": "", "tool_calls": calls},
         {"role": "tool", "content": as_json(result)},
-        {"role": "assistant", "content": side["answer"].format(**said)},
+        {"role": "assistant", "content": answer.format(**said)},
     ]
 
 
-def some_tools(rng: Random, *, but: tuple[str, ...] = (), count: int = 1) -> list[str]:
+def some_tools(part: str, rng: Random, *, but: tuple[str, ...] = (), count: int = 1) -> list[str]:
     """Names of tools, the commoner ones more often."""
     found: list[str] = []
     while len(found) < count:
         left = [name for name in TOOLS if name not in (*but, *found)]
-        found += rng.choices(left, [TOOL_SHARES[name] for name in left])
+        found += rng.choices(left, [TOOL_SHARES[part][name] for name in left])
     return found
 
 
@@ -508,7 +522,7 @@ def system(given: list[str], lang: str) -> list[dict]:
 
 def tools(m: Material, part: str, rng: Random) -> Table:
     """Four tools, of which one or two are on offer, called where they help; talk and easy sums that
-    need none. In training there are up to four questions in a row. Held out: other sums, amounts,
+    need none. In training there are up to seven questions in a row. Held out: other sums, amounts,
     words and days, in other phrasings, each only once."""
     talk = {lang: [] for lang in LANGUAGES}
     for e in m.all_exercises(part, HELD_OUT, rng):
@@ -519,14 +533,14 @@ def tools(m: Material, part: str, rng: Random) -> Table:
     rows, asked, turn = [], set(), 0
     while len(rows) < (TOOL_ROWS if part == TRAIN else TOOL_VAL_ROWS):
         lang, turns = LANGUAGES[len(rows) % 2], []
-        given = some_tools(rng, count=1 + (rng.random() < 0.4))
-        for _ in range(rng.choice((1, 1, 3, 4)) if part == TRAIN else 1):
+        given = some_tools(part, rng, count=1 + (rng.random() < 0.4))
+        for _ in range(rng.choice((1, 4, 7)) if part == TRAIN else 1):
             kind, turn = kinds[turn % len(kinds)], turn + 1
             if kind == "not_needed":
                 turns += conversation(rng.choice(talk[lang]))
                 continue
             helps = kind == "helps"
-            name = rng.choice(given) if helps else some_tools(rng, but=tuple(given))[0]
+            name = rng.choice(given) if helps else some_tools(part, rng, but=tuple(given))[0]
             turns += call(m, name, lang, part, rng, helps)
         about = as_json(turns)
         if part == TRAIN or about not in asked:

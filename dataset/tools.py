@@ -260,7 +260,7 @@ MEANINGS = {
 def dictionary(word: str) -> dict[str, Any]:
     meaning = MEANINGS.get(word.strip().lower())
     if meaning is None:
-        raise ToolError(f"{word!r} is not in the dictionary, which has {', '.join(MEANINGS)}")
+        raise ToolError(f"{word!r} is not in the dictionary")
     return {"word": word.strip().lower(), "meaning": meaning}
 
 

@@ -49,7 +49,9 @@ ZH_UNITS = dict(
 )
 NUMERALS = "one two three four five six seven eight nine ten".split()
 NOUNS = [row for row in TABLES["phrases"] if row["kind"] == "noun"]
-USES = [(use, lang) for use in TABLES["tool_use"] for lang in ("zh", "en")]
+FRAMES, *TOOL_USES = TABLES["tool_use"]
+USES = [(use, lang) for use in TOOL_USES for lang in ("zh", "en")]
+HELD_OUT_FRAMES = [FRAMES[lang]["held_out"].split("{}")[0] for lang in ("zh", "en")]
 ADJECTIVES = [row for row in TABLES["phrases"] if row["kind"] == "adjective"]
 
 
@@ -456,7 +458,6 @@ def test_no_held_out_phrasing_is_in_training(data):
     held_out = [
         entry[lang]["held_out"] for kind in TALK for entry in TABLES[kind] for lang in ("zh", "en")
     ]
-    held_out += [row[lang]["held_out"] for row in TABLES["tool_use"] for lang in ("zh", "en")]
     held_out = set(map(same, held_out))
     openings = ["Q: ", "问：", *OPENINGS["zh"], *OPENINGS["en"]]
     for name in STAGES:
@@ -623,6 +624,8 @@ def test_tools_are_called_where_they_help(data):
             missing = any(turns[0]["content"] == use[lang]["without"] for use, lang in USES)
             used[name]["missing" if missing else "not needed"] += 1
             continue
+        framed = [asked["content"].startswith(start) for start in HELD_OUT_FRAMES]
+        assert any(framed) == (name == "tools_val"), asked
         (call,) = json.loads(turns[0]["tool_calls"])
         arguments, result = call["arguments"], json.loads(turns[1]["content"])
         used[name][call["name"]] += 1
@@ -642,6 +645,7 @@ def test_tools_are_called_where_they_help(data):
             problems[name].add((result["date"], result["time"]))
         else:
             assert json.loads(call_tool(call["name"], arguments).text) == result
+            assert "error" not in result or (call["name"], name) == ("dictionary", "tools")
             problems[name].add(tuple(arguments.values()))
     kinds = {"calculator", "clock", "convert_units", "dictionary", "missing", "not needed"}
     for some in used.values():
@@ -665,7 +669,8 @@ def exchanges(data):
 
 def said(name: str, result: dict) -> list:
     """What of a result the answer repeats: of the clock's one, of the others' all of these."""
-    return {"dictionary": [result.get("meaning")], "clock": []}.get(name, [result.get("result")])
+    keys = () if name == "clock" else ("meaning", "result")
+    return [result[key] for key in keys if key in result]
 
 
 def known(name: str, arguments: dict) -> list[str]:
