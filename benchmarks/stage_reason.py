@@ -37,7 +37,7 @@ TRAININGS = {
         train_grpo,
         "--data_path {thoughts} --reasoning 1 --reward answer:1 similarity:0.5 format:0.5 "
         "--loss_type dr_grpo --beta 0 --batch_size 16 --num_generations 4 --max_gen_len 160 "
-        "--update_batch_size 32 --rollout_batch_size 64 --learning_rate 1e-4 --max_steps 12 "
+        "--update_batch_size 32 --rollout_batch_size 64 --learning_rate 3e-5 --max_steps 12 "
         "--val_share 0",
     ),
 }

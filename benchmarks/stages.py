@@ -157,8 +157,9 @@ def main(args: Args) -> dict[str, Any]:
     before = measure.policy(measure.base)
     told = ", ".join(f"{name} {value:.3f}" for name, value in before.items())
     console.print(f"unfinished model: {told}")
-    if "distillation" in args.stage:
-        stage_distillation.prepare(base.parent, out / "data", out, args.max_steps, console)
+    for name, stage in (("distillation", stage_distillation), ("agent", stage_tools)):
+        if name in args.stage:  # what its seeds have in common
+            stage.prepare(base.parent, out / "data", out, args.max_steps, console)
     rows, curves = [], {name: {} for name in args.stage if name in STAGES}
     tasks = [(name, seed, args, before) for name in args.stage for seed in args.seeds]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
