@@ -11,7 +11,7 @@ demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a repo
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-stages: .venv/installed  ## does each stage learn? about an hour on two cores
+stages: .venv/installed  ## does each stage learn? two to three hours on two cores
 	$(BIN)/python benchmarks/stages.py
 
 docs: .venv/installed-docs  ## these texts as a site, out/site
