@@ -9,7 +9,7 @@
                many more final answers are right
 
 Both begin with the unfinished model of the demo, which never saw a tool. The data has 600 held-out
-tasks, 500 of which need one of four tools: other sums, amounts, words and days than in training,
+tasks, 523 of which need one of four tools: other sums, amounts, words and days than in training,
 in other phrasings. Figures with `_error` are standard errors.
 """
 
