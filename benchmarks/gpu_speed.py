@@ -5,7 +5,8 @@
 For the 512×8 (25.8M parameters) and the 768×16 model (104M), in bfloat16 autocast, with
 --batch_size rows of 512 tokens an update, each way of training on the same documents:
 
-- plain: a Llama of transformers, one document a row, cut off and padded to 512; AdamW.
+- plain: a Llama of transformers, one document (or one piece of at most 512 tokens) a row, padded to
+  the longest; AdamW.
 - packed: this project's model and Muon on packed rows, with a dense mask of the documents.
 - varlen: attention over documents laid end to end instead, which computes nothing between them.
 - compiled: each block compiled too (torch.compile); the trainers' default on a GPU.

@@ -23,6 +23,7 @@ two evaluations; ratio is the baseline's time over it.
 
 import json
 import math
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +85,10 @@ class Args:
     json: str = option("", "also write the figures to this file")
 
     def __post_init__(self) -> None:
+        if not (self.data_path and self.val_path):
+            raise UserError("--data_path and --val_path name what to train and to measure on")
+        if not re.fullmatch(r"(\d+x\d+)?", self.size):
+            raise UserError(f"--size is a width and a depth, as 768x16, not {self.size}")
         if self.stage == "full_sft" and not self.from_weight:
             raise UserError("--stage full_sft needs the weights to begin with: --from_weight FILE")
 
@@ -128,7 +133,7 @@ def main(args: Args) -> dict[str, Any]:
             curve = recipe.curve(args.minutes * 60)
             curves[f"recipe, {args.minutes:g} min"] = curve
             report[f"{figure}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
-            report["seconds_of_that"] = round(curve[-1][0], 1)
+            report[f"seconds_at_{args.minutes:g}min"] = round(curve[-1][0], 1)
     report["curves"] = {
         name: [[round(seconds, 1), round(value, 4)] for seconds, value in curve]
         for name, curve in curves.items()
@@ -210,19 +215,25 @@ def train_plainly(
 ) -> tuple[Curve, float]:
     """The curve of the plain way in so many seconds, and its real tokens a second."""
     device = model.device
+    in_half = lambda: autocast(device, resolve_dtype("bfloat16", device))  # noqa: E731
+
+    def figure() -> float:
+        with in_half():
+            return evaluate(model)
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     steps = math.ceil(len(documents) / batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, step / steps)))
     )
-    curve: Curve = [(0.0, evaluate(model))]
+    curve: Curve = [(0.0, figure())]
     seconds = tokens = 0.0
     bar = tqdm(total=round(limit), unit="s", desc=f"baseline, learning rate {learning_rate:g}")
     for ids, labels in padded_batches(documents, batch_size, seed):
         start = time.perf_counter()
         ids, labels = ids.to(device), labels.to(device)
         real = ids != 0
-        with autocast(device, resolve_dtype("bfloat16", device)):
+        with in_half():
             loss = model(input_ids=ids, attention_mask=real.long(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -234,7 +245,7 @@ def train_plainly(
         bar.update(round(seconds) - bar.n)
         over = seconds >= limit
         if over or seconds - curve[-1][0] > limit / 12:
-            curve.append((seconds, evaluate(model)))
+            curve.append((seconds, figure()))
             bar.set_postfix(held_out=f"{curve[-1][1]:.3f}")
         if over:
             break
@@ -266,6 +277,14 @@ def padded_batches(
 # -- the recipe ------------------------------------------------------------------------------------
 
 
+class Update(NamedTuple):
+    """What one holds, and how long it takes."""
+
+    rows: int
+    tokens: float
+    seconds: float
+
+
 class Recipe:
     """The stage's trainer with its defaults, as many updates as fit a time."""
 
@@ -281,20 +300,23 @@ class Recipe:
             lines = list(islice(read_lines(args.val_path), DOCUMENTS))
         self.held_out.write_text("".join(lines), encoding="utf-8")
         # what an update takes in any case, and more for each row
-        few, many = (2, 8) if args.device == "cpu" else (32, 128)
-        seconds = {rows: self.trial(rows) for rows in (few, many)}
-        self.per_row = (seconds[many] - seconds[few]) / (many - few)
-        self.fixed = seconds[few] - few * self.per_row
+        few, many = map(self.trial, (2, 8) if args.device == "cpu" else (32, 128))
+        self.per_row = (many.seconds - few.seconds) / (many.rows - few.rows)
+        self.fixed = few.seconds - few.rows * self.per_row
+        self.tokens_of_a_row = many.tokens / many.rows
 
     @property
     def settings(self) -> TrainArgs:
         return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
 
-    def trial(self, rows: int) -> float:
+    def trial(self, rows: int) -> "Update":
+        """Some updates of about so many rows, in whole batches."""
         batch = min(rows, self.settings.batch_size)
-        size = f"--batch_size {batch} --accumulation_steps {rows // batch}"
-        size += " --batch_ramp 0 --val_share 0"
-        return seconds_of_an_update(self.train(size, max_steps=25))
+        steps, updates = rows // batch, 25
+        size = f"--batch_size {batch} --accumulation_steps {steps} --batch_ramp 0 --val_share 0"
+        records = self.train(size, max_steps=updates)
+        tokens = max(record.get("tokens", 0) for record in records)
+        return Update(batch * steps, tokens / updates, seconds_of_an_update(records))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))
@@ -306,7 +328,8 @@ class Recipe:
     def steps_within(self, seconds: float) -> int:
         settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
-        first = first_window(settings, resolve_device(self.args.device))
+        device = resolve_device(self.args.device)
+        first = first_window(settings, device, tokens_of_a_row=self.tokens_of_a_row)
         ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
         steps, needed = 0, 0.0
         for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():

@@ -1,5 +1,6 @@
 """What the benchmarks compute besides running things."""
 
+import json
 import math
 
 import memory
@@ -8,13 +9,19 @@ import pytest
 import speedrun
 import stage_distillation
 import stages
-from toy import TEXTS, text_file
+from peers import peer_of
+from toy import CHATS, TEXTS, chat_file, saved_teacher, text_file
 
 from dataset.lm_dataset import load_documents
+from dataset.packing import Rows
+from model.errors import UserError
 from model.generation import generate
 from model.losses import IGNORED
 from model.sampling import Sampling
 from model.weights import load_tokenizer
+from trainer.arguments import TrainArgs
+from trainer.evaluation import held_out_loss
+from trainer.trainer_utils import Run
 
 
 @pytest.mark.parametrize(
@@ -49,8 +56,11 @@ def test_the_plain_way_has_a_document_a_row(tmp_path):
 
 def test_as_many_updates_as_fit_the_time():
     recipe = speedrun.Recipe.__new__(speedrun.Recipe)
-    recipe.args = speedrun.Args(recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2")
+    recipe.args = speedrun.Args(
+        "pretrain", "a", "b", recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2"
+    )
     recipe.trainer = speedrun.train_pretrain
+    recipe.tokens_of_a_row = 512
     recipe.fixed, recipe.per_row = 0.5, 0.25
     assert recipe.steps_within(0.9) == 0
     assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
@@ -60,6 +70,63 @@ def test_as_many_updates_as_fit_the_time():
         steps += 1
     assert recipe.steps_within(2000) == steps
     assert math.isclose(trained / steps, 7, abs_tol=1)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft"])
+def test_a_race_from_end_to_end(tmp_path, stage):
+    write, examples = {"pretrain": (text_file, TEXTS), "full_sft": (chat_file, CHATS)}[stage]
+    data = write(tmp_path / "data.jsonl", examples[4:])
+    held_out = write(tmp_path / "val.jsonl", examples[:4])
+    args = speedrun.Args(
+        stage,
+        data,
+        held_out,
+        from_weight=saved_teacher(tmp_path) if stage == "full_sft" else "",
+        size="48x2",
+        baseline_minutes=0.005,
+        baseline_lrs=[5e-4],
+        budgets=[0.2, 2.0],
+        minutes=0.02,
+        plot=str(tmp_path / "plot.png"),
+        json=str(tmp_path / "report.json"),
+    )
+    report = speedrun.main(args)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plain, *recipes = report["curves"].values()
+    figure = report["baseline_bpb" if stage == "pretrain" else "baseline_loss"]
+    assert plain[-1][1] == figure and len(recipes) == 2
+    assert recipes[0][-1][1] <= figure
+    assert 0 <= report["seconds_to_baseline"] <= recipes[0][-1][0]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "full_sft"])
+def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model, stage):
+    write, examples = {"pretrain": (text_file, TEXTS), "full_sft": (chat_file, CHATS)}[stage]
+    held_out = write(tmp_path / "val.jsonl", examples)
+    args = speedrun.Args(stage, held_out, held_out, from_weight="some.pth")
+    model = make_model(vocab_size=6400)
+    peer = peer_of(model.config, use_cache=False)
+    peer.load_state_dict(model.state_dict())
+    plain = speedrun.held_out_figure(args)(peer.eval())
+
+    _, kind, figure, _ = speedrun.STAGES[stage]
+    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
+    rows = Rows(load_documents(held_out, kind, tokenizer), 512)
+    assert held_out_loss(run, model, rows)[f"val_{figure}"] == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(size="256"), "as 768x16"),
+        (dict(data_path=""), "name what to train"),
+        (dict(stage="full_sft"), "--from_weight"),
+    ],
+)
+def test_a_race_that_cannot_be_run(wrong, said):
+    with pytest.raises(UserError, match=said):
+        speedrun.Args(**{"data_path": "a.jsonl", "val_path": "b.jsonl", **wrong})
 
 
 def test_better_by_more_than_two_standard_errors():

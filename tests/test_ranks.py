@@ -23,7 +23,7 @@ from toy import (
     wait_for_steps,
 )
 
-from trainer import trainer_utils
+from trainer import train_full_sft, train_pretrain, trainer_utils
 from trainer.command import run_stage
 from trainer.trainer_utils import Run
 
@@ -94,6 +94,18 @@ def test_however_a_window_is_shared_out_the_training_is_the_same(
     assert_close(train.saved()["model"], train.saved("one")["model"])
     np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
     assert len(train.saved()["random"]) == ranks
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
+def test_packed_rows_too(tmp_path, stage):
+    """What users train with: packed rows, Muon, updates that grow."""
+    train = Trainer(tmp_path, stage)
+    settings = dict(packing=True, max_seq_len=24, batch_ramp=4, epochs=2, save_interval=1)
+    train("one", batch_size=4, **settings)
+    together(train, 2, batch_size=2, **settings)
+    assert len(figures(train, "a")) > 2
+    assert_close(train.saved()["model"], train.saved("one")["model"])
+    np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 3)])

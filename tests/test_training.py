@@ -30,9 +30,9 @@ from trainer import hardware, train_full_sft, train_pretrain, trainer_utils
 from trainer.arguments import TrainArgs
 from trainer.evaluation import answer, continuation, held_out_loss
 from trainer.optimizers import (
-    EMBEDDING,
     VECTORS,
     Muon,
+    embedding_multiple,
     learning_rate_factor,
     make_optimizer,
     orthogonal,
@@ -215,10 +215,31 @@ def test_one_learning_rate_maps_to_every_group(make_model, name):
     model = make_model()
     optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    multiples = {"matrices": 1, "embedding": EMBEDDING, "vectors": VECTORS}
+    multiples = {"matrices": 1, "embedding": 30, "vectors": VECTORS}
     for role, parameters in split_parameters(model).items():
         for parameter in parameters:
             assert rates[id(parameter)] == pytest.approx(0.1 * multiples[role])
+
+
+def test_the_embedding_of_a_wide_model_learns_more_slowly():
+    """The head's logits are sums over the width. RECIPE_LOG.md, series 13."""
+    multiples = [embedding_multiple(width) for width in (64, 256, 512, 768)]
+    assert multiples == pytest.approx([30, 30, 10.61, 5.77], abs=0.01)
+
+
+def test_a_wider_model_takes_no_larger_steps(make_model):
+    """μP's coordinate check (arXiv 2203.03466): how far one update moves the logits."""
+    ids = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+
+    def moved(width: int) -> float:
+        model = make_model(hidden_size=width, initializer_range=0.02)
+        optimizer = make_optimizer(model, "muon", learning_rate=1e-4, weight_decay=0.0)
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        optimizer.step()
+        return (model(ids).logits - outputs.logits).abs().mean().item()
+
+    assert moved(1024) < 2.5 * moved(256)  # 4 times, were the embedding's multiple the same
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -11,13 +11,14 @@ from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
 DATASET = ROOT / "dataset"
-LEARNING_RATE_HELP = "the peak, for matrices; others have fixed multiples of it (optimizers.py)"
+LEARNING_RATE_HELP = "the peak, for matrices; others have multiples of it (optimizers.py)"
 EXPERTS = (
     "n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size scoring_func "
     "norm_topk_prob aux_loss_alpha seq_aux bias_update_speed".split()
 )
-BATCH_RAMP_HELP = """n: an update has an n-th of the rows trained so far, at least 1,024 tokens, at
-most a full batch: while much is to learn, few rows tell where to go; 0: always a full batch"""
+BATCH_RAMP_HELP = """n: an update has an n-th of the rows trained so far, at least 1,024 tokens (on
+a GPU --batch_size rows), at most a full batch: while much is to learn, few rows tell where to go;
+0: always a full batch"""
 
 
 @dataclass
