@@ -215,10 +215,10 @@ def train_plainly(
 ) -> tuple[Curve, float]:
     """The curve of the plain way in so many seconds, and its real tokens a second."""
     device = model.device
-    in_half = lambda: autocast(device, resolve_dtype("bfloat16", device))  # noqa: E731
+    dtype = resolve_dtype("bfloat16", device)
 
     def figure() -> float:
-        with in_half():
+        with autocast(device, dtype):  # as the trainer evaluates
             return evaluate(model)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
@@ -233,7 +233,7 @@ def train_plainly(
         start = time.perf_counter()
         ids, labels = ids.to(device), labels.to(device)
         real = ids != 0
-        with in_half():
+        with autocast(device, dtype):
             loss = model(input_ids=ids, attention_mask=real.long(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -309,7 +309,7 @@ class Recipe:
     def settings(self) -> TrainArgs:
         return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
 
-    def trial(self, rows: int) -> "Update":
+    def trial(self, rows: int) -> Update:
         """Some updates of about so many rows, in whole batches."""
         batch = min(rows, self.settings.batch_size)
         steps, updates = rows // batch, 25

@@ -400,9 +400,9 @@ def test_two_processes_train_as_one(rl, more):
     more = dict(more, optimizer="muon")  # AdamW makes as much of rounding as of small gradients
     rl("one", batch_size=4, **more)
     together(rl, 2, batch_size=2, **more)
-    for name, weights in rl.saved("one")["model"].items():
-        # the mean, for AdamW makes a step of 0.001 of the rounding of single tiny gradients
-        assert (rl.saved()["model"][name] - weights).abs().mean() < 3e-5, name
+    one, two = rl.saved("one")["model"], rl.saved()["model"]
+    for name in one:  # the mean, for embedding and norms have AdamW
+        assert (two[name] - one[name]).abs().mean() < 3e-5, name
     for ours, theirs in zip(rl.log("a", "reward"), rl.log("one", "reward"), strict=True):
         for name in ("reward", "entropy", "length", "tokens", "loss"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
