@@ -57,7 +57,7 @@ class Batch:
     """Packed sequences for one forward pass; the tensors are [B, T]."""
 
     input_ids: Tensor
-    labels: Tensor  # input_ids where the loss mask is set, else -100; the model shifts them
+    labels: Tensor  # input_ids where loss_mask is True, else -100; the model shifts them
     position_ids: Tensor
     num_tokens: int  # without padding
     num_label_tokens: int  # tokens that the loss is summed over
@@ -144,7 +144,7 @@ class PackedDataset(torch.utils.data.Dataset):
     """Sequences of at most `seq_len` tokens, packed out of tokenised documents.
 
     Args:
-        documents: columns input_ids and trained, as `load_documents` gives them.
+        documents: columns input_ids and loss_mask, as `load_documents` gives them.
         indices: which documents; default: all.
         packing: several documents a sequence; else one document, or one chunk of it.
     """
@@ -209,10 +209,10 @@ class PackedDataset(torch.utils.data.Dataset):
         documents = self.documents[self.indices[self.chunks.document[members]].tolist()]
         ends = self.chunks.start[members] + self.chunks.length[members]
         spans = zip(self.chunks.start[members], ends, strict=True)
-        columns = (documents["input_ids"], documents["trained"])
+        columns = (documents["input_ids"], documents["loss_mask"])
         return [
-            {"input_ids": ids[start:end], "trained": trained[start:end]}
-            for (start, end), ids, trained in zip(spans, *columns, strict=True)
+            {"input_ids": ids[start:end], "loss_mask": loss_mask[start:end]}
+            for (start, end), ids, loss_mask in zip(spans, *columns, strict=True)
         ]
 
 
@@ -239,7 +239,7 @@ def collate(sequences: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Ba
         for chunk in chunks:
             end = at + len(chunk["input_ids"])
             input_ids[b, at:end] = chunk["input_ids"]
-            labels[b, at:end] = np.where(chunk["trained"], chunk["input_ids"], IGNORED)
+            labels[b, at:end] = np.where(chunk["loss_mask"], chunk["input_ids"], IGNORED)
             labels[b, at] = IGNORED
             position_ids[b, at:end] = np.arange(end - at)
             at = end

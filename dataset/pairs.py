@@ -26,7 +26,7 @@ class PreferenceBatch:
     one."""
 
     input_ids: Tensor  # [B, T]
-    labels: Tensor  # [B, T], input_ids where the loss mask is set, else -100; the model shifts them
+    labels: Tensor  # [B, T], input_ids where loss_mask is True, else -100; the model shifts them
     position_ids: Tensor  # [B, T]
     document_ids: Tensor  # [B, T], which document a token belongs to; 2N for padding
     last_index: Tensor  # [N, 2], index of each document's last token in the flattened [B·T]
@@ -121,7 +121,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
         first = 2 * int(self.indices[index])
         sides = self.documents[[first, first + 1]]
         return {
-            **{name: list(sides[name]) for name in ("input_ids", "trained")},
+            **{name: list(sides[name]) for name in ("input_ids", "loss_mask")},
             **{
                 name: getattr(self, name)[index] for name in ("completion_lengths", "ref_log_probs")
             },
@@ -131,9 +131,9 @@ class PreferenceDataset(torch.utils.data.Dataset):
 def label_counts(documents: Dataset) -> np.ndarray:
     """[documents] tokens of each that carry loss."""
     counts = []
-    for chunk in documents.data.column("trained").chunks:
-        offsets, trained = np.asarray(chunk.offsets), np.asarray(chunk.values)
-        counts.append(np.add.reduceat(trained[: offsets[-1]], offsets[:-1], dtype=np.int32))
+    for chunk in documents.data.column("loss_mask").chunks:
+        offsets, loss_mask = np.asarray(chunk.offsets), np.asarray(chunk.values)
+        counts.append(np.add.reduceat(loss_mask[: offsets[-1]], offsets[:-1], dtype=np.int32))
     return np.concatenate(counts)
 
 
@@ -144,7 +144,7 @@ def collate_pairs(
     to the longest."""
     pairs = [pair for pair in pairs if pair is not None]
     ids = [side for pair in pairs for side in pair["input_ids"]]
-    trained = [side for pair in pairs for side in pair["trained"]]
+    loss_mask = [side for pair in pairs for side in pair["loss_mask"]]
     lengths = np.array([len(side) for side in ids], dtype=np.int64)
     sequence_of = cheapest_packing(lengths) if packing and ids else np.arange(len(ids))
     num_sequences = int(sequence_of.max(initial=0)) + 1
@@ -160,7 +160,7 @@ def collate_pairs(
     for number, b in enumerate(sequence_of):
         span = slice(used[b], used[b] + lengths[number])
         input_ids[b, span] = ids[number]
-        labels[b, span] = np.where(trained[number], ids[number], IGNORED)
+        labels[b, span] = np.where(loss_mask[number], ids[number], IGNORED)
         position_ids[b, span] = np.arange(lengths[number])
         document_ids[b, span] = number
         last_index[number] = b * longest + span.stop - 1

@@ -16,7 +16,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, read_info, write_json
 from trainer.common.metrics import with_new_keys
-from trainer.common.recipes import UNPINNED, METRIC, PATHS, RECIPES
+from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
 
 
 @dataclass

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
 from dataset.packing import PackedDataset
-from dataset.replies import REASONING_TAGS, parse_reasoning
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
@@ -37,8 +37,8 @@ from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager, evaluate_loss
-from trainer.common.optimizers import make_optimizer
 from trainer.common.loop import GlobalBatch
+from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, load_packed, prepare_model
 from trainer.trainer_utils import Run
 
@@ -139,8 +139,8 @@ def held_out_questions(
     found = []
     for index in val_data.indices.tolist():
         document = val_data.documents[index]
-        ids, trained = document["input_ids"], document["trained"]
-        starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)
+        ids, loss_mask = document["input_ids"], document["loss_mask"]
+        starts = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0) == 1)
         if len(starts) == 0:
             continue
         prompt, reply = np.split(ids, starts[-1:])

@@ -34,7 +34,6 @@ Departures from the papers:
 
 import math
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise

@@ -47,10 +47,10 @@ from trainer.common.context import Context, unwrap
 from trainer.common.loop import GlobalBatch, StopSignal, make_loader, update_router_bias
 from trainer.common.metrics import Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
+from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import Plan, duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
-from trainer.common.recipes import RecipeComparison
 
 COMPILE_STEPS = 10  # compile new shapes only during the first steps; later ones run eagerly
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import FORMAT
+from dataset.lm_dataset import CACHE_VERSION
 from dataset.pairs import PreferenceBatch, PreferenceDataset
 from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
@@ -51,7 +51,7 @@ def cache_file(ctx: Context, model: nn.Module, pairs: PreferenceDataset) -> Path
     model = unwrap(model)
     state = {name: w for name, w in model.state_dict().items() if ".lora_" not in name}
     depends = [
-        *(FORMAT, pairs.fingerprint, hash_of(np.ascontiguousarray(pairs.indices))),
+        *(CACHE_VERSION, pairs.fingerprint, hash_of(np.ascontiguousarray(pairs.indices))),
         *(hash_of(*(weight.cpu() for weight in state.values())), model.config.to_dict()),
         *(ctx.device.type, str(ctx.dtype)),
     ]
