@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 
 
 @dataclass
@@ -192,7 +192,7 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
     """
     longest = max(2, max(sum(len(piece["input_ids"]) for piece in row) for row in rows))
     input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros((len(rows), longest), dtype=np.int64)
     tokens = 0
     for r, row in enumerate(rows):
@@ -200,14 +200,14 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
         for piece in row:
             end = at + len(piece["input_ids"])
             input_ids[r, at:end] = piece["input_ids"]
-            labels[r, at:end] = np.where(piece["trained"], piece["input_ids"], IGNORED)
-            labels[r, at] = IGNORED
+            labels[r, at:end] = np.where(piece["trained"], piece["input_ids"], IGNORE_INDEX)
+            labels[r, at] = IGNORE_INDEX
             position_ids[r, at:end] = np.arange(end - at)
             at = end
         position_ids[r, at:] = np.arange(longest - at)
         tokens += at
     tensors = map(torch.from_numpy, (input_ids, labels, position_ids))
-    return Batch(*tensors, tokens, int((labels != IGNORED).sum()), sum(map(bool, rows)))
+    return Batch(*tensors, tokens, int((labels != IGNORE_INDEX).sum()), sum(map(bool, rows)))
 
 
 class WindowSampler(torch.utils.data.Sampler):

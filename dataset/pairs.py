@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dataset.packing import IGNORED, document_lengths
+from dataset.packing import IGNORE_INDEX, document_lengths
 
 # A row of so many tokens costs twice as much a token as a short one: attention looks at all pairs
 # of a row, also at those that are masked (with --hidden_size 512, on a CPU).
@@ -149,7 +149,7 @@ def collate_pairs(
     longest = int(np.bincount(row_of, lengths).max(initial=2))
 
     input_ids = np.full((rows, longest), pad_id, dtype=np.int64)
-    labels = np.full((rows, longest), IGNORED, dtype=np.int64)
+    labels = np.full((rows, longest), IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros((rows, longest), dtype=np.int64)
     document = np.full((rows, longest), len(ids), dtype=np.int64)
     ends = np.zeros(len(ids), dtype=np.int64)
@@ -157,7 +157,7 @@ def collate_pairs(
     for number, row in enumerate(row_of):
         place = slice(used[row], used[row] + lengths[number])
         input_ids[row, place] = ids[number]
-        labels[row, place] = np.where(trained[number], ids[number], IGNORED)
+        labels[row, place] = np.where(trained[number], ids[number], IGNORE_INDEX)
         position_ids[row, place] = np.arange(lengths[number])
         document[row, place] = number
         ends[number] = row * longest + place.stop - 1

@@ -14,29 +14,30 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 
-class Documents(NamedTuple):
+class VarlenMetadata(NamedTuple):
     """The documents of packed rows, all rows laid end to end: what varlen attention takes instead
     of a mask, so that it computes nothing between documents."""
 
-    edges: Tensor  # [documents + 1], int32: where each begins, and where the last ends
-    longest: int  # no document has more tokens
+    cu_seqlens: Tensor  # [documents + 1], int32: where each begins, and where the last ends
+    max_seqlen: int  # no document has more tokens
 
 
 # -- which keys a query may see --------------------------------------------------------------------
 
 
-def visible_keys(
+def make_attention_mask(
     hidden: Tensor,
     past: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     varlen: bool = False,
-) -> Tensor | Documents | None:
+) -> Tensor | VarlenMetadata | None:
     """Which keys each query may see, as a bool mask [B or 1, 1, T, S], True = visible.
 
     None, the fast path, means all earlier positions (causal). Beyond causality, padding is hidden
     (attention_mask [B, S]), and so are the other documents of a packed row (position_ids, [B or 1,
-    T], that restart at 0; given when nothing is cached). With `varlen`, Documents say the latter.
+    T], that restart at 0; given when nothing is cached). With `varlen`, the documents are returned
+    as VarlenMetadata instead of a mask.
     """
     T = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -45,7 +46,7 @@ def visible_keys(
     if attention_mask is None and not packed and (past == 0 or T == 1):
         return None
     if packed and attention_mask is None and varlen:
-        return documents_of(position_ids.expand(len(hidden), T))
+        return varlen_metadata(position_ids.expand(len(hidden), T))
     steps = torch.arange(past + T, device=hidden.device)
     mask = (steps <= steps[past:, None])[None]  # [1, T, S]
     if attention_mask is not None:
@@ -56,15 +57,15 @@ def visible_keys(
     return mask[:, None]
 
 
-def documents_of(position_ids: Tensor) -> Documents:
+def varlen_metadata(position_ids: Tensor) -> VarlenMetadata:
     """Positions [B, T] that restart at 0 with each document; a row begins one in any case."""
     starts = position_ids == 0
     starts[:, 0] = True
-    edges = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
-    return Documents(edges.int(), position_ids.shape[1])
+    cu_seqlens = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
+    return VarlenMetadata(cu_seqlens.int(), position_ids.shape[1])
 
 
-def varlen_runs(hidden: Tensor, head_dim: int) -> bool:
+def supports_varlen(hidden: Tensor, head_dim: int) -> bool:
     """Whether PyTorch's varlen attention, which is FlashAttention, can compute this."""
     if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return False
@@ -75,12 +76,12 @@ def varlen_runs(hidden: Tensor, head_dim: int) -> bool:
 # -- the three ways --------------------------------------------------------------------------------
 
 
-def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None, dropout: float
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | VarlenMetadata | None, dropout: float
 ) -> Tensor:
     """softmax(QKᵀ/√D)V by PyTorch's fused kernels. [B, H, T, D], [B, K, S, D] → [B, H, T, D]."""
-    if isinstance(mask, Documents):
-        return within_documents(query, key, value, mask)
+    if isinstance(mask, VarlenMetadata):
+        return varlen_attention(query, key, value, mask)
     # A query that stands alone sees all keys; is_causal would align it with the first of them.
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
@@ -92,35 +93,39 @@ def scaled_dot_product(
         return out.reshape(query.shape)
     if grouped and mask is not None and query.is_cuda:
         # CUDA's kernels know groups (flash) or masks (memory-efficient), but not both
-        key, value = (for_each_query_head(x, query) for x in (key, value))
+        key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
         grouped = False
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=causal, enable_gqa=grouped
     )
 
 
-def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: VarlenMetadata
+) -> Tensor:
     """The same for documents end to end, each of which sees itself alone. Shapes as above."""
     B, H, T, D = query.shape
     # varlen_attn knows groups since torch 2.12 only
-    key, value = (for_each_query_head(x, query) for x in (key, value))
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x.transpose(1, 2).reshape(B * T, H, D) for x in (query, key, value))
-    edges, longest = documents
+    cu_seqlens, max_seqlen = documents
     causal = (-1, 0)  # a window: all keys before, none after
-    out = varlen_attn(query, key, value, edges, edges, longest, longest, window_size=causal)
+    out = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal
+    )
     return out.view(B, T, H, D).transpose(1, 2)
 
 
-def for_each_query_head(grouped: Tensor, query: Tensor) -> Tensor:
+def repeat_kv(heads: Tensor, n_rep: int) -> Tensor:
     """[B, K, S, D] → [B, H, S, D]: query head h reads key/value head h // (H / K)."""
-    return grouped.repeat_interleave(query.shape[1] // grouped.shape[1], dim=1)
+    return heads.repeat_interleave(n_rep, dim=1)
 
 
-def scaled_dot_product_by_hand(
+def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
     """The same, written out: the reference that the tests compare the fused kernels with."""
-    key, value = (for_each_query_head(x, query) for x in (key, value))
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [B, H, T, S]
     if mask is None and query.shape[2] > 1:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()

@@ -36,7 +36,7 @@ class Routing(NamedTuple):
     """Where the tokens go, as a gate decides it."""
 
     scores: Tensor  # [B, T, E], float32: how well each expert suits
-    chosen: Tensor  # [B, T, k]: the experts that are used
+    experts: Tensor  # [B, T, k]: the experts that are used
     weights: Tensor  # [B, T, k]: what their outputs are multiplied with
 
 
@@ -46,16 +46,16 @@ class MixtureOfExperts(nn.Module):
     `scoring_func` decides how the experts are kept in balance, for a gate left to itself soon sends
     all tokens to the same few, and the others learn nothing:
 
-    - "softmax": scores compete, and `balance_loss` draws them towards equal shares.
+    - "softmax": scores compete, and `load_balancing_loss` draws them towards equal shares.
     - "sigmoid" (DeepSeek-V3): a bias for each expert is added to the scores for the selection only,
-      and after every update it is nudged up where too few tokens came (`nudge_bias`). No loss pulls
+      and every update raises it where too few tokens came (`update_router_bias`). No loss pulls
       at what the gate learns (V3 keeps a very small one for each row).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.may_group = True  # False: always one by one, to compare
+        self.use_grouped_mm = True  # False: always one by one, to compare
         size = config.moe_intermediate_size
         routed, shared = config.n_routed_experts, config.n_shared_experts
         self.gate = nn.Linear(config.hidden_size, routed, bias=False)
@@ -64,11 +64,11 @@ class MixtureOfExperts(nn.Module):
         self.experts = nn.ModuleList(SwiGLU(config, size) for _ in range(routed))
         self.shared_experts = nn.ModuleList(SwiGLU(config, size) for _ in range(shared))
         # tokens that each expert had since the last update
-        self.register_buffer("load", torch.zeros(routed), persistent=False)
+        self.register_buffer("tokens_per_expert", torch.zeros(routed), persistent=False)
 
-    def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, T, C] → the same, and in training the balance loss (0 with "sigmoid"), for which only
-        the `real` tokens [B, T] count (default: all)."""
+        tokens where `token_mask` [B, T] is 1 count (default: all)."""
         routing = self.route(hidden)
         tokens = hidden.flatten(0, 1)  # [N, C]
         out = self.routed(tokens, routing)
@@ -76,12 +76,20 @@ class MixtureOfExperts(nn.Module):
             out = out + expert(tokens)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if self.training:
-            real = torch.ones_like(routing.scores[..., 0]) if real is None else real.float()
+            token_mask = (
+                torch.ones_like(routing.scores[..., 0])
+                if token_mask is None
+                else token_mask.float()
+            )
             if torch.is_grad_enabled():  # to look at log-probs is not to train on them
                 with torch.no_grad():
-                    self.load += count_tokens(routing.chosen, real, len(self.experts)).sum(0)
+                    self.tokens_per_expert += count_tokens(
+                        routing.experts, token_mask, len(self.experts)
+                    ).sum(0)
             if self.config.scoring_func == "softmax":
-                loss = self.config.aux_loss_alpha * balance_loss(routing, real, self.config.seq_aux)
+                loss = self.config.aux_loss_alpha * load_balancing_loss(
+                    routing, token_mask, self.config.seq_aux
+                )
         return out.view_as(hidden), loss
 
     def route(self, hidden: Tensor) -> Routing:
@@ -101,13 +109,13 @@ class MixtureOfExperts(nn.Module):
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """[N, C] → [N, C]: the weighted sum of each token's chosen experts."""
         k = self.config.num_experts_per_tok
-        chosen = routing.chosen.flatten()  # [N · k]
+        chosen = routing.experts.flatten()  # [N · k]
         order = chosen.argsort(stable=True)  # the tokens of expert 0, of expert 1, …
         count = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen, torch.ones_like(chosen))
         # a few tokens, as in decoding, need a few experts, and stacking reads them all
         many = torch.is_grad_enabled() or len(tokens) > 256
-        group = self.may_group and many and grouping_runs(tokens, self.experts[0])
-        run = grouped if group else one_by_one
+        group = self.use_grouped_mm and many and supports_grouped_mm(tokens, self.experts[0])
+        run = grouped_experts if group else loop_experts
         out = run(self.experts, tokens[order // k], count)  # [N · k, C]
         out = out[order.argsort()].view(len(tokens), k, -1)
         return (out * routing.weights.view(len(tokens), k, 1).to(out.dtype)).sum(1)
@@ -116,7 +124,7 @@ class MixtureOfExperts(nn.Module):
 # -- experts at work -------------------------------------------------------------------------------
 
 
-def one_by_one(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+def loop_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     """Each expert on its own tokens, which stand behind each other: [N · k, C] → the same.
 
     In training an expert without tokens computes nothing of nothing, for a gradient of 0.
@@ -126,7 +134,7 @@ def one_by_one(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     return torch.cat([expert(part) for expert, part in needed])
 
 
-def grouped(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+def grouped_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     """The same in three large products, each for all experts at once (F.grouped_mm)."""
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if autocasts(tokens) else tokens.dtype
@@ -141,7 +149,7 @@ def grouped(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     return experts[0].dropout(product(inner, "down_proj"))
 
 
-def grouping_runs(tokens: Tensor, expert: SwiGLU) -> bool:
+def supports_grouped_mm(tokens: Tensor, expert: SwiGLU) -> bool:
     """Whether F.grouped_mm can compute this: on a CPU, or in bfloat16 on a GPU since Ampere, with
     rows that are whole multiples of 16 bytes, and layers that are their weights (no LoRA)."""
     layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
@@ -164,36 +172,36 @@ def autocasts(tokens: Tensor) -> bool:
 # -- balance ---------------------------------------------------------------------------------------
 
 
-def count_tokens(chosen: Tensor, real: Tensor, experts: int) -> Tensor:
+def count_tokens(chosen: Tensor, token_mask: Tensor, experts: int) -> Tensor:
     """[B, T, k], [B, T] → [B, E]: how many real tokens chose each expert, row by row."""
-    ones = real[..., None].expand_as(chosen).flatten(1)
-    return real.new_zeros(len(chosen), experts).scatter_add_(1, chosen.flatten(1), ones)
+    ones = token_mask[..., None].expand_as(chosen).flatten(1)
+    return token_mask.new_zeros(len(chosen), experts).scatter_add_(1, chosen.flatten(1), ones)
 
 
-def balance_loss(routing: Routing, real: Tensor, per_sequence: bool) -> Tensor:
+def load_balancing_loss(routing: Routing, token_mask: Tensor, per_sequence: bool) -> Tensor:
     """E · Σ share of the choices · mean score, over the experts (DeepSeek-V2, eq. 23–25).
 
     It is 1 where all experts have equal shares, and larger the more tokens the favoured ones have.
-    Of the tokens those that are `real` (1, not 0) count, [B, T]. `per_sequence`: for each row of
+    Only tokens whose `token_mask` [B, T] is 1 count. `per_sequence`: for each row of
     the batch, then the mean; else over all tokens of the (micro-)batch together.
     """
-    scores, chosen = routing.scores, routing.chosen
+    scores, chosen = routing.scores, routing.experts
     if not per_sequence:
-        scores, chosen, real = (x.flatten(0, 1)[None] for x in (scores, chosen, real))
+        scores, chosen, token_mask = (x.flatten(0, 1)[None] for x in (scores, chosen, token_mask))
     experts, k = scores.shape[-1], chosen.shape[-1]
-    tokens = real.sum(1, keepdim=True)  # [B, 1]
-    share = count_tokens(chosen, real, experts) / (k * tokens.clamp(min=1))  # [B, E]
-    score = (scores * real[..., None]).sum(1) / tokens.clamp(min=1)
+    tokens = token_mask.sum(1, keepdim=True)  # [B, 1]
+    share = count_tokens(chosen, token_mask, experts) / (k * tokens.clamp(min=1))  # [B, E]
+    score = (scores * token_mask[..., None]).sum(1) / tokens.clamp(min=1)
     return experts * (share * score).sum() / (tokens > 0).sum().clamp(min=1)
 
 
-def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+def moe_layers(model: nn.Module) -> list[MixtureOfExperts]:
     """The mixtures of a model, layer by layer; none in a dense one."""
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
 @torch.no_grad()
-def nudge_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
+def update_router_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
     """Towards balance, with "sigmoid": up for an expert with less than the mean load [E], down for
     one with more (arXiv 2408.15664). A gate that is frozen keeps its bias too."""
     if mixture.config.scoring_func == "sigmoid" and mixture.gate.weight.requires_grad:

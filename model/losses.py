@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
-CHUNK = 512  # positions whose logits stand in memory at a time
+IGNORE_INDEX = -100  # a label that carries no loss, as everywhere in PyTorch
+CHUNK_SIZE = 512  # positions whose logits stand in memory at a time
 
 
 def cross_entropy_sum(
@@ -23,8 +23,8 @@ def cross_entropy_sum(
         hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
         label_weights: w, [V], float32. Default: 1 each, so that Σ w is the number of labels.
     """
-    chosen = labels != IGNORED
-    total = chosen.sum() if label_weights is None else sum_of_weights(labels, label_weights)
+    chosen = labels != IGNORE_INDEX
+    total = chosen.sum() if label_weights is None else sum_label_weights(labels, label_weights)
     if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
     else:
@@ -37,7 +37,7 @@ def cross_entropy_sum(
     )
     if fused:  # in chunks, so that [B·T, V] never stands in memory as a whole
         # on a CPU, larger chunks than PyTorch's choice make faster matrix products (RECIPE_LOG.md)
-        rows = CHUNK if hidden.device.type == "cpu" else None
+        rows = CHUNK_SIZE if hidden.device.type == "cpu" else None
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         loss = F.linear_cross_entropy(
             hidden, head, labels, weight=label_weights, reduction="sum", options=options
@@ -48,9 +48,9 @@ def cross_entropy_sum(
     return loss, total
 
 
-def sum_of_weights(labels: Tensor, label_weights: Tensor) -> Tensor:
+def sum_label_weights(labels: Tensor, label_weights: Tensor) -> Tensor:
     """Σ w[label] over the positions that have a label."""
-    return (label_weights[labels.clamp(min=0)] * (labels != IGNORED)).sum()
+    return (label_weights[labels.clamp(min=0)] * (labels != IGNORE_INDEX)).sum()
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -69,8 +69,8 @@ def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: f
         logits = F.linear(states, head).float() / temperature
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    chosen = labels != IGNORED
-    chunks = zip(hidden[chosen].split(CHUNK), labels[chosen].split(CHUNK), strict=True)
+    chosen = labels != IGNORE_INDEX
+    chunks = zip(hidden[chosen].split(CHUNK_SIZE), labels[chosen].split(CHUNK_SIZE), strict=True)
     parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     zeros = torch.zeros(labels.shape, device=labels.device)
     return zeros.masked_scatter(chosen, torch.cat(parts))
@@ -105,8 +105,10 @@ def divergence_sum(
     def log_probs(states: Tensor, head: Tensor) -> Tensor:
         return (F.linear(states, head).float() / temperature).log_softmax(-1)  # [N, V]
 
-    chosen = labels != IGNORED
-    chunks = zip(hidden[chosen].split(CHUNK), teacher_hidden[chosen].split(CHUNK), strict=True)
+    chosen = labels != IGNORE_INDEX
+    chunks = zip(
+        hidden[chosen].split(CHUNK_SIZE), teacher_hidden[chosen].split(CHUNK_SIZE), strict=True
+    )
     return torch.stack(
         [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     ).sum()

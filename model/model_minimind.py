@@ -30,25 +30,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import (
-    Documents,
-    scaled_dot_product,
-    scaled_dot_product_by_hand,
-    varlen_runs,
-    visible_keys,
+    VarlenMetadata,
+    eager_attention,
+    make_attention_mask,
+    sdpa_attention,
+    supports_varlen,
 )
 from .feed_forward import MixtureOfExperts, SwiGLU
 from .losses import cross_entropy_sum, token_log_probs
-from .rope import rope_rotation, rotate
+from .rope import apply_rotary_emb, rope_cos_sin
 
 # What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
-CACHE = fields(BaseModelOutputWithPast)[1].name
+CACHE_ARGUMENT = fields(BaseModelOutputWithPast)[1].name
 
 
 class MiniMindConfig(PreTrainedConfig):
     """Sizes and switches of a model. The defaults are MiniMind-small, 25.83M parameters."""
 
     model_type = "minimind"
-    keys_to_ignore_at_inference = [CACHE]
+    keys_to_ignore_at_inference = [CACHE_ARGUMENT]
 
     vocab_size: int = 6400
     hidden_size: int = 512
@@ -168,7 +168,9 @@ class MiniMindPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, MixtureOfExperts):
-            init.zeros_(module.load)  # not in the files, so that loading leaves it undefined
+            init.zeros_(
+                module.tokens_per_expert
+            )  # not in the files, so that loading leaves it undefined
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
@@ -254,7 +256,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             log_probs=log_probs,
-            **{CACHE: getattr(outputs, CACHE)},
+            **{CACHE_ARGUMENT: getattr(outputs, CACHE_ARGUMENT)},
         )
 
 
@@ -269,7 +271,7 @@ class MiniMindForScoring(MiniMindPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def on(cls, language_model: MiniMindForCausalLM) -> "MiniMindForScoring":
+    def from_language_model(cls, language_model: MiniMindForCausalLM) -> "MiniMindForScoring":
         """The stack of a language model (the same tensors) with a head that scores everything 0."""
         model = cls(language_model.config)
         model.model = language_model.model
@@ -322,19 +324,23 @@ class MiniMindModel(MiniMindPreTrainedModel):
         length = past + hidden.shape[1]
 
         documents = position_ids if past == 0 else None
-        mask = visible_keys(hidden, past, attention_mask, documents, self.uses_varlen(hidden))
+        mask = make_attention_mask(
+            hidden, past, attention_mask, documents, self.uses_varlen(hidden)
+        )
         if position_ids is None:
             position_ids = torch.arange(past, length, device=hidden.device)[None]
-        rotation = rope_rotation(self.config, position_ids)
+        rotation = rope_cos_sin(self.config, position_ids)
 
         hidden = self.dropout(hidden)
-        real = None  # tokens that count for the balance of experts
+        token_mask = None  # tokens that count for the balance of experts
         pad = self.config.pad_token_id
         if self.config.use_moe and self.training and input_ids is not None and pad is not None:
-            real = input_ids != pad
+            token_mask = input_ids != pad
         all_hidden, aux_losses = [hidden], []
         for layer in self.layers:
-            hidden, aux_loss = layer(hidden, rotation, mask, past_key_values, length, real=real)
+            hidden, aux_loss = layer(
+                hidden, rotation, mask, past_key_values, length, token_mask=token_mask
+            )
             all_hidden.append(hidden)
             aux_losses.append(aux_loss)
         hidden = self.norm(hidden)
@@ -344,12 +350,14 @@ class MiniMindModel(MiniMindPreTrainedModel):
             last_hidden_state=hidden,
             aux_loss=torch.stack(aux_losses).sum() if self.config.use_moe else None,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
-            **{CACHE: past_key_values},
+            **{CACHE_ARGUMENT: past_key_values},
         )
 
     def uses_varlen(self, hidden: Tensor) -> bool:
         dropout = self.training and self.config.dropout > 0  # varlen has none
-        return self.config.flash_attn and not dropout and varlen_runs(hidden, self.config.head_dim)
+        return (
+            self.config.flash_attn and not dropout and supports_varlen(hidden, self.config.head_dim)
+        )
 
 
 class MiniMindBlock(GradientCheckpointingLayer):
@@ -363,13 +371,13 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.mlp = MixtureOfExperts(config) if config.use_moe else SwiGLU(config)
 
     def forward(
-        self, hidden: Tensor, *context, real: Tensor | None = None
+        self, hidden: Tensor, *context, token_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, C] → the same, and the balance loss of a mixture."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *context)
         inputs, aux_loss = self.post_attention_layernorm(hidden), None
         if isinstance(self.mlp, MixtureOfExperts):
-            out, aux_loss = self.mlp(inputs, real)
+            out, aux_loss = self.mlp(inputs, token_mask)
         else:
             out = self.mlp(inputs)
         return hidden + out, aux_loss
@@ -383,7 +391,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.attend = scaled_dot_product if config.flash_attn else scaled_dot_product_by_hand
+        self.attend = sdpa_attention if config.flash_attn else eager_attention
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -401,7 +409,7 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
+        mask: Tensor | VarlenMetadata | None,
         past_key_values: object | None,
         length: int,
     ) -> Tensor:
@@ -410,8 +418,8 @@ class Attention(nn.Module):
         query = self.q_norm(self.q_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
-        query = rotate(query, *rotation)  # [B, H, T, D]
-        key = rotate(key, *rotation)  # [B, K, T, D]
+        query = apply_rotary_emb(query, *rotation)  # [B, H, T, D]
+        key = apply_rotary_emb(key, *rotation)  # [B, K, T, D]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer)  # [B, K, S, D]
             key, value = key[:, :, :length], value[:, :, :length]  # caches of fixed size have more

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def rope_rotation(config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rope_cos_sin(config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Positions [B or 1, T] → cos and sin, each [B or 1, 1, T, D], the same for all heads.
 
     From one position to the next, pair i of a head turns by theta^(-2i/D) radians: fast for the
@@ -55,7 +55,7 @@ def yarn(config, frequencies: Tensor) -> tuple[Tensor, float]:
     return frequencies * (1 - slowed + slowed / config.yarn_factor), scale
 
 
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_emb(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) of [B, H, T, D] by its angle: the inner product of a query
     and a key then depends on the distance of their positions only."""
     first, second = heads.chunk(2, dim=-1)

@@ -27,8 +27,8 @@ from dataset.replies import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from model.losses import sum_of_weights
+from model.inference.sampling import SamplingParams
+from model.losses import sum_label_weights
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
 from trainer.common.command import run_stage
@@ -75,7 +75,7 @@ def weights_of_labels(
 
 def total_weight(run: Run, window: Window, label_weights: Tensor) -> float:
     """What the labels of an update weigh, all ranks together."""
-    own = sum(sum_of_weights(batch.labels, label_weights) for batch in window)
+    own = sum(sum_label_weights(batch.labels, label_weights) for batch in window)
     return max(1.0, *run.sum_over_ranks(float(own)))
 
 
@@ -142,7 +142,7 @@ def ask(run: Run, model: nn.Module, questions: list[Question]) -> tuple[str, dic
     """The first question with the model's reply, and the shares of replies that have the form and
     that are right besides; the ranks share the questions out between them."""
     mine = questions[run.rank :: run.ranks]
-    settings = Sampling(run.args.max_gen_len, temperature=0)
+    settings = SamplingParams(run.args.max_gen_len, temperature=0)
     replies = []
     for at in range(0, len(mine), SIDE_BY_SIDE):
         prompts = [prompt for prompt, _ in mine[at : at + SIDE_BY_SIDE]]

@@ -44,18 +44,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.packing import IGNORED, Batch, Rows, collate
+from dataset.packing import IGNORE_INDEX, Batch, Rows, collate
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_folder
+from model.formats.hf_format import load_hf_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     count_parameters,
     find_weights,
-    halves,
     load_model,
     load_tokenizer,
+    to_fp16_cpu,
     tokenizer_hash,
 )
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
@@ -154,7 +154,7 @@ def load_teacher(
                 f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
                 f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
             )
-        teacher = load_folder(path)
+        teacher = load_hf_folder(path)
     else:
         if path.suffix != ".pth":
             width = args.teacher_hidden_size or TEACHER
@@ -222,7 +222,7 @@ def questions(batch: Batch) -> list[Prompt]:
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
     for ids, labels, positions in zip(*(each.cpu().numpy() for each in tensors), strict=True):
-        trained = labels != IGNORED
+        trained = labels != IGNORE_INDEX
         edges = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
         for start, end in pairwise(edges):
             places = np.flatnonzero(trained[start:end])
@@ -254,7 +254,7 @@ def main(args: Args) -> dict[str, Any]:
     rows, held_out = read_rows(run, "conversations")
     loader = run.loader(rows)
     run.announce(model, rows, held_out)
-    run.identity["teacher"] = hash_of(*halves(teacher.state_dict()).values())
+    run.identity["teacher"] = hash_of(*to_fp16_cpu(teacher.state_dict()).values())
     parameters = count_parameters(teacher) / 1e6
     run.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
 

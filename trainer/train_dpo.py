@@ -136,7 +136,7 @@ def main(args: Args) -> dict[str, Any]:
     no_margin = torch.zeros(1, 2)
     first = loss_of(no_margin, no_margin, no_margin + 1).item()
     run.print(f"loss: {first:.3f} at the start, when the policy is the reference; then it falls")
-    save = partial(save_lora, settings=args.settings()) if args.use_lora else None
+    save = partial(save_lora, config=args.settings()) if args.use_lora else None
 
     for window in run.steps(loader):
         rewards = []

@@ -79,7 +79,7 @@ def main(args: Args) -> dict[str, Any]:
             figures = held_out_loss(run, model, held_out)
             run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
         run.log()
-        run.save_every(model, optimizer, save=partial(save_lora, settings=settings))
+        run.save_every(model, optimizer, save=partial(save_lora, config=settings))
     return run.finish()
 
 

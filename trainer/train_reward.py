@@ -53,7 +53,7 @@ def bradley_terry_loss(scores: Tensor) -> Tensor:
 
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = MiniMindForScoring.on(starting_model(args, tokenizer))
+    model = MiniMindForScoring.from_language_model(starting_model(args, tokenizer))
     run = Run(args, "reward", model.config, tokenizer)
     pairs, held_out = read_pairs(run)
     loader = run.loader(pairs, partial(collate_pairs, packing=args.packing))

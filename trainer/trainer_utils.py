@@ -51,7 +51,7 @@ from dataset.packing import (
 )
 from dataset.pairs import PairBatch, Pairs
 from model.errors import UserError
-from model.feed_forward import mixtures, nudge_bias
+from model.feed_forward import moe_layers, update_router_bias
 from model.model_minimind import (
     CausalLMOutput,
     MiniMindBlock,
@@ -448,7 +448,7 @@ class Run:
             self.skip_update()
         self.scaler.update()
         optimizer.zero_grad()
-        self.balance_experts(unwrapped(model))
+        self.update_router_bias(unwrapped(model))
         self.loss, stop = self.sum_over_ranks(self.window_loss.item(), self.stop_asked)
         self.stopping = bool(stop)
         self.window_loss.zero_()
@@ -459,17 +459,17 @@ class Run:
         self.pending["seconds"] += now - self.clock
         self.clock = now  # a window may have several updates
 
-    def balance_experts(self, model: MiniMindForCausalLM) -> None:
+    def update_router_bias(self, model: MiniMindForCausalLM) -> None:
         """Count the tokens that each expert had in this update; with biases, nudge them."""
-        layers = mixtures(model)
+        layers = moe_layers(model)
         if not layers:
             return
-        load = torch.stack([layer.load for layer in layers])  # [layers, experts]
+        load = torch.stack([layer.tokens_per_expert for layer in layers])  # [layers, experts]
         if self.ranks > 1:
             dist.all_reduce(load)
         for layer, of_layer in zip(layers, load, strict=True):
-            nudge_bias(layer, of_layer)
-            layer.load.zero_()
+            update_router_bias(layer, of_layer)
+            layer.tokens_per_expert.zero_()
         so_far = self.pending["expert_load"]
         self.pending["expert_load"] = load.cpu() if so_far is None else so_far + load.cpu()
 

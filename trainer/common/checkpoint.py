@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import Rows
 from model.errors import UserError
-from model.weights import halves, tokenizer_hash
+from model.weights import to_fp16_cpu, tokenizer_hash
 
 PARTS = set(
     "model optimizer scaler random progress pending records identity rows_per_update".split()
@@ -58,7 +58,7 @@ def identity_of(
         "data": rows.description,
         "documents trained": hash_of(np.ascontiguousarray(rows.chosen)),
         "tokenizer": tokenizer_hash(tokenizer),
-        "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
+        "first weights": hash_of(*to_fp16_cpu(model.state_dict()).values()) if loaded else "new",
     }
 
 
@@ -137,7 +137,7 @@ def generator_of(device: torch.device) -> Any:
 def stored_values(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters as a weight file holds them."""
     parameters = model.named_parameters()
-    return halves({name: each for name, each in parameters if each.requires_grad})
+    return to_fp16_cpu({name: each for name, each in parameters if each.requires_grad})
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.lm_dataset import encode_chat, token_bytes
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, Rows, collate
 from dataset.pairs import Pairs, collate_pairs
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.losses import cross_entropy_sum
 from trainer.common.hardware import autocast
 from trainer.trainer_utils import Run, unwrapped
@@ -52,9 +52,9 @@ def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
         batch = collate([rows[row] for row in chunk], run.tokenizer.pad_token_id).to(run.device)
         with autocast(run.device, run.dtype):
             hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
-            is_text = (batch.labels != IGNORED) & (sizes[batch.labels.clamp(min=0)] > 0)
+            is_text = (batch.labels != IGNORE_INDEX) & (sizes[batch.labels.clamp(min=0)] > 0)
             text, control = (
-                sum_of_loss(model, hidden, batch.labels.masked_fill(~kept, IGNORED))
+                sum_of_loss(model, hidden, batch.labels.masked_fill(~kept, IGNORE_INDEX))
                 for kept in (is_text, ~is_text)
             )
         text_loss, control_loss = text_loss + text, control_loss + control
@@ -118,7 +118,9 @@ def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> st
         return ""
     ids = rows[0][0]["input_ids"].tolist()
     prompt = ids[: max(1, min(12, len(ids) // 2))]
-    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    (reply,) = generate(
+        unwrapped(model), [prompt], SamplingParams(max_new_tokens=length, temperature=0)
+    )
     shown = run.tokenizer.decode(prompt[1:])
     return f"{shown} ▸{run.tokenizer.decode(reply, skip_special_tokens=True)}"
 
@@ -130,5 +132,7 @@ def answer(run: Run, model: nn.Module, question: str, length: int = 60) -> str:
         return ""
     messages = [{"role": "user", "content": question}]
     prompt = encode_chat(run.tokenizer, messages, add_generation_prompt=True).ids
-    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    (reply,) = generate(
+        unwrapped(model), [prompt], SamplingParams(max_new_tokens=length, temperature=0)
+    )
     return f"{question} ▸ {run.tokenizer.decode(reply, skip_special_tokens=True)}"
