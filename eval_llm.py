@@ -21,7 +21,7 @@ from dataset.reply_parser import parse_reply
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import decode
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.inference.streaming import stream_text
 from model.weights import write_json
 from scripts.serving.chat_model import ChatModel, TalkArgs, load_chat_model
@@ -83,7 +83,7 @@ class Chat:
         self.model, self.tokenizer, stage, self.name, parameters = loaded
         self.args = args
         print(f"{self.name}: {parameters / 1e6:.2f}M parameters, {self.model.device}")
-        self.sampling = Sampling(
+        self.sampling = SamplingParams(
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dataset.lm_dataset import Encoded, encode_chat, encode_text
 from dataset.packing import Rows, collate
-from model.attention import visible_keys
-from model.losses import IGNORED
+from model.attention import make_attention_mask
+from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 
 ROW = 256
@@ -38,7 +38,9 @@ def documents(count: int) -> list[Encoded]:
 
 def mask_of(position_ids: Tensor) -> Tensor:
     """[T, T], as the model makes it from the positions of a row."""
-    return visible_keys(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[0, 0]
+    return make_attention_mask(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[
+        0, 0
+    ]
 
 
 def main(lesson: Lesson) -> None:
@@ -61,7 +63,7 @@ def main(lesson: Lesson) -> None:
     columns = batch.position_ids[0].tolist(), batch.labels[0].tolist(), shown
     lesson.table("position", "label", "visible keys", rows=zip(*columns, strict=True))
     assert mask.sum() == sum(size * (size + 1) // 2 for size in (4, 3, 5))
-    assert (batch.labels[0] == IGNORED).nonzero().flatten().tolist() == [0, 4, 7]
+    assert (batch.labels[0] == IGNORE_INDEX).nonzero().flatten().tolist() == [0, 4, 7]
     lesson.conclude(
         "Triangles along the diagonal. Positions restart, which tells the model all this; and "
         "the first token of a document has no label, for nothing in its document could predict "
@@ -135,7 +137,7 @@ def solution_1(lesson: Lesson) -> None:
 def solution_2(lesson: Lesson) -> None:
     rows = Rows(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
     batches = [collate([rows[n]]) for n in range(len(rows))]
-    labels = torch.cat([b.labels[b.labels != IGNORED] for b in batches]).sort().values
+    labels = torch.cat([b.labels[b.labels != IGNORE_INDEX] for b in batches]).sort().values
     lesson.print(f"{len(rows)} rows, {len(labels)} predictions, of tokens 1 to {labels[-1]}")
     assert torch.equal(labels, torch.arange(1, 1000))  # pieces overlap by one token
 

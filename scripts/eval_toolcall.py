@@ -42,7 +42,7 @@ from dataset.tools.loop import (
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import write_json
 from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
 
@@ -106,7 +106,7 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
         args: what to do it with: max_turns, max_new_tokens, temperature, seed, open_thinking,
             batch_size.
     """
-    sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
     write = partial(replies, loaded, sampling)
     longest = loaded.model.config.max_position_embeddings - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
@@ -118,7 +118,9 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
     return episodes
 
 
-def replies(loaded: ChatModel, sampling: Sampling, episodes: list[Episode]) -> list[list[int]]:
+def replies(
+    loaded: ChatModel, sampling: SamplingParams, episodes: list[Episode]
+) -> list[list[int]]:
     return generate(loaded.model, [episode.ids for episode in episodes], sampling)
 
 

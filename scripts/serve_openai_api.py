@@ -33,11 +33,11 @@ from dataset.lm_dataset import encode_chat, encode_text
 from dataset.reply_parser import ReplyParser
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.engine import Engine, LogProb, QueueFull, Request
+from model.inference.engine import Engine, QueueFull, Request, TokenLogprob
 from model.inference.engine_thread import EngineThread
-from model.inference.grammar import Grammar, Grammars
-from model.inference.sampling import Sampling
-from model.inference.streaming import TextStream
+from model.inference.grammar import Grammar, GrammarCompiler
+from model.inference.sampling import SamplingParams
+from model.inference.streaming import StreamingDetokenizer
 from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
 from scripts.serving.openai_types import (
     ApiError,
@@ -198,8 +198,8 @@ class Service:
         self.thread = EngineThread(self.engine)
 
     @cached_property
-    def grammars(self) -> Grammars:
-        return Grammars(self.tokenizer)
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer)
 
     def check_key(self, http: HttpRequest) -> None:
         given = http.headers.get("authorization", "").removeprefix("Bearer ")
@@ -212,7 +212,7 @@ class Service:
             message = f"there is no model {name!r} here, only {self.args.model_name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
 
-    def sampling(self, body: Settings, asked: int | None, prompt: list[int]) -> Sampling:
+    def sampling(self, body: Settings, asked: int | None, prompt: list[int]) -> SamplingParams:
         """How to go on from a prompt, and how long at most."""
         room = self.max_length - len(prompt)
         if room < 1:
@@ -223,7 +223,7 @@ class Service:
                 code="context_length_exceeded",
             )
         args = self.args
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=min(asked or args.max_new_tokens, room),
             temperature=args.temperature if body.temperature is None else body.temperature,
             top_k=body.top_k or 0,
@@ -263,14 +263,16 @@ class Service:
             self.metrics.prompt_tokens.inc(len(request.prompt))
             outcome = "cancelled"
             try:
-                async for count in self.thread.follow(request):
+                async for count in self.thread.stream(request):
                     if not told:
                         self.metrics.first_token.observe(time.monotonic() - started)
                     tokens = request.tokens[told:count]
                     reason = request.finish_reason if count == len(request.tokens) else None
                     logprobs = request.logprobs[told:count]
                     told = count
-                    await news.put((index, News(request.text.take(), tokens, logprobs, reason)))
+                    await news.put(
+                        (index, News(request.detokenizer.read(), tokens, logprobs, reason))
+                    )
                 outcome = request.finish_reason
                 await news.put(None)
             except Exception as error:
@@ -333,7 +335,7 @@ class News:
 
     text: str
     tokens: list[int]
-    logprobs: list[LogProb]
+    logprobs: list[TokenLogprob]
     reason: str | None  # at the end: "stop" or "length"
 
 
@@ -355,7 +357,7 @@ class Task:
         sampling = self.service.sampling(self.body, asked, prompt)
         for _ in range(self.body.n or 1):
             constraint = grammar(sampling.max_new_tokens) if grammar else None
-            text = TextStream(self.tokenizer, self.body.stops)
+            text = StreamingDetokenizer(self.tokenizer, self.body.stops)
             row = len(self.requests)
             self.requests.append(Request(prompt, sampling, row, logprobs, constraint, text))
 
@@ -420,7 +422,7 @@ class Chat(Task):
         wanted = self.body.response_format
         schema = wanted.json_schema.schema_ if wanted.json_schema else {"type": "object"}
         try:
-            return self.service.grammars.json(schema, most)
+            return self.service.grammars.compile_json_schema(schema, most)
         except UserError as error:
             raise ApiError(str(error), param="response_format") from error
 
@@ -447,7 +449,7 @@ class Chat(Task):
         schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
         grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {schema}\n'
         try:
-            return self.service.grammars.lark(grammar, most)
+            return self.service.grammars.compile_lark(grammar, most)
         except UserError as error:
             raise ApiError(str(error), param="tool_choice") from error
 
@@ -530,7 +532,7 @@ class Chat(Task):
             return {"token": text, "logprob": told, "bytes": list(text.encode())}
 
         return [
-            entry(token, told.chosen) | {"top_logprobs": [entry(*each) for each in told.top]}
+            entry(token, told.logprob) | {"top_logprobs": [entry(*each) for each in told.top]}
             for token, told in zip(news.tokens, news.logprobs, strict=True)
         ]
 
@@ -608,7 +610,7 @@ class Completion(Task):
             self.length[index] += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(told.chosen, -9999.0) for told in news.logprobs],
+            "token_logprobs": [max(told.logprob, -9999.0) for told in news.logprobs],
             "top_logprobs": [
                 {self.token_text(token): value for token, value in told.top}
                 for told in news.logprobs

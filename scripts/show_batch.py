@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, Rows, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer
@@ -60,7 +60,7 @@ def main(args: Args) -> None:
         batch.position_ids.tolist(),
         strict=True,
     ):
-        trained = sum(label != IGNORED for label in columns[1])
+        trained = sum(label != IGNORE_INDEX for label in columns[1])
         console.rule(f"row {row}: {len(columns[0])} tokens, {trained} trained")
         tokens = list(zip(*columns, strict=True))
         console.print(as_table(tokenizer, tokens) if args.table else as_text(tokenizer, tokens))
@@ -77,7 +77,7 @@ def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
         if position == 0 and text:
             text.append("\n┃ ", style="bold magenta")
         shown = readable(tokenizer, token)
-        text.append(shown, style="green" if label != IGNORED else "bright_black")
+        text.append(shown, style="green" if label != IGNORE_INDEX else "bright_black")
         text.append("\n" if shown.endswith("⏎") else "·", style="dim")
     return text
 
@@ -85,7 +85,7 @@ def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
 def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
     table = Table("place", "position", "id", "token", "trained to predict it")
     for place, (token, label, position) in enumerate(tokens):
-        trained = "yes" if label != IGNORED else ""
+        trained = "yes" if label != IGNORE_INDEX else ""
         style = "green" if trained else "bright_black"
         table.add_row(
             str(place),

@@ -36,7 +36,7 @@ from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, 
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import load_tokenizer
 from trainer import train_grpo
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
@@ -142,7 +142,7 @@ def roll_out(
 
 def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Play]:
     """The same with the likeliest tokens."""
-    settings = Sampling(run.args.max_gen_len, temperature=0)
+    settings = SamplingParams(run.args.max_gen_len, temperature=0)
     episodes = [begin(run, prompt) for prompt in prompts]
 
     def write(waiting: list[Episode]) -> list[list[int]]:

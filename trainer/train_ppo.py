@@ -201,7 +201,9 @@ def minibatches(run: Run, batches: list[RolloutBatch]) -> Iterator[list[RolloutB
 def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     policy = starting_model(args, tokenizer)
-    critic = MiniMindForScoring.on(copy.deepcopy(policy))  # at first it foretells nothing
+    critic = MiniMindForScoring.from_language_model(
+        copy.deepcopy(policy)
+    )  # at first it foretells nothing
     model = ActorCritic(with_addition(args, policy), critic)
     run = Run(args, args.stage("ppo"), policy.config, tokenizer)
     prompts, held_out = read_prompts(run)

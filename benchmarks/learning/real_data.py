@@ -14,7 +14,7 @@ from pathlib import Path
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.inference.generation import generate_text
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.eval_ppl import bits_per_byte, read_texts
 from scripts.runs.demo import prompts_of
@@ -60,7 +60,7 @@ def main(args: Args) -> dict:
     texts = read_texts(data / "pretrain_val.jsonl.gz", 300)
     base = load_model(weight_path("pretrain", args.hidden_size, out), tokenizer=tokenizer)
     chat = load_model(weight_path("full_sft", args.hidden_size, out), tokenizer=tokenizer)
-    sampling = Sampling(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
+    sampling = SamplingParams(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
     replies = generate_text(chat, tokenizer, prompts_of(tokenizer, QUESTIONS), sampling)
     report = {
         "date": str(date.today()),

@@ -51,8 +51,8 @@ from dataset.lm_dataset import encode_chat, load_documents
 from dataset.pairs import Pairs, collate_pairs
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import generate, prepare_to_decode
-from model.inference.sampling import Sampling
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.runs.demo import COMMON, HIDDEN_SIZE, PRETRAIN, SFT
@@ -275,8 +275,8 @@ class Measure:
 
     def policy(self, model: MiniMindForCausalLM) -> dict[str, float]:
         """The figures of a language model."""
-        sampling = Sampling(max_new_tokens=64, temperature=0)
-        decoder = prepare_to_decode(load_copy(model))
+        sampling = SamplingParams(max_new_tokens=64, temperature=0)
+        decoder = pack_for_cpu_decoding(load_copy(model))
         tokens = [
             reply
             for at in range(0, len(self.prompts), 128)
@@ -310,7 +310,7 @@ class Measure:
     def distance(self, model: MiniMindForCausalLM, decoder: MiniMindForCausalLM) -> float:
         """KL(model ‖ base) of an answer, estimated from 256 sampled ones."""
         prompts = self.prompts[:: max(1, len(self.prompts) // 256)]
-        replies = generate(decoder, prompts, Sampling(64, seed=0))
+        replies = generate(decoder, prompts, SamplingParams(64, seed=0))
         total = 0.0
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([prompt + reply])
@@ -334,7 +334,7 @@ measure_of = cache(Measure)  # a process measures several models
 
 
 def load_copy(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """`prepare_to_decode` makes a model unfit for anything else."""
+    """`pack_for_cpu_decoding` makes a model unfit for anything else."""
     same = MiniMindForCausalLM(model.config)
     same.load_state_dict(model.state_dict())
     return same.eval()

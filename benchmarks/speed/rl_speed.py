@@ -51,7 +51,7 @@ from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_line
 from dataset.pairs import Pairs
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     load_model,
@@ -253,7 +253,7 @@ def trl(args: Args, **settings) -> dict[str, float]:
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
     same = Path(args.folder) / "transformers"  # trl loads its reference from there
-    save_folder(own, tokenizer, same)
+    save_hf_folder(own, tokenizer, same)
     clock = Clock()
     trainer = trl.DPOTrainer(
         model=load_transformers(same, torch.float32).train(),
@@ -304,7 +304,7 @@ def trl_grpo(args: Args) -> dict[str, float]:
 
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
-    save_folder(own, tokenizer, Path(args.folder) / "peer")
+    save_hf_folder(own, tokenizer, Path(args.folder) / "peer")
     lines = Path(args.folder, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [{"prompt": json.loads(line)["conversations"][:-1]} for line in lines]
     clock = Clock()

@@ -45,7 +45,7 @@ from dataset.lm_dataset import load_documents
 from dataset.packing import Rows, WindowSampler, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
@@ -196,7 +196,7 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
             logits = model(batch.input_ids).logits[:, :-1]  # padding stands behind the text
             labels = batch.labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             ).item()
             labelled += batch.labelled
         return nats / labelled
@@ -264,13 +264,13 @@ def padded_batches(
         for at in range(0, len(order), batch_size):
             some = documents[order[at : at + batch_size]]
             ids = np.zeros((len(some["input_ids"]), ROW), dtype=np.int64)
-            labels = np.full_like(ids, IGNORED)
+            labels = np.full_like(ids, IGNORE_INDEX)
             for row, (tokens, loss_mask) in enumerate(
                 zip(some["input_ids"], some["loss_mask"], strict=True)
             ):
                 tokens, loss_mask = tokens[:ROW], loss_mask[:ROW]
                 ids[row, : len(tokens)] = tokens
-                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORED)
+                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORE_INDEX)
             yield torch.from_numpy(ids), torch.from_numpy(labels)
 
 

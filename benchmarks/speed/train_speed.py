@@ -81,7 +81,7 @@ from dataset.lm_dataset import check_file, load_documents
 from dataset.packing import Batch, Rows, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
@@ -284,7 +284,7 @@ def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
         for name in ("input_ids", "loss_mask")
     )
     ids = input_ids.flatten().to_numpy().astype(np.int32)
-    labels = np.where(loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORED))
+    labels = np.where(loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORE_INDEX))
     ends = np.cumsum(pc.list_value_length(input_ids).to_numpy())
     offsets = pa.array(np.concatenate(([0], ends)), pa.int32())
     columns = {"input_ids": ids, "labels": labels}

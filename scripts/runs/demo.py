@@ -25,8 +25,8 @@ from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import generate_text, prepare_to_decode
-from model.inference.sampling import Sampling
+from model.inference.generation import generate_text, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from trainer import train_full_sft, train_pretrain
@@ -91,7 +91,7 @@ def main(args: Args) -> dict:
     weights = weight_path("full_sft", HIDDEN_SIZE, out)
     model = load_model(weights, tokenizer=tokenizer, device=resolve_device(args.device))
     parameters = count_parameters(model)
-    model = prepare_to_decode(model)
+    model = pack_for_cpu_decoding(model)
     for question, reply in zip(QUESTIONS, answers(model, tokenizer, QUESTIONS), strict=True):
         console.print(f"[bold]{question}[/bold]\n    {reply}", soft_wrap=True)
 
@@ -169,7 +169,7 @@ def answers(
     model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[str]
 ) -> list[str]:
     """What the model says to each question, each time its likeliest words."""
-    sampling = Sampling(max_new_tokens=64, temperature=0)
+    sampling = SamplingParams(max_new_tokens=64, temperature=0)
     prompts = prompts_of(tokenizer, questions)
     return list(generate_text(model, tokenizer, prompts, sampling, batch_size=128))
 

@@ -24,8 +24,8 @@ from dataset.demo.files import read_jsonl, write_demo_data, write_jsonl
 from dataset.demo.stages import same
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
-from model.inference.generation import prepare_to_decode
-from model.model_lora import load_lora, merged_for_good
+from model.inference.generation import pack_for_cpu_decoding
+from model.model_lora import load_lora, merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, weight_path, write_json
 from scripts.runs.demo import HIDDEN_SIZE, answers, held_out_tests, score
@@ -89,8 +89,8 @@ def main(args: Args) -> dict[str, Any]:
         model = load_model(weights, tokenizer=tokenizer, device=device)
         if name == "with":
             load_lora(model, weight_path("lora/lora_identity", HIDDEN_SIZE, out))
-            model = merged_for_good(model)
-        report[name] = grades(prepare_to_decode(model), tokenizer, data, args.questions)
+            model = merge_and_unload(model)
+        report[name] = grades(pack_for_cpu_decoding(model), tokenizer, data, args.questions)
         console.print(f"[bold]{name} the addition[/bold]")
         for question, reply in zip(QUESTIONS, answers(model, tokenizer, QUESTIONS), strict=True):
             console.print(f"  {question}\n      {reply}", soft_wrap=True)

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.command_line import option
 from model.errors import UserError
-from model.inference.generation import prepare_to_decode
-from model.model_lora import load_lora, merged_for_good
+from model.inference.generation import pack_for_cpu_decoding
+from model.model_lora import load_lora, merge_and_unload
 from model.weights import (
     OUT,
     TOKENIZER,
@@ -98,7 +98,7 @@ def load_chat_model(args: ModelArgs, weight: str, decode_only: bool = True) -> C
             raise UserError("--lora_weight is for own weights, and --load_from is another model")
         add_weights_of_lora(model, args)
     name = args.load_from if foreign else weight
-    model = prepare_to_decode(model) if decode_only else model.eval()
+    model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, parameters)
 
 
@@ -109,4 +109,4 @@ def add_weights_of_lora(model: PreTrainedModel, args: ModelArgs) -> None:
         sizes = dict(hidden_size=model.config.hidden_size, use_moe=model.config.use_moe)
         path = find_weights(f"lora/{args.lora_weight}", directory=args.save_dir, **sizes)
     load_lora(model, path)
-    merged_for_good(model)
+    merge_and_unload(model)

@@ -15,8 +15,8 @@ from dataset.tools.builtin import TOOLS
 from dataset.tools.loop import MAX_TURNS, answer_calls
 from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS
 from model.inference.engine import QueueFull, Request
-from model.inference.sampling import Sampling
-from model.inference.streaming import TextStream
+from model.inference.sampling import SamplingParams
+from model.inference.streaming import StreamingDetokenizer
 from scripts.serving.chat_model import TalkArgs
 from scripts.web.models import Loaded
 from scripts.web.texts import Words
@@ -53,7 +53,7 @@ class Settings:
                     self.system = st.text_area(words("system"), height=80, **kept("system"))
 
 
-def how_to_sample(args: TalkArgs, words: Words) -> Sampling:
+def how_to_sample(args: TalkArgs, words: Words) -> SamplingParams:
     def slider(name: str, least: float, most: float) -> float:
         value = getattr(args, name)
         most = max(most, value)
@@ -62,7 +62,7 @@ def how_to_sample(args: TalkArgs, words: Words) -> Sampling:
     def number(name: str, most: int | None = None) -> int | None:
         return st.number_input(words(name), 0, most, getattr(args, name), **kept(name))
 
-    return Sampling(
+    return SamplingParams(
         temperature=slider("temperature", 0.0, 2.0),
         top_p=slider("top_p", 0.05, 1.0),
         max_new_tokens=slider("max_new_tokens", 1, 2048),
@@ -93,7 +93,7 @@ class Answer:
             raise TooLong(len(ids), loaded.room - 1)
         sampling = settings.sampling
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        self.request = Request(ids, sampling, text=TextStream(tokenizer))
+        self.request = Request(ids, sampling, detokenizer=StreamingDetokenizer(tokenizer))
         self.thread, self.rounds = loaded.thread, rounds
         self.parser = None if loaded.continues else ReplyParser(settings.thinking)
         self.message: Message = {"role": "assistant", "content": ""}
@@ -116,7 +116,7 @@ class Answer:
         self.news.wait(1)
         self.news.clear()
         ended = self.ended  # before the text is taken: what comes after that has its own turn
-        text = self.request.text.take()
+        text = self.request.detokenizer.read()
         if self.parser is None:
             self.message["content"] += text
         else:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.microscope import (
     Observation,
-    bytes_of_token,
+    decode_token_bytes,
     expert_load,
     logit_lens,
     observe,
@@ -66,7 +66,7 @@ def microscope_page(loaded: Loaded, words: Words) -> None:
         st.caption(words("cut", most=MOST_TOKENS, tokens=len(ids)))
     ids = ids[: min(MOST_TOKENS, loaded.room)]
     tokenizer = loaded.chat.tokenizer
-    parts = [bytes_of_token(tokenizer, token) for token in ids]
+    parts = [decode_token_bytes(tokenizer, token) for token in ids]
     text = Text(ids, [readable(part) for part in parts], parts)
     seen = look(loaded.key, tuple(ids), loaded)
     show_figures(text, seen, words)
@@ -238,7 +238,7 @@ def show_experts(loaded: Loaded, text: Text, seen: Observation, words: Words) ->
     rows, loads = [], []
     for layer, routing in mixtures:
         cells = []
-        for chosen, weights in zip(routing.chosen.tolist(), routing.weights.tolist(), strict=True):
+        for chosen, weights in zip(routing.experts.tolist(), routing.weights.tolist(), strict=True):
             told = " ".join(
                 f'<span style="background: {tint(HUES[e % len(HUES)], 0.15 + 0.6 * w)};'
                 f'border-radius: 4px; padding: 1px 4px">{e + 1}<small>{w:.0%}</small></span>'
@@ -303,7 +303,9 @@ def place(text: Text, words: Words) -> int:
 
 def names_of(tokenizer: Any, ids: Tensor) -> list[list[str]]:
     """[T, k] ids as a person can see them."""
-    return [[readable(bytes_of_token(tokenizer, token)) for token in row] for row in ids.tolist()]
+    return [
+        [readable(decode_token_bytes(tokenizer, token)) for token in row] for row in ids.tolist()
+    ]
 
 
 def code(label: str) -> str:

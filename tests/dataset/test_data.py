@@ -26,7 +26,7 @@ from dataset.lm_dataset import (
     token_bytes,
 )
 from dataset.packing import (
-    IGNORED,
+    IGNORE_INDEX,
     Rows,
     WindowCollator,
     WindowSampler,
@@ -582,7 +582,7 @@ def test_every_token_is_read_once_and_predicted_once(lengths, row_length, packin
         read.update(token for token in ids if token)
         assert all(at == 0 for at, token in zip(positions, ids, strict=True) if token in starts)
         for place, label in enumerate(labels):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 predicted[label] += 1
                 assert ids[place] == label and ids[place - 1] == label - 1
                 assert positions[place] == positions[place - 1] + 1

@@ -16,8 +16,8 @@ from dataset.lm_dataset import load_documents
 from dataset.packing import Rows
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from model.losses import IGNORED
+from model.inference.sampling import SamplingParams
+from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 from trainer.common.arguments import TrainArgs
 from trainer.common.evaluation import held_out_loss
@@ -49,7 +49,7 @@ def test_the_plain_way_has_a_document_a_row(tmp_path):
         real = [row for ids, _ in (first, rest) for row in (ids != 0).sum(1).tolist()]
         assert sorted(real) == [*lengths[:-1], 512]
         for ids, labels in (first, rest):
-            kept = labels != IGNORED
+            kept = labels != IGNORE_INDEX
             assert np.array_equal(labels[kept], ids[kept])
             assert kept.sum() == (ids != 0).sum()
 
@@ -151,7 +151,7 @@ def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):
 
     model = make_model(vocab_size=6400)
     prompts = [[5, 6, 7], [8], list(range(20, 40))]
-    expected = generate(model, prompts, Sampling(12, temperature=0, stop_ids=()))
+    expected = generate(model, prompts, SamplingParams(12, temperature=0, stop_ids=()))
     peer = LlamaCpp(model, "float32", rows=3, context=32, threads=1)
     for _ in range(2):  # nothing is left of the first time
         assert peer.generate(prompts, 12) == expected

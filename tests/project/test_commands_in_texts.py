@@ -22,7 +22,7 @@ import pytest
 from streamlit.web.cli import main_run
 
 from dataset.demo.files import write_demo_data
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weights
 from scripts.serving.openai_types import ChatRequest
@@ -271,7 +271,7 @@ def prepare(copy: Path, tokenizer) -> None:
         for stage in stages.split():
             path = copy / folder / f"{stage}_{size}.pth"
             save_weights(model, path, stage=stage, tokenizer=tokenizer, origin={})
-    save_folder(model.eval(), tokenizer, copy / "MiniMind2")
+    save_hf_folder(model.eval(), tokenizer, copy / "MiniMind2")
 
 
 def few(source: Path, target: Path, lines: int = 12) -> None:

@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dataset.lm_dataset import encode_chat
 from model.errors import UserError
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.weights import load_model, load_tokenizer
 from trainer import train_agent, train_grpo, train_ppo, train_spo
 from trainer.common import hardware
@@ -37,9 +37,9 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 100, (B, P + T), generator=g)
     labels = ids.clone()
-    labels[:, :P] = IGNORED
+    labels[:, :P] = IGNORE_INDEX
     for row, length in enumerate([7, 3, 1, 5, 7, 2]):
-        labels[row, P + length :] = IGNORED
+        labels[row, P + length :] = IGNORE_INDEX
     shape = (B, P + T - 1)
 
     def some(scale: float = 1.0, centre: float = 0.0) -> torch.Tensor:
@@ -47,7 +47,12 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
 
     old = some(0.5, -2.0)
     batch = RolloutBatch(
-        ids, labels, torch.arange(P + T).expand(B, -1), B * T, int((labels != IGNORED).sum()), B
+        ids,
+        labels,
+        torch.arange(P + T).expand(B, -1),
+        B * T,
+        int((labels != IGNORE_INDEX).sum()),
+        B,
     )
     batch.members = torch.arange(B)
     batch.old, batch.reference = old, old + some(0.3)

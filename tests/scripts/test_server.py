@@ -18,7 +18,7 @@ import uvicorn
 
 from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import ROOT, count_parameters
 from scripts.serve_openai_api import Args, make_app
 from scripts.serving.chat_model import ChatModel
@@ -87,14 +87,14 @@ def client(server):
 def expected(server, tokenizer, messages=HELLO, most=12):
     """What the model says, without any server."""
     ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-    tokens = generate(server.model, [ids], Sampling(most, temperature=0))[0]
+    tokens = generate(server.model, [ids], SamplingParams(most, temperature=0))[0]
     return ids, tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def idle(server) -> bool:
     """Whether nothing is left of any request, within a second."""
     for _ in range(100):
-        if not server.service.engine.busy and not server.service.thread.listeners:
+        if not server.service.engine.busy and not server.service.thread.callbacks:
             return True
         time.sleep(0.01)
     return False
@@ -166,7 +166,7 @@ def test_a_stop_string_ends_the_answer_and_is_not_said(server, client, tokenizer
 def test_completions_of_texts_and_of_tokens(server, client, tokenizer):
     prompts = ["Once upon a time", "从前"]
     ids = [encode_text(tokenizer, prompt).ids[:-1] for prompt in prompts]
-    replies = generate(server.model, ids, Sampling(6, temperature=0))
+    replies = generate(server.model, ids, SamplingParams(6, temperature=0))
     texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
     settings = dict(model="minimind", max_tokens=6, temperature=0)
     for prompt in (prompts, ids):
@@ -248,7 +248,7 @@ def test_thoughts_are_told_apart(server, client, tokenizer):
         **GREEDY, extra_body={"chat_template_kwargs": {"open_thinking": True}}
     )
     ids = encode_chat(tokenizer, HELLO, add_generation_prompt=True, open_thinking=True).ids
-    reply = generate(server.model, [ids], Sampling(12, temperature=0))[0]
+    reply = generate(server.model, [ids], SamplingParams(12, temperature=0))[0]
     message = answer.choices[0].message
     assert answer.usage.prompt_tokens == len(ids)
     assert message.content == ""  # it never stops thinking
@@ -266,7 +266,7 @@ def test_thinking_is_switched_by_the_server_or_the_request(serve, tokenizer, def
     settings = dict(**GREEDY, extra_body=given)
     thinks = default if asked is None else asked
     ids = encode_chat(tokenizer, HELLO, add_generation_prompt=True, open_thinking=thinks).ids
-    reply = generate(server.model, [ids], Sampling(12, temperature=0))[0]
+    reply = generate(server.model, [ids], SamplingParams(12, temperature=0))[0]
     text = tokenizer.decode(reply, skip_special_tokens=True).strip("\n")
     answer = client.chat.completions.create(**settings)
     assert answer.usage.prompt_tokens == len(ids)

@@ -23,9 +23,9 @@ from dataset.lm_dataset import encode_chat
 from dataset.tools.builtin import TOOLS
 from model.inference.engine import Engine
 from model.inference.engine_thread import EngineThread
-from model.inference.microscope import bytes_of_token, observe, token_losses, top_tokens
-from model.inference.sampling import Sampling
-from model.losses import IGNORED
+from model.inference.microscope import decode_token_bytes, observe, token_losses, top_tokens
+from model.inference.sampling import SamplingParams
+from model.losses import IGNORE_INDEX
 from model.weights import ROOT, load_model, save_weights
 from scripts.serving.chat_model import ChatModel
 from scripts.web import chat, models
@@ -65,11 +65,11 @@ def folder(make_model, tokenizer, tmp_path_factory):
     ]
     longest = max(len(row.ids) for row in rows)
     ids, labels = torch.zeros(2, len(rows), longest, dtype=torch.long)
-    labels[:] = IGNORED
+    labels[:] = IGNORE_INDEX
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         kept = [
-            token if yes else IGNORED for token, yes in zip(row.ids, row.loss_mask, strict=True)
+            token if yes else IGNORE_INDEX for token, yes in zip(row.ids, row.loss_mask, strict=True)
         ]
         labels[n, : len(kept)] = torch.tensor(kept)
     model = make_model(hidden_size=96, qk_norm=True, **sizes).train()
@@ -197,7 +197,7 @@ def test_stopping_frees_the_engine(make_model, tokenizer):
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     thread = EngineThread(Engine(model))
     loaded = Loaded(("", "", 0.0), ChatModel(model, tokenizer, "", "", 0), thread, False)
-    sampling = Sampling(max_new_tokens=4000, stop_ids=())
+    sampling = SamplingParams(max_new_tokens=4000, stop_ids=())
     settings = SimpleNamespace(sampling=sampling, tools=[], thinking=False, system="", memory=0)
     answer = chat.Answer(loaded, [{"role": "user", "content": "hi"}], settings, 0)
     while not answer.message["content"]:
@@ -300,7 +300,7 @@ def test_every_view_of_the_microscope(open_page, folder, tokenizer):
         assert not page.exception
         said[view] = "".join(each.value for each in page.html)
     assert "&lt;|im_start|&gt;" in said["tokens"] and "<br>3c 7c 69 6d" in said["tokens"]
-    learnt = escape(readable(bytes_of_token(tokenizer, ids[-10])))
+    learnt = escape(readable(decode_token_bytes(tokenizer, ids[-10])))
     assert top_tokens(seen.logits, 1).ids[-11] == ids[-10]
     assert f">{learnt}<small>" in said["next"] and f">{learnt}<small>" in said["lens"]
     page.segmented_control(key="view").set_value("experts").run()

@@ -14,10 +14,10 @@ from torch.testing import assert_close
 from toy import CHATS, Trainer, chat_file, ended, everything, flags, fork, same, saved_teacher
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, Rows, collate
 from model import losses
 from model.errors import UserError
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.losses import divergence_sum
 from model.weights import TOKENIZER, load_model, load_tokenizer
 from trainer import train_distillation, train_full_sft
@@ -76,12 +76,12 @@ def test_the_same_as_trl(monkeypatch, kind, mixture):
     """Loss and gradients of hidden states and head, in chunks of 5 positions; trl has no skewed
     one, but it is the first half of its mixture."""
     gkd = pytest.importorskip("trl.experimental.gkd")
-    monkeypatch.setattr(losses, "CHUNK", 5)
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 5)
     g = torch.Generator().manual_seed(1)
     hidden, head = torch.randn(2, 9, 8, generator=g), torch.randn(V, 8, generator=g)
     taught, teacher_head = torch.randn(2, 9, 12, generator=g), torch.randn(V, 12, generator=g)
     labels = torch.randint(V, (2, 9), generator=g)
-    labels[0, :4] = labels[1, 7:] = IGNORED
+    labels[0, :4] = labels[1, 7:] = IGNORE_INDEX
     hidden.requires_grad_(), head.requires_grad_()
     how = partial(divergence, kind=kind, mixture=mixture)
     ours = divergence_sum(hidden, head, taught, teacher_head, labels, 1.5, how)
@@ -92,11 +92,11 @@ def test_the_same_as_trl(monkeypatch, kind, mixture):
     beta = {"forward": 0.0, "reverse": 1.0}.get(kind, mixture)
     theirs = trl(student, teacher, beta=beta, temperature=1.5)
     if kind == "skew":  # JSD(T ‖ S) = ½ skew(T ‖ S) + ½ skew(S ‖ T)
-        chosen = labels != IGNORED
+        chosen = labels != IGNORE_INDEX
         p, q = ((z[chosen] / 1.5).log_softmax(-1) for z in (student, teacher))
         theirs = 2 * theirs - kl(p, ((p.exp() + q.exp()) / 2).log())
     expected = torch.autograd.grad(theirs, (hidden, head))
-    count = (labels != IGNORED).sum()
+    count = (labels != IGNORE_INDEX).sum()
     assert_close(ours / count, theirs / count, atol=1e-5, rtol=0)
     for mine, other in zip(gradients, expected, strict=True):
         assert_close(mine / count, other / count, atol=1e-5, rtol=0)
@@ -232,7 +232,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(train, use_moe):
 
 def test_a_transformers_folder_teaches_the_same(train, tmp_path, tokenizer):
     teacher = load_model(train.more["teacher_weight"], tokenizer=tokenizer)
-    save_folder(teacher, tokenizer, tmp_path / "folder")
+    save_hf_folder(teacher, tokenizer, tmp_path / "folder")
     train("a", max_steps=3)
     train("b", max_steps=3, teacher_weight=str(tmp_path / "folder"))
     assert_close(train.saved("a")["model"], train.saved("b")["model"], atol=1e-5, rtol=0)
@@ -266,7 +266,7 @@ def other_words(folder, tokenizer) -> dict:
     """A folder whose tokenizer has another token in the place of one of ours."""
     path = folder / "words"
     teacher = load_model(saved_teacher(folder), tokenizer=tokenizer)
-    save_folder(teacher, tokenizer, path)
+    save_hf_folder(teacher, tokenizer, path)
     words = (TOKENIZER / "tokenizer.json").read_text().replace("<tool_call>", "<tool_kall>")
     (path / "tokenizer.json").write_text(words)
     return {"teacher_weight": str(path)}

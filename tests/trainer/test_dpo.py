@@ -12,7 +12,7 @@ from peers import peer_with_weights
 from toy import PAIRS, Trainer, logged, pair_file
 
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.packing import IGNORED
+from dataset.packing import IGNORE_INDEX
 from dataset.pairs import Pairs, collate_pairs
 from model.errors import UserError
 from model.weights import load_tokenizer
@@ -88,7 +88,7 @@ def test_a_batch_holds_each_side_once_and_says_where_it_ends(pairs, packing):
         assert ids[place].tolist() == side.tolist()
         assert batch.position_ids.flatten()[place].tolist() == list(range(len(side)))
         assert set(batch.document.flatten()[place].tolist()) == {number}
-    of_each = batch.document[batch.labels != IGNORED].bincount(minlength=20).view(-1, 2)
+    of_each = batch.document[batch.labels != IGNORE_INDEX].bincount(minlength=20).view(-1, 2)
     assert torch.equal(of_each.float(), batch.completion)
     assert batch.labelled == batch.completion.sum()
 
@@ -162,7 +162,7 @@ def test_the_loss_and_its_gradient_equal_trl(
         {
             "input_ids": padded.input_ids[sides],
             "attention_mask": (padded.document < 2 * count)[sides].long(),
-            "completion_mask": (padded.labels != IGNORED)[sides].long(),
+            "completion_mask": (padded.labels != IGNORE_INDEX)[sides].long(),
             "ref_chosen_logps": padded.reference[:, 0],
             "ref_rejected_logps": padded.reference[:, 1],
         },

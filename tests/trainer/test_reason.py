@@ -8,7 +8,7 @@ from toy import CHATS, REASONED, Trainer, assert_close, chat_file, logged, same
 
 import eval_llm
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, Rows, collate
 from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.losses import cross_entropy_sum
@@ -40,7 +40,7 @@ def by_hand(model, batch, tokenizer, weight: float) -> tuple[torch.Tensor, float
     log_p = model(**batch.inputs).logits.log_softmax(-1)
     for row, labels in enumerate(batch.labels.tolist()):
         for place, label in enumerate(labels[1:]):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 w = weight if label in tags else 1.0
                 loss, total = loss - w * log_p[row, place, label], total + w
     return loss, total
@@ -108,7 +108,7 @@ def test_tags_outside_the_trained_span_have_no_weight(tokenizer, make_model):
     ids = tokenizer.encode(GOOD + "yes")
     trained = torch.tensor([False] * (len(ids) - 1) + [True])
     ids = torch.tensor([ids])
-    labels = ids.masked_fill(~trained, IGNORED)
+    labels = ids.masked_fill(~trained, IGNORE_INDEX)
     model = make_model(vocab_size=len(tokenizer))
     hidden = model.model(ids).last_hidden_state[:, :-1]
     args = (hidden, model.lm_head.weight, labels[:, 1:])

@@ -12,7 +12,7 @@ from transformers import LlamaForSequenceClassification
 from dataset.lm_dataset import load_documents
 from dataset.pairs import Pairs, collate_pairs
 from model.errors import UserError
-from model.formats.hf_format import their_config
+from model.formats.hf_format import to_hf_config
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_model, load_scoring_model, save_weights
 from trainer import train_reward
@@ -32,7 +32,7 @@ def make_scoring(make_model):
     """A function that makes a tiny model with a random head."""
 
     def make(**fields) -> MiniMindForScoring:
-        model = MiniMindForScoring.on(make_model(**fields))
+        model = MiniMindForScoring.from_language_model(make_model(**fields))
         torch.nn.init.normal_(model.score.weight, std=0.5)
         return model
 
@@ -46,7 +46,7 @@ def make_scoring(make_model):
 def test_scores_equal_a_sequence_classifier_of_transformers(make_scoring):
     """LlamaForSequenceClassification with one label takes the weights as they are."""
     model = make_scoring()
-    config = their_config(model.config)
+    config = to_hf_config(model.config)
     config.num_labels, config.pad_token_id = 1, 0
     theirs = LlamaForSequenceClassification(config).eval()
     theirs.load_state_dict(model.state_dict(), strict=True)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
 from model.errors import UserError
-from model.weights import atomic_write, halves, tokenizer_hash
+from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
 from trainer.common.metrics import MetricLog
 
@@ -97,7 +97,7 @@ def fingerprint_of(
         "data": data.fingerprint,
         "documents trained": hash_of(np.ascontiguousarray(data.indices)),
         "tokenizer": tokenizer_hash(tokenizer),
-        "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
+        "first weights": hash_of(*to_fp16_cpu(model.state_dict()).values()) if loaded else "new",
     }
 
 
@@ -285,7 +285,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters as a weight file holds them."""
     parameters = model.named_parameters()
-    return halves({name: each for name, each in parameters if each.requires_grad})
+    return to_fp16_cpu({name: each for name, each in parameters if each.requires_grad})
 
 
 def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

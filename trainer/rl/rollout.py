@@ -37,9 +37,9 @@ from model.command_line import option
 from model.errors import UserError
 from model.inference.engine import Engine, Request
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from model.losses import IGNORED
-from model.model_lora import add_lora, save_lora, without_additions
+from model.inference.sampling import SamplingParams
+from model.losses import IGNORE_INDEX
+from model.model_lora import add_lora, disable_adapter, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.common.arguments import DATASET, LoraArgs
@@ -308,7 +308,8 @@ def complete(
     """By the project's own engine: new tokens of each (prompt, seed, copy)."""
     settings = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
     requests = [
-        Request(prompt.ids, Sampling(**settings, seed=seed), row=n) for prompt, seed, n in chosen
+        Request(prompt.ids, SamplingParams(**settings, seed=seed), index=n)
+        for prompt, seed, n in chosen
     ]
     engine = Engine(model, slots=min(args.rollout_batch_size, max(1, len(requests))))
     was_training = model.training
@@ -364,7 +365,7 @@ class RolloutBatch(Batch):
     @property
     def mask(self) -> Tensor:
         """[B, T − 1]: where a token of a completion is predicted; none after its EOS."""
-        return self.labels[:, 1:] != IGNORED
+        return self.labels[:, 1:] != IGNORE_INDEX
 
 
 def micro_batches(run: Run, completions: list[Completion]) -> list[RolloutBatch]:
@@ -423,7 +424,7 @@ class Reference:
     def log_probs(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
         if self.own is not None:
             return log_probs(self.run, self.own, batch)
-        with without_additions(unwrapped(model)):
+        with disable_adapter(unwrapped(model)):
             return log_probs(self.run, model, batch)
 
 
@@ -501,7 +502,7 @@ class Sums:
 
 
 def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Completion]:
-    settings = Sampling(run.args.max_gen_len, temperature=0)
+    settings = SamplingParams(run.args.max_gen_len, temperature=0)
     ids = generate(unwrapped(model), [prompt.ids for prompt in prompts], settings)
     return [completion(run, *pair) for pair in zip(prompts, ids, strict=True)]
 
@@ -525,5 +526,5 @@ def evaluate_policy(
 
 def saver(args: RolloutArgs, part: Callable = lambda model: model) -> Callable:
     """How the weights of the policy, which is `part` of a model, are written."""
-    save = partial(save_lora, settings=args.settings()) if args.use_lora else save_weights
+    save = partial(save_lora, config=args.settings()) if args.use_lora else save_weights
     return lambda model, path, **about: save(part(model), path, **about)

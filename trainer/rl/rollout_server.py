@@ -19,7 +19,7 @@ import httpx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 
 if TYPE_CHECKING:
     from trainer.rl.rollout import Prompt, RolloutArgs
@@ -36,7 +36,7 @@ def hand_over(
 ) -> None:
     """Write the weights where the server reads them, and tell it to."""
     folder = Path(args.rollout_folder)
-    save_folder(model, tokenizer, folder)
+    save_hf_folder(model, tokenizer, folder)
     path, body = RELOAD[args.rollout_reload](str(folder))
     root = args.rollout_url.rstrip("/").removesuffix("/v1")
     post(f"{root}/{path}", body)
