@@ -16,7 +16,7 @@ from lesson import Lesson, small_model, teach, textbook
 from torch import Tensor
 
 from dataset.lm_dataset import Encoded, encode_chat, encode_text
-from dataset.packing import Rows, collate
+from dataset.packing import PackedDataset, collate
 from model.attention import make_attention_mask
 from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
@@ -48,11 +48,12 @@ def main(lesson: Lesson) -> None:
     some = dataset_of(documents(300))
 
     lesson.predict(f"300 documents in rows of {ROW} tokens, padded or packed: how many rows?")
-    rows = {name: Rows(some, ROW, packing=name == "packed") for name in ("padded", "packed")}
-    figures = [(name, len(some), some.fill) for name, some in rows.items()]
+    rows = {how: PackedDataset(some, ROW, packing=how == "packed") for how in ("padded", "packed")}
+    figures = [(how, len(some), some.packing_efficiency) for how, some in rows.items()]
     lesson.table("how", "rows", "share of real tokens", rows=figures)
     padded, packed = rows["padded"], rows["packed"]
-    assert packed.tokens == padded.tokens and packed.fill > 0.95 > 0.5 > padded.fill
+    assert packed.num_tokens == padded.num_tokens
+    assert packed.packing_efficiency > 0.95 > 0.5 > padded.packing_efficiency
     lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer rows.")
 
     lesson.predict("Three documents of 4, 3 and 5 tokens in one row: which keys does a token see?")
@@ -86,8 +87,8 @@ def main(lesson: Lesson) -> None:
     with torch.no_grad():
         together = model(**batch.inputs, labels=batch.labels).loss.item()
         each = [collate([[piece]]) for piece in row]
-        alone = [model(**one.inputs, labels=one.labels).loss * one.labelled for one in each]
-    separate = sum(alone).item() / batch.labelled
+        alone = [model(**one.inputs, labels=one.labels).loss * one.num_label_tokens for one in each]
+    separate = sum(alone).item() / batch.num_label_tokens
     assert abs(together - separate) < 1e-5
     lesson.conclude(
         f"Packed {together:.6f}, one by one {separate:.6f}: packing changes only the speed."
@@ -112,7 +113,8 @@ def main(lesson: Lesson) -> None:
     left.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
     left.grid(False)
     right.barh(list(rows), [len(r) for r in rows.values()], color="lightgrey", label="padding")
-    right.barh(list(rows), [len(r) * r.fill for r in rows.values()], label="real tokens")
+    filled = [len(r) * r.packing_efficiency for r in rows.values()]
+    right.barh(list(rows), filled, label="real tokens")
     right.set(title="the same 300 documents", xlabel=f"rows of {ROW} tokens")
     lesson.save(figure)
 
@@ -125,7 +127,7 @@ def main(lesson: Lesson) -> None:
 
 
 def solution_1(lesson: Lesson) -> None:
-    rows = Rows(dataset_of(documents(300)), ROW)
+    rows = PackedDataset(dataset_of(documents(300)), ROW)
     shares = [
         mask_of(collate([rows[n]]).position_ids).float().mean().item() for n in range(len(rows))
     ]
@@ -135,7 +137,7 @@ def solution_1(lesson: Lesson) -> None:
 
 
 def solution_2(lesson: Lesson) -> None:
-    rows = Rows(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
+    rows = PackedDataset(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
     batches = [collate([rows[n]]) for n in range(len(rows))]
     labels = torch.cat([b.labels[b.labels != IGNORE_INDEX] for b in batches]).sort().values
     lesson.print(f"{len(rows)} rows, {len(labels)} predictions, of tokens 1 to {labels[-1]}")

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORE_INDEX, Rows, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer
@@ -47,7 +47,7 @@ class Args:
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     documents = load_documents(args.data_path, args.kind, tokenizer)
-    rows = Rows(documents, args.max_seq_len, packing=args.packing)
+    rows = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     chosen = range(args.first, min(args.first + args.rows, len(rows)))
     if not chosen:
         raise UserError(f"there is no row {args.first}; the data makes {len(rows)} rows")
@@ -65,7 +65,7 @@ def main(args: Args) -> None:
         tokens = list(zip(*columns, strict=True))
         console.print(as_table(tokenizer, tokens) if args.table else as_text(tokenizer, tokens))
     console.print(
-        f"{len(rows):,} rows of {args.max_seq_len}, {rows.fill:.1%} full, from "
+        f"{len(rows):,} rows of {args.max_seq_len}, {rows.packing_efficiency:.1%} full, from "
         f"{len(documents):,} documents"
     )
 

@@ -18,6 +18,7 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_tokenizer, save_weights
 from trainer import trainer_utils
 from trainer.common import hardware
+from trainer.common.context import unwrap
 from trainer.trainer_utils import Run
 
 
@@ -82,7 +83,7 @@ def in_a_hurry(monkeypatch) -> None:
     """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
     monkeypatch.setattr(trainer_utils, "plot_losses", lambda runs, path: None)
-    monkeypatch.setattr(trainer_utils, "write_report", lambda run, path: None)
+    monkeypatch.setattr(trainer_utils, "write_report", lambda *args, **about: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -105,7 +106,7 @@ def trajectory(monkeypatch):
     def remember(run, model, optimizer, save=None):
         if run.step == 1:
             states.clear()
-        state = trainer_utils.unwrapped(model).state_dict()
+        state = unwrap(model).state_dict()
         states.append({name: tensor.clone() for name, tensor in state.items()})
 
     monkeypatch.setattr(Run, "save_every", remember)

@@ -55,9 +55,9 @@ from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCaus
 from model.weights import (
     count_parameters,
     find_weights,
-    to_fp16_cpu,
     load_model,
     load_tokenizer,
+    to_fp16_cpu,
     tokenizer_hash,
 )
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from dataset.demo.files import write_demo_data
 from dataset.lm_dataset import check_file, load_documents, parse_row
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer, write_json
@@ -200,7 +200,7 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         documents = load_documents(data, kind, tokenizer, cache=folder / "cache")
     tokenised = time.perf_counter()
     with PeakMemory(os.getpid()).watching() as packing:
-        rows = Rows(documents, args.max_seq_len)
+        rows = PackedDataset(documents, args.max_seq_len)
     packed = time.perf_counter()
 
     def figures(seconds: float, memory: PeakMemory) -> dict[str, float]:
@@ -208,15 +208,15 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
             "seconds": round(seconds, 3),
             "megabytes_per_second": round(size / 1e6 / seconds, 2),
             "documents_per_second": round(len(documents) / seconds),
-            "tokens_per_second": round(rows.tokens / seconds),
+            "tokens_per_second": round(rows.num_tokens / seconds),
             "peak_gigabytes": round(memory.bytes / 1e9, 3),
         }
 
     return {
         "megabytes": round(size / 1e6, 1),
         "documents": len(documents),
-        "tokens": rows.tokens,
-        "fill": round(rows.fill, 4),
+        "tokens": rows.num_tokens,
+        "fill": round(rows.packing_efficiency, 4),
         "tokenise": figures(tokenised - start, tokenising),
         "pack": figures(packed - tokenised, packing),
     }

@@ -150,7 +150,7 @@ class Trainer:
 
 def logged(metrics: dict) -> list[dict]:
     """The log of a run, without the line on what its weight file keeps."""
-    return [record for record in metrics["records"] if "changed_share" not in record]
+    return [record for record in metrics["history"] if "changed_fraction" not in record]
 
 
 # -- comparing -------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def everything(train: Trainer, name="a") -> list:
     saved = train.saved(name)
     return [
         *(saved[key] for key in ("model", "optimizer")),
-        *(saved["progress"][key] for key in ("step", "rows_seen", "tokens", "evaluation")),
-        timeless(saved["records"]),
+        *(saved["progress"][key] for key in ("step", "samples_seen", "tokens", "evaluation")),
+        timeless(saved["history"]),
         timeless(train.log(name, kind="step")),
     ]
 

@@ -10,9 +10,9 @@ from toy import logged
 from model.attention import VarlenMetadata, make_attention_mask, supports_varlen, varlen_metadata
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
-from trainer import trainer_utils
+from trainer.common import loop
 from trainer.common.hardware import autocast
-from trainer.trainer_utils import COMPILING
+from trainer.trainer_utils import COMPILE_STEPS
 
 CUDA = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -143,9 +143,9 @@ def test_a_gpu_goes_on_where_it_was_stopped(train, killed):
 )
 def test_a_gpu_begins_with_full_batches(train, monkeypatch, device, rows):
     """It takes one in the time of a single row."""
-    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 1)
+    monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 1)
     train(batch_ramp=9, batch_size=3, accumulation_steps=2, max_steps=1, device=device)
-    assert train.saved()["progress"]["rows_seen"] == rows
+    assert train.saved()["progress"]["samples_seen"] == rows
 
 
 @on_gpu
@@ -178,8 +178,8 @@ def test_compiled_blocks_change_nothing(train):
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_resumed_run_is_compiled_too(train, killed):
     """Its first updates are not the run's."""
-    settings = dict(packing=True, epochs=99, max_steps=COMPILING + 3, save_interval=1)
-    killed(COMPILING + 1, train, "a", **settings)
+    settings = dict(packing=True, epochs=99, max_steps=COMPILE_STEPS + 3, save_interval=1)
+    killed(COMPILE_STEPS + 1, train, "a", **settings)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     train("a", resume=True, compile=True, **settings)

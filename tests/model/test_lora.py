@@ -202,7 +202,7 @@ def test_the_base_stays_as_it_is_to_the_bit(lora, trajectory, fields):
 
 def test_a_base_from_a_file_is_resumed_and_kept(lora, killed, tokenizer):
     """The checkpoint holds the additions alone; the base comes from its file again."""
-    base = lora.stage.starting_model(lora.stage.Args(**lora.settings(seed=7)), tokenizer)
+    base = lora.stage.init_model(lora.stage.Args(**lora.settings(seed=7)), tokenizer)
     path = lora.folder / "full_sft_32.pth"
     save_weights(base, path, stage="full_sft", tokenizer=tokenizer, origin={})
     heads = dict(num_attention_heads=None, num_key_value_heads=None)
@@ -223,11 +223,11 @@ def test_the_loss_falls_and_the_file_is_named_after_the_data(lora):
 
 
 def test_an_addition_belongs_to_the_model_it_was_trained_on(lora, tokenizer):
-    base = lora.stage.starting_model(lora.stage.Args(**lora.settings()), tokenizer)
+    base = lora.stage.init_model(lora.stage.Args(**lora.settings()), tokenizer)
     metrics = lora(max_steps=3, learning_rate=1e-2, val_share=0.3)
     load_lora(base, lora.folder / "a" / "out" / "lora" / "data_32.pth")
     assert any((layer.lora_B.weight != 0).any() for _, layer in lora_layers(base))
-    assert metrics["val_loss"] > 0
+    assert metrics["eval_loss"] > 0
 
 
 @pytest.mark.parametrize(

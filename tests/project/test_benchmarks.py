@@ -13,15 +13,15 @@ from peers import peer_of
 from toy import CHATS, TEXTS, chat_file, saved_teacher, text_file
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 from trainer.common.arguments import TrainArgs
-from trainer.common.evaluation import held_out_loss
-from trainer.trainer_utils import Run
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,11 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
     plain = speedrun.held_out_figure(args)(peer.eval())
 
     _, kind, figure, _ = speedrun.STAGES[stage]
-    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
-    rows = Rows(load_documents(held_out, kind, tokenizer), 512)
-    assert held_out_loss(run, model, rows)[f"val_{figure}"] == pytest.approx(plain, rel=1e-4)
+    ctx = Context.create(TrainArgs(device="cpu"))
+    rows = PackedDataset(load_documents(held_out, kind, tokenizer), 512)
+    assert evaluate_loss(ctx, model, tokenizer, rows)[f"eval_{figure}"] == pytest.approx(
+        plain, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(

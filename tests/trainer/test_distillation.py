@@ -12,18 +12,26 @@ from test_mistakes import complaint
 from test_ranks import together
 from torch.testing import assert_close
 from toy import CHATS, Trainer, chat_file, ended, everything, flags, fork, same, saved_teacher
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORE_INDEX, Rows, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from model import losses
 from model.errors import UserError
 from model.formats.hf_format import save_hf_folder
 from model.losses import divergence_sum
 from model.weights import TOKENIZER, load_model, load_tokenizer
 from trainer import train_distillation, train_full_sft
-from trainer.rl.rollout import Completion, Prompt, micro_batches
-from trainer.train_distillation import divergence, from_teacher, kl, own_turn, questions
-from trainer.trainer_utils import Run
+from trainer.common.context import Context
+from trainer.rl.rollout import Completion
+from trainer.train_distillation import (
+    distillation_loss,
+    divergence,
+    is_on_policy_step,
+    kl,
+    prompts_of,
+)
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 KINDS = ("forward", "reverse", "jsd", "skew")
@@ -36,13 +44,13 @@ def train(tmp_path) -> Trainer:
 
 
 @pytest.fixture
-def make_run(train, tokenizer):
-    """A function that makes the run of some settings, and its teacher."""
+def make_context(train, tokenizer):
+    """A function that makes the context of some settings, and the teacher."""
 
     def make(**settings):
         args = train_distillation.Args(**train.settings(**settings))
         teacher = load_model(args.teacher_weight, tokenizer=tokenizer)
-        return Run(args, "full_dist", teacher.config, tokenizer), teacher
+        return Context.create(args), teacher
 
     return make
 
@@ -140,16 +148,16 @@ def test_in_chunks_it_takes_less_memory(tmp_path):
 # -- a batch ---------------------------------------------------------------------------------------
 
 
-def test_padding_and_neighbours_do_not_matter(make_run, make_model):
+def test_padding_and_neighbours_do_not_matter(make_context, make_model):
     """Answers padded to a batch: the sum over each of them alone, with all logits in memory."""
-    run, teacher = make_run()
+    ctx, teacher = make_context()
     student = make_model(seed=3, vocab_size=6400)
     prompts = [Prompt(0, [], [1, 5, 6], None), Prompt(1, [], [1, 7, 8, 9, 10], None)]
     answers = [Completion(prompts[0], [11, 12, 2], "", True), Completion(prompts[1], [13], "", 0)]
-    (batch,) = micro_batches(run, answers)
+    (batch,) = micro_batches(answers, 8, 0, ctx.device)
     inputs = dict(**batch.inputs, return_logits=False, output_hidden_states=True)
     how = dict(temperature=2.0, divergence=kl)
-    together = from_teacher(student, student(**inputs), teacher, batch, **how)
+    together = distillation_loss(student, student(**inputs), teacher, batch, **how)
     alone = 0.0
     for each in answers:
         ids = torch.tensor([each.prompt.ids + each.tokens])
@@ -166,10 +174,10 @@ def test_what_a_batch_asks(tmp_path, tokenizer):
     two_turns = [*CHATS[0], {"role": "user", "content": "more"}, *CHATS[1][1:]]
     chats = [two_turns, *CHATS[2:5]]
     documents = load_documents(chat_file(tmp_path / "a.jsonl", chats), "conversations", tokenizer)
-    rows = Rows(documents, 64)
+    rows = PackedDataset(documents, 64)
     assert len(rows) < len(chats)
     batch = collate([rows[n] for n in range(len(rows))] + [[]])
-    asked = {tokenizer.decode(prompt.ids) for prompt in questions(batch)}
+    asked = {tokenizer.decode(prompt.ids) for prompt in prompts_of(batch)}
     expected = {
         tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
         for chat in chats
@@ -178,9 +186,14 @@ def test_what_a_batch_asks(tmp_path, tokenizer):
 
 
 def test_turns_are_evenly_spread():
-    assert [own_turn(step, 0.25) for step in range(1, 9)] == [False, False, False, True] * 2
-    assert all(own_turn(step, 1.0) for step in range(1, 9))
-    assert not any(own_turn(step, 0.0) for step in range(1, 9))
+    assert [is_on_policy_step(step, 0.25) for step in range(1, 9)] == [
+        False,
+        False,
+        False,
+        True,
+    ] * 2
+    assert all(is_on_policy_step(step, 1.0) for step in range(1, 9))
+    assert not any(is_on_policy_step(step, 0.0) for step in range(1, 9))
 
 
 # -- whole trainings -------------------------------------------------------------------------------
@@ -198,13 +211,15 @@ def test_with_alpha_1_it_is_fine_tuning_bit_for_bit(tmp_path, train):
 
 @pytest.mark.parametrize(("on_policy", "use_moe"), [(0.0, False), (0.5, False), (0.0, True)])
 def test_the_student_comes_closer_and_the_teacher_stays(train, monkeypatch, on_policy, use_moe):
-    monkeypatch.setattr(train_distillation, "answer", lambda *args: "")  # which takes the time
+    monkeypatch.setattr(
+        train_distillation, "sample_answer", lambda *args: ""
+    )  # which takes the time
     path = saved_teacher(train.folder, "other", use_moe=use_moe)
     before = load_model(path, tokenizer=load_tokenizer()).state_dict()
     settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4, max_gen_len=8)
     settings |= dict(teacher_weight=path, student_use_moe=use_moe, on_policy=on_policy)
     metrics = train(val_path=[train.data], eval_interval=1, **settings)
-    figures = [record["val_kl"] for record in train.log(kind="val_kl")]
+    figures = [record["eval_kl"] for record in train.log(kind="eval_kl")]
     assert figures[-1] < 0.5 * figures[0]
     assert metrics["name"] == "full_dist_32" + "_moe" * use_moe
     assert same(load_model(path, tokenizer=load_tokenizer()).state_dict(), before)

@@ -23,7 +23,8 @@ from toy import Trainer, chat_file, ended, flags, fork, pair_file, text_file
 from model.model_minimind import MiniMindForCausalLM, MiniMindModel
 from model.weights import TOKENIZER
 from trainer.common import hardware
-from trainer.common.command import run_stage
+from trainer.common.command import run_trainer
+from trainer.common.metrics import MetricLog
 from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -361,7 +362,7 @@ def run(train: Trainer, command, **changes) -> str:
 
 def test_a_batch_that_cannot_fit_is_refused_with_one_that_would(any_stage, command, monkeypatch):
     monkeypatch.setattr(hardware, "memory_available", lambda device: 6e6)
-    monkeypatch.setattr(hardware, "memory_in_all", lambda device: 6e6)
+    monkeypatch.setattr(hardware, "total_memory", lambda device: 6e6)
     said = run(any_stage, command, batch_size=12, max_seq_len=64)
     smaller, steps = re.search(r"--batch_size (\d+) with --accum\w+ (\d+) should", said).groups()
     assert re.search(r"--batch_size 12 with (rows of 64|pairs of \d\d) tokens needs about", said)
@@ -384,7 +385,7 @@ def test_running_out_of_memory_names_a_smaller_batch(any_stage, command, monkeyp
     assert "out of memory with --batch_size 8; --batch_size 4 with --accumulation_steps 2" in said
 
 
-@pytest.mark.parametrize("place", [(Run, "update"), (Run, "distribute")], ids=["update", "model"])
+@pytest.mark.parametrize("place", [(Run, "update"), (Run, "resume")], ids=["update", "model"])
 def test_running_out_of_memory_elsewhere_is_told_too(any_stage, command, monkeypatch, place):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -398,7 +399,7 @@ def test_data_that_may_not_be_read_is_named(any_stage, command, monkeypatch):
     assert "data.jsonl may not be read by this user" in run(any_stage, command)
 
 
-@pytest.mark.parametrize("method", ["loader", "forward"])
+@pytest.mark.parametrize("method", ["resume", "forward"])
 def test_ctrl_c_is_no_traceback(any_stage, command, monkeypatch, method):
     def interrupted(*args, **more):
         raise KeyboardInterrupt
@@ -434,17 +435,17 @@ def test_a_worker_that_is_killed_is_named(any_stage, monkeypatch):
     monkeypatch.setattr(MiniMindModel, "forward", without_worker)
     monkeypatch.setattr(sys, "argv", ["", *flags(train.settings(num_workers=1, epochs=200))])
     log = train.folder / "log"
-    assert ended(fork(lambda: run_stage(train.stage.main, train.stage.Args, ""), log)) == 2
+    assert ended(fork(lambda: run_trainer(train.stage.main, train.stage.Args, ""), log)) == 2
     assert "error: a process that prepares data was killed" in log.read_text()
     assert "--num_workers 0" in log.read_text()
 
 
 def test_a_full_disk_is_told_whatever_was_written(any_stage, command, monkeypatch):
-    def record(run, **values):
+    def write(log, record):
         with open("/dev/full", "w") as file:
             file.write("x")
 
-    monkeypatch.setattr(Run, "record", record)
+    monkeypatch.setattr(MetricLog, "write", write)
     assert "the disk is full" in run(any_stage, command)
 
 

@@ -23,7 +23,7 @@ from dataset.packing import TrainingData
 from model.errors import UserError
 from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import MetricLog
+from trainer.common.metrics import MetricLog, new_key, with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "
@@ -221,10 +221,11 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
     new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
     names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
     new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
+    new["history"] = with_new_keys(new["history"])
     pending = new.pop("pending")
     new["metrics"] = {
         **{name: pending[name] for name in ("steps", "tokens", "seconds", "expert_load")},
-        "sums": {name: (sum(v), len(v)) for name, v in pending["figures"].items()},
+        "sums": {new_key(name): (sum(v), len(v)) for name, v in pending["figures"].items()},
         "loss_sum": pending["loss"],
     }
     for optimizer in new["optimizer"]:

@@ -120,7 +120,8 @@ def sample_continuation(
         return ""
     ids = data[0][0]["input_ids"].tolist()
     prompt = ids[: max(1, min(12, len(ids) // 2))]
-    (reply,) = generate(unwrap(model), [prompt], SamplingParams(max_new_tokens=length, temperature=0))
+    greedy = SamplingParams(max_new_tokens=length, temperature=0)
+    (reply,) = generate(unwrap(model), [prompt], greedy)
     shown = tokenizer.decode(prompt[1:])
     return f"{shown} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
 
@@ -138,5 +139,6 @@ def sample_answer(
         return ""
     messages = [{"role": "user", "content": question}]
     prompt = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-    (reply,) = generate(unwrap(model), [prompt], SamplingParams(max_new_tokens=length, temperature=0))
+    greedy = SamplingParams(max_new_tokens=length, temperature=0)
+    (reply,) = generate(unwrap(model), [prompt], greedy)
     return f"{question} ▸ {tokenizer.decode(reply, skip_special_tokens=True)}"
