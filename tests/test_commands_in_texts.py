@@ -240,7 +240,9 @@ def project(tmp_path_factory, tokenizer):
 def prepare(copy: Path, tokenizer) -> None:
     """Copy the project, with data and weights where a reader of the texts has them."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        # the project may be another user's, as in many containers
+        ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
+        + ["--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -282,7 +284,7 @@ def few(source: Path, target: Path, lines: int = 12) -> None:
 def python(project):
     """A function that runs the words after `python`; its output. They must end with code 0."""
     runner = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("command_runner.py")],
+        [sys.executable, Path(__file__).with_name("command_runner.py"), f"{project}.log"],
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         cwd=project,
         stdin=subprocess.PIPE,
