@@ -46,9 +46,8 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         terminalreporter.section("written into the project", red=True)
         for path in config.stash[WRITTEN]:
             terminalreporter.line(str(path))
-        terminalreporter.line(
-            "ERROR: tests write into tmp_path only (or did another program do this meanwhile?)"
-        )
+        terminalreporter.line("A test wrote these; it may write into tmp_path only. If another")
+        terminalreporter.line("program did it meanwhile, run the tests again.")
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,14 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, save_weights
@@ -202,6 +204,8 @@ def fork(call: Callable[[], object], log: Path | None = None) -> int:
     if process:
         return process
     code = 70
+    # The lock of progress bars is one for all forked processes, and one that is killed keeps it.
+    tqdm.set_lock(threading.RLock())
     try:
         if log is not None:
             with open(log, "wb") as file:
