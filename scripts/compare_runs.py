@@ -18,9 +18,9 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, read_info
 from scripts.make_recipe import files_of, read_log
-from trainer.forecast import duration
-from trainer.recipes import read_recipe
-from trainer.report import Records, charts, section, shown, table, write_page
+from trainer.report.forecast import duration
+from trainer.report.pages import Records, charts, section, shown, table, write_page
+from trainer.report.recipes import read_recipe
 
 COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
 

@@ -32,7 +32,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORED
 from model.weights import write_json
-from scripts.chat_model import ModelArgs, load_chat_model
+from scripts.serving.chat_model import ModelArgs, load_chat_model
 
 CHARACTERS = 500
 LONGEST = 2048  # tokens that a model sees at once

@@ -5,7 +5,8 @@
 
 Each task is a conversation with tools (see README.md, "Data"), the demo's held-out ones if
 --data_path names no file. The model gets the messages up to the last question, and then
-dataset/tool_loop.py goes round: model → <tool_call> → execute → <tool_response> → answer. Scored is
+dataset/tools/loop.py goes round: model → <tool_call> → execute → <tool_response> → answer. Scored
+is
 whether it called
 
     name        the same tools as the row, in the same order (none, where the row calls none)
@@ -27,14 +28,14 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from dataset.demo import demo_rows
-from dataset.tool_loop import ERRORS, MAX_TURNS, Episode, Task, play, read_tasks, score, task_of
+from dataset.demo.files import demo_rows
+from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, Task, play, read_tasks, score, task_of
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import generate
-from model.sampling import Sampling
+from model.inference.generation import generate
+from model.inference.sampling import Sampling
 from model.weights import write_json
-from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, read_info, write_json
-from trainer.recipes import FREE, METRIC, PATHS, RECIPES
+from trainer.report.recipes import FREE, METRIC, PATHS, RECIPES
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Tool use, learnt from its success: GRPO over whole conversations with tools.
 
 An answer o_i to a question is now an episode: replies of the policy and results of tools in turn
-(dataset/tool_loop.py), until it calls no more tool. With rewards r_i for the G episodes of a
+(dataset/tools/loop.py), until it calls no more tool. With rewards r_i for the G episodes of a
 question, A_i and the loss are those of train_grpo.py, from which they are imported:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)
@@ -31,19 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.tool_loop import ERRORS, MAX_TURNS, Episode, play, score, task_of
+from dataset.grading import grade
+from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, play, score, task_of
 from model.command_line import option
 from model.errors import UserError
-from model.generation import generate
-from model.sampling import Sampling
+from model.inference.generation import generate
+from model.inference.sampling import Sampling
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.arguments import DATASET, LEARNING_RATE_HELP
-from trainer.command import run_stage
-from trainer.evaluation import uncompiled
-from trainer.optimizers import make_optimizer
-from trainer.rewards import Rewards, answer_in, mean, same_answer
-from trainer.rollout import (
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
+from trainer.common.command import run_stage
+from trainer.common.evaluation import uncompiled
+from trainer.common.optimizers import make_optimizer
+from trainer.rl.rewards import Rewards, answer_in, mean
+from trainer.rl.rollout import (
     Completion,
     Prompt,
     Prompts,
@@ -172,7 +173,7 @@ class ToolRewards:
         episodes, args = [each.episode for each in plays], self.parts.run.args
         wrong = [bool(episode.errors) for episode in episodes]
         rewards = rewards.masked_fill(torch.tensor(wrong, dtype=torch.bool), 0.0)
-        right = [same_answer(answer_in(each, args), each.prompt.answer) for each in plays]
+        right = [grade(answer_in(each, args), each.prompt.answer) for each in plays]
         errors = Counter(error for episode in episodes for error in episode.errors)
         sums = {
             "success": sum(yes and not no for yes, no in zip(right, wrong, strict=True)),

@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from dataset.grading import grade
 from dataset.packing import Rows
 from dataset.replies import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
-from model.generation import generate
+from model.inference.generation import generate
+from model.inference.sampling import Sampling
 from model.losses import sum_of_weights
-from model.sampling import Sampling
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.command import run_stage
-from trainer.evaluation import held_out_loss, uncompiled
-from trainer.optimizers import make_optimizer
-from trainer.rewards import same_answer
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.command import run_stage
+from trainer.common.evaluation import held_out_loss, uncompiled
+from trainer.common.optimizers import make_optimizer
 from trainer.trainer_utils import Run, Window, read_rows, starting_model, unwrapped
 
 SIDE_BY_SIDE = 64  # answers to held-out questions decoded at once
@@ -152,7 +152,7 @@ def ask(run: Run, model: nn.Module, questions: list[Question]) -> tuple[str, dic
     for reply, text, (_, answer) in zip(replies, texts, mine, strict=True):
         reasoned = parse_reasoning(text) if reply[-1] == run.tokenizer.eos_token_id else None
         formed += reasoned is not None
-        right += reasoned is not None and same_answer(reasoned[1], answer)
+        right += reasoned is not None and grade(reasoned[1], answer)
     asked, formed, right = run.sum_over_ranks(len(mine), formed, right)
     if not asked:
         return "", {}

@@ -47,9 +47,9 @@ from transformers import PreTrainedTokenizerBase
 from dataset.packing import IGNORED, Batch, Rows, collate
 from model.command_line import option
 from model.errors import UserError
+from model.formats.hf_format import load_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
-from model.transformers_folder import load_folder
 from model.weights import (
     count_parameters,
     find_weights,
@@ -58,13 +58,13 @@ from model.weights import (
     load_tokenizer,
     tokenizer_hash,
 )
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.checkpoint import hash_of
-from trainer.command import run_stage
-from trainer.evaluation import answer, held_out_loss, uncompiled
-from trainer.hardware import autocast
-from trainer.optimizers import make_optimizer
-from trainer.rollout import Prompt, lengths_and_ends, micro_batches, roll_out, shares
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.checkpoint import hash_of
+from trainer.common.command import run_stage
+from trainer.common.evaluation import answer, held_out_loss, uncompiled
+from trainer.common.hardware import autocast
+from trainer.common.optimizers import make_optimizer
+from trainer.rl.rollout import Prompt, lengths_and_ends, micro_batches, roll_out, shares
 from trainer.trainer_utils import Run, Window, read_rows, starting_model, unwrapped
 
 STUDENT, TEACHER = 512, 768  # widths, where a stage is named and no width

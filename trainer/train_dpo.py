@@ -39,11 +39,11 @@ from model.command_line import option
 from model.errors import UserError
 from model.model_lora import add_lora, save_lora
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
-from trainer.command import run_stage
-from trainer.evaluation import answer, over_pairs, pair_figures
-from trainer.optimizers import make_optimizer
-from trainer.reference import add_reference, completion_log_probs
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
+from trainer.common.command import run_stage
+from trainer.common.evaluation import answer, over_pairs, pair_figures
+from trainer.common.optimizers import make_optimizer
+from trainer.rl.reference import add_reference, completion_log_probs
 from trainer.trainer_utils import Run, read_pairs, starting_model
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, TrainArgs
-from trainer.command import run_stage
-from trainer.evaluation import answer, held_out_loss
-from trainer.optimizers import make_optimizer
+from trainer.common.arguments import DATASET, TrainArgs
+from trainer.common.command import run_stage
+from trainer.common.evaluation import answer, held_out_loss
+from trainer.common.optimizers import make_optimizer
 from trainer.trainer_utils import Run, read_rows, starting_model
 
 

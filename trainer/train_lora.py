@@ -18,10 +18,10 @@ from model.command_line import option
 from model.errors import UserError
 from model.model_lora import add_lora, lora_state, save_lora
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
-from trainer.command import run_stage
-from trainer.evaluation import answer, held_out_loss
-from trainer.optimizers import make_optimizer
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
+from trainer.common.command import run_stage
+from trainer.common.evaluation import answer, held_out_loss
+from trainer.common.optimizers import make_optimizer
 from trainer.trainer_utils import Run, read_rows, starting_model
 
 

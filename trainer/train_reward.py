@@ -26,10 +26,10 @@ from dataset.pairs import PairBatch, Pairs, collate_pairs
 from model.command_line import option
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.command import run_stage
-from trainer.evaluation import over_pairs, pair_figures
-from trainer.optimizers import make_optimizer
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.command import run_stage
+from trainer.common.evaluation import over_pairs, pair_figures
+from trainer.common.optimizers import make_optimizer
 from trainer.trainer_utils import Run, read_pairs, starting_model
 
 

@@ -66,9 +66,9 @@ from model.weights import (
     save_weights,
     weight_name,
 )
-from trainer import hardware
-from trainer.arguments import EXPERTS, TrainArgs
-from trainer.checkpoint import (
+from trainer.common import hardware
+from trainer.common.arguments import EXPERTS, TrainArgs
+from trainer.common.checkpoint import (
     changed_share,
     identity_of,
     random_state,
@@ -78,13 +78,13 @@ from trainer.checkpoint import (
     stored_values,
     trained_state,
 )
-from trainer.command import out_of_memory
-from trainer.forecast import duration, forecast
-from trainer.optimizers import Together, learning_rate_factor
-from trainer.plots import plot_losses
-from trainer.recipes import Reference
-from trainer.report import data_manifest, write_report
-from trainer.trackers import start_tracker
+from trainer.common.command import out_of_memory
+from trainer.common.optimizers import Together, learning_rate_factor
+from trainer.common.trackers import start_tracker
+from trainer.report.forecast import duration, forecast
+from trainer.report.pages import data_manifest, write_report
+from trainer.report.plots import plot_losses
+from trainer.report.recipes import Reference
 
 # What is known since the last line of the log, when nothing is.
 NOTHING = dict(steps=0, tokens=0, seconds=0.0, loss=0.0, figures={}, expert_load=None)
