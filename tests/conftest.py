@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import multiprocessing
 import os
 import runpy
 import socket
@@ -73,6 +74,8 @@ def closed_port():
 def one_thread() -> None:
     """So that results are the same on every machine, and tiny models fast."""
     torch.set_num_threads(1)
+    # Where workers are not forked (macOS), they know nothing of what a test has replaced.
+    multiprocessing.set_start_method("fork", force=True)
 
 
 @pytest.fixture(scope="session")
