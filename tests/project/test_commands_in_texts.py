@@ -239,6 +239,8 @@ def project(tmp_path_factory, tokenizer):
 
 def prepare(copy: Path, tokenizer) -> None:
     """Copy the project, with data and weights where a reader of the texts has them."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("git tells which files are the project's, and this is no clone of it")
     listed = subprocess.run(
         # the project may be another user's, as in many containers
         ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
@@ -246,9 +248,8 @@ def prepare(copy: Path, tokenizer) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
+        check=True,
     ).stdout.splitlines()
-    if not listed:
-        pytest.skip("git tells which files are the project's, and this is no clone of it")
     for name in listed:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
