@@ -43,6 +43,8 @@ def move_home() -> None:
     home = tempfile.mkdtemp(prefix="minimind_home_")
     atexit.register(remove_home, home, os.getpid())
     os.environ["HOME"] = home
+    # git reads a folder of another user, as the project is in some containers, only if told to
+    Path(home, ".gitconfig").write_text(f"[safe]\n\tdirectory = {PROJECT}\n")
     os.environ["MINIMIND_CACHE"] = os.path.join(home, "minimind")
     # no proxy between tests and the servers that they start
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "localhost,127.0.0.1"

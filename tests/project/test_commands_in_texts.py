@@ -242,9 +242,7 @@ def prepare(copy: Path, tokenizer) -> None:
     if not (shutil.which("git") and (ROOT / ".git").exists()):
         pytest.skip("git tells which files are the project's, and this is no clone of it")
     listed = subprocess.run(
-        # the project may be another user's, as in many containers
-        ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
-        + ["--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
