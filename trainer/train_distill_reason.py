@@ -3,9 +3,9 @@
 
     L = −1/N · Σ w_t · m_t · log p(x_t | x_1 … x_{t−1})            N = Σ w_t · m_t
 
-The loss of train_full_sft.py with a weight: w_t is --tag_weight where x_t is one of the four tags of
-<think>…</think><answer>…</answer>, which are rare and decide the format, and 1 elsewhere. N is the
-sum over the global batch, all ranks together.
+The loss of train_full_sft.py with a weight: w_t is --tag_weight where x_t is one of the four tags
+of <think>…</think><answer>…</answer>, which are rare and decide the format, and 1 elsewhere. N is
+the sum over the global batch, all ranks together.
 
 At every evaluation the model answers held-out questions greedily: eval_format is the share of
 replies that have exactly this format and end by themselves, eval_answer the share that are right

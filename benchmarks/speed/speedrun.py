@@ -42,8 +42,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dataset.lm_dataset import load_documents
+from dataset.packing import PackedDataset, collate
 from dataset.sampler import GlobalBatchSampler
-from dataset.packing import , PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX

@@ -239,14 +239,15 @@ def project(tmp_path_factory, tokenizer):
 
 def prepare(copy: Path, tokenizer) -> None:
     """Copy the project, with data and weights where a reader of the texts has them."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("git tells which files are the project's, and this is no clone of it")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        check=True,
     ).stdout.splitlines()
-    if not listed:
-        pytest.skip("git tells which files are the project's, and this is no clone of it")
     for name in listed:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +283,7 @@ def few(source: Path, target: Path, lines: int = 12) -> None:
 def python(project):
     """A function that runs the words after `python`; its output. They must end with code 0."""
     runner = subprocess.Popen(
-        [sys.executable, ROOT / "tests/helpers/command_runner.py"],
+        [sys.executable, ROOT / "tests/helpers/command_runner.py", f"{project}.log"],
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         cwd=project,
         stdin=subprocess.PIPE,

@@ -215,7 +215,7 @@ def server():
                 pass
 
         started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
 
     yield start
@@ -279,10 +279,12 @@ def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [None, 404])
-def test_a_server_that_does_not_answer_ends_with_one_sentence(server, status, monkeypatch):
+def test_a_server_that_does_not_answer_ends_with_one_sentence(
+    server, status, monkeypatch, closed_port
+):
     monkeypatch.setattr(rollout_server, "PAUSE", 0.01)
     url, asked = server(lambda path, body: (404, {"error": "no such model"}))
-    url = url if status else "http://127.0.0.1:9/v1"
+    url = url if status else f"http://127.0.0.1:{closed_port}/v1"
     with pytest.raises(UserError, match="resume goes on from the last checkpoint"):
         rollout_server.post(url, {})
     assert len(asked) == (1 if status else 0)

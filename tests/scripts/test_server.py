@@ -436,10 +436,10 @@ def test_whatever_its_description_allows_is_answered_as_that_says(server, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_client_in_the_terminal(server, tokenizer, stream):
+def test_the_client_in_the_terminal(server, tokenizer, closed_port, stream):
     flags = ["--max_tokens", "12", "--temperature", "0", "--historys", "0", "--stream", str(stream)]
     said = {}
-    for url in (f"{server.url}/v1", "http://127.0.0.1:9/v1"):
+    for url in (f"{server.url}/v1", f"http://127.0.0.1:{closed_port}/v1"):
         said[url] = subprocess.run(
             [sys.executable, ROOT / "scripts" / "chat_openai_api.py", "--base_url", url, *flags],
             input=f"{HELLO[0]['content']}\n/clear\n/quit\nnever asked\n",

@@ -4,6 +4,7 @@ A row of the table is a name, what the person did (it prepares files and returns
 for a flag that is left out) and what the sentence must say.
 """
 
+import errno
 import gzip
 import importlib
 import json
@@ -11,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +20,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from toy import Trainer, chat_file, ended, flags, fork, pair_file, text_file
+from toy import (
+    Trainer,
+    chat_file,
+    ended,
+    flags,
+    fork,
+    no_file_grows_beyond,
+    pair_file,
+    text_file,
+)
 
 from model.model_minimind import MiniMindForCausalLM, MiniMindModel
 from model.weights import TOKENIZER
@@ -89,8 +100,15 @@ def weights(content: bytes | None = None, change=None, **changes):
 class Code:
     """A pickle that would write a file if it were executed."""
 
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/minimind_executed_a_pickle",)
+        return os.system, (f"touch {shlex.quote(str(self.path))}",)
+
+
+def pickle_with_code(train: Trainer) -> dict:
+    return weights(pickle.dumps(Code(train.folder / "executed")))(train)
 
 
 def occupied(flag: str):
@@ -228,7 +246,7 @@ MISTAKES = {
     ),
     "no checkpoint": (weights(b"hello, I am no weights"), "is refused|is no checkpoint"),
     "an empty checkpoint": (weights(b""), r"is no checkpoint, or only part of one \(0 bytes\)"),
-    "a pickle with code": (weights(pickle.dumps(Code())), "is refused: .* never executed here"),
+    "a pickle with code": (pickle_with_code, "is refused: .* never executed here"),
     "a safetensors file": (weights(b"\x80\0\0\0\0\0\0\0{}"), "is a safetensors file"),
     "another tokenizer": (other_tokenizer, "was trained with another tokenizer .*--tokenizer_path"),
     # tokenizer
@@ -342,8 +360,7 @@ def test_a_mistake_is_told_in_one_sentence(any_stage, command, monkeypatch, mist
     assert code == 2
     assert re.search(sentence, complaint(printed))
     if mistake != "far too fast":  # it did begin, and its log says so
-        assert files(train.folder) == before
-    assert not Path("/tmp/minimind_executed_a_pickle").exists()
+        assert files(train.folder) == before  # nor has a pickle been executed
 
 
 def test_the_table_is_long_enough():
@@ -440,13 +457,30 @@ def test_a_worker_that_is_killed_is_named(any_stage, monkeypatch):
     assert "--num_workers 0" in log.read_text()
 
 
-def test_a_full_disk_is_told_whatever_was_written(any_stage, command, monkeypatch):
-    def write(log, record):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+def test_a_full_disk_is_told_whatever_was_written(any_stage, monkeypatch):
+    """A line of the log is written without atomic_write. In a process of its own, whose files grow
+    no more."""
+    train, write = any_stage, MetricLog.write
 
-    monkeypatch.setattr(MetricLog, "write", write)
-    assert "the disk is full" in run(any_stage, command)
+    def without_room(log, record):
+        os.truncate(log.path, 2**20)  # larger than what this process says, which has to have room
+        no_file_grows_beyond(2**20)
+        write(log, record)
+
+    monkeypatch.setattr(MetricLog, "write", without_room)
+    monkeypatch.setattr(sys, "argv", ["", *flags(train.settings())])
+    log = train.folder / "log"
+    assert ended(fork(lambda: run_trainer(train.stage.main, train.stage.Args, ""), log)) == 2
+    assert re.search("^error: the disk is full .*; make room, and --resume", log.read_text(), re.M)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_whatever_the_system_calls_it(train, command, monkeypatch, number):
+    def full(*args, **more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(MetricLog, "write", full)
+    assert "the disk is full" in run(train, command)
 
 
 def test_a_gpu_without_bfloat16_computes_in_float16(monkeypatch):

@@ -1,5 +1,6 @@
 """Several processes train as one, and end as one."""
 
+import errno
 import json
 import os
 import re
@@ -219,13 +220,17 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
-def test_processes_that_cannot_meet_are_told_to_use_torchrun(any_stage, monkeypatch, address):
-    for variable in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
+@pytest.mark.parametrize("with_address", [False, True])
+def test_processes_that_cannot_meet_are_told_to_use_torchrun(
+    any_stage, monkeypatch, closed_port, with_address
+):
     monkeypatch.setattr(context, "timedelta", lambda minutes: timedelta(seconds=1))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(closed_port)}
     for variable, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(variable, value)
+    if not with_address:
+        for variable in address:
+            monkeypatch.delenv(variable)
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log0"
     assert (
@@ -238,7 +243,7 @@ def test_a_rank_that_cannot_save_says_so_and_takes_the_others_along(
     any_stage, windows, monkeypatch
 ):
     def no_room(path):
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(checkpoint, "atomic_write", no_room)
     codes = [ended(process) for process in start_ranks(any_stage, 2, **windows)]
@@ -265,7 +270,7 @@ TORCHRUN = (
 
 def test_all_ranks_end_together_when_one_is_told_to(train, shell):
     settings = train.settings("a", epochs=5000)
-    process = shell(*TORCHRUN, *flags(settings), reads=[train.data])
+    process = shell(*TORCHRUN, *flags(settings))
     wait_for_steps(process, settings)
     psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)
     step = int(re.search(r"stopped at step (\d+); --resume", output(process))[1])
@@ -274,7 +279,7 @@ def test_all_ranks_end_together_when_one_is_told_to(train, shell):
 
 def test_torchrun_does_not_hang_when_a_rank_dies(train, shell):
     settings = train.settings("a", epochs=5000)
-    process = shell(*TORCHRUN, *flags(settings), reads=[train.data])
+    process = shell(*TORCHRUN, *flags(settings))
     wait_for_steps(process, settings)
     psutil.Process(process.pid).children()[1].kill()
     printed, _ = process.communicate(timeout=60)

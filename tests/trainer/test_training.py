@@ -597,6 +597,6 @@ def test_sft_runs_from_the_folder_of_its_script(tmp_path, shell):
     settings = sft.settings(from_weight="pretrain", epochs=1, val_share=0.2)
     del settings["device"], settings["num_workers"], settings["num_hidden_layers"]
     words = ["train_full_sft.py", *flags(settings)]
-    printed = output(shell(*words, cwd=ROOT / "trainer", reads=[sft.data], kind="conversations"))
+    printed = output(shell(*words, cwd=ROOT / "trainer"))
     assert "eval_bpb" in printed and "Who are you? ▸" in printed
     assert (tmp_path / "a" / "out" / "full_sft_32.pth").exists()
