@@ -20,8 +20,9 @@ from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.generation import generate
 from model.inference.sampling import Sampling
 from model.weights import ROOT, count_parameters
-from scripts.serve_openai_api import Args, make_app
-from scripts.serving.chat_model import ChatModel
+from scripts.serve_openai_api import make_app
+from scripts.serving.arguments import ServerArgs
+from scripts.serving.loading import ChatModel
 
 HELLO = [{"role": "user", "content": "你好, who are you?"}]
 GREEDY = dict(model="minimind", messages=HELLO, temperature=0, max_tokens=12)
@@ -57,7 +58,7 @@ def serve(make_model, tokenizer):
     def start(**settings):
         model = make_model(vocab_size=len(tokenizer), max_position_embeddings=512)
         loaded = ChatModel(model, tokenizer, "full_sft", "test", count_parameters(model))
-        app = make_app(Args(**settings), loaded)
+        app = make_app(ServerArgs(**settings), loaded)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=server.run)
         thread.start()
