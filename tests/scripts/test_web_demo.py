@@ -27,12 +27,12 @@ from model.inference.microscope import bytes_of_token, observe, token_losses, to
 from model.inference.sampling import Sampling
 from model.losses import IGNORED
 from model.weights import ROOT, load_model, save_weights
-from scripts.serving.chat_model import ChatModel
+from scripts.serving.loading import ChatModel
 from scripts.web import chat, models
-from scripts.web.chat import as_markdown, recent, results_of
-from scripts.web.microscope import readable
-from scripts.web.models import DemoTraining, Loaded, default_model, find_lora, find_models
+from scripts.web.chat import escape_markdown, recent_turns, run_tools
+from scripts.web.models import DemoTraining, ServedModel, default_model, find_lora, find_models
 from scripts.web.texts import TEXTS
+from scripts.web.token_display import readable
 from scripts.web_demo import Args
 
 PAGE = str(ROOT / "scripts" / "web_demo.py")
@@ -121,7 +121,7 @@ def test_an_answer_with_its_speed(open_page):
     assert texts(user) == ["hi"]
     assert texts(assistant) == [ANSWER]
     assert "tokens/s" in assistant.caption[0].value
-    again = next(each for each in page.button if each.label == "Again")
+    again = next(each for each in page.button if each.label == "Regenerate")
     assert texts(again.click().run().chat_message[1]) == [ANSWER]
     assert len(page.chat_message) == 2
     next(each for each in page.button if each.label == "New chat").click().run()
@@ -136,10 +136,10 @@ def test_an_example_is_asked_at_a_click(open_page):
 
 def test_thoughts_are_folded(open_page):
     page = open_page()
-    page.toggle(key="think").set_value(True).run()
+    page.toggle(key="open_thinking").set_value(True).run()
     assistant = say(page, "2 + 2?").chat_message[1]
     (thoughts,) = assistant.expander
-    assert thoughts.label == "Thoughts" and not thoughts.proto.expanded
+    assert thoughts.label == "Reasoning" and not thoughts.proto.expanded
     assert texts(thoughts) == ["two and two"]
     assert texts(assistant)[-1] == "Four."
 
@@ -160,14 +160,14 @@ def test_tools_end_after_some_rounds(open_page, monkeypatch):
     page.multiselect(key="tools").set_value(["calculator"]).run()
     assistant = say(page, "6 * 7?").chat_message[1]
     assert len(assistant.expander) == 1 and texts(assistant) == []
-    assert "no more tools" in assistant.caption[0].value
+    assert "tool-call limit" in assistant.caption[0].value
 
 
 def test_wrong_calls_are_told_to_the_model():
     def results(message, tools):
         request = SimpleNamespace(finish_reason="stop")
         answer = SimpleNamespace(request=request, message={"content": "", **message})
-        found = results_of(answer, SimpleNamespace(tools=tools))
+        found = run_tools(answer, SimpleNamespace(tools=tools))
         return [json.loads(each["content"]) for each in found]
 
     assert "error" in results({"tool_calls": [CALL]}, ["clock"])[0]  # not on offer
@@ -180,7 +180,7 @@ def test_wrong_calls_are_told_to_the_model():
 
 def test_what_does_not_fit_is_said(open_page):
     page = say(open_page(), "long " * 2000)
-    assert "room for" in page.chat_message[1].caption[0].value
+    assert "at most" in page.chat_message[1].caption[0].value
 
 
 def test_a_pretrained_model_goes_on_with_a_text(open_page, folder):
@@ -188,16 +188,18 @@ def test_a_pretrained_model_goes_on_with_a_text(open_page, folder):
     assert any("only pretrained" in each.value for each in page.caption)
     page = say(page, "Once")
     assert "5 tokens" in page.chat_message[1].caption[0].value
-    assert "longest answer" in page.chat_message[1].caption[0].value
+    assert "maximum length" in page.chat_message[1].caption[0].value
 
 
 def test_stopping_frees_the_engine(make_model, tokenizer):
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     thread = EngineThread(Engine(model))
-    loaded = Loaded(("", "", 0.0), ChatModel(model, tokenizer, "", "", 0), thread, False)
+    served = ServedModel(("", "", 0.0), ChatModel(model, tokenizer, "", "", 0), thread)
     sampling = Sampling(max_new_tokens=4000, stop_ids=())
-    settings = SimpleNamespace(sampling=sampling, tools=[], thinking=False, system="", memory=0)
-    answer = chat.Answer(loaded, [{"role": "user", "content": "hi"}], settings, 0)
+    controls = SimpleNamespace(
+        sampling=sampling, tools=[], open_thinking=False, system="", historys=0
+    )
+    answer = chat.StreamingAnswer(served, [{"role": "user", "content": "hi"}], controls, 0)
     while not answer.message["content"]:
         assert answer.read()
     answer.stop()
@@ -209,13 +211,13 @@ def test_stopping_frees_the_engine(make_model, tokenizer):
 def test_recent_turns_are_whole():
     chat = [("user", "a"), ("assistant", "b"), ("tool", "c"), ("assistant", "d"), ("user", "e")]
     messages = [{"role": role, "content": content} for role, content in chat]
-    assert [m["content"] for m in recent(messages, 0)] == ["e"]
-    assert [m["content"] for m in recent(messages, 2)] == ["a", "b", "c", "d", "e"]
-    assert recent(messages, 40) == messages
+    assert [m["content"] for m in recent_turns(messages, 0)] == ["e"]
+    assert [m["content"] for m in recent_turns(messages, 2)] == ["a", "b", "c", "d", "e"]
+    assert recent_turns(messages, 40) == messages
 
 
 def test_text_stays_as_it_was_written():
-    assert as_markdown("a\nb <answer> $1 ~2") == "a  \nb \\<answer> \\$1 \\~2"
+    assert escape_markdown("a\nb <answer> $1 ~2") == "a  \nb \\<answer> \\$1 \\~2"
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -262,9 +264,9 @@ def test_a_wrong_flag_is_one_sentence(open_page, monkeypatch, capsys):
 
 
 def test_the_training_is_a_process_that_can_be_stopped(tmp_path, monkeypatch):
-    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "runs").mkdir(parents=True)
     slow = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
-    (tmp_path / "scripts" / "demo.py").write_text(slow)
+    (tmp_path / "scripts" / "runs" / "demo.py").write_text(slow)
     monkeypatch.setattr(models, "ROOT", tmp_path)
     training = DemoTraining()
     training.start(str(tmp_path / "out"), 3)
@@ -284,7 +286,7 @@ def test_the_training_is_a_process_that_can_be_stopped(tmp_path, monkeypatch):
 
 def test_every_view_of_the_microscope(open_page, folder, tokenizer):
     page = say(open_page(), "hi")
-    next(each for each in page.button if each.label == "Under the microscope").click().run()
+    next(each for each in page.button if each.label == "Inspect in the microscope").click().run()
     assert not page.exception
     model = load_model(folder / "full_sft_96.pth", tokenizer=tokenizer)
     ids = encode_chat(tokenizer, LEARNT[0][0]).ids
