@@ -107,7 +107,7 @@ class Rows(torch.utils.data.Dataset):
     """Rows of at most `row_length` tokens out of tokenised documents.
 
     Args:
-        documents: columns input_ids and trained, as `load_documents` gives them.
+        documents: columns input_ids and loss_mask, as `load_documents` gives them.
         chosen: which documents; default: all.
         packing: several documents a row; else one, or one piece of one.
     """
@@ -170,10 +170,10 @@ class Rows(torch.utils.data.Dataset):
         documents = self.documents[self.chosen[self.pieces.document[members]].tolist()]
         ends = self.pieces.start[members] + self.pieces.length[members]
         spans = zip(self.pieces.start[members], ends, strict=True)
-        columns = (documents["input_ids"], documents["trained"])
+        columns = (documents["input_ids"], documents["loss_mask"])
         return [
-            {"input_ids": ids[start:end], "trained": trained[start:end]}
-            for (start, end), ids, trained in zip(spans, *columns, strict=True)
+            {"input_ids": ids[start:end], "loss_mask": loss_mask[start:end]}
+            for (start, end), ids, loss_mask in zip(spans, *columns, strict=True)
         ]
 
 
@@ -200,7 +200,7 @@ def collate(rows: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Batch:
         for piece in row:
             end = at + len(piece["input_ids"])
             input_ids[r, at:end] = piece["input_ids"]
-            labels[r, at:end] = np.where(piece["trained"], piece["input_ids"], IGNORED)
+            labels[r, at:end] = np.where(piece["loss_mask"], piece["input_ids"], IGNORED)
             labels[r, at] = IGNORED
             position_ids[r, at:end] = np.arange(end - at)
             at = end

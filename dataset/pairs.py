@@ -122,7 +122,7 @@ class Pairs(torch.utils.data.Dataset):
         first = 2 * int(self.chosen[pair])
         sides = self.documents[[first, first + 1]]
         return {
-            **{name: list(sides[name]) for name in ("input_ids", "trained")},
+            **{name: list(sides[name]) for name in ("input_ids", "loss_mask")},
             **{name: getattr(self, name)[pair] for name in ("completion", "reference")},
         }
 
@@ -130,9 +130,9 @@ class Pairs(torch.utils.data.Dataset):
 def trained_tokens(documents: Dataset) -> np.ndarray:
     """[documents] tokens of each that carry loss."""
     counts = []
-    for chunk in documents.data.column("trained").chunks:
-        offsets, trained = np.asarray(chunk.offsets), np.asarray(chunk.values)
-        counts.append(np.add.reduceat(trained[: offsets[-1]], offsets[:-1], dtype=np.int32))
+    for chunk in documents.data.column("loss_mask").chunks:
+        offsets, loss_mask = np.asarray(chunk.offsets), np.asarray(chunk.values)
+        counts.append(np.add.reduceat(loss_mask[: offsets[-1]], offsets[:-1], dtype=np.int32))
     return np.concatenate(counts)
 
 
@@ -142,7 +142,7 @@ def collate_pairs(
     """Pairs to one batch; without packing each document has a row, padded to the longest."""
     pairs = [pair for pair in pairs if pair is not None]
     ids = [side for pair in pairs for side in pair["input_ids"]]
-    trained = [side for pair in pairs for side in pair["trained"]]
+    loss_masks = [side for pair in pairs for side in pair["loss_mask"]]
     lengths = np.array([len(side) for side in ids], dtype=np.int64)
     row_of = cheapest_rows(lengths) if packing and ids else np.arange(len(ids))
     rows = int(row_of.max(initial=0)) + 1
@@ -157,7 +157,7 @@ def collate_pairs(
     for number, row in enumerate(row_of):
         place = slice(used[row], used[row] + lengths[number])
         input_ids[row, place] = ids[number]
-        labels[row, place] = np.where(trained[number], ids[number], IGNORED)
+        labels[row, place] = np.where(loss_masks[number], ids[number], IGNORED)
         position_ids[row, place] = np.arange(lengths[number])
         document[row, place] = number
         ends[number] = row * longest + place.stop - 1

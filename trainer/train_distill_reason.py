@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
 from dataset.packing import Rows
-from dataset.replies import REASONING_TAGS, parse_reasoning
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
@@ -126,8 +126,8 @@ def read_questions(run: Run, held_out: Rows) -> list[Question]:
     found = []
     for number in held_out.chosen.tolist():
         document = held_out.documents[number]
-        ids, trained = document["input_ids"], document["trained"]
-        starts = np.flatnonzero(np.diff(trained.astype(np.int8), prepend=0) == 1)
+        ids, loss_mask = document["input_ids"], document["loss_mask"]
+        starts = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0) == 1)
         if len(starts) == 0:
             continue
         prompt, reply = np.split(ids, starts[-1:])

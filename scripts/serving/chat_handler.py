@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataset.lm_dataset import encode_chat
-from dataset.replies import ReplyParser
+from dataset.reply_parser import ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
 from scripts.serving.errors import ApiError

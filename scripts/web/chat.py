@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.replies import Reply, ReplyParser
+from dataset.reply_parser import Reply, ReplyParser
 from dataset.tools.builtin import TOOLS
 from dataset.tools.loop import MAX_TURNS, answer_calls
 from model.inference.engine import QueueFull, Request

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from dataset.lm_dataset import FORMAT
+from dataset.lm_dataset import CACHE_VERSION
 from dataset.pairs import PairBatch, Pairs
 from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
@@ -44,7 +44,11 @@ def reference_file(run: Run, model: nn.Module, pairs: Pairs) -> Path:
     model = unwrapped(model)
     state = {name: w for name, w in model.state_dict().items() if ".lora_" not in name}
     depends = [
-        *(FORMAT, pairs.documents.info.description, hash_of(np.ascontiguousarray(pairs.chosen))),
+        *(
+            CACHE_VERSION,
+            pairs.documents.info.description,
+            hash_of(np.ascontiguousarray(pairs.chosen)),
+        ),
         *(hash_of(*(weight.cpu() for weight in state.values())), model.config.to_dict()),
         *(run.device.type, str(run.dtype)),
     ]

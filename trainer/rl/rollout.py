@@ -31,7 +31,7 @@ from dataset.lm_dataset import (
     read_lines,
 )
 from dataset.packing import Batch, collate
-from dataset.replies import tagged_answer
+from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
 from model.command_line import option
 from model.errors import UserError
@@ -384,8 +384,8 @@ def micro_batches(run: Run, completions: list[Completion]) -> list[RolloutBatch]
 
 def piece(completion: Completion) -> dict[str, np.ndarray]:
     prompt, tokens = completion.prompt.ids, completion.tokens
-    trained = [False] * len(prompt) + (completion.written or [True] * len(tokens))
-    return {"input_ids": np.array(prompt + tokens), "trained": np.array(trained)}
+    loss_mask = [False] * len(prompt) + (completion.written or [True] * len(tokens))
+    return {"input_ids": np.array(prompt + tokens), "loss_mask": np.array(loss_mask)}
 
 
 def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
