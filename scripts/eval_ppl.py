@@ -32,7 +32,8 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
 from model.weights import write_json
-from scripts.serving.chat_model import ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
 LONGEST = 2048  # tokens that a model sees at once
@@ -220,13 +221,13 @@ def main(args: Args) -> dict[str, float]:
     texts = read_texts(args.data, args.documents, args.characters)
     if not texts:
         raise UserError(f"{args.data} holds no text")
-    loaded = load_chat_model(args, args.weight, decode_only=False)
+    loaded = load_chat_model(args, decode_only=False)
     documents = encode(loaded.tokenizer, texts)
     bits = document_bits(loaded.model, documents, args.batch_size)
     tokens = sum(map(len, documents)) - len(documents)
     result = {
         "model": loaded.name,
-        "parameters": loaded.parameters,
+        "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
         **figures(texts, bits),

@@ -44,7 +44,8 @@ from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.weights import write_json
-from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import ChatModel, load_chat_model
 
 
 @dataclass
@@ -74,11 +75,11 @@ class Args(ModelArgs):
 
 def main(args: Args) -> dict[str, Any]:
     tasks = tasks_of(args)
-    loaded = load_chat_model(args, args.weight)
+    loaded = load_chat_model(args)
     if not loaded.tokenizer.chat_template:
         raise UserError(f"the tokenizer of {loaded.name} has no chat template, and so no tools")
     episodes = run_tasks(loaded, tasks, args, "with tools")
-    report = {"model": loaded.name, "parameters": loaded.parameters, **figures(episodes)}
+    report = {"model": loaded.name, "parameters": loaded.num_parameters, **figures(episodes)}
     if args.compare:
         bare = run_tasks(loaded, [task.without_tools() for task in tasks], args, "without")
         add_bare(report, tasks, bare)

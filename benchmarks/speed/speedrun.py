@@ -52,11 +52,11 @@ from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.common.arguments import TrainArgs
+from trainer.common.context import Context
 from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
+from trainer.common.loop import initial_batch_size
 from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
-from trainer.common.context import Context
-from trainer.common.loop import initial_batch_size
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512

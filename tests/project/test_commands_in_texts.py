@@ -62,9 +62,9 @@ PARSE = {
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",
     "scripts/runs/demo_lora.py": "needs the demo's model; tests/model/test_lora.py",
-    "scripts/serve_openai_api.py": "a service; tests/scripts/test_server.py",
-    "scripts/chat_openai_api.py": "needs the service; tests/scripts/test_server.py",
-    "scripts/web_demo.py": "a service; tests/scripts/test_web_demo.py",
+    "scripts/serve_openai_api.py": "a service; tests/scripts/server/",
+    "scripts/chat_openai_api.py": "needs the service; tests/scripts/server/",
+    "scripts/web_demo.py": "a service; tests/scripts/web/",
     "benchmarks/*.py": "long; tests/project/test_benchmarks.py",
     "*train_X.py": "stands for any trainer",
 }

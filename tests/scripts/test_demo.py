@@ -52,7 +52,7 @@ def test_tests_are_grouped_by_skill(tmp_path):
     (tmp_path / "textbook_test.jsonl").write_text(lines)
     counts = {name: len(rows) for name, rows in demo.held_out_tests(tmp_path).items()}
     assert counts == {"x": 2, "y": 1, "textbook": 3}
-    assert len(demo.held_out_tests(tmp_path, most=1)["x"]) == 1
+    assert len(demo.held_out_tests(tmp_path, limit=1)["x"]) == 1
 
 
 def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args
+from eval_llm import Args
 from model.command_line import parse_arguments
 from model.errors import UserError
 from model.model_lora import LoraConfig, add_lora, lora_layers, save_lora
 from model.weights import ROOT, load_model, save_weights, weight_path, yarn_settings
+from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def talk(*flags: object, typed: str = "", cwd: Path = ROOT) -> subprocess.Comple
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "examples"), [("full_sft", CHAT_PROMPTS), ("pretrain", TEXT_PROMPTS)]
+    ("stage", "examples"), [("full_sft", CHAT_EXAMPLES), ("pretrain", TEXT_EXAMPLES)]
 )
 def test_automatic_prompts_are_answered(weights, tmp_path, stage, examples):
     result = talk(

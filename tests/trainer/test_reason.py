@@ -248,7 +248,7 @@ def test_thoughts_are_opened_shown_and_kept_apart(save, tokenizer, monkeypatch, 
     args = eval_llm.Args(
         weight=[str(save())], device="cpu", open_thinking=thinking, historys=4, max_new_tokens=99
     )
-    chat = eval_llm.Chat(eval_llm.load_chat_model(args, args.weight[0]), args)
+    chat = eval_llm.Conversation(eval_llm.load_chat_model(args, args.weight[0]), args)
     prompts = []
 
     def reply(model, ids, sampling):
