@@ -1,4 +1,4 @@
-"""Every command in README.md, README_zh.md and CLAUDE.md is tried as it is written there.
+"""Every command in README.md, README_zh.md, CLAUDE.md and docs/ is tried as it is written there.
 
 Commands of this project run in a copy of it, in the order of the texts, since one needs what others
 write; long ones with small settings added (RUN). Those that need a network, a service or a quarter
@@ -27,7 +27,8 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weights
 from scripts.serving.openai_types import ChatRequest
 
-TEXTS = ("README.md", "README_zh.md", "CLAUDE.md")
+PAGES = "training fine_tuning rl data models export serving evaluation code".split()
+TEXTS = ("README.md", "README_zh.md", "CLAUDE.md", *(f"docs/{page}.md" for page in PAGES))
 ONE_STEP = (
     "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 320 --val_documents 2 "
     "--num_workers 0 --device cpu"
@@ -83,6 +84,10 @@ def pip(install: str, *words: str) -> None:
         assert (ROOT / words[1]).exists()
 
 
+def git(clone: str, address: str) -> None:
+    assert clone == "clone" and address.endswith("OWNER/minimind")
+
+
 def curl(address: str, *words: str) -> None:
     assert address == "localhost:8000/v1/chat/completions"
     ChatRequest.model_validate_json(words[words.index("-d") + 1])
@@ -122,6 +127,7 @@ def venv(folder: str) -> None:
 PROGRAMS = {
     "make": make,
     "pip": pip,
+    "git": git,
     "curl": curl,
     "streamlit": streamlit,
     "source": source,
