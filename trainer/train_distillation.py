@@ -64,7 +64,9 @@ from trainer.common.command import run_stage
 from trainer.common.evaluation import answer, held_out_loss, uncompiled
 from trainer.common.hardware import autocast
 from trainer.common.optimizers import make_optimizer
-from trainer.rl.rollout import Prompt, lengths_and_ends, micro_batches, roll_out, shares
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import completion_stats, generate_completions, rank_shares
 from trainer.trainer_utils import Run, Window, read_rows, starting_model, unwrapped
 
 STUDENT, TEACHER = 512, 768  # widths, where a stage is named and no width
@@ -238,9 +240,10 @@ def questions(batch: Batch) -> list[Prompt]:
 def own_answers(run: Run, model: nn.Module, window: Window) -> tuple[Window, dict[str, float]]:
     """The questions of a window with answers of the student's, and figures for the log."""
     prompts = [prompt for batch in window for prompt in questions(batch)]
-    completions = roll_out(run, model, prompts, temperature=1.0)
-    answered = run.count(Window(micro_batches(run, completions)))
-    return answered, shares(run, len(completions), lengths_and_ends(completions))
+    completions = generate_completions(run, model, prompts, temperature=1.0)
+    size, pad_id = run.args.update_batch_size, run.tokenizer.pad_token_id
+    answered = run.count(Window(micro_batches(completions, size, pad_id, run.device)))
+    return answered, rank_shares(run, completion_stats(completions))
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
 from trainer.common.command import run_stage
 from trainer.common.evaluation import answer, over_pairs, pair_figures
 from trainer.common.optimizers import make_optimizer
-from trainer.rl.reference import add_reference, completion_log_probs
+from trainer.rl.reference import completion_log_probs, precompute_ref_log_probs
 from trainer.trainer_utils import Run, read_pairs, starting_model
 
 
@@ -124,7 +124,7 @@ def main(args: Args) -> dict[str, Any]:
     model = run.distribute(model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     for some in (pairs, held_out) if held_out else (pairs,):
-        add_reference(run, model, some)
+        precompute_ref_log_probs(run, model, some)
     run.resume(model, optimizer)
     loss_of = partial(
         dpo_loss,

@@ -1,22 +1,23 @@
-"""The loop of tool use: the model writes, its calls are answered, it reads on, until it has done.
+"""The loop of tool use: the model replies, its tool calls are executed, and it goes on from the
+results until a reply calls no tool.
 
     model → <tool_call> → execute → <tool_response> → model → … → answer
 
     tasks = read_tasks("out/demo/data/tools_val.jsonl")
     episodes = [Episode(task, tokenizer) for task in tasks]
-    play(episodes, write)                      # write: episodes → new tokens of each
+    run_episodes(episodes, write)              # write: episodes → new tokens of each
     scores = [score(episode) for episode in episodes]
 
 Evaluation (scripts/eval_toolcall.py) and reinforcement learning (trainer/train_agent.py) run this
-loop; the web page, whose user looks on, answers calls by the same `answer_calls`.
+loop; the web page, which shows each step to its user, executes calls by the same `answer_calls`.
 
-A task is a row of SPEC's conversations: the messages up to the last question, and the truth, which
-is what follows: calls, results and answer. A call that the truth makes too is given the truth's
-result, so that a clock tells the time of the row; any other clock tells CLOCK.
+A task is a row of conversations: the messages up to the last question, and the truth, which is what
+follows: calls, results and answer. A call that the truth makes too gets the result recorded there,
+so that a clock tells the time of the row; any other call of the clock gets CLOCK.
 
-What the model wrote is never tokenised again: an episode keeps the ids that were drawn, and puts
-those of results behind them, as the chat template writes them. Their log-probs are then those of
-the policy that drew them.
+What the model wrote is never tokenised again: an episode keeps the ids that were sampled and
+appends those of the results, as the chat template writes them. Text tokenised again may give other
+tokens, and their log-probs are not those of the policy's choices.
 """
 
 import json
@@ -41,9 +42,9 @@ from dataset.replies import Reply, parse_reply
 from dataset.tools.builtin import Result, call_tool
 from model.errors import UserError
 
-MAX_TURNS = 4  # replies to one question; a model may call tools for ever
+MAX_TURNS = 4  # replies to one question; without a limit a model may call tools for ever
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
-# What can go wrong. An episode in which anything does is scored 0.
+# What can go wrong. An episode with any of these is scored 0.
 ERRORS = {
     "malformed": "a call that is no JSON with a name and arguments",
     "unknown_tool": "a call of a tool that is not on offer",
@@ -89,13 +90,13 @@ def task_of(row: dict[str, Any]) -> Task:
         raise UserError("asks nothing: there is no user's message")
     asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
     calls, waiting = [], []
-    known = {key({"name": "clock", "arguments": {}}): CLOCK}
+    known = {call_key({"name": "clock", "arguments": {}}): CLOCK}
     for message in truth:
         if message["role"] == "assistant":
             waiting = [plain_call(call) for call in message.get("tool_calls", [])]
             calls += waiting
         elif waiting:
-            known[key(waiting.pop(0))] = message["content"]
+            known[call_key(waiting.pop(0))] = message["content"]
     answer = row.get("answer")
     if answer is None:
         if not truth or truth[-1]["role"] != "assistant" or truth[-1].get("tool_calls"):
@@ -140,8 +141,9 @@ def read_tasks(path: str | Path) -> list[Task]:
     return tasks
 
 
-def key(call: Call) -> tuple:
-    """Calls are the same when this is: but for case, space, and numbers in quotes."""
+def call_key(call: Call) -> tuple:
+    """Equal for calls that count as the same: case, space, and quotes around numbers are
+    ignored."""
 
     def simple(value: Any) -> float | str:
         try:
@@ -163,21 +165,21 @@ def key(call: Call) -> tuple:
 def answer_calls(
     reply: Reply, offered: Iterable[str], known: dict[tuple, str] | None = None
 ) -> list[Result]:
-    """The results of a reply's calls, in their order; none if it calls nothing.
+    """The results of a reply's calls, in their order; [] if it calls nothing.
 
     Args:
         offered: the tools that may be called.
-        known: results of calls (by `key`) for which no tool is run.
+        known: recorded results, by `call_key`; these calls are not executed.
     """
     results = []
     for call in reply.tool_calls:
-        if known and call["name"] in offered and key(call) in known:
-            results.append(Result(known[key(call)]))
+        if known and call["name"] in offered and call_key(call) in known:
+            results.append(Result(known[call_key(call)]))
         else:
             results.append(call_tool(call["name"], call["arguments"], offered))
     if "<tool_call>" in reply.content:  # the parser could not read it
-        told = {"error": "a tool call is JSON with a name and arguments"}
-        results.append(Result(json.dumps(told), "malformed"))
+        message = {"error": "a tool call is JSON with a name and arguments"}
+        results.append(Result(json.dumps(message), "malformed"))
     return results
 
 
@@ -195,14 +197,14 @@ def tokens_of_results(
 
 
 class Episode:
-    """A task, and what the model has made of it so far.
+    """A task, and the conversation about it so far.
 
     Attributes:
-        ids: all tokens up to now: the prompt, and replies and results in turn.
-        written: for each behind the prompt, whether the model drew it.
-        calls: what it called, in order.
-        errors: kinds of ERRORS, one for each thing that went wrong.
-        said: replies and results as text, to look at: (role, text).
+        ids: all tokens up to now: the prompt, then replies and results in turn.
+        action_mask: for each token after the prompt, whether the model sampled it.
+        calls: the model's tool calls, in order.
+        errors: keys of ERRORS, one for each thing that went wrong.
+        transcript: replies and results as text, (role, text).
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
@@ -212,20 +214,21 @@ class Episode:
             options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids
         self.prompt_length = len(self.ids)
-        self.written: list[bool] = []
+        self.action_mask: list[bool] = []
         self.calls: list[Call] = []
         self.errors: list[str] = []
-        self.said: list[tuple[str, str]] = []
+        self.transcript: list[tuple[str, str]] = []
         self.turns, self.done = 0, False
         self.text = ""  # of the last reply
-        self.answer = ""  # what it says, where that was the final one
+        self.answer = ""  # the content of the final reply, once there is one
 
-    def take(self, tokens: list[int], last: bool) -> None:
-        """A reply of the model, a final EOS included; `last`: no other may follow."""
+    def add_reply(self, tokens: list[int], last: bool) -> None:
+        """Append a reply of the model, a final EOS included, and the results of its calls; `last`:
+        no other reply may follow."""
         self.turns += 1
-        self.extend(tokens, written=True)
+        self.extend(tokens, is_action=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        self.said.append(("assistant", self.text))
+        self.transcript.append(("assistant", self.text))
         if tokens[-1] != self.tokenizer.eos_token_id:
             self.end("unfinished")
             return
@@ -239,41 +242,42 @@ class Episode:
         elif last:
             self.end("endless")
         else:
-            self.said += [("tool", result.text) for result in results]
+            self.transcript += [("tool", result.text) for result in results]
             ids = tokens_of_results(self.tokenizer, results, self.open_thinking)
-            self.extend(ids, written=False)
+            self.extend(ids, is_action=False)
 
-    def extend(self, tokens: list[int], written: bool) -> None:
+    def extend(self, tokens: list[int], is_action: bool) -> None:
         self.ids = self.ids + tokens  # a new list: the engine may still hold the old one
-        self.written += [written] * len(tokens)
+        self.action_mask += [is_action] * len(tokens)
 
     def end(self, *errors: str) -> None:
         self.errors += errors
         self.done = True
 
 
-def play(
+def run_episodes(
     episodes: list[Episode],
     write: Callable[[list[Episode]], list[list[int]]],
     max_turns: int = MAX_TURNS,
-    longest: int | None = None,
+    token_budget: int | None = None,
 ) -> None:
-    """Go on with episodes, all side by side, until each is done.
+    """Continue episodes, all side by side, until each is done.
 
     Args:
         write: the model: new tokens, at least one, for the `ids` of each episode.
         max_turns: replies to a question at most.
-        longest: tokens of an episode after which there is no room for another reply.
+        token_budget: an episode with more tokens than this gets no further reply.
     """
     for turn in range(1, max_turns + 1):
         for episode in episodes:
-            if not episode.done and longest is not None and len(episode.ids) > longest:
+            too_long = token_budget is not None and len(episode.ids) > token_budget
+            if too_long and not episode.done:
                 episode.end("too_long")
         waiting = [episode for episode in episodes if not episode.done]
         if not waiting:
             return
         for episode, tokens in zip(waiting, write(waiting), strict=True):
-            episode.take(tokens, last=turn == max_turns)
+            episode.add_reply(tokens, last=turn == max_turns)
 
 
 def score(episode: Episode) -> dict[str, float]:
@@ -283,6 +287,6 @@ def score(episode: Episode) -> dict[str, float]:
     called, expected = episode.calls, task.calls
     return {
         "name": float(right and [c["name"] for c in called] == [c["name"] for c in expected]),
-        "arguments": float(right and list(map(key, called)) == list(map(key, expected))),
+        "arguments": float(right and list(map(call_key, called)) == list(map(call_key, expected))),
         "answer": float(right and grade(task.answer, episode.answer)),
     }

@@ -21,7 +21,9 @@ from model.formats.hf_format import save_folder
 from model.losses import divergence_sum
 from model.weights import TOKENIZER, load_model, load_tokenizer
 from trainer import train_distillation, train_full_sft
-from trainer.rl.rollout import Completion, Prompt, micro_batches
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import Completion
 from trainer.train_distillation import divergence, from_teacher, kl, own_turn, questions
 from trainer.trainer_utils import Run
 
@@ -146,7 +148,7 @@ def test_padding_and_neighbours_do_not_matter(make_run, make_model):
     student = make_model(seed=3, vocab_size=6400)
     prompts = [Prompt(0, [], [1, 5, 6], None), Prompt(1, [], [1, 7, 8, 9, 10], None)]
     answers = [Completion(prompts[0], [11, 12, 2], "", True), Completion(prompts[1], [13], "", 0)]
-    (batch,) = micro_batches(run, answers)
+    (batch,) = micro_batches(answers, 32, run.tokenizer.pad_token_id, run.device)
     inputs = dict(**batch.inputs, return_logits=False, output_hidden_states=True)
     how = dict(temperature=2.0, divergence=kl)
     together = from_teacher(student, student(**inputs), teacher, batch, **how)
@@ -252,7 +254,7 @@ def test_own_answers_are_resumed_and_shared_out(train, killed, ranks):
     killed(2, train, batch_size=2, **more)
     train(batch_size=2, resume=True, **more)
     assert same(everything(train), everything(train, "one"))
-    assert "length" in train.log()[1] and "ce" not in train.log()[1]
+    assert "completions/mean_length" in train.log()[1] and "ce" not in train.log()[1]
 
 
 # -- mistakes --------------------------------------------------------------------------------------
