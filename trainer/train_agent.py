@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
 from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
@@ -38,12 +39,16 @@ from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import Sampling
+from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer
 from trainer import train_grpo
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
-from trainer.common.command import run_stage
-from trainer.common.evaluation import uncompiled
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager
+from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
 from trainer.rl.batches import UpdateStats, micro_batches
 from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
 from trainer.rl.prompts import (
@@ -60,10 +65,9 @@ from trainer.rl.rollout import (
     evaluate_policy,
     make_generate_fn,
     make_seed,
-    rank_shares,
 )
 from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
-from trainer.trainer_utils import Run, starting_model, unwrapped
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -103,8 +107,8 @@ def parse_task_row(row: dict) -> tuple:
     return task.messages, task.answer, task
 
 
-def new_episode(run: Run, prompt: Prompt) -> Episode:
-    return Episode(prompt.task, run.tokenizer, open_thinking=run.args.reasoning)
+def new_episode(ctx: Context, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Episode:
+    return Episode(prompt.task, tokenizer, open_thinking=ctx.args.reasoning)
 
 
 def to_completion(prompt: Prompt, episode: Episode) -> EpisodeCompletion:
@@ -113,14 +117,24 @@ def to_completion(prompt: Prompt, episode: Episode) -> EpisodeCompletion:
     return EpisodeCompletion(prompt, tokens, episode.text, terminated, episode.action_mask, episode)
 
 
-@uncompiled
+@eager
 def generate_episodes(
-    run: Run, model: nn.Module, prompts: list[Prompt], num_generations: int = 1, attempt: int = 0
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    num_generations: int = 1,
+    *,
+    step: int,
+    attempt: int = 0,
 ) -> list[EpisodeCompletion]:
-    """`num_generations` episodes of each prompt, neighbours in the list."""
-    args, generate_fn = run.args, make_generate_fn(run.args, run, model)
+    """`num_generations` episodes of each prompt, neighbours in the list. As `generate_completions`,
+    of whose completions these are the kind with tools."""
+    args, generate_fn = ctx.args, make_generate_fn(ctx, ctx.args, model, tokenizer)
     started = [
-        (prompt, new_episode(run, prompt), n) for prompt in prompts for n in range(num_generations)
+        (prompt, new_episode(ctx, tokenizer, prompt), n)
+        for prompt in prompts
+        for n in range(num_generations)
     ]
     origin = {id(episode): (prompt, n) for prompt, episode, n in started}
 
@@ -129,36 +143,35 @@ def generate_episodes(
         for episode in waiting:
             prompt, n = origin[id(episode)]
             turn = [episode.turns] if episode.turns else []  # the first reply is sampled as GRPO's
-            seed = make_seed(args.seed, run.step, prompt.index, attempt, *turn)
+            seed = make_seed(args.seed, step, prompt.index, attempt, *turn)
             # The ids so far are those that were sampled, and not their text tokenised again: that
             # may give other tokens, whose log-probs are not those of the policy's choices.
             requests.append(GenerationRequest(episode.ids, seed, n))
         return generate_fn(requests)
 
     episodes = [episode for _, episode, _ in started]
-    run_episodes(episodes, write, args.max_turns, token_budget(run))
-    sampled = sum(sum(episode.action_mask) for episode in episodes)
-    run.pending["tokens"] += int(run.sum_over_ranks(sampled)[0])
+    run_episodes(episodes, write, args.max_turns, token_budget(args, unwrap(model).config))
     return [to_completion(prompt, episode) for prompt, episode, _ in started]
 
 
-def generate_greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[EpisodeCompletion]:
+def generate_greedy(
+    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> list[EpisodeCompletion]:
     """Episodes of the likeliest tokens, one a prompt."""
-    sampling = Sampling(run.args.max_gen_len, temperature=0)
-    episodes = [new_episode(run, prompt) for prompt in prompts]
+    args, sampling = ctx.args, Sampling(ctx.args.max_gen_len, temperature=0)
+    episodes = [new_episode(ctx, tokenizer, prompt) for prompt in prompts]
 
     def write(waiting: list[Episode]) -> list[list[int]]:
-        return generate(unwrapped(model), [episode.ids for episode in waiting], sampling)
+        return generate(unwrap(model), [episode.ids for episode in waiting], sampling)
 
-    run_episodes(episodes, write, run.args.max_turns, token_budget(run))
+    run_episodes(episodes, write, args.max_turns, token_budget(args, unwrap(model).config))
     return [to_completion(*pair) for pair in zip(prompts, episodes, strict=True)]
 
 
-def token_budget(run: Run) -> int:
+def token_budget(args: Args, config: MiniMindConfig) -> int:
     """Tokens of an episode beyond which another reply might not fit the model, or the memory."""
-    args = run.args
     longest = args.max_seq_len + args.max_turns * args.max_gen_len
-    return min(longest, run.config.max_position_embeddings) - args.max_gen_len
+    return min(longest, config.max_position_embeddings) - args.max_gen_len
 
 
 # -- rewards ---------------------------------------------------------------------------------------
@@ -167,18 +180,23 @@ def token_budget(run: Run) -> int:
 class ToolRewards:
     """Rewards of episodes; 0 where anything went wrong."""
 
-    def __init__(self, run: Run, prompts: PromptDataset):
+    def __init__(
+        self,
+        ctx: Context,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden_size: int,
+        prompts: PromptDataset,
+    ):
         tool_rules = {
             "name": lambda each, args: score(each.episode)["name"],
             "arguments": lambda each, args: score(each.episode)["arguments"],
         }
-        self.args, self.rewards = run.args, Rewards(run, prompts, tool_rules)
+        self.args = ctx.args
+        self.rewards = Rewards(ctx, tokenizer, hidden_size, prompts, tool_rules)
 
-    def __call__(
-        self, completions: list[EpisodeCompletion]
-    ) -> tuple[Tensor, dict[str, tuple[float, float]]]:
-        """[N] rewards; and for the log (sum, count) of their parts, of right answers (success), of
-        calls and of each kind of error."""
+    def __call__(self, completions: list[EpisodeCompletion]) -> tuple[Tensor, dict[str, Metric]]:
+        """[N] rewards; and metrics: their parts, right answers (success), calls, and each kind of
+        error."""
         rewards, metrics = self.rewards(completions)
         episodes, count = [each.episode for each in completions], len(completions)
         failed = [bool(episode.errors) for episode in episodes]
@@ -200,39 +218,39 @@ class ToolRewards:
 
 
 def main(args: Args) -> dict[str, Any]:
-    # -- setup: policy, data, rewards, reference
+    # Setup: policy, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = add_lora_if_asked(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("agent"), model.config, tokenizer)
-    train_data, val_data = read_prompts(run, parse_task_row)
-    rewards_of = ToolRewards(run, train_data)
-    loader = run.loader(train_data, collate_prompts)
-    run.announce(model, train_data, val_data)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer, parse_task_row)
+    rewards_of = ToolRewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    stage = args.stage("agent")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    # copied before the first update; without a KL in the loss there is no use for it
-    reference = ReferenceModel(run, model) if args.beta else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for global_batch in run.steps(loader):
-        # -- rollout and rewards: G episodes of each question, by the policy as it is now
+    for global_batch in run.steps():
+        # Rollout and rewards: G episodes of each question, by the policy as it is now.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(
             run, model, rewards_of, prompts, train_data, generate_episodes
         )
 
-        # -- advantages: one for the whole episode, so that an early call is paid for the answer
+        # Advantages: one for the whole episode, so that an early call is paid for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
-        batches = micro_batches(completions, args.update_batch_size, pad_id, run.device)
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         for batch in batches:
-            batch.advantages = advantages[batch.indices.cpu()].to(run.device)  # [B, 1]
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
             if reference:
-                batch.ref_log_probs = reference.log_probs(model, batch)
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # -- updates: as in train_grpo.py; completion_mask leaves out the tools' tokens
-        stats = UpdateStats(run, batches)
+        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
                 with run.forward(model, sync=batch is batches[-1]):
@@ -245,15 +263,17 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
             run.update(model, optimizer)
 
-        # -- evaluation, log, checkpoint
-        if val_data and run.due(args.eval_interval):
-            sample, val_metrics = evaluate_policy(run, model, val_data, rewards_of, generate_greedy)
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(
+                ctx, model, tokenizer, val_data, rewards_of, generate_greedy
+            )
             run.log_evaluation(sample, **val_metrics)
         metrics |= completion_stats(completions) | stats.metrics()
-        run.log(**rank_shares(run, metrics))
+        run.log(**metrics)
         run.save_every(model, optimizer, save=make_save_fn(args))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -36,6 +36,7 @@ Departures from the paper:
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -45,8 +46,11 @@ from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
 from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
@@ -63,9 +67,8 @@ from trainer.rl.rollout import (
     completion_stats,
     evaluate_policy,
     generate_completions,
-    rank_shares,
 )
-from trainer.trainer_utils import Run, starting_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -177,10 +180,12 @@ def generate_groups(
     prompts: list[Prompt],
     train_data: PromptDataset,
     generate_fn: Callable = generate_completions,
-) -> tuple[list[Completion], Tensor, dict[str, tuple[float, float]]]:
-    """G completions of each prompt, their rewards, [groups, G], and (sum, count) for the log."""
-    args, G = run.args, run.args.num_generations
-    completions = generate_fn(run, model, prompts, G)
+) -> tuple[list[Completion], Tensor, dict[str, Metric]]:
+    """G completions of each prompt, their rewards, [groups, G], and metrics."""
+    ctx, args, G = run.ctx, run.ctx.args, run.ctx.args.num_generations
+    generate = partial(generate_fn, ctx, model, run.tokenizer, num_generations=G, step=run.step)
+    completions = generate(prompts=prompts)
+    num_sampled = sum(each.num_sampled for each in completions)
     rewards, metrics = rewards_of(completions)
     rewards = rewards.view(-1, G)  # the completions of a prompt are neighbours
     is_flat = zero_variance_groups(rewards)
@@ -188,13 +193,15 @@ def generate_groups(
     # DAPO's dynamic sampling. The log shows the rewards before it, of the prompts as they came.
     for attempt in range(args.resample if args.loss_type == "dapo" else 0):
         groups = zero_variance_groups(rewards).nonzero().flatten().tolist()
-        others = sample_prompts(train_data, len(groups), args.seed, run.step, run.rank, attempt)
-        new_completions = generate_fn(run, model, others, G, attempt + 1)
+        others = sample_prompts(train_data, len(groups), args.seed, run.step, ctx.rank, attempt)
+        new_completions = generate(prompts=others, attempt=attempt + 1)
+        num_sampled += sum(each.num_sampled for each in new_completions)
         new_rewards, _ = rewards_of(new_completions)
         for n, group in enumerate(groups):
             own = slice(n * G, (n + 1) * G)
             completions[group * G : (group + 1) * G] = new_completions[own]
             rewards[group] = new_rewards[own]
+    run.metrics.add_tokens(num_sampled)
     return completions, rewards, metrics
 
 
@@ -202,37 +209,37 @@ def generate_groups(
 
 
 def main(args: Args) -> dict[str, Any]:
-    # -- setup: policy, data, rewards, reference
+    # Setup: policy, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = add_lora_if_asked(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("grpo"), model.config, tokenizer)
-    train_data, val_data = read_prompts(run)
-    rewards_of = Rewards(run, train_data)
-    loader = run.loader(train_data, collate_prompts)
-    run.announce(model, train_data, val_data)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    stage = args.stage("grpo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    # copied before the first update; without a KL in the loss there is no use for it
-    reference = ReferenceModel(run, model) if args.beta else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for global_batch in run.steps(loader):
-        # -- rollout and rewards: G completions of each prompt, by the policy as it is now
+    for global_batch in run.steps():
+        # Rollout and rewards: G completions of each prompt, by the policy as it is now.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(run, model, rewards_of, prompts, train_data)
 
-        # -- advantages, fixed for all updates from these completions
+        # Advantages and π_ref: fixed for all updates from these completions.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
-        batches = micro_batches(completions, args.update_batch_size, pad_id, run.device)
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         for batch in batches:
-            batch.advantages = advantages[batch.indices.cpu()].to(run.device)  # [B, 1]
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
             if reference:
-                batch.ref_log_probs = reference.log_probs(model, batch)
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # -- updates: one an epoch, from all completions
-        stats = UpdateStats(run, batches)
+        # Updates: one an epoch, from all completions.
+        stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
                 with run.forward(model, sync=batch is batches[-1]):
@@ -245,15 +252,15 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
             run.update(model, optimizer)
 
-        # -- evaluation, log, checkpoint
-        if val_data and run.due(args.eval_interval):
-            sample, val_metrics = evaluate_policy(run, model, val_data, rewards_of)
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, model, tokenizer, val_data, rewards_of)
             run.log_evaluation(sample, **val_metrics)
         metrics |= completion_stats(completions) | stats.metrics()
-        run.log(**rank_shares(run, metrics))
+        run.log(**metrics)
         run.save_every(model, optimizer, save=make_save_fn(args))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

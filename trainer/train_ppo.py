@@ -45,8 +45,11 @@ from model.errors import UserError
 from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
-from trainer.common.optimizers import Together, make_optimizer
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import MultiOptimizer, make_optimizer
+from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
 from trainer.rl.policy import (
@@ -62,9 +65,8 @@ from trainer.rl.rollout import (
     completion_stats,
     evaluate_policy,
     generate_completions,
-    rank_shares,
 )
-from trainer.trainer_utils import Run, starting_model, unwrapped
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -152,14 +154,14 @@ def compute_gae(
     return advantages
 
 
-def whiten(run: Run, batches: list[RolloutBatch]) -> None:
+def whiten(ctx: Context, batches: list[RolloutBatch]) -> None:
     """Shift and scale the advantages to mean 0 and standard deviation 1.
 
     Over the tokens of all ranks and batches: with a mean of its own, each batch would be told that
     half of its tokens were bad, and the update would depend on how completions are batched.
     """
     own = torch.cat([batch.advantages[batch.completion_mask] for batch in batches])
-    mean, std = mean_std(run, own)
+    mean, std = mean_std(ctx, own)
     for batch in batches:
         batch.advantages = (batch.advantages - mean) / (std + 1e-8) * batch.completion_mask
 
@@ -170,22 +172,21 @@ def compute_advantages(
     reference: ReferenceModel | None,
     batches: list[RolloutBatch],
     rewards: Tensor,
-) -> dict[str, tuple[float, float]]:
-    """Give each batch log π_old, log π_ref, V_old, returns and advantages. Returns (sum, count) for
-    the log.
+) -> dict[str, Metric]:
+    """Give each batch log π_old, log π_ref, V_old, returns and advantages. Returns metrics.
 
     Args:
         rewards: [N], of the completions.
     """
-    args = run.args
+    args = run.ctx.args
     for batch in batches:
         batch.set_old_log_probs(log_probs(run, model.actor, batch))
         if reference:
-            batch.ref_log_probs = reference.log_probs(model.actor, batch)
+            batch.ref_log_probs = reference.log_probs(run, model.actor, batch)
         with torch.no_grad(), run.forward(model, sync=False):
             values = model.critic(batch.input_ids, batch.position_ids).scores
         batch.values = values[:, :-1] * batch.completion_mask
-        own_rewards = rewards[batch.indices.cpu()].to(run.device)
+        own_rewards = rewards[batch.indices.cpu()].to(run.ctx.device)
         batch.advantages = compute_gae(
             token_rewards(batch, own_rewards, args.kl_coef),
             batch.values,
@@ -195,7 +196,7 @@ def compute_advantages(
         )
         # before whitening: the critic predicts rewards, in their own units
         batch.returns = batch.advantages + batch.values
-    whiten(run, batches)
+    whiten(run.ctx, batches)
     returns = torch.cat([batch.returns[batch.completion_mask] for batch in batches])
     values = torch.cat([batch.values[batch.completion_mask] for batch in batches])
     # 1: the critic predicts the returns exactly; 0: no better than their mean would
@@ -243,35 +244,35 @@ def ppo_loss(
 def minibatches(run: Run, batches: list[RolloutBatch]) -> Iterator[list[RolloutBatch]]:
     """The batches of each update. Each epoch has another order, the same on all ranks; and on every
     rank there are as many updates, if need be of a batch without tokens."""
-    args = run.args
+    args = run.ctx.args
     for epoch in range(args.update_epochs):
         generator = torch.Generator().manual_seed(args.seed * 1000 + run.step * 10 + epoch)
         order = torch.randperm(len(batches), generator=generator).tolist()
         for n in range(args.num_minibatches):
             minibatch = [batches[index] for index in order[n :: args.num_minibatches]]
-            yield minibatch or micro_batches([], 1, run.tokenizer.pad_token_id, run.device)
+            yield minibatch or micro_batches([], 1, run.tokenizer.pad_token_id, run.ctx.device)
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
-    # -- setup: actor, critic, data, rewards
+    # Setup: actor, critic, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    policy = starting_model(args, tokenizer)
+    policy = init_model(args, tokenizer)
     critic = MiniMindForScoring.on(copy.deepcopy(policy))  # head of zeros: V = 0 at first
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
-    run = Run(args, args.stage("ppo"), policy.config, tokenizer)
-    train_data, val_data = read_prompts(run)
-    rewards_of = Rewards(run, train_data)
-    loader = run.loader(train_data, collate_prompts)
-    run.announce(model, train_data, val_data)
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
+    stage = args.stage("ppo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    # copied before the first update; without a KL in the rewards there is no use for it
-    reference = ReferenceModel(run, policy) if args.kl_coef else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the rewards there is no use for it.
+    reference = ReferenceModel(ctx, policy) if args.kl_coef else None
+    model = prepare_model(ctx, model)
     # Two learning rates: a critic is trained from nothing, a policy only adjusted.
-    optimizer = Together(
+    optimizer = MultiOptimizer(
         *make_optimizer(policy, args.optimizer, args.learning_rate, args.weight_decay).optimizers,
         *make_optimizer(
             critic, args.optimizer, args.critic_learning_rate, args.weight_decay
@@ -279,21 +280,24 @@ def main(args: Args) -> dict[str, Any]:
     )
     run.resume(model, optimizer)
 
-    for global_batch in run.steps(loader):
-        # -- rollout: the policy as it is now completes each prompt
+    for global_batch in run.steps():
+        # Rollout: the policy as it is now completes each prompt.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
-        completions = generate_completions(run, policy, prompts, args.num_generations)
+        completions = generate_completions(
+            ctx, policy, tokenizer, prompts, args.num_generations, step=run.step
+        )
+        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
 
-        # -- rewards and advantages, fixed for all updates from these completions
+        # Rewards and advantages: fixed for all updates from these completions.
         rewards, metrics = rewards_of(completions)  # [N]
         rewards = impute_failed_rewards(rewards)
         pad_id = tokenizer.pad_token_id
-        batches = micro_batches(completions, args.update_batch_size, pad_id, run.device)
-        metrics |= compute_advantages(run, unwrapped(model), reference, batches, rewards)
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
+        metrics |= compute_advantages(run, unwrap(model), reference, batches, rewards)
 
-        # -- updates
+        # Updates.
         for minibatch in minibatches(run, batches):
-            stats = UpdateStats(run, minibatch)
+            stats = UpdateStats(ctx, minibatch)
             for batch in minibatch:
                 with run.forward(model, sync=batch is minibatch[-1]):
                     new_log_probs, values, aux_loss = model(
@@ -312,15 +316,15 @@ def main(args: Args) -> dict[str, Any]:
             if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
 
-        # -- evaluation, log, checkpoint
-        if val_data and run.due(args.eval_interval):
-            sample, val_metrics = evaluate_policy(run, policy, val_data, rewards_of)
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, policy, tokenizer, val_data, rewards_of)
             run.log_evaluation(sample, **val_metrics)
         metrics |= completion_stats(completions) | stats.metrics()
-        run.log(**rank_shares(run, metrics))
+        run.log(**metrics)
         run.save_every(model, optimizer, save=make_save_fn(args, lambda both: both.actor))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

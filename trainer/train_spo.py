@@ -39,15 +39,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
 from trainer.rl.policy import (
@@ -63,9 +64,8 @@ from trainer.rl.rollout import (
     completion_stats,
     evaluate_policy,
     generate_completions,
-    rank_shares,
 )
-from trainer.trainer_utils import Run, starting_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -150,28 +150,19 @@ class ValueTracker:
             setattr(self, name, state[key].numpy().copy())
 
 
-def local_prompts(run: Run, num_prompts: int, tracker: ValueTracker) -> np.ndarray:
+def local_prompts(ctx: Context, num_prompts: int, tracker: ValueTracker, step: int) -> np.ndarray:
     """Indices of this rank's `num_prompts` prompts. All ranks make the same draw of as many as they
     need together, and each takes its stretch of it, so that no prompt is sampled twice."""
-    counts = all_gather(run, num_prompts)
-    drawn = tracker.sample(sum(counts), [run.args.seed, run.step])
-    start = sum(counts[: run.rank])
+    counts = ctx.all_gather(num_prompts)
+    drawn = tracker.sample(sum(counts), [ctx.args.seed, step])
+    start = sum(counts[: ctx.rank])
     return drawn[start : start + num_prompts]
 
 
-def all_gather(run: Run, own: Any) -> list[Any]:
-    """What each rank has, in the order of ranks."""
-    if run.ranks == 1:
-        return [own]
-    gathered: list[Any] = [None] * run.ranks
-    dist.all_gather_object(gathered, own)
-    return gathered
-
-
-def normalize(run: Run, advantages: Tensor) -> Tensor:
+def normalize(ctx: Context, advantages: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 over the completions of all ranks; [N] → the same. NaN
     becomes 0 and does not count."""
-    mean, std = mean_std(run, advantages[~advantages.isnan()])
+    mean, std = mean_std(ctx, advantages[~advantages.isnan()])
     return ((advantages - mean) / (std + 1e-8)).nan_to_num(0.0)
 
 
@@ -211,38 +202,39 @@ def update_kl(run: Run, model: nn.Module, batches: list[RolloutBatch], stats: Up
         .item()
         for batch in batches
     )
-    return run.sum_over_ranks(own)[0] / stats.num_tokens
+    return run.ctx.all_reduce_sum(own)[0] / stats.num_tokens
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
-    # -- setup: policy, data, rewards, value tracker, reference
+    # Setup: policy, data, rewards, value tracker, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = add_lora_if_asked(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("spo"), model.config, tokenizer)
-    train_data, val_data = read_prompts(run)
-    rewards_of = Rewards(run, train_data)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
     tracker = ValueTracker(len(train_data), args)
-    loader = run.loader(train_data, collate_prompts)
-    run.announce(model, train_data, val_data)
+    stage = args.stage("spo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    # copied before the first update; without a KL in the loss there is no use for it
-    reference = ReferenceModel(run, model) if args.beta else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
-    run.resume(model, optimizer, beside=tracker)
+    run.resume(model, optimizer, extra_state=tracker)
 
-    for global_batch in run.steps(loader):
-        # -- rollout: one completion of each prompt; of the loader's prompts only the number counts,
-        # for the tracker chooses which to sample
+    for global_batch in run.steps():
+        # Rollout: one completion of each prompt. Of the loader's prompts only the number counts;
+        # the tracker chooses which ones to sample.
         num_prompts = sum(len(batch.prompts) for batch in global_batch)
-        indices = local_prompts(run, num_prompts, tracker)
+        indices = local_prompts(ctx, num_prompts, tracker, run.step)
         prompts = [train_data.prompts[index] for index in indices]
-        completions = generate_completions(run, model, prompts)
+        completions = generate_completions(ctx, model, tokenizer, prompts, step=run.step)
+        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
 
-        # -- rewards and advantages
+        # Rewards and advantages.
         rewards, metrics = rewards_of(completions)  # [N]
         scores = rewards.clamp(0, 1) if rewards_of.are_bounded else rewards.sigmoid()
         # The value of before this completion: with its own reward in it, the baseline would depend
@@ -250,16 +242,16 @@ def main(args: Args) -> dict[str, Any]:
         values = torch.from_numpy(tracker.values[indices])
         # Over the batch of all ranks, and not over a group: the baseline took the prompt's part
         # away already, so the rest is comparable between prompts.
-        advantages = normalize(run, scores - values).float()[:, None]
+        advantages = normalize(ctx, scores - values).float()[:, None]
         pad_id = tokenizer.pad_token_id
-        batches = micro_batches(completions, args.update_batch_size, pad_id, run.device)
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         for batch in batches:
-            batch.advantages = advantages[batch.indices.cpu()].to(run.device)  # [B, 1]
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
             if reference:
-                batch.ref_log_probs = reference.log_probs(model, batch)
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # -- updates: one an epoch, from all completions
-        stats = UpdateStats(run, batches)
+        # Updates: one an epoch, from all completions.
+        stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
                 with run.forward(model, sync=batch is batches[-1]):
@@ -273,22 +265,22 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon)
             run.update(model, optimizer)
 
-        # -- value tracker: every rank learns of all completions, so that all draw the same prompts
-        for rank_indices, rank_scores in all_gather(run, (indices, scores.numpy())):
+        # Value tracker: every rank adds all ranks' scores, so that all draw the same prompts.
+        for rank_indices, rank_scores in ctx.all_gather((indices, scores.numpy())):
             known = ~np.isnan(rank_scores)
             tracker.update(rank_indices[known], rank_scores[known])
         tracker.total_kl += update_kl(run, model, batches, stats)
 
-        # -- evaluation, log, checkpoint
-        if val_data and run.due(args.eval_interval):
-            sample, val_metrics = evaluate_policy(run, model, val_data, rewards_of)
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, model, tokenizer, val_data, rewards_of)
             run.log_evaluation(sample, **val_metrics)
         metrics["tracker_value"] = (values.sum().item(), len(values))
         metrics |= completion_stats(completions) | stats.metrics()
-        run.log(**rank_shares(run, metrics))
-        run.save_every(model, optimizer, save=make_save_fn(args), beside=tracker)
+        run.log(**metrics)
+        run.save_every(model, optimizer, save=make_save_fn(args), extra_state=tracker)
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

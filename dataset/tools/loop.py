@@ -38,7 +38,7 @@ from dataset.lm_dataset import (
     read_lines,
     with_lists,
 )
-from dataset.replies import Reply, parse_reply
+from dataset.reply_parser import Reply, parse_reply
 from dataset.tools.builtin import Result, call_tool
 from model.errors import UserError
 
@@ -70,12 +70,12 @@ class Task:
     offered: list[str]  # their names
     calls: list[Call]  # that the truth makes
     answer: str  # the final one
-    known: dict[tuple, str] = field(default_factory=dict)  # calls whose results are replayed
+    recorded_results: dict[tuple, str] = field(default_factory=dict)  # of the truth's calls
 
     def without_tools(self) -> "Task":
         """The same question with no tool on offer."""
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in self.messages]
-        return replace(self, messages=messages, tools=[], offered=[], calls=[], known={})
+        return replace(self, messages=messages, tools=[], offered=[], calls=[], recorded_results={})
 
 
 def task_of(row: dict[str, Any]) -> Task:
@@ -90,13 +90,13 @@ def task_of(row: dict[str, Any]) -> Task:
         raise UserError("asks nothing: there is no user's message")
     asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
     calls, waiting = [], []
-    known = {call_key({"name": "clock", "arguments": {}}): CLOCK}
+    recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}
     for message in truth:
         if message["role"] == "assistant":
             waiting = [plain_call(call) for call in message.get("tool_calls", [])]
             calls += waiting
         elif waiting:
-            known[call_key(waiting.pop(0))] = message["content"]
+            recorded[call_key(waiting.pop(0))] = message["content"]
     answer = row.get("answer")
     if answer is None:
         if not truth or truth[-1]["role"] != "assistant" or truth[-1].get("tool_calls"):
@@ -105,7 +105,7 @@ def task_of(row: dict[str, Any]) -> Task:
     tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
     offered = [str((tool.get("function") or tool).get("name")) for tool in tools]
     offered += [call["name"] for call in calls if call["name"] not in offered]
-    return Task(asked, tools, offered, calls, str(answer), known)
+    return Task(asked, tools, offered, calls, str(answer), recorded)
 
 
 def plain_call(call: dict[str, Any]) -> Call:
@@ -163,18 +163,19 @@ def call_key(call: Call) -> tuple:
 
 
 def answer_calls(
-    reply: Reply, offered: Iterable[str], known: dict[tuple, str] | None = None
+    reply: Reply, offered: Iterable[str], recorded_results: dict[tuple, str] | None = None
 ) -> list[Result]:
     """The results of a reply's calls, in their order; [] if it calls nothing.
 
     Args:
         offered: the tools that may be called.
-        known: recorded results, by `call_key`; these calls are not executed.
+        recorded_results: by `call_key`; these calls are not executed.
     """
     results = []
     for call in reply.tool_calls:
-        if known and call["name"] in offered and call_key(call) in known:
-            results.append(Result(known[call_key(call)]))
+        recorded = (recorded_results or {}).get(call_key(call))
+        if recorded is not None and call["name"] in offered:
+            results.append(Result(recorded))
         else:
             results.append(call_tool(call["name"], call["arguments"], offered))
     if "<tool_call>" in reply.content:  # the parser could not read it
@@ -226,14 +227,14 @@ class Episode:
         """Append a reply of the model, a final EOS included, and the results of its calls; `last`:
         no other reply may follow."""
         self.turns += 1
-        self.extend(tokens, is_action=True)
+        self.extend(tokens, sampled=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.transcript.append(("assistant", self.text))
         if tokens[-1] != self.tokenizer.eos_token_id:
             self.end("unfinished")
             return
         reply = parse_reply(self.text, thinking=self.open_thinking)
-        results = answer_calls(reply, self.task.offered, self.task.known)
+        results = answer_calls(reply, self.task.offered, self.task.recorded_results)
         self.calls += reply.tool_calls
         self.errors += [result.error for result in results if result.error]
         if not results:
@@ -244,11 +245,11 @@ class Episode:
         else:
             self.transcript += [("tool", result.text) for result in results]
             ids = tokens_of_results(self.tokenizer, results, self.open_thinking)
-            self.extend(ids, is_action=False)
+            self.extend(ids, sampled=False)
 
-    def extend(self, tokens: list[int], is_action: bool) -> None:
+    def extend(self, tokens: list[int], sampled: bool) -> None:
         self.ids = self.ids + tokens  # a new list: the engine may still hold the old one
-        self.action_mask += [is_action] * len(tokens)
+        self.action_mask += [sampled] * len(tokens)
 
     def end(self, *errors: str) -> None:
         self.errors += errors

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from toy import Trainer, everything, same
 
 from dataset.demo.files import demo_rows
-from dataset.replies import Reply
+from dataset.reply_parser import Reply
 from dataset.tools import loop
 from dataset.tools.loop import ERRORS, parse_reply
 from model.weights import load_model

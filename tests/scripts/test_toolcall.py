@@ -120,7 +120,7 @@ def test_an_episode_has_the_tokens_that_fine_tuning_has(tokenizer, played, numbe
     episode = played(task_of(ROWS[number]), *texts)
     whole = encode_chat(tokenizer, chat)
     assert episode.ids == whole.ids[:-1]  # but for the line break behind its end
-    assert [False] * episode.prompt_length + episode.action_mask == whole.trained[:-1]
+    assert [False] * episode.prompt_length + episode.action_mask == whole.loss_mask[:-1]
     assert score(episode) == {"name": 1, "arguments": 1, "answer": 1}
 
 
@@ -260,7 +260,7 @@ def test_tasks_ask_the_last_question_and_take_calls_in_every_form():
     task = task_of({"conversations": [chat[0], *first, *chat[1:]]})
     assert task.calls == [SUM] and task.answer == "It is 42." and task.offered == list(TOOLS)
     assert [m["role"] for m in task.messages] == ["system", "user", "assistant", "user"]
-    assert task.known[call_key(SUM)] == "42"
+    assert task.recorded_results[call_key(SUM)] == "42"
     asked = task_of({"conversations": chat[:2], "answer": 42})
     assert asked.answer == "42" and not asked.calls
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dataset.packing import Batch, collate
 from model.losses import IGNORED
+from trainer.common.context import Context
+from trainer.common.metrics import Metric
 from trainer.rl.rollout import Completion
-from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -73,8 +74,8 @@ def token_row(completion: Completion) -> dict[str, np.ndarray]:
     # In an episode with tools only what the policy sampled is its action. What tools answered
     # stands in the context, but to learn it would be imitation of the tools.
     actions = [True] * len(tokens) if completion.action_mask is None else completion.action_mask
-    trained = [False] * len(prompt) + actions
-    return {"input_ids": np.array(prompt + tokens), "trained": np.array(trained)}
+    loss_mask = [False] * len(prompt) + actions
+    return {"input_ids": np.array(prompt + tokens), "loss_mask": np.array(loss_mask)}
 
 
 def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
@@ -95,10 +96,10 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def mean_std(run: Run, values: Tensor) -> tuple[float, float]:
+def mean_std(ctx: Context, values: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the values of all ranks; `values` are this rank's."""
     values = values.double()
-    count, total, squares = run.sum_over_ranks(
+    count, total, squares = ctx.all_reduce_sum(
         len(values), values.sum().item(), values.square().sum().item()
     )
     mean = total / max(1, count)
@@ -113,11 +114,11 @@ class UpdateStats:
         num_completions, num_tokens: of all ranks, at least 1; tokens are those that carry loss.
     """
 
-    def __init__(self, run: Run, batches: list[RolloutBatch]):
-        self.run = run
+    def __init__(self, ctx: Context, batches: list[RolloutBatch]):
+        self.ctx = ctx
         completions = sum(len(batch.indices) for batch in batches)
-        tokens = sum(batch.labelled for batch in batches)
-        completions, tokens = run.sum_over_ranks(completions, tokens)
+        tokens = sum(batch.num_label_tokens for batch in batches)
+        completions, tokens = ctx.all_reduce_sum(completions, tokens)
         self.num_completions, self.num_tokens = max(1.0, completions), max(1.0, tokens)
         self.sums: dict[str, float] = defaultdict(float)
         self.tokens_seen = 0  # by this rank; each epoch counts
@@ -135,7 +136,7 @@ class UpdateStats:
             low, high: the clip's range of the ratio, [1 − low, 1 + high].
         """
         mask = batch.completion_mask
-        self.tokens_seen += batch.labelled
+        self.tokens_seen += batch.num_label_tokens
         # E[−log π] is the entropy; the sampled tokens estimate it without a sum over the vocabulary
         self.sums["entropy"] -= log_probs[mask].sum().item()
         ratio = (log_probs - batch.old_log_probs)[mask].exp()
@@ -146,9 +147,9 @@ class UpdateStats:
 
     def approx_kl(self) -> float:
         """KL(π ‖ π_old) so far, a mean over the tokens of all ranks."""
-        return self.run.sum_over_ranks(self.sums["approx_kl"])[0] / self.num_tokens
+        return self.ctx.all_reduce_sum(self.sums["approx_kl"])[0] / self.num_tokens
 
-    def metrics(self) -> dict[str, tuple[float, float]]:
+    def metrics(self) -> dict[str, Metric]:
         """(sum, tokens) of this rank: entropy of the policy; kl, to the reference; approx_kl, to
         the policy that sampled; clip_fraction, the share of tokens whose ratio the clip cuts."""
         return {name: (value, self.tokens_seen) for name, value in self.sums.items()}

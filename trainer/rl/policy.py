@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from model.model_lora import add_lora, save_lora, without_additions
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
+from trainer.common.context import Context, unwrap
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch
-from trainer.trainer_utils import Run, unwrapped
+from trainer.trainer_utils import Run
 
 
 def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
@@ -49,22 +50,23 @@ def log_probs(run: Run, model: nn.Module, batch: RolloutBatch) -> Tensor:
     The same computation as in an update. The engine's own log-probs would be cheaper, but a KV
     cache adds up in another order, and the ratio would differ from 1 by rounding.
     """
-    with torch.no_grad(), run.forward(unwrapped(model), sync=False):
-        return unwrapped(model)(**policy_inputs(batch, run.args.temperature)).log_probs
+    with torch.no_grad(), run.forward(unwrap(model), sync=False):
+        return unwrap(model)(**policy_inputs(batch, run.ctx.args.temperature)).log_probs
 
 
 class ReferenceModel:
     """π_ref, the policy before training: a frozen copy, or with LoRA the model with its adapter
     disabled, which needs no memory."""
 
-    def __init__(self, run: Run, model: MiniMindForCausalLM):
-        self.run, self.copy = run, None
-        if not run.args.use_lora:
-            self.copy = copy.deepcopy(model).requires_grad_(False).to(run.device)
+    def __init__(self, ctx: Context, model: MiniMindForCausalLM):
+        """To be made before --resume loads trained weights into the model."""
+        self.copy = None
+        if not ctx.args.use_lora:
+            self.copy = copy.deepcopy(model).requires_grad_(False).to(ctx.device)
 
-    def log_probs(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
+    def log_probs(self, run: Run, model: nn.Module, batch: RolloutBatch) -> Tensor:
         """log π_ref, [B, T − 1]; `model` is the policy."""
         if self.copy is not None:
-            return log_probs(self.run, self.copy, batch)
-        with without_additions(unwrapped(model)):
-            return log_probs(self.run, model, batch)
+            return log_probs(run, self.copy, batch)
+        with without_additions(unwrap(model)):
+            return log_probs(run, model, batch)

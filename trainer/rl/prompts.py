@@ -4,13 +4,13 @@ A row is a conversation. Its last answer is left out, because the policy writes 
 "answer", if it has one, is the truth that rules compare with (rewards.py).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import (
     Message,
@@ -20,11 +20,12 @@ from dataset.lm_dataset import (
     parse_row,
     read_lines,
 )
-from dataset.replies import tagged_answer
+from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
 from model.errors import UserError
 from trainer.common.checkpoint import hash_of
-from trainer.trainer_utils import Run
+from trainer.common.context import Context
+from trainer.common.setup import split_held_out
 
 
 @dataclass
@@ -34,6 +35,13 @@ class Prompt:
     ids: list[int]  # the chat template's tokens, up to where the answer begins
     answer: str | None  # the truth, for rules
     task: Task | None = None  # train_agent.py: tools and expected calls
+
+    @property
+    def truth(self) -> str:
+        """All that rewards compare with, as text."""
+        # with the field's first name, so that checkpoints of before are recognised
+        task = str(self.task or "").replace(", recorded_results={", ", known={")
+        return f"{self.answer}{task}"
 
 
 class GenerationRequest(NamedTuple):
@@ -45,15 +53,15 @@ class GenerationRequest(NamedTuple):
 
 
 class PromptDataset(torch.utils.data.Dataset):
-    """Prompts, with what a Run asks of its data."""
+    """Prompts as `TrainingData`. Their completions are not known yet, so sizes are upper bounds."""
 
-    documents_name = rows_name = "prompts"
-    fill = 1.0
+    document_unit = sample_unit = "prompts"
+    packing_efficiency = 1.0
 
-    def __init__(self, prompts: list[Prompt], max_tokens: int):
-        """max_tokens: of a prompt with its completion."""
-        self.prompts, self.tokens_of_longest = prompts, max_tokens
-        self.chosen = np.array([prompt.index for prompt in prompts])
+    def __init__(self, prompts: list[Prompt], max_sample_tokens: int):
+        """max_sample_tokens: of a prompt with its completion."""
+        self.prompts, self.max_sample_tokens = prompts, max_sample_tokens
+        self.indices = np.array([prompt.index for prompt in prompts])
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,16 +71,15 @@ class PromptDataset(torch.utils.data.Dataset):
         return None if index is None else self.prompts[index]
 
     @property
-    def tokens(self) -> int:
-        """Upper bound: every completion as long as it may be."""
-        return len(self) * self.tokens_of_longest
+    def num_tokens(self) -> int:
+        return len(self) * self.max_sample_tokens
 
     @property
-    def description(self) -> str:
+    def fingerprint(self) -> str:
         """A hash of prompts and truths."""
         ids = [np.array(prompt.ids) for prompt in self.prompts]
-        truths = [f"{prompt.answer}{prompt.task or ''}".encode() for prompt in self.prompts]
-        return hash_of(*ids, *(np.frombuffer(truth, np.uint8) for truth in truths))
+        truths = [np.frombuffer(prompt.truth.encode(), np.uint8) for prompt in self.prompts]
+        return hash_of(*ids, *truths)
 
     @property
     def summary(self) -> str:
@@ -89,14 +96,14 @@ class PromptBatch:
     """The prompts of a micro-batch. What carries loss is known only once they are completed."""
 
     prompts: list[Prompt]
-    labelled = 0
+    num_label_tokens = 0
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         return sum(len(prompt.ids) for prompt in self.prompts)
 
     @property
-    def rows(self) -> int:
+    def num_samples(self) -> int:
         return len(self.prompts)
 
     def to(self, device: torch.device) -> "PromptBatch":
@@ -118,9 +125,9 @@ def sample_prompts(data: PromptDataset, count: int, *seed: int) -> list[Prompt]:
 
 
 def read_prompts(
-    run: Run, parse_row: Callable | None = None
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, parse_row: Callable | None = None
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """Prompts to train on and held-out ones, split as the data of other stages is.
+    """Prompts to train on, and held-out ones (None if none are asked for).
 
     Args:
         parse_row: row → (messages, answer) or (messages, answer, task); default:
@@ -129,23 +136,26 @@ def read_prompts(
     Raises:
         UserError: a line is not what it must be, or every prompt is too long.
     """
-    args = run.args
-    prompts = load_prompts(run, args.data_path, parse_row)
-    val_prompts = load_prompts(run, args.val_path, parse_row) if args.val_path else None
-    order = np.random.default_rng(0).permutation(len(prompts)).tolist()
-    num_held_out = 0 if val_prompts is not None else math.ceil(len(prompts) * args.val_share)
-    if num_held_out >= len(prompts):
-        raise UserError("the data is one prompt only; hold nothing out with --val_share 0")
-    if val_prompts is None:
-        val_prompts = [prompts[n] for n in order[:num_held_out]]
+    args = ctx.args
+    prompts = load_prompts(ctx, tokenizer, args.data_path, parse_row)
+    val_prompts = load_prompts(ctx, tokenizer, args.val_path, parse_row) if args.val_path else None
+    val_count = None if val_prompts is None else len(val_prompts)
+    train_indices, val_indices = split_held_out(args, len(prompts), val_count)
     max_tokens = args.max_seq_len + args.max_gen_len
-    train_data = PromptDataset([prompts[n] for n in sorted(order[num_held_out:])], max_tokens)
-    val_prompts = val_prompts[: args.val_documents]
-    return train_data, PromptDataset(val_prompts, max_tokens) if val_prompts else None
+    train_data = PromptDataset([prompts[n] for n in train_indices], max_tokens)
+    if len(val_indices) == 0:
+        return train_data, None
+    return train_data, PromptDataset([(val_prompts or prompts)[n] for n in val_indices], max_tokens)
 
 
-def load_prompts(run: Run, paths: list[str], parse: Callable | None = None) -> list[Prompt]:
-    template_args = {"open_thinking": True} if run.args.reasoning else {}
+def load_prompts(
+    ctx: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: list[str],
+    parse: Callable | None = None,
+) -> list[Prompt]:
+    max_seq_len = ctx.args.max_seq_len
+    template_args = {"open_thinking": True} if ctx.args.reasoning else {}
     prompts, too_long = [], 0
     for path in paths:
         for stretch in read_lines(check_file(path)):
@@ -155,19 +165,19 @@ def load_prompts(run: Run, paths: list[str], parse: Callable | None = None) -> l
                 try:
                     messages, *truth = (parse or parse_prompt_row)(parse_row(line))
                     encoded = encode_chat(
-                        run.tokenizer, messages, add_generation_prompt=True, **template_args
+                        tokenizer, messages, add_generation_prompt=True, **template_args
                     )
                 except UserError as error:
                     raise UserError(f"line {number} of {path} {error}") from None
-                if len(encoded.ids) > run.args.max_seq_len:
+                if len(encoded.ids) > max_seq_len:
                     too_long += 1
                 else:
                     prompts.append(Prompt(len(prompts), messages, encoded.ids, *truth))
     if too_long:
-        left_out = f"{too_long:,} prompts are longer than --max_seq_len {run.args.max_seq_len}"
+        left_out = f"{too_long:,} prompts are longer than --max_seq_len {max_seq_len}"
         if not prompts:
             raise UserError(f"all {left_out}; raise it")
-        run.print(f"{left_out} and left out")
+        ctx.print(f"{left_out} and left out")
     if not prompts:
         raise UserError(f"{', '.join(paths)} holds no prompts")
     return prompts

@@ -1,8 +1,7 @@
-"""Log-probabilities of DPO's reference model: computed once for all pairs, and cached on disk.
+"""The reference model's log-probabilities of preference pairs: computed once, and kept on disk.
 
-The reference is the policy before training and never changes, so neither do its log-probabilities.
-DPO thus keeps no second model in memory, and the next run on the same data and weights reads them
-from the cache.
+The reference never changes, so neither do its log-probabilities: DPO needs no second model in
+memory, and the next run with the same data and weights reads them from the file.
 """
 
 import hashlib
@@ -11,54 +10,59 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import FORMAT
-from dataset.pairs import PairBatch, Pairs
+from dataset.lm_dataset import CACHE_VERSION
+from dataset.pairs import PreferenceBatch, PreferenceDataset
 from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
-from trainer.common.evaluation import over_pairs
-from trainer.trainer_utils import Run, unwrapped
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import map_pairs
 
 
-def completion_log_probs(model: nn.Module, batch: PairBatch) -> Tensor:
+def completion_log_probs(model: nn.Module, batch: PreferenceBatch) -> Tensor:
     """log p(completion | prompt) of both sides of each pair, [N, 2]."""
     outputs = model(**batch.inputs, labels=batch.labels, return_log_probs=True)
-    return batch.sums(outputs.log_probs)
+    return batch.sum_log_probs(outputs.log_probs)
 
 
-def precompute_ref_log_probs(run: Run, model: nn.Module, pairs: Pairs) -> None:
-    """Set `pairs.reference` to log π_ref of each pair, by the model as it is now: before its first
-    update, so that LoRA's B is still 0 and the adapter changes nothing."""
-    path = cache_file(run, model, pairs)
+def precompute_ref_log_probs(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PreferenceDataset,
+) -> None:
+    """Give each pair its log-probabilities by the model as it is now. A LoRA adapter must still be
+    0."""
+    path = cache_file(ctx, model, pairs)
     log_probs = read_cache(path, pairs)
-    # a collective computation: if the file of one rank is missing, all ranks take part
-    if run.sum_over_ranks(log_probs is not None)[0] < run.ranks:
-        computed = over_pairs(run, model, pairs, completion_log_probs, "log-probs of the reference")
-        log_probs = computed.cpu().numpy()
-        if run.is_main:
+    if ctx.all_reduce_sum(log_probs is not None)[0] < ctx.world_size:  # missing on some rank
+        title = "log-probs of the reference"
+        values = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs, title)
+        log_probs = values.cpu().numpy()
+        if ctx.is_main:
             with atomic_write(path) as file:
                 np.save(file, log_probs)
-    pairs.reference = log_probs
+    pairs.ref_log_probs = log_probs
 
 
-def cache_file(run: Run, model: nn.Module, pairs: Pairs) -> Path:
-    """Next to the cached tokens. Its name is a hash of all that the log-probabilities depend on:
-    data, weights, architecture, device and precision."""
-    model = unwrapped(model)
+def cache_file(ctx: Context, model: nn.Module, pairs: PreferenceDataset) -> Path:
+    """Beside the cached tokens, named after all that the log-probabilities depend on."""
+    model = unwrap(model)
     state = {name: w for name, w in model.state_dict().items() if ".lora_" not in name}
-    depends_on = [
-        *(FORMAT, pairs.documents.info.description, hash_of(np.ascontiguousarray(pairs.chosen))),
+    depends = [
+        *(CACHE_VERSION, pairs.fingerprint, hash_of(np.ascontiguousarray(pairs.indices))),
         *(hash_of(*(weight.cpu() for weight in state.values())), model.config.to_dict()),
-        *(run.device.type, str(run.dtype)),
+        *(ctx.device.type, str(ctx.dtype)),
     ]
-    key = hashlib.sha256(json.dumps(depends_on, default=str).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(depends, default=str).encode()).hexdigest()[:24]
     return Path(pairs.documents.cache_files[0]["filename"]).with_name(f"{key}.reference.npy")
 
 
-def read_cache(path: Path, pairs: Pairs) -> np.ndarray | None:
-    """None if there is no file, or it is damaged."""
+def read_cache(path: Path, pairs: PreferenceDataset) -> np.ndarray | None:
+    """None where there is no file, or a damaged one."""
     try:
         log_probs = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return log_probs if log_probs.shape == pairs.reference.shape else None
+    return log_probs if log_probs.shape == pairs.ref_log_probs.shape else None

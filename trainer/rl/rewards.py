@@ -36,17 +36,23 @@ from typing import Any
 import openai
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 from dataset.grading import grade, normalize_text
 from dataset.lm_dataset import encode_chat
-from dataset.replies import REASONING_TAGS, parse_reasoning, tagged_answer
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.weights import find_weights, load_scoring_model
+from trainer.common.context import Context
+from trainer.common.metrics import Metric
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import PromptDataset
 from trainer.rl.rollout import Completion
-from trainer.trainer_utils import Run
 
 Rule = Callable[[Completion, RolloutArgs], float]
 
@@ -55,22 +61,27 @@ class Rewards:
     """The weighted sum of the parts that --reward names.
 
     Args:
+        hidden_size: of the policy; out/reward_{hidden_size}.pth is the reward model.
         prompts: the data, which must have answers if a rule compares with them.
         extra_rules: rules of the stage's own, by name.
     """
 
     def __init__(
         self,
-        run: Run,
+        ctx: Context,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden_size: int,
         prompts: PromptDataset,
         extra_rules: dict[str, Rule] | None = None,
     ):
-        self.run, self.rules = run, {**RULES, **(extra_rules or {})}
-        self.weights = parse_weights(run.args.reward, [*self.rules, *MODELS])
+        self.ctx, self.tokenizer = ctx, tokenizer
+        self.own_model = Path(ctx.args.save_dir) / f"reward_{hidden_size}.pth"
+        self.rules = {**RULES, **(extra_rules or {})}
+        self.weights = parse_weights(ctx.args.reward, [*self.rules, *MODELS])
         if "auto" in self.weights:
-            self.weights = choose_automatically(run, prompts)
+            self.weights = choose_automatically(ctx.args, self.own_model, prompts)
             terms = (f"{weight:g} · {name}" for name, weight in self.weights.items())
-            run.print("reward: " + " + ".join(terms))
+            ctx.print("reward: " + " + ".join(terms))
         self.parts = {name: self.make_part(name, prompts) for name in self.weights}
 
     def make_part(
@@ -84,13 +95,11 @@ class Rewards:
                     f"{len(prompts):,} have none"
                 )
         if name in MODELS:
-            return MODELS[name](self.run)
-        rule, args = self.rules[name], self.run.args
+            return MODELS[name](self.ctx, self.tokenizer, self.own_model)
+        rule, args = self.rules[name], self.ctx.args
         return lambda completions: [safe_call(rule, each, args) for each in completions]
 
-    def __call__(
-        self, completions: list[Completion]
-    ) -> tuple[Tensor, dict[str, tuple[float, float]]]:
+    def __call__(self, completions: list[Completion]) -> tuple[Tensor, dict[str, Metric]]:
         """[N] rewards, NaN where a part failed; and for the log (sum, count) of the rewards, of
         each part, and of the failures."""
         parts = {name: torch.tensor(part(completions)) for name, part in self.parts.items()}
@@ -115,7 +124,7 @@ def safe_call(rule: Rule, completion: Completion, args: RolloutArgs) -> float:
         return math.nan
 
 
-def sum_count(values: Tensor) -> tuple[float, float]:
+def sum_count(values: Tensor) -> Metric:
     """Sum and number of the values that are not NaN."""
     values = values[~values.isnan()].double()
     return values.sum().item(), len(values)
@@ -137,20 +146,22 @@ def parse_weights(words: list[str], names: Iterable[str]) -> dict[str, float]:
     return weights
 
 
-def choose_automatically(run: Run, prompts: PromptDataset) -> dict[str, float]:
-    args = run.args
+def choose_automatically(
+    args: RolloutArgs, own_model: Path, prompts: PromptDataset
+) -> dict[str, float]:
+    """The weights of --reward auto."""
     format_weight = {"format": 0.5} if args.reasoning else {}
     if Path(args.reward_model_path).is_dir():
         return {"transformers": 1.0, **format_weight}
-    if reward_model_file(run):
+    if own_model.exists():
         return {"model": 1.0, **format_weight}
     if all(prompt.answer is not None for prompt in prompts.prompts):
         return {"answer": 1.0, **format_weight}
     raise UserError(
         f"there is no reward: no folder {args.reward_model_path} (--reward_model_path; download "
         "internlm/internlm2-1_8b-reward, for instance), no "
-        f"{args.save_dir}/reward_{run.config.hidden_size}.pth (python trainer/train_reward.py "
-        'makes it), and not every row has an "answer" for a rule'
+        f'{own_model} (python trainer/train_reward.py makes it), and not every row has an "answer" '
+        "for a rule"
     )
 
 
@@ -214,21 +225,15 @@ NEED_ANSWERS = ("answer", "number", "similarity")
 # -- models ----------------------------------------------------------------------------------------
 
 
-def reward_model_file(run: Run) -> Path | None:
-    path = Path(run.args.save_dir) / f"reward_{run.config.hidden_size}.pth"
-    return path if path.exists() else None
-
-
 class MiniMindRewardModel:
     """The score of train_reward.py's model at the end of the conversation."""
 
-    def __init__(self, run: Run):
-        self.tokenizer, self.device = run.tokenizer, run.device
-        self.batch_size = run.args.update_batch_size
-        path = reward_model_file(run)
-        if path is None:  # of another width than the policy, then
-            path = find_weights("reward", None, run.args.save_dir, newest=True, use_moe=None)
-        model = load_scoring_model(path, tokenizer=self.tokenizer)
+    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, path: Path):
+        self.tokenizer, self.device = tokenizer, ctx.device
+        self.batch_size = ctx.args.update_batch_size
+        if not path.exists():  # one of another width than the policy, then
+            path = find_weights("reward", None, ctx.args.save_dir, newest=True, use_moe=None)
+        model = load_scoring_model(path, tokenizer=tokenizer)
         self.model = model.to(self.device).eval()
 
     @torch.no_grad()
@@ -251,9 +256,9 @@ class HFRewardModel:
     """A reward model of transformers: a sequence classifier with one label, or a model with its own
     `get_score`, as internlm2-1_8b-reward has."""
 
-    def __init__(self, run: Run):
-        path, trusted = run.args.reward_model_path, run.args.trust_remote_code
-        self.device = run.device
+    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, own_model: Path):
+        path, trusted = ctx.args.reward_model_path, ctx.args.trust_remote_code
+        self.device = ctx.device
         if not Path(path).is_dir():
             raise UserError(f"there is no folder {path}; --reward_model_path names another")
         try:
@@ -297,10 +302,10 @@ class LLMJudge:
         "Reply with the number alone.\n\nQuestion:\n{question}\n\nAnswer:\n{answer}"
     )
 
-    def __init__(self, run: Run):
-        if not run.args.judge_url:
+    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, own_model: Path):
+        if not ctx.args.judge_url:
             raise UserError("the reward judge needs --judge_url, the base URL of an OpenAI API")
-        self.url, self.model = run.args.judge_url, run.args.judge_model or "default"
+        self.url, self.model = ctx.args.judge_url, ctx.args.judge_model or "default"
         key = os.environ.get("OPENAI_API_KEY", "none")  # local servers need none
         self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=4, timeout=120)
 
@@ -324,4 +329,5 @@ class LLMJudge:
         return min(10.0, float(found[0])) / 10 if found else math.nan
 
 
+# Made with the context, the policy's tokenizer and the file of the project's own reward model.
 MODELS = {"model": MiniMindRewardModel, "transformers": HFRewardModel, "judge": LLMJudge}

@@ -1,7 +1,7 @@
 """Rollouts: the policy completes prompts, with the project's engine or on a server.
 
-    train_data, val_data = read_prompts(run)                 # rows of rlaif-mini.jsonl
-    completions = generate_completions(run, model, prompts, num_generations)
+    train_data, val_data = read_prompts(ctx, tokenizer)      # rows of rlaif-mini.jsonl
+    completions = generate_completions(ctx, model, tokenizer, prompts, G, step=run.step)
     batches = micro_batches(completions, …)                  # sorted by length, padded
 
 A server (--rollout_url) is vLLM, SGLang or whatever else speaks OpenAI's API. The random numbers of
@@ -15,16 +15,18 @@ from functools import partial
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from model.inference.engine import Engine, Request
 from model.inference.generation import generate
 from model.inference.sampling import Sampling
 from model.model_minimind import MiniMindForCausalLM
-from trainer.common.evaluation import uncompiled
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager
+from trainer.common.metrics import Metric
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest, Prompt, PromptDataset
 from trainer.rl.rollout_server import generate_on_server, send_weights
-from trainer.trainer_utils import Run, unwrapped
 
 
 @dataclass
@@ -35,41 +37,49 @@ class Completion:
     terminated: bool  # by its EOS, not by --max_gen_len
     action_mask: list[bool] | None = None  # which tokens the policy sampled; None: all
 
+    @property
+    def num_sampled(self) -> int:
+        return len(self.tokens) if self.action_mask is None else sum(self.action_mask)
+
 
 # -- sampling --------------------------------------------------------------------------------------
 
 
-@uncompiled
+@eager
 def generate_completions(
-    run: Run,
+    ctx: Context,
     model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     num_generations: int = 1,
+    *,
+    step: int,
     attempt: int = 0,
     temperature: float | None = None,
 ) -> list[Completion]:
     """`num_generations` completions of each prompt, neighbours in the list.
 
     Args:
-        attempt: distinguishes rollouts of the same prompts in one update.
+        step, attempt: of the training, and of several rollouts in a step; they make other samples.
         temperature: of sampling; default: --temperature.
     """
-    args = run.args if temperature is None else replace(run.args, temperature=temperature)
+    args = ctx.args if temperature is None else replace(ctx.args, temperature=temperature)
     owners = [prompt for prompt in prompts for _ in range(num_generations)]
     requests = [
-        GenerationRequest(prompt.ids, make_seed(args.seed, run.step, prompt.index, attempt), n)
+        GenerationRequest(prompt.ids, make_seed(args.seed, step, prompt.index, attempt), n)
         for prompt in prompts
         for n in range(num_generations)
     ]
-    outputs = make_generate_fn(args, run, model)(requests)
-    run.pending["tokens"] += int(run.sum_over_ranks(sum(map(len, outputs)))[0])
+    outputs = make_generate_fn(ctx, args, model, tokenizer)(requests)
     return [
-        make_completion(run.tokenizer, prompt, tokens)
+        make_completion(tokenizer, prompt, tokens)
         for prompt, tokens in zip(owners, outputs, strict=True)
     ]
 
 
-def make_completion(tokenizer, prompt: Prompt, tokens: list[int]) -> Completion:
+def make_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tokens: list[int]
+) -> Completion:
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Completion(prompt, tokens, text, tokens[-1] == tokenizer.eos_token_id)
 
@@ -79,16 +89,16 @@ def make_seed(*numbers: int) -> int:
 
 
 def make_generate_fn(
-    args: RolloutArgs, run: Run, model: nn.Module
+    ctx: Context, args: RolloutArgs, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[list[GenerationRequest]], list[list[int]]]:
     """A function that samples from the model as it is now: requests → new tokens of each, a final
     EOS included."""
     if not args.rollout_url:
-        return partial(generate_locally, args, unwrapped(model))
-    if run.is_main:
-        send_weights(args, unwrapped(model), run.tokenizer)
-    run.sum_over_ranks(0.0)  # a barrier: no rank asks before the server has the new weights
-    return partial(generate_on_server, args, run.tokenizer)
+        return partial(generate_locally, args, unwrap(model))
+    if ctx.is_main:
+        send_weights(args, unwrap(model), tokenizer)
+    ctx.all_reduce_sum(0.0)  # a barrier: no rank asks before the server has the new weights
+    return partial(generate_on_server, args, tokenizer)
 
 
 def generate_locally(
@@ -115,7 +125,7 @@ def generate_locally(
 # -- metrics and evaluation ------------------------------------------------------------------------
 
 
-def completion_stats(completions: list[Completion]) -> dict[str, tuple[float, float]]:
+def completion_stats(completions: list[Completion]) -> dict[str, Metric]:
     """For the log, (sum, count): how long completions are, how many --max_gen_len cut off, and how
     many are empty."""
     count = len(completions)
@@ -126,36 +136,32 @@ def completion_stats(completions: list[Completion]) -> dict[str, tuple[float, fl
     }
 
 
-def rank_shares(run: Run, metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """This rank's part of the means over all ranks, from its sums and counts."""
-    counts = run.sum_over_ranks(*(count for _, count in metrics.values()))
-    pairs = zip(metrics.items(), counts, strict=True)
-    return {name: total / max(1.0, count) for (name, (total, _)), count in pairs}
-
-
-def generate_greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Completion]:
+def generate_greedy(
+    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> list[Completion]:
     """The completion of the likeliest tokens, one a prompt."""
-    sampling = Sampling(run.args.max_gen_len, temperature=0)
-    outputs = generate(unwrapped(model), [prompt.ids for prompt in prompts], sampling)
+    sampling = Sampling(ctx.args.max_gen_len, temperature=0)
+    outputs = generate(unwrap(model), [prompt.ids for prompt in prompts], sampling)
     pairs = zip(prompts, outputs, strict=True)
-    return [make_completion(run.tokenizer, prompt, tokens) for prompt, tokens in pairs]
+    return [make_completion(tokenizer, prompt, tokens) for prompt, tokens in pairs]
 
 
-@uncompiled
+@eager
 def evaluate_policy(
-    run: Run,
+    ctx: Context,
     model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     val_data: PromptDataset,
     rewards: Callable,
     generate_fn: Callable = generate_greedy,
 ) -> tuple[str, dict[str, float]]:
     """Greedy completions of held-out prompts: one of them as a sample, and means over all ranks of
     their rewards."""
-    prompts = val_data.prompts[run.rank :: run.ranks]
-    completions = generate_fn(run, model, prompts) if prompts else []
+    prompts = val_data.prompts[ctx.rank :: ctx.world_size]
+    completions = generate_fn(ctx, model, tokenizer, prompts) if prompts else []
     _, metrics = rewards(completions)
     metrics = {**metrics, **completion_stats(completions)}
-    sums = run.sum_over_ranks(*(number for pair in metrics.values() for number in pair))
+    sums = ctx.all_reduce_sum(*(number for pair in metrics.values() for number in pair))
     means = [total / max(1, count) for total, count in zip(sums[::2], sums[1::2], strict=True)]
     sample = f"{prompts[0].messages[-1]['content']} ▸ {completions[0].text}" if prompts else ""
-    return sample, {f"val_{name}": mean for name, mean in zip(metrics, means, strict=True)}
+    return sample, {f"eval_{name}": mean for name, mean in zip(metrics, means, strict=True)}
