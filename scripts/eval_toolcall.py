@@ -109,12 +109,12 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
     """
     sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
     write = partial(replies, loaded, sampling)
-    longest = loaded.model.config.max_position_embeddings - args.max_new_tokens
+    token_budget = loaded.model.config.max_position_embeddings - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
     with tqdm(total=len(tasks), desc=about, unit="task", leave=False) as bar:
         for at in range(0, len(episodes), args.batch_size):
             some = episodes[at : at + args.batch_size]
-            run_episodes(some, write, args.max_turns, longest)
+            run_episodes(some, write, args.max_turns, token_budget)
             bar.update(len(some))
     return episodes
 

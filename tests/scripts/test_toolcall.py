@@ -198,9 +198,9 @@ def test_a_reply_that_does_not_end_calls_nothing(played):
 def test_an_episode_ends_before_the_models_last_position(played):
     task = task_of(row())
     start = played(task, "It is 42.").prompt_length
-    assert played(task, written(SUM), longest=10).errors == ["too_long"]
-    assert played(task, written(SUM), longest=10).turns == 0
-    assert played(task, written(SUM), longest=start + 20).errors == ["too_long"]
+    assert played(task, written(SUM), token_budget=10).errors == ["too_long"]
+    assert played(task, written(SUM), token_budget=10).turns == 0
+    assert played(task, written(SUM), token_budget=start + 20).errors == ["too_long"]
 
 
 def test_the_clock_tells_what_it_tells_in_the_row(tokenizer, played):

@@ -13,8 +13,6 @@ from test_mistakes import complaint
 from test_ranks import together
 from torch.testing import assert_close
 from toy import CHATS, Trainer, chat_file, ended, everything, flags, fork, same, saved_teacher
-from trainer.rl.batches import micro_batches
-from trainer.rl.prompts import Prompt
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
@@ -25,6 +23,8 @@ from model.losses import divergence_sum
 from model.weights import TOKENIZER, load_model, load_tokenizer
 from trainer import train_distillation, train_full_sft
 from trainer.common.context import Context
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import Completion
 from trainer.train_distillation import (
     distillation_loss,
@@ -269,7 +269,7 @@ def test_own_answers_are_resumed_and_shared_out(train, killed, ranks):
     killed(2, train, batch_size=2, **more)
     train(batch_size=2, resume=True, **more)
     assert same(everything(train), everything(train, "one"))
-    assert "length" in train.log()[1] and "ce" not in train.log()[1]
+    assert "completions/mean_length" in train.log()[1] and "ce" not in train.log()[1]
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from model.losses import cross_entropy_sum
 from trainer import train_distill_reason, train_full_sft, train_grpo
 from trainer.common.context import Context
 from trainer.common.setup import init_model, load_packed
-from trainer.rl.rollout import asked
+from trainer.rl.prompts import parse_prompt_row, read_prompts
 from trainer.train_distill_reason import answer_questions, held_out_questions, make_label_weights
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -215,7 +215,7 @@ def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
 def test_the_truth_of_a_row_may_stand_in_its_last_answer():
     def truth(reply: str, **more) -> str | None:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": reply}]
-        return asked({"conversations": turns, **more})[1]
+        return parse_prompt_row({"conversations": turns, **more})[1]
 
     assert truth(GOOD) == "2"
     assert truth("<answer>\n2\n</answer>") == "2"  # its thought in "reasoning_content"
@@ -228,14 +228,14 @@ def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
     rl = Trainer(tmp_path, train_grpo, (chat_file, REASONED, {"from_weight": "none"}))
     settings = dict(reasoning=True, max_gen_len=4, num_generations=2, max_steps=1, val_share=0.2)
     rl(**settings, max_seq_len=64)
-    (line,) = rl.log(kind="reward_format")
-    assert {"reward_answer", "reward"} <= line.keys()
+    (line,) = rl.log(kind="rewards/format/mean")
+    assert {"rewards/answer/mean", "reward"} <= line.keys()
     assert line["reward"] == pytest.approx(
-        line["reward_answer"] + line["reward_format"] / 2, abs=2e-4
+        line["rewards/answer/mean"] + line["rewards/format/mean"] / 2, abs=2e-4
     )
-    assert rl.log(kind="val_reward_format")
+    assert rl.log(kind="val_rewards/format/mean")
     run_args = train_grpo.Args(**rl.settings(**settings))
-    prompts, _ = train_grpo.read_prompts(Context.create(run_args), tokenizer)
+    prompts, _ = read_prompts(Context.create(run_args), tokenizer)
     assert all(tokenizer.decode(prompt.ids).endswith("<think>\n") for prompt in prompts.prompts)
     assert all(prompt.answer.isdigit() for prompt in prompts.prompts)
 
