@@ -107,7 +107,7 @@ def generate_locally(
     """Sample with the project's engine, --rollout_batch_size completions side by side."""
     limits = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
     queue = [
-        Request(ids, SamplingParams(**limits, seed=seed), row=sample)
+        Request(ids, SamplingParams(**limits, seed=seed), index=sample)
         for ids, seed, sample in requests
     ]
     engine = Engine(model, slots=min(args.rollout_batch_size, max(1, len(queue))))
