@@ -18,7 +18,7 @@ import torch
 from lesson import Language, Lesson, small_model, teach, train
 
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForScoring
 from trainer import train_grpo, train_ppo, train_spo
 from trainer.rl.batches import UpdateStats, micro_batches
@@ -109,11 +109,13 @@ def learn(name: str, updates: int = 20) -> list[float]:
     run = SimpleNamespace(args=args, device="cpu", tokenizer=SimpleNamespace(pad_token_id=0))
     run.forward, run.sum_over_ranks = lambda *_, **__: nullcontext(), lambda *own: list(own)
     tracker = train_spo.ValueTracker(64, train_spo.Args())
-    both = train_ppo.ActorCritic(model, MiniMindForScoring.on(copy.deepcopy(model)))
+    both = train_ppo.ActorCritic(
+        model, MiniMindForScoring.from_language_model(copy.deepcopy(model))
+    )
     optimizer, curve = torch.optim.AdamW(both.parameters(), 2e-3), []
     for update in range(updates):
         asked = torch.randint(64, (64 // G,)).repeat_interleave(G).numpy()
-        settings = Sampling(max_new_tokens=8, stop_ids=(), seed=update)
+        settings = SamplingParams(max_new_tokens=8, stop_ids=(), seed=update)
         texts = torch.tensor(generate(model, asked[:, None].tolist(), settings))
         before = torch.cat([torch.from_numpy(asked)[:, None], texts[:, :-1]], 1)
         scores = (language.next[before, texts] > 0).float().mean(1)

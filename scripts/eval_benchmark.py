@@ -31,7 +31,8 @@ from rich.table import Table
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, TOKENIZER, write_json
-from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import ChatModel, load_chat_model
 from trainer.common.hardware import describe_machine, resolve_device
 from trainer.report.plots import save_figure
 
@@ -104,7 +105,9 @@ def main(args: Args) -> dict[str, Any]:
                     f"{harness.BENCHMARKS[task].title} cannot be had ({error}); with a copy of it "
                     "in a folder, give --local"
                 ) from error
-        models.append({"name": loaded.name, "parameters": loaded.parameters, "results": results})
+        models.append(
+            {"name": loaded.name, "parameters": loaded.num_parameters, "results": results}
+        )
     report = {
         "date": str(date.today()),
         "machine": describe_machine(resolve_device(args.device)),
@@ -130,7 +133,7 @@ def load_models(args: Args) -> Iterator[ChatModel]:
             loaded = load_chat_model(replace(args, load_from=folder), weight, decode_only=False)
             name = Path(folder).resolve().name if foreign else Path(weight).stem
             name += f" + {args.lora_weight}" * bool(args.lora_weight)
-            yield ChatModel(*loaded[:3], name, loaded.parameters)
+            yield ChatModel(*loaded[:3], name, loaded.num_parameters)
 
 
 def read_report(path: str) -> dict[str, Any]:

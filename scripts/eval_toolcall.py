@@ -42,9 +42,10 @@ from dataset.tools.loop import (
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import write_json
-from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import ChatModel, load_chat_model
 
 
 @dataclass
@@ -74,11 +75,11 @@ class Args(ModelArgs):
 
 def main(args: Args) -> dict[str, Any]:
     tasks = tasks_of(args)
-    loaded = load_chat_model(args, args.weight)
+    loaded = load_chat_model(args)
     if not loaded.tokenizer.chat_template:
         raise UserError(f"the tokenizer of {loaded.name} has no chat template, and so no tools")
     episodes = run_tasks(loaded, tasks, args, "with tools")
-    report = {"model": loaded.name, "parameters": loaded.parameters, **figures(episodes)}
+    report = {"model": loaded.name, "parameters": loaded.num_parameters, **figures(episodes)}
     if args.compare:
         bare = run_tasks(loaded, [task.without_tools() for task in tasks], args, "without")
         add_bare(report, tasks, bare)
@@ -106,7 +107,7 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
         args: what to do it with: max_turns, max_new_tokens, temperature, seed, open_thinking,
             batch_size.
     """
-    sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
     write = partial(replies, loaded, sampling)
     token_budget = loaded.model.config.max_position_embeddings - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
@@ -118,7 +119,9 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
     return episodes
 
 
-def replies(loaded: ChatModel, sampling: Sampling, episodes: list[Episode]) -> list[list[int]]:
+def replies(
+    loaded: ChatModel, sampling: SamplingParams, episodes: list[Episode]
+) -> list[list[int]]:
     return generate(loaded.model, [episode.ids for episode in episodes], sampling)
 
 

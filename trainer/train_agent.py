@@ -38,7 +38,7 @@ from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, 
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer
 from trainer import train_grpo
@@ -158,7 +158,7 @@ def generate_greedy(
     ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 ) -> list[EpisodeCompletion]:
     """Episodes of the likeliest tokens, one a prompt."""
-    args, sampling = ctx.args, Sampling(ctx.args.max_gen_len, temperature=0)
+    args, sampling = ctx.args, SamplingParams(ctx.args.max_gen_len, temperature=0)
     episodes = [new_episode(ctx, tokenizer, prompt) for prompt in prompts]
 
     def write(waiting: list[Episode]) -> list[list[int]]:

@@ -46,18 +46,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.packing import IGNORED, Batch, PackedDataset, collate
+from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_folder
+from model.formats.hf_format import load_hf_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     count_parameters,
     find_weights,
-    halves,
     load_model,
     load_tokenizer,
+    to_fp16_cpu,
     tokenizer_hash,
 )
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
@@ -162,7 +162,7 @@ def load_teacher(
                 f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
                 f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
             )
-        teacher = load_folder(path)
+        teacher = load_hf_folder(path)
     else:
         if path.suffix != ".pth":
             width = args.teacher_hidden_size or TEACHER_SIZE
@@ -241,7 +241,7 @@ def prompts_of(batch: Batch) -> list[Prompt]:
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
     for ids, labels, positions in zip(*(each.cpu().numpy() for each in tensors), strict=True):
-        is_label = labels != IGNORED
+        is_label = labels != IGNORE_INDEX
         edges = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
         for start, end in pairwise(edges):
             places = np.flatnonzero(is_label[start:end])
@@ -279,7 +279,7 @@ def main(args: Args) -> dict[str, Any]:
     model = init_model(args, tokenizer)
     teacher = load_teacher(args, tokenizer, model.config)
     train_data, val_data = load_packed(ctx, tokenizer, "conversations")
-    weights = hash_of(*halves(teacher.state_dict()).values())
+    weights = hash_of(*to_fp16_cpu(teacher.state_dict()).values())
     fingerprint = {"teacher": weights}  # a run with another teacher is another run
     run = Run(ctx, "full_dist", model, tokenizer, train_data, val_data, fingerprint=fingerprint)
     parameters = count_parameters(teacher) / 1e6

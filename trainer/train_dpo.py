@@ -149,7 +149,7 @@ def main(args: Args) -> dict[str, Any]:
     zeros = torch.zeros(1, 2)
     initial_loss = loss_function(zeros, zeros, zeros + 1).item()
     ctx.print(f"loss: {initial_loss:.3f} at the start, when policy and reference are equal")
-    save = partial(save_lora, settings=args.settings()) if args.use_lora else None
+    save = partial(save_lora, config=args.settings()) if args.use_lora else None
 
     for global_batch in run.steps():
         # Forward and backward.

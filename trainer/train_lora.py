@@ -89,7 +89,7 @@ def main(args: Args) -> dict[str, Any]:
             sample = sample_answer(ctx, model, tokenizer, args.sample_prompt)
             run.log_evaluation(sample, **evaluate_loss(ctx, model, tokenizer, val_data))
         run.log()
-        run.save_every(model, optimizer, save=partial(save_lora, settings=settings))
+        run.save_every(model, optimizer, save=partial(save_lora, config=settings))
     return run.finish()
 
 

@@ -58,7 +58,7 @@ def main(args: Args) -> dict[str, Any]:
     # Setup.
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = MiniMindForScoring.on(init_model(args, tokenizer))
+    model = MiniMindForScoring.from_language_model(init_model(args, tokenizer))
     train_data, val_data = load_pairs(ctx, tokenizer)
     collate = partial(collate_pairs, packing=args.packing)
     run = Run(ctx, "reward", model, tokenizer, train_data, val_data, collate=collate)

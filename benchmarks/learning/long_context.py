@@ -35,7 +35,7 @@ from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_pretrain
 from trainer.common.hardware import describe_machine
-from trainer.report.forecast import seconds_of_an_update
+from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
 
 TIMES = 16  # as long as in training
@@ -129,7 +129,7 @@ def pretrain(args: Args, folder: Path) -> Path:
             )
         )
 
-    each = seconds_of_an_update(train(CALIBRATION_STEPS)["records"])
+    each = seconds_per_step(train(CALIBRATION_STEPS)["history"])
     # updates grow with what is trained, so that fewer fit
     train(max(1, round(args.minutes * 60 / each / 1.5)))
     return folder / "pretrain_256.pth"

@@ -37,7 +37,7 @@ from dataset.demo.files import load_tests
 from dataset.grading import grade
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import prepare_to_decode
+from model.inference.generation import pack_for_cpu_decoding
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, save_weights, write_json
 from scripts.runs.demo import HIDDEN_SIZE, answers
@@ -109,9 +109,9 @@ def distillation(
     trainings |= {name: (train_distillation, f"{DISTILLED} {VARIANTS[name]}") for name in variants}
     for name, (trainer, flags) in trainings.items():
         result = train(console, trainer, flags, f"{name}_{seed}", seed, places, out, max_steps)
-        curves[name] = result["records"]
+        curves[name] = result["history"]
         found[name] = {
-            "held_out_loss": result["val_loss"],
+            "held_out_loss": result["eval_loss"],
             "skill_accuracy": accuracy(out / f"{name}_{seed}{WIDTH}.pth", questions),
             "seconds": round(result["seconds"], 1),
         }
@@ -175,7 +175,7 @@ def cut(base: Path, student: Path) -> None:
 def accuracy(weights: Path, questions: list[dict]) -> float:
     """The share of the questions that is answered exactly right."""
     tokenizer = load_tokenizer()
-    model = prepare_to_decode(load_model(weights, tokenizer=tokenizer))
+    model = pack_for_cpu_decoding(load_model(weights, tokenizer=tokenizer))
     replies = answers(model, tokenizer, [question["prompt"] for question in questions])
     pairs = zip(questions, replies, strict=True)
     return fmean(grade(question["answer"], reply) for question, reply in pairs)

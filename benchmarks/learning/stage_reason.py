@@ -22,8 +22,8 @@ from dataset.demo.files import read_jsonl, write_jsonl
 from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import parse_reasoning, tagged_answer
-from model.inference.generation import generate, prepare_to_decode
-from model.inference.sampling import Sampling
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.weights import load_model, load_tokenizer
 from scripts.runs.demo import HIDDEN_SIZE
 from trainer import train_distill_reason, train_full_sft, train_grpo
@@ -89,7 +89,7 @@ def measured(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[
     """The share of held-out questions that a model answers right, and that it answers in the form
     it was taught, with standard errors."""
     tokenizer = load_tokenizer()
-    model = prepare_to_decode(load_model(path, tokenizer=tokenizer))
+    model = pack_for_cpu_decoding(load_model(path, tokenizer=tokenizer))
     prompts, answers = [], []
     for row in questions:
         *asked, last = row["conversations"]
@@ -97,7 +97,7 @@ def measured(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[
         answers.append(tagged_answer(last["content"]))
     replies = []
     for at in range(0, len(prompts), 100):
-        replies += generate(model, prompts[at : at + 100], Sampling(192, temperature=0))
+        replies += generate(model, prompts[at : at + 100], SamplingParams(192, temperature=0))
     formed = right = 0
     for reply, answer in zip(replies, answers, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)

@@ -44,7 +44,7 @@ AGENT = """--data_path {out}/first_questions.jsonl --from_weight {out}/agent_sta
 def toolcall(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
-    """Rows for the report: a metric each, with its target."""
+    """PackedDataset for the report: a metric each, with its target."""
     places = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
     tasks = QUICK if max_steps else 0
     before = evaluate(base / f"full_sft_{SIZE}.pth", data, tasks, console)
@@ -59,7 +59,7 @@ def toolcall(
 def agent(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
-    """Rows for the report: a metric each, with its target."""
+    """PackedDataset for the report: a metric each, with its target."""
     places = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
     tasks = QUICK if max_steps else 0
     before = evaluate(

@@ -48,11 +48,11 @@ from trainings import run_trainer
 from dataset.demo.files import load_tests, write_demo_data
 from dataset.grading import grade
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.pairs import Pairs, collate_pairs
+from dataset.pairs import PreferenceDataset, collate_pairs
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import generate, prepare_to_decode
-from model.inference.sampling import Sampling
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.runs.demo import COMMON, HIDDEN_SIZE, PRETRAIN, SFT
@@ -102,7 +102,7 @@ STAGES = {
         train_dpo,
         f"{PAIRS} --batch_size 16 --learning_rate 1e-5",
         {"preference_accuracy": ("level", 0.85), "skill_accuracy": ("gain", -0.03)},
-        "accuracy",
+        "rewards/accuracies",
     ),
     "ppo": Stage(
         train_ppo,
@@ -230,7 +230,7 @@ def train_and_measure(
         trained = out / f"{name}_{seed}_{HIDDEN_SIZE}.pth"
         after = measure.scorer(result) if name == "reward" else measure.policy(load_model(trained))
     after["seconds"] = round(result["seconds"], 1)
-    return judged(name, seed, before, after), result["records"]
+    return judged(name, seed, before, after), result["history"]
 
 
 def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class Measure:
             for row in self.questions
         ]
         documents = load_documents(data / "dpo_val.jsonl", "preferences", self.tokenizer)
-        self.pairs = Pairs(documents, 256)
+        self.pairs = PreferenceDataset(documents, 256)
         self.reference = self.pair_log_probs(self.base)
 
     @property
@@ -275,8 +275,8 @@ class Measure:
 
     def policy(self, model: MiniMindForCausalLM) -> dict[str, float]:
         """The figures of a language model."""
-        sampling = Sampling(max_new_tokens=64, temperature=0)
-        decoder = prepare_to_decode(load_copy(model))
+        sampling = SamplingParams(max_new_tokens=64, temperature=0)
+        decoder = pack_for_cpu_decoding(load_copy(model))
         tokens = [
             reply
             for at in range(0, len(self.prompts), 128)
@@ -310,7 +310,7 @@ class Measure:
     def distance(self, model: MiniMindForCausalLM, decoder: MiniMindForCausalLM) -> float:
         """KL(model ‖ base) of an answer, estimated from 256 sampled ones."""
         prompts = self.prompts[:: max(1, len(self.prompts) // 256)]
-        replies = generate(decoder, prompts, Sampling(64, seed=0))
+        replies = generate(decoder, prompts, SamplingParams(64, seed=0))
         total = 0.0
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([prompt + reply])
@@ -323,7 +323,7 @@ class Measure:
 
     def scorer(self, result: dict[str, Any]) -> dict[str, float]:
         """The figures of a reward model, by its own evaluation at its end."""
-        accuracy = result["val_accuracy"]
+        accuracy = result["eval_accuracy"]
         return {
             "pair_accuracy": accuracy,
             "pair_accuracy_error": standard_error(accuracy, len(self.pairs)),
@@ -334,7 +334,7 @@ measure_of = cache(Measure)  # a process measures several models
 
 
 def load_copy(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """`prepare_to_decode` makes a model unfit for anything else."""
+    """`pack_for_cpu_decoding` makes a model unfit for anything else."""
     same = MiniMindForCausalLM(model.config)
     same.load_state_dict(model.state_dict())
     return same.eval()

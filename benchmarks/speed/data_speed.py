@@ -12,9 +12,9 @@ written again and again, as plain JSONL, until the file is as long as wanted:
    the start of the process until its log has the first step, and the largest memory on the way.
    The goal is less than 2 GB, whatever the file's size.
 
-MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer runs from
-a copy of the code in the temporary folder, so that its cache of tokens (dataset/.cache) lies there
-too and goes with it. --work_dir needs about twice --gigabytes of room.
+MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer's cache of
+tokens lies in the temporary folder and goes with it. --work_dir needs about twice --gigabytes of
+room.
 
 Memory is that of the process and all its children, sampled ten times a second, each process
 counted by its proportional set size (PSS, on Linux): a page that several processes share, such as
@@ -25,7 +25,6 @@ the system knows no PSS) would miss it.
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from dataset.demo.files import write_demo_data
 from dataset.lm_dataset import check_file, load_documents, parse_row
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer, write_json
@@ -200,7 +199,7 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         documents = load_documents(data, kind, tokenizer, cache=folder / "cache")
     tokenised = time.perf_counter()
     with PeakMemory(os.getpid()).watching() as packing:
-        rows = Rows(documents, args.max_seq_len)
+        rows = PackedDataset(documents, args.max_seq_len)
     packed = time.perf_counter()
 
     def figures(seconds: float, memory: PeakMemory) -> dict[str, float]:
@@ -208,15 +207,15 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
             "seconds": round(seconds, 3),
             "megabytes_per_second": round(size / 1e6 / seconds, 2),
             "documents_per_second": round(len(documents) / seconds),
-            "tokens_per_second": round(rows.tokens / seconds),
+            "tokens_per_second": round(rows.num_tokens / seconds),
             "peak_gigabytes": round(memory.bytes / 1e9, 3),
         }
 
     return {
         "megabytes": round(size / 1e6, 1),
         "documents": len(documents),
-        "tokens": rows.tokens,
-        "fill": round(rows.fill, 4),
+        "tokens": rows.num_tokens,
+        "fill": round(rows.packing_efficiency, 4),
         "tokenise": figures(tokenised - start, tokenising),
         "pack": figures(packed - tokenised, packing),
     }
@@ -226,11 +225,7 @@ def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[st
     """Seconds to the first step, and the largest memory, of a trainer on a file of that size."""
     data = folder / "large.jsonl"
     size = write_repeated(source, data, args.gigabytes * 1e9)
-    code, out = folder / "code", folder / "out"
-    for package in ("model", "dataset", "trainer"):
-        leave_out = shutil.ignore_patterns(".cache", "__pycache__", "*.jsonl", "*.jsonl.gz")
-        shutil.copytree(ROOT / package, code / package, ignore=leave_out)
-    cache = code / "dataset" / ".cache"
+    cache, out = folder / "cache of the training", folder / "out"
     metrics = out / f"{STAGES[kind]}_{HIDDEN_SIZE}.metrics.jsonl"
     settings = {
         "data_path": data,
@@ -245,12 +240,13 @@ def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[st
         "checkpoint_dir": out,
         "device": "cpu",
     }
-    command = [sys.executable, str(code / "trainer" / f"train_{STAGES[kind]}.py")]
+    command = [sys.executable, str(ROOT / "trainer" / f"train_{STAGES[kind]}.py")]
     command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(code)})
+    own = {"PYTHONPATH": str(ROOT), "MINIMIND_CACHE": str(cache)}
+    process = subprocess.Popen(command, env=os.environ | own)
     try:
         with PeakMemory(process.pid).watching() as memory:
             while process.poll() is None:

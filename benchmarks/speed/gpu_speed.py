@@ -32,7 +32,7 @@ from tqdm import tqdm
 from train_speed import needed_operations
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows, collate
+from dataset.packing import PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -87,7 +87,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def measure(way: str, config: MiniMindConfig, documents, args: Args) -> dict[str, float]:
     """The figures of one way to train a model of this config."""
-    rows = Rows(documents, ROW, packing=way != "plain")
+    rows = PackedDataset(documents, ROW, packing=way != "plain")
     picked = [rows[row] for row in range(0, len(rows), max(1, len(rows) // args.batch_size))]
     picked = picked[: args.batch_size]
     batch = collate(picked).to(DEVICE)
@@ -124,9 +124,9 @@ def measure(way: str, config: MiniMindConfig, documents, args: Args) -> dict[str
     for _ in range(5):
         update()
     each = seconds(update, args.updates)
-    needed = needed_operations(config, picked, batch.labelled)
+    needed = needed_operations(config, picked, batch.num_label_tokens)
     return {
-        "real tokens/s": batch.tokens / each,
+        "real tokens/s": batch.num_tokens / each,
         "ms an update": 1000 * each,
         "of it optimizer": 1000 * seconds(optimizer.step, args.updates),
         "MFU %": 100 * needed / each / (peak_flops(DEVICE, torch.bfloat16) or float("nan")),

@@ -42,19 +42,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows, WindowSampler, collate
+from dataset.packing import PackedDataset, collate
+from dataset.sampler import GlobalBatchSampler
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.common.arguments import TrainArgs
+from trainer.common.context import Context
 from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
-from trainer.report.forecast import seconds_of_an_update
+from trainer.common.loop import initial_batch_size
+from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
-from trainer.trainer_utils import first_window
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
@@ -185,7 +187,7 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
         texts = read_texts(args.val_path, DOCUMENTS)
         return lambda model: bits_per_byte(model, tokenizer, texts)
     documents = load_documents(args.val_path, "conversations", tokenizer)
-    rows = Rows(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
+    rows = PackedDataset(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
     order = np.argsort(rows.pieces.length, kind="stable")
 
     @torch.inference_mode()
@@ -196,9 +198,9 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
             logits = model(batch.input_ids).logits[:, :-1]  # padding stands behind the text
             labels = batch.labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             ).item()
-            labelled += batch.labelled
+            labelled += batch.num_label_tokens
         return nats / labelled
 
     return loss
@@ -264,13 +266,13 @@ def padded_batches(
         for at in range(0, len(order), batch_size):
             some = documents[order[at : at + batch_size]]
             ids = np.zeros((len(some["input_ids"]), ROW), dtype=np.int64)
-            labels = np.full_like(ids, IGNORED)
+            labels = np.full_like(ids, IGNORE_INDEX)
             for row, (tokens, loss_mask) in enumerate(
                 zip(some["input_ids"], some["loss_mask"], strict=True)
             ):
                 tokens, loss_mask = tokens[:ROW], loss_mask[:ROW]
                 ids[row, : len(tokens)] = tokens
-                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORED)
+                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORE_INDEX)
             yield torch.from_numpy(ids), torch.from_numpy(labels)
 
 
@@ -291,7 +293,7 @@ class Recipe:
     def __init__(self, args: Args, folder: Path):
         self.args, self.folder = args, folder
         self.trainer, kind, figure, _ = STAGES[args.stage]
-        self.figure = f"val_{figure}"
+        self.figure = f"eval_{figure}"
         self.held_out = folder / "val.jsonl"
         if kind == "text":
             texts = read_texts(args.val_path, DOCUMENTS)
@@ -315,8 +317,8 @@ class Recipe:
         steps, updates = rows // batch, 25
         size = f"--batch_size {batch} --accumulation_steps {steps} --batch_ramp 0 --val_share 0"
         records = self.train(size, max_steps=updates)
-        tokens = max(record.get("tokens", 0) for record in records)
-        return Update(batch * steps, tokens / updates, seconds_of_an_update(records))
+        tokens = max(record.get("num_tokens", 0) for record in records)
+        return Update(batch * steps, tokens / updates, seconds_per_step(records))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))
@@ -328,11 +330,10 @@ class Recipe:
     def steps_within(self, seconds: float) -> int:
         settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
-        device = resolve_device(self.args.device)
-        first = first_window(settings, device, tokens_of_a_row=self.tokens_of_a_row)
-        ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
+        first = initial_batch_size(Context.create(settings), self.tokens_of_a_row)
+        ramp = dict(batch_ramp=settings.batch_ramp, initial_batch_size=first)
         steps, needed = 0, 0.0
-        for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():
+        for before, after in GlobalBatchSampler(10**9, batch_size=full, **ramp).bounds():
             needed += self.fixed + self.per_row * (after - before)
             if needed > seconds:
                 break
@@ -359,7 +360,7 @@ class Recipe:
         result = self.trainer.main(parse_arguments(self.trainer.Args, None, words))
         if result["stopped"]:
             raise UserError("the benchmark was stopped")
-        return result["records"]
+        return result["history"]
 
 
 def passing(curve: Curve, figure: float) -> float:

@@ -78,10 +78,10 @@ from transformers import (
 )
 
 from dataset.lm_dataset import check_file, load_documents
-from dataset.packing import Batch, Rows, collate
+from dataset.packing import Batch, PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
@@ -284,7 +284,9 @@ def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
         for name in ("input_ids", "loss_mask")
     )
     ids = input_ids.flatten().to_numpy().astype(np.int32)
-    labels = np.where(loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORED))
+    labels = np.where(
+        loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORE_INDEX)
+    )
     ends = np.cumsum(pc.list_value_length(input_ids).to_numpy())
     offsets = pa.array(np.concatenate(([0], ends)), pa.int32())
     columns = {"input_ids": ids, "labels": labels}
@@ -326,9 +328,9 @@ class MiniMind:
             checkpoint_dir=self.folder,
         )
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            records = self.stage.main(settings)["records"]
+            records = self.stage.main(settings)["history"]
         first, last = (record for record in records if "tokens_per_second" in record)
-        tokens = last["tokens"] - first["tokens"]
+        tokens = last["num_tokens"] - first["num_tokens"]
         measured = tokens / last["tokens_per_second"]
         self.step_seconds = measured / (steps - 1)
         places = (steps - 1) * self.args.batch_size * self.args.max_seq_len
@@ -393,7 +395,7 @@ def share_of_gemm(args: Args, documents: Dataset) -> dict[str, Any]:
     model = MiniMindForCausalLM(MiniMindConfig()).train()
     ids = torch.randint(3, model.config.vocab_size, (args.batch_size, args.max_seq_len)).numpy()
     whole = [[{"input_ids": row, "loss_mask": np.ones(len(row), bool)}] for row in ids]
-    packed = Rows(documents, args.max_seq_len)
+    packed = PackedDataset(documents, args.max_seq_len)
     rng = np.random.default_rng(0)
 
     products = {"{}×{}×{}".format(*sizes): product(*sizes) for sizes in PRODUCTS}
@@ -404,7 +406,7 @@ def share_of_gemm(args: Args, documents: Dataset) -> dict[str, Any]:
             rates[name].append(rate(work, operations, PRODUCT_SECONDS))
         for name, rows in (("packed", [packed[int(row)] for row in chosen]), ("whole", whole)):
             batch = collate(rows)
-            operations = needed_operations(model.config, rows, batch.labelled)
+            operations = needed_operations(model.config, rows, batch.num_label_tokens)
             work = partial(forward_and_backward, model, batch)
             rates[name].append(rate(work, operations, MODEL_SECONDS))
 

@@ -5,11 +5,11 @@ import json
 import torch
 
 from dataset.lm_dataset import encode_chat
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from trainer import train_agent, train_grpo, train_ppo, train_spo
 from trainer.rl.batches import RolloutBatch, micro_batches
 from trainer.rl.prompts import Prompt
-from trainer.rl.rollout import Completion
+from trainer.rl.rollout import Completion, generate_completions
 from trainer.trainer_utils import Run
 
 STAGES = [train_ppo, train_grpo, train_spo, train_agent]
@@ -22,9 +22,9 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 100, (B, P + T), generator=g)
     labels = ids.clone()
-    labels[:, :P] = IGNORED
+    labels[:, :P] = IGNORE_INDEX
     for row, length in enumerate([7, 3, 1, 5, 7, 2]):
-        labels[row, P + length :] = IGNORED
+        labels[row, P + length :] = IGNORE_INDEX
     shape = (B, P + T - 1)
 
     def some(scale: float = 1.0, centre: float = 0.0) -> torch.Tensor:
@@ -32,7 +32,12 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
 
     old = some(0.5, -2.0)
     batch = RolloutBatch(
-        ids, labels, torch.arange(P + T).expand(B, -1), B * T, int((labels != IGNORED).sum()), B
+        ids,
+        labels,
+        torch.arange(P + T).expand(B, -1),
+        B * T,
+        int((labels != IGNORE_INDEX).sum()),
+        B,
     )
     batch.indices = torch.arange(B)
     batch.old_log_probs, batch.ref_log_probs = old, old + some(0.3)
@@ -44,8 +49,13 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
 
 
 def batches_of(run: Run, completions: list[Completion]) -> list[RolloutBatch]:
-    size, pad_id = run.args.update_batch_size, run.tokenizer.pad_token_id
-    return micro_batches(completions, size, pad_id, run.device)
+    size, pad_id = run.ctx.args.update_batch_size, run.tokenizer.pad_token_id
+    return micro_batches(completions, size, pad_id, run.ctx.device)
+
+
+def sample(run: Run, model, prompts: list[Prompt], count: int = 1) -> list[Completion]:
+    step = run.step
+    return generate_completions(run.ctx, model, run.tokenizer, prompts, count, step=step)
 
 
 def some_prompts(tokenizer, count: int = 3) -> list[Prompt]:

@@ -27,7 +27,7 @@ from dataset.tools.loop import (
 from model.command_line import parse_arguments
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import load_model
 from scripts import eval_toolcall
 from trainer import train_full_sft
@@ -322,7 +322,7 @@ def test_no_reply_is_a_crash(tokenizer):
 def test_tasks_side_by_side_are_played_as_alone(tokenizer, save):
     """A random model, whose replies are of any kind, through the engine."""
     model = load_model(save(max_position_embeddings=2048), tokenizer=tokenizer)
-    sampling = Sampling(12, temperature=0)
+    sampling = SamplingParams(12, temperature=0)
 
     def write(episodes):
         found = generate(model, [episode.ids for episode in episodes], sampling)

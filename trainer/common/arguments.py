@@ -6,7 +6,7 @@ from typing import Literal
 
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import ATTENTION, LoraSettings
+from model.model_lora import ATTENTION_MODULES, LoraConfig
 from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -139,12 +139,13 @@ class LoraArgs(TrainArgs):
     lora_alpha: float = option(16.0, "the addition is scaled by alpha/r")
     lora_dropout: float = option(0.0, "share of A's inputs set to 0 while training")
     lora_targets: list[str] = option(
-        list(ATTENTION), "names of the linear layers, such as q_proj gate_proj; experts' too"
+        list(ATTENTION_MODULES),
+        "names of the linear layers, such as q_proj gate_proj; experts' too",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.settings()  # checks them
 
-    def settings(self) -> LoraSettings:
-        return LoraSettings(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
+    def settings(self) -> LoraConfig:
+        return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)

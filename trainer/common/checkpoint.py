@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
 from model.errors import UserError
-from model.weights import atomic_write, halves, tokenizer_hash
+from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import MetricLog
+from trainer.common.metrics import MetricLog, new_key, with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "
@@ -97,7 +97,7 @@ def fingerprint_of(
         "data": data.fingerprint,
         "documents trained": hash_of(np.ascontiguousarray(data.indices)),
         "tokenizer": tokenizer_hash(tokenizer),
-        "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
+        "first weights": hash_of(*to_fp16_cpu(model.state_dict()).values()) if loaded else "new",
     }
 
 
@@ -221,10 +221,11 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
     new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
     names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
     new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
+    new["history"] = with_new_keys(new["history"])
     pending = new.pop("pending")
     new["metrics"] = {
         **{name: pending[name] for name in ("steps", "tokens", "seconds", "expert_load")},
-        "sums": {name: (sum(v), len(v)) for name, v in pending["figures"].items()},
+        "sums": {new_key(name): (sum(v), len(v)) for name, v in pending["figures"].items()},
         "loss_sum": pending["loss"],
     }
     for optimizer in new["optimizer"]:
@@ -285,7 +286,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters as a weight file holds them."""
     parameters = model.named_parameters()
-    return halves({name: each for name, each in parameters if each.requires_grad})
+    return to_fp16_cpu({name: each for name, each in parameters if each.requires_grad})
 
 
 def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dataset.packing import Batch, collate
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
 from trainer.rl.rollout import Completion
@@ -34,7 +34,7 @@ class RolloutBatch(Batch):
     def completion_mask(self) -> Tensor:
         """[B, T − 1], bool: the predicted token is one that the policy sampled, its EOS included;
         False for prompts, tool results and padding."""
-        return self.labels[:, 1:] != IGNORED
+        return self.labels[:, 1:] != IGNORE_INDEX
 
     def set_old_log_probs(self, log_probs: Tensor) -> None:
         """Keep the log-probs of the first forward pass over this batch as log π_old.

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from model.model_lora import add_lora, save_lora, without_additions
+from model.model_lora import add_lora, disable_adapter, save_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.common.context import Context, unwrap
@@ -25,7 +25,7 @@ def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMind
 
 def make_save_fn(args: RolloutArgs, policy_of: Callable = lambda model: model) -> Callable:
     """What writes the weights of the policy, which is a part of the model in PPO."""
-    save = partial(save_lora, settings=args.settings()) if args.use_lora else save_weights
+    save = partial(save_lora, config=args.settings()) if args.use_lora else save_weights
     return lambda model, path, **about: save(policy_of(model), path, **about)
 
 
@@ -68,5 +68,5 @@ class ReferenceModel:
         """log π_ref, [B, T − 1]; `model` is the policy."""
         if self.copy is not None:
             return log_probs(run, self.copy, batch)
-        with without_additions(unwrap(model)):
+        with disable_adapter(unwrap(model)):
             return log_probs(run, model, batch)

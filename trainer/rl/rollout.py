@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.inference.engine import Engine, Request
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
@@ -107,7 +107,8 @@ def generate_locally(
     """Sample with the project's engine, --rollout_batch_size completions side by side."""
     limits = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
     queue = [
-        Request(ids, Sampling(**limits, seed=seed), row=sample) for ids, seed, sample in requests
+        Request(ids, SamplingParams(**limits, seed=seed), index=sample)
+        for ids, seed, sample in requests
     ]
     engine = Engine(model, slots=min(args.rollout_batch_size, max(1, len(queue))))
     was_training = model.training
@@ -140,7 +141,7 @@ def generate_greedy(
     ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 ) -> list[Completion]:
     """The completion of the likeliest tokens, one a prompt."""
-    sampling = Sampling(ctx.args.max_gen_len, temperature=0)
+    sampling = SamplingParams(ctx.args.max_gen_len, temperature=0)
     outputs = generate(unwrap(model), [prompt.ids for prompt in prompts], sampling)
     pairs = zip(prompts, outputs, strict=True)
     return [make_completion(tokenizer, prompt, tokens) for prompt, tokens in pairs]

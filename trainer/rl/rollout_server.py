@@ -20,7 +20,7 @@ import httpx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest
 
@@ -36,7 +36,7 @@ def send_weights(
 ) -> None:
     """Write the weights to --rollout_folder and have the server reload them."""
     folder = Path(args.rollout_folder)
-    save_folder(model, tokenizer, folder)
+    save_hf_folder(model, tokenizer, folder)
     path, body = RELOAD[args.rollout_reload](str(folder))
     root = args.rollout_url.rstrip("/").removesuffix("/v1")
     post(f"{root}/{path}", body)
