@@ -33,7 +33,7 @@ from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.losses import sum_label_weights
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager, evaluate_loss
@@ -51,19 +51,16 @@ class Args(TrainArgs):
         [str(DATASET / "r1_mix_1024.jsonl")],
         'JSONL of {"conversations": [messages]}, answers as <think>…</think><answer>…</answer>',
     )
-    from_weight: str = option("dpo", "stage to start from")
-    batch_size: int = option(8, "rows a device takes at once")
+    from_weight: str = option("dpo", "stage to initialise from")
+    batch_size: int = option(8, "sequences in a forward pass of a device")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
-    max_seq_len: int = option(1024, "tokens in a row")
-    tag_weight: float = option(10.0, "how much each of the four tags counts in the loss; others: 1")
-    max_gen_len: int = option(512, "tokens of an answer to a held-out question at most")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tag_weight <= 0:
-            raise UserError(f"--tag_weight must be more than 0, not {self.tag_weight}")
-        if self.max_gen_len < 1:
-            raise UserError(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
+    max_seq_len: int = option(1024, "tokens of a packed sequence")
+    tag_weight: float = option(
+        10.0, "weight of each of the four tags in the loss; others: 1", group=STAGE, above=0
+    )
+    max_gen_len: int = option(
+        512, "most tokens of an answer to a held-out question", group=STAGE, at_least=1
+    )
 
 
 def make_label_weights(

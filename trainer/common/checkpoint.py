@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
+from model.command_line import names_where
 from model.errors import UserError
 from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
@@ -31,15 +32,6 @@ KEYS = set(
 )
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite updates that end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
-# Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
-# cut into batches. Data, tokenizer and first weights are compared by what they hold.
-MAY_CHANGE = set(
-    "recipe resume from_resume device num_workers log_interval eval_interval save_interval "
-    "save_dir checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
-    "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt "
-    "rollout_batch_size update_batch_size rollout_url rollout_folder rollout_reload "
-    "reward_model_path judge_url".split()
-)
 
 
 @dataclass
@@ -87,7 +79,9 @@ def fingerprint_of(
         model: before its first update. Only loaded weights are hashed: new ones follow from the
             seed.
     """
-    arguments = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
+    # data, tokenizer and first weights are compared by what they hold, wherever they lie
+    may_differ = names_where(type(args), "may_differ", True)
+    arguments = {name: value for name, value in asdict(args).items() if name not in may_differ}
     sizes = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     loaded = args.from_weight != "none"
     return {
