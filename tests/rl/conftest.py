@@ -1,12 +1,14 @@
 """What the tests of reinforcement learning share."""
 
 import pytest
-from rl_toy import ASKED, MORE, RL, STAGES, prompt_file
+from rl_toy import ASKED, MORE, RL, STAGES, prompt_file, some_prompts
 from toy import Trainer
 
 from model.weights import load_model
 from trainer import train_grpo
+from trainer.common.context import Context
 from trainer.rl import policy
+from trainer.rl.prompts import PromptDataset, collate_prompts
 from trainer.trainer_utils import Run
 
 
@@ -24,7 +26,10 @@ def make_run(save, tmp_path, tokenizer):
             **settings,
         )
         model = policy.add_lora_if_asked(args, load_model(args.from_weight, tokenizer=tokenizer))
-        return Run(args, "grpo", model.config, tokenizer), model.train()
+        prompts = PromptDataset(some_prompts(tokenizer), max_sample_tokens=99)
+        ctx = Context.create(args)
+        run = Run(ctx, "grpo", model, tokenizer, prompts, collate=collate_prompts)
+        return run, model.train()
 
     return make
 

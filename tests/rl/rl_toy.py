@@ -9,7 +9,7 @@ from model.losses import IGNORE_INDEX
 from trainer import train_agent, train_grpo, train_ppo, train_spo
 from trainer.rl.batches import RolloutBatch, micro_batches
 from trainer.rl.prompts import Prompt
-from trainer.rl.rollout import Completion
+from trainer.rl.rollout import Completion, generate_completions
 from trainer.trainer_utils import Run
 
 STAGES = [train_ppo, train_grpo, train_spo, train_agent]
@@ -49,8 +49,13 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
 
 
 def batches_of(run: Run, completions: list[Completion]) -> list[RolloutBatch]:
-    size, pad_id = run.args.update_batch_size, run.tokenizer.pad_token_id
-    return micro_batches(completions, size, pad_id, run.device)
+    size, pad_id = run.ctx.args.update_batch_size, run.tokenizer.pad_token_id
+    return micro_batches(completions, size, pad_id, run.ctx.device)
+
+
+def sample(run: Run, model, prompts: list[Prompt], count: int = 1) -> list[Completion]:
+    step = run.step
+    return generate_completions(run.ctx, model, run.tokenizer, prompts, count, step=step)
 
 
 def some_prompts(tokenizer, count: int = 3) -> list[Prompt]:

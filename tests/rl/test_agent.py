@@ -16,7 +16,9 @@ from dataset.tools import loop
 from dataset.tools.loop import ERRORS, parse_reply
 from model.weights import load_model
 from trainer import train_agent, train_grpo
+from trainer.common.context import Context
 from trainer.rl import policy, prompts
+from trainer.rl.prompts import Prompt
 from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -57,6 +59,12 @@ def calling(monkeypatch):
     monkeypatch.setattr(loop.Episode, "add_reply", add_ended_reply)
 
 
+def sample(run: Run, model, data: list[Prompt], count: int = 1) -> list:
+    """Episodes of each prompt."""
+    ctx, step = run.ctx, run.step
+    return train_agent.generate_episodes(ctx, model, run.tokenizer, data, count, step=step)
+
+
 def read_as_calls(text: str, thinking: bool = False) -> Reply:
     if len(text) % 2:
         return parse_reply(text, thinking)
@@ -81,8 +89,10 @@ def make_run(save, tmp_path, tokenizer):
             **{**settings, "max_gen_len": 6},
         )
         model = load_model(args.from_weight, tokenizer=tokenizer)
-        run = Run(args, "agent", model.config, tokenizer)
-        return run, model.train(), prompts.read_prompts(run, train_agent.parse_task_row)[0]
+        ctx = Context.create(args)
+        data, _ = prompts.read_prompts(ctx, tokenizer, train_agent.parse_task_row)
+        run = Run(ctx, "agent", model, tokenizer, data, collate=prompts.collate_prompts)
+        return run, model.train(), data
 
     return make
 
@@ -94,7 +104,7 @@ def test_loss_is_on_what_the_policy_drew_alone(make_run, calling, tokenizer):
     """Token by token: nothing of the prompt, nothing of <tool_response> turns; and the log-probs
     are those of a whole forward pass."""
     run, model, prompts = make_run(update_batch_size=4)
-    completions = train_agent.generate_episodes(run, model, prompts.prompts[:4], num_generations=2)
+    completions = sample(run, model, prompts.prompts[:4], 2)
     assert max(each.episode.turns for each in completions) > 1
     seen = 0
     for batch in batches_of(run, completions):
@@ -127,7 +137,7 @@ def test_loss_is_on_what_the_policy_drew_alone(make_run, calling, tokenizer):
 
 def test_the_ratio_is_exactly_one_until_there_was_an_update(make_run, calling):
     run, model, prompts = make_run(update_batch_size=4)
-    completions = train_agent.generate_episodes(run, model, prompts.prompts[:4], num_generations=2)
+    completions = sample(run, model, prompts.prompts[:4], 2)
     for batch in batches_of(run, completions):
         old = policy.log_probs(run, model, batch)
         new = model(**policy.policy_inputs(batch, 1.0)).log_probs
@@ -139,17 +149,17 @@ def test_the_sampled_ids_are_kept(make_run, calling, tokenizer, monkeypatch):
     run, model, prompts = make_run()
     odd = [tokenizer(letter).input_ids[0] for letter in "the"]
     draw = lambda requests: [[*odd, tokenizer.eos_token_id] for _ in requests]  # noqa: E731
-    monkeypatch.setattr(train_agent, "make_generate_fn", lambda args, run, model: draw)
+    monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
     assert tokenizer(tokenizer.decode(odd)).input_ids != odd
-    for each in train_agent.generate_episodes(run, model, prompts.prompts[:3]):
+    for each in sample(run, model, prompts.prompts[:3]):
         drawn = [t for t, own in zip(each.tokens, each.action_mask, strict=True) if own]
         assert drawn == [*odd, tokenizer.eos_token_id] * each.episode.turns
 
 
 def test_episodes_are_the_same_in_any_company(make_run, calling):
     run, model, prompts = make_run()
-    side_by_side = train_agent.generate_episodes(run, model, prompts.prompts[:4], num_generations=3)
-    alone = train_agent.generate_episodes(run, model, prompts.prompts[1:2], num_generations=3)
+    side_by_side = sample(run, model, prompts.prompts[:4], 3)
+    alone = sample(run, model, prompts.prompts[1:2], 3)
     assert [each.tokens for each in alone] == [each.tokens for each in side_by_side[3:6]]
     assert len({tuple(each.tokens) for each in alone}) == 3
     assert {each.episode.turns for each in side_by_side} > {1}
@@ -171,9 +181,9 @@ def test_rewards_and_metrics_by_hand(make_run, tokenizer, monkeypatch):
             texts.append(said if isinstance(said, str) else f"<tool_call>\n{json.dumps(said)}")
         return [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
 
-    monkeypatch.setattr(train_agent, "make_generate_fn", lambda args, run, model: draw)
-    completions = train_agent.generate_episodes(run, model, [prompt], num_generations=4)
-    rewards, metrics = train_agent.ToolRewards(run, prompts)(completions)
+    monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
+    completions = sample(run, model, [prompt], 4)
+    rewards, metrics = train_agent.ToolRewards(run.ctx, tokenizer, 64, prompts)(completions)
     assert rewards.tolist() == pytest.approx([1.0, 0.7, 0.0, 0.0])
     assert metrics["success"] == (2, 4) and metrics["tools/call_frequency"] == (5, 4)
     assert metrics["reward"] == pytest.approx((1.7, 4))
@@ -215,7 +225,7 @@ def test_training_goes_on_where_it_stopped_bit_by_bit(agent, calling, killed):
     log = agent.log("a", "reward")
     assert len(log) == 6 and all(math.isfinite(line["success"]) for line in log)
     assert max(line["tools/call_frequency"] for line in log) > 0.3 and "error_malformed" in log[0]
-    assert agent.log("a", "val_success")
+    assert agent.log("a", "eval_success")
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def test_grpo_losses_are_those_of_trl(trl_trainer, loss_type, beta):
     )
     if not beta:
         batch.ref_log_probs = None
-    stats = SimpleNamespace(num_completions=B, num_tokens=batch.labelled)
+    stats = SimpleNamespace(num_completions=B, num_tokens=batch.num_label_tokens)
     token_losses = train_grpo.policy_loss(new, batch, args)
     loss = train_grpo.aggregate_loss(token_losses, batch, args, stats)
     assert_close(loss, expected, atol=1e-6, rtol=0)

@@ -5,7 +5,6 @@ import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from dataset.lm_dataset import encode_chat
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import save_weights
+from trainer.common.context import Context
 from trainer.rl import rewards, rollout_server
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest, Prompt, PromptDataset
@@ -28,16 +28,14 @@ def make_rewards(tokenizer, tmp_path):
 
     def make(*names: str, answers=("4",), **settings) -> Rewards:
         args = RolloutArgs(
-            reward=list(names) or ["auto"], save_dir=str(tmp_path), max_gen_len=10, **settings
+            reward=list(names) or ["auto"],
+            save_dir=str(tmp_path),
+            max_gen_len=10,
+            device="cpu",
+            **settings,
         )
-        run = SimpleNamespace(
-            args=args,
-            tokenizer=tokenizer,
-            device=torch.device("cpu"),
-            config=SimpleNamespace(hidden_size=32),
-            print=print,
-        )
-        return Rewards(run, PromptDataset([prompt(answer) for answer in answers], 99))
+        prompts = PromptDataset([prompt(answer) for answer in answers], 99)
+        return Rewards(Context.create(args), tokenizer, 32, prompts)
 
     return make
 
@@ -281,10 +279,12 @@ def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [None, 404])
-def test_a_server_that_does_not_answer_ends_with_one_sentence(server, status, monkeypatch):
+def test_a_server_that_does_not_answer_ends_with_one_sentence(
+    server, status, monkeypatch, closed_port
+):
     monkeypatch.setattr(rollout_server, "FIRST_DELAY", 0.01)
     url, asked = server(lambda path, body: (404, {"error": "no such model"}))
-    url = url if status else "http://127.0.0.1:9/v1"
+    url = url if status else f"http://127.0.0.1:{closed_port}/v1"
     with pytest.raises(UserError, match="resume goes on from the last checkpoint"):
         rollout_server.post(url, {})
     assert len(asked) == (1 if status else 0)

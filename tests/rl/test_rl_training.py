@@ -26,11 +26,11 @@ def test_training_goes_on_where_it_stopped_bit_by_bit(rl, killed, more):
     killed(4, rl, "a", **settings)
     rl("a", resume=True, **settings)
     assert same(everything(rl), everything(rl, "whole"))
-    assert same(rl.saved()["beside"], rl.saved("whole")["beside"])
+    assert same(rl.saved()["extra_state"], rl.saved("whole")["extra_state"])
     log = rl.log("a", "reward")
     assert len(log) == 6 and all(math.isfinite(line["rewards/language/mean"]) for line in log)
-    assert rl.log("a", "val_reward")
-    changed = rl.log("a", "changed_share")[-1]["changed_share"]
+    assert rl.log("a", "eval_reward")
+    changed = rl.log("a", "changed_fraction")[-1]["changed_fraction"]
     assert changed > 0.05  # most of such a tiny model is its embedding, of which much stays unread
 
 
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(rl, more):
     for name in one:  # the mean, for embedding and norms have AdamW
         assert (two[name] - one[name]).abs().mean() < 3e-5, name
     for ours, theirs in zip(rl.log("a", "reward"), rl.log("one", "reward"), strict=True):
-        for name in ("reward", "entropy", "completions/mean_length", "tokens", "loss"):
+        for name in ("reward", "entropy", "completions/mean_length", "num_tokens", "loss"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rl_toy import batches_of, some_prompts
+from rl_toy import batches_of, sample, some_prompts
 from torch.testing import assert_close
 
 from model.weights import load_model
@@ -17,13 +17,13 @@ def test_completions_are_the_same_in_any_company(make_run, tokenizer):
     """Alone, beside others, and on another rank: seed, update and prompt say all."""
     run, model = make_run()
     prompts = some_prompts(tokenizer)
-    together = rollout.generate_completions(run, model, prompts, num_generations=4)
+    together = sample(run, model, prompts, 4)
     assert [each.prompt.index for each in together] == [0] * 4 + [1] * 4 + [2] * 4
-    alone = rollout.generate_completions(run, model, prompts[1:2], num_generations=4)
+    alone = sample(run, model, prompts[1:2], 4)
     assert [each.tokens for each in alone] == [each.tokens for each in together[4:8]]
     assert len({tuple(each.tokens) for each in alone}) == 4
-    run.step += 1
-    later = rollout.generate_completions(run, model, prompts[1:2], num_generations=4)
+    run.progress.step += 1
+    later = sample(run, model, prompts[1:2], 4)
     assert [each.tokens for each in later] != [each.tokens for each in alone]
     assert model.training
 
@@ -62,7 +62,7 @@ def test_batches_carry_loss_on_the_completions_alone(make_run, tokenizer):
 
 def test_the_ratio_is_exactly_one_until_there_was_an_update(make_run, tokenizer):
     run, model = make_run(update_batch_size=4)
-    completions = rollout.generate_completions(run, model, some_prompts(tokenizer), 3)
+    completions = sample(run, model, some_prompts(tokenizer), 3)
     for batch in batches_of(run, completions):
         old = policy.log_probs(run, model, batch)
         new = model(**policy.policy_inputs(batch, 1.0)).log_probs
@@ -74,22 +74,22 @@ def test_the_ratio_is_exactly_one_until_there_was_an_update(make_run, tokenizer)
 
 def test_no_completions_make_one_batch_without_loss(make_run):
     run, model = make_run()
-    (batch,) = micro_batches([], 4, run.tokenizer.pad_token_id, run.device)
+    (batch,) = micro_batches([], 4, run.tokenizer.pad_token_id, run.ctx.device)
     loss = model(**policy.policy_inputs(batch, 1.0)).log_probs.sum()
     loss.backward()
-    assert loss.item() == 0 and batch.labelled == 0
+    assert loss.item() == 0 and batch.num_label_tokens == 0
     assert all((weight.grad == 0).all() for weight in model.parameters())
 
 
 def test_the_reference_of_an_adapter_is_the_model_without_it(make_run, tokenizer):
     run, model = make_run(use_lora=True)
-    plain = load_model(run.args.from_weight, tokenizer=tokenizer)
+    plain = load_model(run.ctx.args.from_weight, tokenizer=tokenizer)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    reference = policy.ReferenceModel(run, model)
+    reference = policy.ReferenceModel(run.ctx, model)
     assert reference.copy is None
-    (batch,) = batches_of(run, rollout.generate_completions(run, model, some_prompts(tokenizer)))
-    got = reference.log_probs(model, batch)
+    (batch,) = batches_of(run, sample(run, model, some_prompts(tokenizer)))
+    got = reference.log_probs(run, model, batch)
     assert torch.equal(got, policy.log_probs(run, plain, batch))
     assert not torch.equal(got, policy.log_probs(run, model, batch))

@@ -233,7 +233,7 @@ def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
     assert line["reward"] == pytest.approx(
         line["rewards/answer/mean"] + line["rewards/format/mean"] / 2, abs=2e-4
     )
-    assert rl.log(kind="val_rewards/format/mean")
+    assert rl.log(kind="eval_rewards/format/mean")
     run_args = train_grpo.Args(**rl.settings(**settings))
     prompts, _ = read_prompts(Context.create(run_args), tokenizer)
     assert all(tokenizer.decode(prompt.ids).endswith("<think>\n") for prompt in prompts.prompts)
