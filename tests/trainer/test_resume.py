@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -177,8 +178,14 @@ def no_permission(run: Run) -> None:
         with suppress(OSError):  # some containers have no other user, but no such right either
             os.seteuid(65534)
     for folder in (run.args.save_dir, run.args.checkpoint_dir):
-        with suppress(PermissionError):
-            os.chmod(folder, 0o555)
+        for each in folders(Path(folder)):
+            with suppress(PermissionError):
+                each.chmod(0o555)
+
+
+def folders(top: Path) -> list[Path]:
+    """With those below, as LoRA has one; in a list, for their modes are to be changed."""
+    return [top, *(path for path in top.rglob("*") if path.is_dir())]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +211,7 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
         assert ended(process) == 2
     said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "cannot write" in said[0] and complaint in said[0]
-    for folder in (train.folder / "a").iterdir():
+    for folder in folders(train.folder / "a"):
         folder.chmod(0o755)
     assert train.saved()["progress"]["step"] == 2
     train(resume=True, **settings)
