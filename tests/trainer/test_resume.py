@@ -174,13 +174,12 @@ def full_disk(run: Run) -> None:
 
 
 def no_permission(run: Run) -> None:
-    if os.geteuid() == 0:  # may write everywhere
+    for top in (run.args.save_dir, run.args.checkpoint_dir):
+        for folder in folders(Path(top)):
+            folder.chmod(0o555)
+    if os.geteuid() == 0:  # may write all the same
         with suppress(OSError):  # some containers have no other user, but no such right either
             os.seteuid(65534)
-    for folder in (run.args.save_dir, run.args.checkpoint_dir):
-        for each in folders(Path(folder)):
-            with suppress(PermissionError):
-                each.chmod(0o555)
 
 
 def folders(top: Path) -> list[Path]:
