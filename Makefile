@@ -6,13 +6,13 @@ BIN := .venv/bin
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
-	$(BIN)/python scripts/demo.py --started $(STARTED)
+	$(BIN)/python scripts/runs/demo.py --started $(STARTED)
 
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 stages: .venv/installed  ## does each stage learn? two to three hours on two cores
-	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/learning/stages.py
 
 docs: .venv/installed-docs  ## these texts as a site, out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -24,7 +24,7 @@ check: lint  ## what to run before each commit: style, notes and the fast tests
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python scripts/check_notes.py
+	$(BIN)/python docs/check_notes.py
 
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.replies import parse_reply
+from dataset.reply_parser import parse_reply
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.generation import decode
-from model.sampling import Sampling
-from model.text_stream import stream_text
+from model.inference.generation import decode
+from model.inference.sampling import Sampling
+from model.inference.streaming import stream_text
 from model.weights import write_json
-from scripts.chat_model import ChatModel, TalkArgs, load_chat_model
+from scripts.serving.chat_model import ChatModel, TalkArgs, load_chat_model
 
 CHAT_PROMPTS = [
     "Who are you?",

@@ -123,11 +123,12 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
             lines = (len(result["records"]) for result in (before, after))
             return "lines of the log: {} → {}".format(*lines)
         for name, value in old.items():
-            renamed = RENAMED.get(name, name)
-            if name in TIMINGS or renamed is None:
+            names = RENAMED.get(name, name).split()
+            if name in TIMINGS or not names:
                 continue
-            if new.get(renamed, "none") != value:
-                return f"step {old['step']}: {name} {value} → {new.get(renamed, 'none')}"
+            found = next((new[each] for each in names if each in new), "none")
+            if found != value:
+                return f"step {old['step']}: {name} {value} → {found}"
     for kind in ("weights", "float32 weights", "optimizer's state"):
         if before[kind] != after[kind]:
             return f"{kind} at the end, not seen in the log"

@@ -37,8 +37,24 @@ from transformers import (  # noqa: F401  only what is named is imported
 
 PACKAGES = ("model", "dataset", "trainer", "scripts", "eval_llm")
 
-# Keys of metrics.jsonl and of checkpoints that have another name after the change; None: gone.
-RENAMED: dict[str, str | None] = {}
+# Keys of metrics.jsonl that have another name after the change, or one of several; "": gone.
+RENAMED = {
+    "lr": "learning_rate",
+    "tokens": "num_tokens",
+    "changed_share": "changed_fraction",
+    "val_loss": "eval_loss",
+    "val_bpb": "eval_bpb",
+    "val_kl": "eval_kl",
+    "val_format": "eval_format",
+    "val_answer": "eval_answer",
+    "accuracy": "rewards/accuracies accuracy",  # DPO's, and the reward model's
+    "margin": "rewards/margins margin",
+    "chosen_reward": "rewards/chosen chosen_reward",
+    "rejected_reward": "rewards/rejected rejected_reward",
+    "val_accuracy": "eval_rewards/accuracies eval_accuracy",
+    "val_margin": "eval_rewards/margins eval_margin",
+}
+
 
 # -- data ------------------------------------------------------------------------------------------
 
@@ -233,10 +249,7 @@ class Training:
         }
         (path,) = self.folder.glob("checkpoints/**/*.checkpoint.pt")
         checkpoint = torch.load(path, weights_only=True)
-        model, optimizer = (
-            checkpoint[name if name in checkpoint else RENAMED[name]]
-            for name in ("model", "optimizer")
-        )
+        model, optimizer = (checkpoint[name] for name in ("model", "optimizer"))
         return {
             "records": [json.loads(line) for line in self.metrics().splitlines()],
             "weights": weights,

@@ -14,9 +14,9 @@ from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["*.md", "learning_materials/*.md", "benchmarks/*.md"]
-PICTURES = ["learning_materials/figures/*.png", "benchmarks/*.png"]
-CODE = ["eval_llm.py", *(f"{room}/*.py" for room in ("model", "dataset", "trainer", "scripts"))]
-CODE += ["learning_materials/*.py", "benchmarks/*.py", "tests/*.py"]
+PICTURES = ["learning_materials/figures/*.png", "benchmarks/figures/*.png"]
+ROOMS = ("model", "dataset", "trainer", "scripts", "benchmarks", "tests")
+CODE = ["eval_llm.py", "learning_materials/*.py", *(f"{room}/**/*.py" for room in ROOMS)]
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 CHINESE = "[\u3000-\u9fff\uff00-\uffef]"
 SYMBOL = re.compile(r"`(\w+/[\w/]+\.py)::([\w.]+)`")

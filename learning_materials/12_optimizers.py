@@ -16,7 +16,7 @@ import torch
 from lesson import Lesson, crops, small_model, teach, textbook, train
 from torch import Tensor, nn
 
-from trainer.optimizers import Muon, orthogonal
+from trainer.common.optimizers import Muon, orthogonal
 
 STEPS = 100
 OPTIMIZERS: dict[str, Callable] = {

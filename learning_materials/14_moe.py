@@ -16,7 +16,7 @@ from lesson import Language, Lesson, small_model, teach
 from model.feed_forward import Routing, balance_loss, mixtures, nudge_bias
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters
-from trainer.optimizers import make_optimizer
+from trainer.common.optimizers import make_optimizer
 
 EXPERTS = dict(num_hidden_layers=1, use_moe=True, moe_intermediate_size=64, n_routed_experts=8)
 # with one expert a token, a renormalised weight would always be 1 and teach the gate nothing

@@ -13,8 +13,8 @@ import torch
 from lesson import Language, Lesson, small_model, teach, train
 from torch import Tensor
 
-from model.generation import generate
-from model.sampling import Sampling, filter_logits, sample
+from model.inference.generation import generate
+from model.inference.sampling import Sampling, filter_logits, sample
 
 CHANCES = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from lesson import Language, Lesson, small_model, teach, train
 
-from model.generation import generate
+from model.inference.generation import generate
+from model.inference.sampling import Sampling
 from model.model_minimind import MiniMindForScoring
-from model.sampling import Sampling
 from trainer import train_grpo, train_ppo, train_spo
-from trainer.rollout import Completion, Prompt, Sums, micro_batches, policy_inputs
+from trainer.rl.rollout import Completion, Prompt, Sums, micro_batches, policy_inputs
 
 CHANCES = torch.tensor([0.95, 0.85, 0.75, 0.65])  # of a reward of 1, for the bandit's four arms
 TRUE = (CHANCES - CHANCES.mean()) / 4  # the gradient of E[r] for the logits, where all are 0

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dataset.demo import load_tables
+from dataset.demo.files import load_tables
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_write
-from trainer.optimizers import learning_rate_factor, make_optimizer
+from trainer.common.optimizers import learning_rate_factor, make_optimizer
 
 matplotlib.use("Agg")  # no window: the picture goes to a file
 FIGURES = Path(__file__).with_name("figures")

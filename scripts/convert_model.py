@@ -27,11 +27,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model import gguf_file
 from model.errors import UserError, exit_on_user_error
+from model.formats import gguf_format
+from model.formats.hf_format import load_folder, read_config, save_folder
 from model.model_lora import load_lora, merged_for_good, read_peft, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
-from model.transformers_folder import load_folder, read_config, save_folder
 from model.weights import (
     load_model,
     load_tokenizer,
@@ -88,16 +88,16 @@ def to_gguf(args: argparse.Namespace) -> None:
     with unfinished(args, args.target, *recipe) as folder:
         tokenizer, model = tokenizer_and_model(args)
         path = folder / args.target.name
-        gguf_file.save_gguf(model, tokenizer, path, args.dtype, args.target.stem)
+        gguf_format.save_gguf(model, tokenizer, path, args.dtype, args.target.stem)
         rounded = copy.deepcopy(model)
-        rounded.load_state_dict(gguf_file.read_gguf(path, model), strict=True)
-        gguf_file.check_rounding(model.state_dict(), rounded.state_dict(), args.dtype)
+        rounded.load_state_dict(gguf_format.read_gguf(path, model), strict=True)
+        gguf_format.check_rounding(model.state_dict(), rounded.state_dict(), args.dtype)
         tell_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
-            text = gguf_file.modelfile(args.target, model.config, tokenizer)
+            text = gguf_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
-    flags = gguf_file.needed_flags(model.config)
+    flags = gguf_format.needed_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
     for each in recipe:
         print(f"{each}: ollama create {args.target.stem} -f {each}")
@@ -341,7 +341,7 @@ def command_line() -> Parser:
     added.add_argument("--native", **switch, help="as MiniMind, with its code")
     command("from-hf", from_hf, "such a folder, or an earlier .pth, to .pth and .json", ".pth")
     added = command("to-gguf", to_gguf, "a file for llama.cpp and ollama", ".gguf")
-    kinds = tuple(gguf_file.DTYPES)
+    kinds = tuple(gguf_format.DTYPES)
     added.add_argument("--dtype", choices=kinds, default=kinds[0], help="of the weights")
     added.add_argument("--ollama", **switch, help="write a Modelfile for ollama beside it")
     added = command("merge-lora", merge_lora, "a model with an addition in its weights", ".pth")

@@ -31,9 +31,9 @@ from rich.table import Table
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, TOKENIZER, write_json
-from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
-from trainer.hardware import describe_machine, resolve_device
-from trainer.plots import save_figure
+from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
+from trainer.common.hardware import describe_machine, resolve_device
+from trainer.report.plots import save_figure
 
 TASKS = "ceval cmmlu openbookqa arc_easy arc_challenge hellaswag piqa gsm8k"
 
@@ -74,7 +74,7 @@ class Args(ModelArgs):
 def main(args: Args) -> dict[str, Any]:
     reports = [read_report(path) for path in args.compare]
     try:
-        from scripts import harness
+        from scripts.evaluation import harness
     except ImportError as error:
         raise UserError(
             f"lm-evaluation-harness is not installed, or not whole ({error}); "

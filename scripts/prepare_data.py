@@ -32,9 +32,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from dataset import hub, mixing, statistics
-from dataset.cleaning import Cleaner, Filters
-from dataset.deduplication import (
+from dataset.prepare import hub, mixing, statistics
+from dataset.prepare.cleaning import Cleaner, Filters
+from dataset.prepare.deduplication import (
     SHORTEST_QUESTION,
     Questions,
     Selected,
@@ -43,12 +43,12 @@ from dataset.deduplication import (
     read_questions,
     row_of,
 )
-from dataset.resumable import Done, Progress, in_chunks, process, seen, sha256_of
-from dataset.sources import Raw, check_input, kind_of, read_raw, to_row, whole_text
+from dataset.prepare.resumable import Done, Progress, in_chunks, process, seen, sha256_of
+from dataset.prepare.sources import Raw, check_input, kind_of, read_raw, to_row, whole_text
 from model.command_line import Parser, option
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, ROOT, load_tokenizer, tokenizer_hash, write_json
-from trainer.plots import plt, save_figure
+from trainer.report.plots import plt, save_figure
 
 CHUNK_ROWS, CHUNK_SIZE = 500, 2_000_000
 FORMAT = 1  # raise it whenever the same settings give other rows

@@ -5,7 +5,7 @@
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "minimind", "messages": [{"role": "user", "content": "Who are you?"}]}'
 
-All requests are decoded side by side by one engine (model/engine.py). There are
+All requests are decoded side by side by one engine (model/inference/engine.py). There are
 /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
 """
 
@@ -30,16 +30,16 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, encode_text
-from dataset.replies import ReplyParser
+from dataset.reply_parser import ReplyParser
 from model.command_line import option, parse_arguments
-from model.constraint import Grammar, Grammars
-from model.engine import Engine, LogProb, QueueFull, Request
-from model.engine_thread import EngineThread
 from model.errors import UserError, exit_on_user_error
-from model.sampling import Sampling
-from model.text_stream import TextStream
-from scripts.chat_model import ChatModel, ModelArgs, load_chat_model
-from scripts.openai_types import (
+from model.inference.engine import Engine, LogProb, QueueFull, Request
+from model.inference.engine_thread import EngineThread
+from model.inference.grammar import Grammar, Grammars
+from model.inference.sampling import Sampling
+from model.inference.streaming import TextStream
+from scripts.serving.chat_model import ChatModel, ModelArgs, load_chat_model
+from scripts.serving.openai_types import (
     ApiError,
     ChatRequest,
     ChosenTool,

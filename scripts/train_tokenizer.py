@@ -46,9 +46,9 @@ from tqdm import tqdm
 from dataset.lm_dataset import TAGS
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, atomic_write, write_json
+from model.weights import OUT, ROOT, atomic_write, write_json
 
-TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+TEMPLATE = ROOT / "dataset" / "chat_template.jinja"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # never shown: ids 0, 1, 2
 RESERVED = [f"<|reserved_{number}|>" for number in range(5)]  # for what you may want to add

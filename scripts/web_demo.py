@@ -15,10 +15,10 @@ import streamlit as st
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from scripts.chat_model import TalkArgs
-from scripts.web_chat import chat_page, end_answer, kept
-from scripts.web_microscope import microscope_page
-from scripts.web_models import (
+from scripts.serving.chat_model import TalkArgs
+from scripts.web.chat import chat_page, end_answer, kept
+from scripts.web.microscope import microscope_page
+from scripts.web.models import (
     Loaded,
     default_model,
     demo_training,
@@ -26,7 +26,7 @@ from scripts.web_models import (
     find_models,
     load,
 )
-from scripts.web_texts import LANGUAGES, Words
+from scripts.web.texts import LANGUAGES, Words
 
 # A picture of our own: those of Streamlit's icons would be fetched from the internet.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">

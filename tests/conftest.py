@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import CACHE, load_documents
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_tokenizer, save_weights
-from trainer import hardware, trainer_utils
+from trainer import trainer_utils
+from trainer.common import hardware
 from trainer.trainer_utils import Run
 
 

@@ -1,7 +1,7 @@
 """Tool use, learnt from its success: GRPO over whole conversations with tools.
 
 An answer o_i to a question is now an episode: replies of the policy and results of tools in turn
-(dataset/tool_loop.py), until it calls no more tool. With rewards r_i for the G episodes of a
+(dataset/tools/loop.py), until it calls no more tool. With rewards r_i for the G episodes of a
 question, A_i and the loss are those of train_grpo.py, from which they are imported:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)
@@ -31,19 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dataset.tool_loop import ERRORS, MAX_TURNS, Episode, play, score, task_of
+from dataset.grading import grade
+from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
 from model.command_line import option
 from model.errors import UserError
-from model.generation import generate
-from model.sampling import Sampling
+from model.inference.generation import generate
+from model.inference.sampling import Sampling
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.arguments import DATASET, LEARNING_RATE_HELP
-from trainer.command import run_stage
-from trainer.evaluation import uncompiled
-from trainer.optimizers import make_optimizer
-from trainer.rewards import Rewards, answer_in, mean, same_answer
-from trainer.rollout import (
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
+from trainer.common.command import run_stage
+from trainer.common.evaluation import uncompiled
+from trainer.common.optimizers import make_optimizer
+from trainer.rl.rewards import Rewards, answer_in, mean
+from trainer.rl.rollout import (
     Completion,
     Prompt,
     Prompts,
@@ -111,7 +112,7 @@ def begin(run: Run, prompt: Prompt) -> Episode:
 def finished(prompt: Prompt, episode: Episode) -> Play:
     tokens = episode.ids[episode.prompt_length :]
     ended = not {"unfinished", "endless", "too_long"} & set(episode.errors)
-    return Play(prompt, tokens, episode.text, ended, episode.written, episode)
+    return Play(prompt, tokens, episode.text, ended, episode.action_mask, episode)
 
 
 @uncompiled
@@ -133,8 +134,8 @@ def roll_out(
         return draw(chosen)
 
     episodes = [episode for _, episode, _ in begun]
-    play(episodes, write, args.max_turns, room(run))
-    drawn = sum(sum(episode.written) for episode in episodes)
+    run_episodes(episodes, write, args.max_turns, room(run))
+    drawn = sum(sum(episode.action_mask) for episode in episodes)
     run.pending["tokens"] += int(run.sum_over_ranks(drawn)[0])
     return [finished(prompt, episode) for prompt, episode, _ in begun]
 
@@ -147,7 +148,7 @@ def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Play]:
     def write(waiting: list[Episode]) -> list[list[int]]:
         return generate(unwrapped(model), [episode.ids for episode in waiting], settings)
 
-    play(episodes, write, run.args.max_turns, room(run))
+    run_episodes(episodes, write, run.args.max_turns, room(run))
     return [finished(*pair) for pair in zip(prompts, episodes, strict=True)]
 
 
@@ -172,7 +173,7 @@ class ToolRewards:
         episodes, args = [each.episode for each in plays], self.parts.run.args
         wrong = [bool(episode.errors) for episode in episodes]
         rewards = rewards.masked_fill(torch.tensor(wrong, dtype=torch.bool), 0.0)
-        right = [same_answer(answer_in(each, args), each.prompt.answer) for each in plays]
+        right = [grade(answer_in(each, args), each.prompt.answer) for each in plays]
         errors = Counter(error for episode in episodes for error in episode.errors)
         sums = {
             "success": sum(yes and not no for yes, no in zip(right, wrong, strict=True)),

@@ -39,11 +39,11 @@ from torch import Tensor
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
-from trainer.arguments import LEARNING_RATE_HELP
-from trainer.command import run_stage
-from trainer.optimizers import make_optimizer
-from trainer.rewards import Rewards
-from trainer.rollout import (
+from trainer.common.arguments import LEARNING_RATE_HELP
+from trainer.common.command import run_stage
+from trainer.common.optimizers import make_optimizer
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import (
     Reference,
     RolloutArgs,
     RolloutBatch,

@@ -1,0 +1,128 @@
+"""What deduplication does for a model: held-out bits per byte after the same number of tokens.
+
+    python benchmarks/learning/dedup_effect.py --data_path pretrain.jsonl.gz --val_path val.jsonl.gz
+
+Three trainings from nothing of one small model, alike in everything but their data: the documents
+as they are; what `prepare_data.py dedup` leaves of them; and the documents with some of them
+repeated many times, as in a crawl. What dedup leaves of the last is checked to be what it leaves of
+the first, so that the second training answers for both.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dataset.prepare.resumable import sha256_of
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
+from scripts import prepare_data
+from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
+from trainer import train_pretrain
+from trainer.common.hardware import describe_machine
+
+
+@dataclass
+class Args:
+    data_path: str = option("", 'JSONL of {"text": …}, .jsonl or .jsonl.gz')
+    val_path: str = option("", "held-out documents, likewise")
+    documents: int = option(20_000, "how many documents of data_path, from the first")
+    repeated_share: float = option(0.01, "share of the documents that are repeated")
+    copies: int = option(100, "how often each of them comes")
+    max_steps: int = option(120, "updates of each training, of 4,096 tokens")
+    hidden_size: int = option(192, "width")
+    num_hidden_layers: int = option(4, "depth")
+    seed: int = option(42, "of the training, and of which documents are repeated")
+    only: str = option("", "train on this data only: as it is, deduplicated or repeated")
+    output: str = option(str(OUT / "dedup_effect"), "folder for data, weights and logs")
+    json: str = option("", "also write the figures to this file")
+
+
+def make_data(args: Args) -> dict[str, Path]:
+    """The three files."""
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    lines = list(islice(read_lines(args.data_path), args.documents))
+    draw = np.random.default_rng(args.seed)
+    repeated = draw.choice(len(lines), int(args.repeated_share * len(lines)), replace=False)
+    more = [line for number in repeated for line in [lines[number]] * (args.copies - 1)]
+    kinds = {"as it is": lines, "repeated": lines + more}
+    files = {}
+    for name, some in kinds.items():
+        files[name] = out / f"{name.replace(' ', '_')}.jsonl"
+        files[name].write_text("".join(some), encoding="utf-8")
+    kept = {name: out / f"{path.stem}_dedup.jsonl" for name, path in files.items()}
+    for name, path in files.items():
+        prepare_data.dedup(
+            prepare_data.Dedup(input=[str(path)], output=str(kept[name]), force=True)
+        )
+    if sha256_of(kept["as it is"]) != sha256_of(kept["repeated"]):
+        raise UserError("dedup leaves something else of the repeated documents")
+    return {
+        "as it is": files["as it is"],
+        "deduplicated": kept["as it is"],
+        "repeated": files["repeated"],
+    }
+
+
+def train(args: Args, name: str, data: Path) -> dict:
+    """A training on `data`, and what it gives."""
+    out = Path(args.output) / name.replace(" ", "_")
+    run = train_pretrain.main(
+        train_pretrain.Args(
+            data_path=[str(data)],
+            val_path=[args.val_path],
+            save_dir=str(out),
+            checkpoint_dir=str(out),
+            hidden_size=args.hidden_size,
+            num_hidden_layers=args.num_hidden_layers,
+            batch_size=8,
+            accumulation_steps=1,
+            batch_ramp=0,
+            epochs=100,
+            max_steps=args.max_steps,
+            eval_interval=0,
+            save_interval=0,
+            seed=args.seed,
+        )
+    )
+    tokenizer = load_tokenizer()
+    model = load_model(weight_path("pretrain", args.hidden_size, out), tokenizer=tokenizer)
+    texts = read_texts(args.val_path, 300)
+    return {
+        "documents": sum(1 for _ in read_lines(data)),
+        "parameters": count_parameters(model),
+        "machine": describe_machine(model.device),
+        **{key: run[key] for key in ("tokens", "seconds", "val_bpb")},
+        "by_the_rule": bits_per_byte(model, tokenizer, texts),
+    }
+
+
+def main(args: Args) -> dict:
+    files = make_data(args)
+    if args.only and args.only not in files:
+        raise UserError(f"--only knows {', '.join(files)}, not {args.only}")
+    names = [args.only] if args.only else list(files)
+    report = {"date": str(date.today()), **{name: train(args, name, files[name]) for name in names}}
+    table = Table("data", "documents", "tokens trained", "bits per byte", "by the rule")
+    for name in names:
+        run = report[name]
+        figures = (run["documents"], run["tokens"])
+        bits = (run["val_bpb"], run["by_the_rule"])
+        table.add_row(name, *(f"{n:,}" for n in figures), *(f"{b:.4f}" for b in bits))
+    Console().print(table)
+    print(json.dumps(report[names[-1]]["machine"]))
+    if args.json:
+        write_json(args.json, report)
+    return report
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

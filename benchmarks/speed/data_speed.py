@@ -1,0 +1,301 @@
+"""How fast data files become rows to train on, and how much memory that takes.
+
+    python benchmarks/speed/data_speed.py [--data_path FILE] [--gigabytes 5] [--json FILE]
+
+Two measurements on the rows of --data_path (default: the project's own demo data), which are
+written again and again, as plain JSONL, until the file is as long as wanted:
+
+1. --megabytes of it, in this process: `load_documents` with an empty cache (read, tokenise on all
+   cores, write the Arrow file), then `Rows` (packing).
+2. --gigabytes of it (0: leave this out), as a person would do it: the trainer of that kind of data,
+   started through its command line with a tiny model for two steps. Measured are the seconds from
+   the start of the process until its log has the first step, and the largest memory on the way.
+   The goal is less than 2 GB, whatever the file's size.
+
+MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer runs from
+a copy of the code in the temporary folder, so that its cache of tokens (dataset/.cache) lies there
+too and goes with it. --work_dir needs about twice --gigabytes of room.
+
+Memory is that of the process and all its children, sampled ten times a second, each process
+counted by its proportional set size (PSS, on Linux): a page that several processes share, such as
+libraries, what forked workers inherit, or the mapped file of tokens, is divided among them. The sum
+of resident sizes would count such a page several times; the sum of unshared ones (USS, taken where
+the system knows no PSS) would miss it.
+"""
+
+import gzip
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from dataset.demo.files import write_demo_data
+from dataset.lm_dataset import check_file, load_documents, parse_row
+from dataset.packing import Rows
+from model.command_line import option, parse_arguments
+from model.errors import UserError, exit_on_user_error
+from model.weights import ROOT, load_tokenizer, write_json
+from trainer.common.hardware import describe_machine
+
+DEMO_FILES = {"text": "pretrain_hq.jsonl", "conversations": "sft_mini_512.jsonl"}
+STAGES = {"text": "pretrain", "conversations": "full_sft"}
+SAMPLE_SECONDS = 0.1
+HIDDEN_SIZE = 64  # of the model in the second measurement, where only the data matters
+
+
+@dataclass
+class Args:
+    data_path: str = option("", "rows to repeat, .jsonl or .jsonl.gz; default: the demo data")
+    kind: Literal["", "text", "conversations"] = option("", "default: what the first row is")
+    megabytes: float = option(100.0, "how much to tokenise and pack in this process")
+    gigabytes: float = option(5.0, "how much to start a training on; 0: do not")
+    max_seq_len: int = option(512, "tokens in a row")
+    work_dir: str = option("", "where the temporary folder goes; default: the system's place")
+    json: str = option("", "also write the figures to this file")
+
+
+def main(args: Args) -> dict[str, Any]:
+    if args.megabytes <= 0 or args.gigabytes < 0:
+        raise UserError("--megabytes must be more than 0, and --gigabytes not negative")
+    with temporary_folder(args.work_dir) as folder:
+        if args.data_path:
+            source = check_file(args.data_path)
+            kind = args.kind or kind_of(source)
+        else:
+            kind = args.kind or "text"
+            write_demo_data(folder / "demo")
+            source = folder / "demo" / DEMO_FILES[kind]
+        report: dict[str, Any] = {
+            "date": str(date.today()),
+            "machine": describe_machine(torch.device("cpu")),
+            "data": source.name,
+            "kind": kind,
+        }
+        report |= tokenise_and_pack(source, kind, args, folder)
+        if args.gigabytes:
+            report["training"] = start_training(source, kind, args, folder)
+    print_report(report)
+    if args.json:
+        write_json(args.json, report)
+    return report
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def temporary_folder(directory: str) -> Iterator[Path]:
+    """A folder that is deleted at the end; UserError if there can be none in `directory`."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="minimind_", dir=directory or None)
+    except OSError as error:
+        raise UserError(f"--work_dir {directory}: {error.strerror}") from None
+    with folder as name:
+        yield Path(name)
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """A .jsonl or .jsonl.gz file, to be read line by line."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def kind_of(path: Path) -> str:
+    """What the first row of a file is: "text" or "conversations"."""
+    with open_lines(path) as file:
+        line = next((line for line in file if line.strip()), b"{}")
+    try:
+        row = parse_row(line)
+    except UserError as error:
+        raise UserError(f"the first row of {path} {error}") from None
+    for kind in STAGES:
+        if kind in row:
+            return kind
+    raise UserError(f'the first row of {path} has neither "text" nor "conversations"')
+
+
+def write_repeated(source: Path, target: Path, size: float) -> int:
+    """Write the lines of `source` to `target`, again and again, until it has `size` bytes.
+    Returns how many it has: the last line is a whole one."""
+    written = 0
+    bar = tqdm(total=int(size), unit="B", unit_scale=True, desc="writing", leave=False)
+    with open(target, "wb") as out, bar:
+        while written < size:
+            before = written
+            with open_lines(source) as file:
+                for line in file:
+                    new = out.write(line if line.endswith(b"\n") else line + b"\n")
+                    written += new
+                    bar.update(new)
+                    if written >= size:
+                        break
+            if written == before:
+                raise UserError(f"{source} is empty")
+    return written
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+class PeakMemory:
+    """The largest memory that a process and its children had together while `watching`."""
+
+    def __init__(self, pid: int):
+        self.process = psutil.Process(pid)
+        self.bytes = 0
+
+    @contextmanager
+    def watching(self) -> Iterator["PeakMemory"]:
+        done = threading.Event()
+
+        def sample() -> None:
+            over = False
+            while not over:
+                over = done.wait(SAMPLE_SECONDS)
+                self.bytes = max(self.bytes, self.now())
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            done.set()
+            thread.join()
+
+    def now(self) -> int:
+        total = 0
+        with suppress(psutil.Error):  # a process may end while it is looked at
+            for process in (self.process, *self.process.children(recursive=True)):
+                with suppress(psutil.Error):
+                    memory = process.memory_full_info()
+                    total += getattr(memory, "pss", memory.uss)
+        return total
+
+
+# -- the two measurements --------------------------------------------------------------------------
+
+
+def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict[str, Any]:
+    """Speed and memory of `load_documents`, the cache empty, and of `Rows`."""
+    tokenizer = load_tokenizer()
+    data = folder / "sample.jsonl"
+    size = write_repeated(source, data, args.megabytes * 1e6)
+
+    start = time.perf_counter()
+    with PeakMemory(os.getpid()).watching() as tokenising:
+        documents = load_documents(data, kind, tokenizer, cache=folder / "cache")
+    tokenised = time.perf_counter()
+    with PeakMemory(os.getpid()).watching() as packing:
+        rows = Rows(documents, args.max_seq_len)
+    packed = time.perf_counter()
+
+    def figures(seconds: float, memory: PeakMemory) -> dict[str, float]:
+        return {
+            "seconds": round(seconds, 3),
+            "megabytes_per_second": round(size / 1e6 / seconds, 2),
+            "documents_per_second": round(len(documents) / seconds),
+            "tokens_per_second": round(rows.tokens / seconds),
+            "peak_gigabytes": round(memory.bytes / 1e9, 3),
+        }
+
+    return {
+        "megabytes": round(size / 1e6, 1),
+        "documents": len(documents),
+        "tokens": rows.tokens,
+        "fill": round(rows.fill, 4),
+        "tokenise": figures(tokenised - start, tokenising),
+        "pack": figures(packed - tokenised, packing),
+    }
+
+
+def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[str, float]:
+    """Seconds to the first step, and the largest memory, of a trainer on a file of that size."""
+    data = folder / "large.jsonl"
+    size = write_repeated(source, data, args.gigabytes * 1e9)
+    code, out = folder / "code", folder / "out"
+    for package in ("model", "dataset", "trainer"):
+        leave_out = shutil.ignore_patterns(".cache", "__pycache__", "*.jsonl", "*.jsonl.gz")
+        shutil.copytree(ROOT / package, code / package, ignore=leave_out)
+    cache = code / "dataset" / ".cache"
+    metrics = out / f"{STAGES[kind]}_{HIDDEN_SIZE}.metrics.jsonl"
+    settings = {
+        "data_path": data,
+        "from_weight": "none",
+        "hidden_size": HIDDEN_SIZE,
+        "num_hidden_layers": 2,
+        "max_seq_len": args.max_seq_len,
+        "batch_size": 8,
+        "accumulation_steps": 1,
+        "max_steps": 2,
+        "save_dir": out,
+        "checkpoint_dir": out,
+        "device": "cpu",
+    }
+    command = [sys.executable, str(code / "trainer" / f"train_{STAGES[kind]}.py")]
+    command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(code)})
+    try:
+        with PeakMemory(process.pid).watching() as memory:
+            while process.poll() is None:
+                time.sleep(SAMPLE_SECONDS)
+                now = time.perf_counter() - start
+                if any(cache.glob("*.arrow")):  # appears when it is complete
+                    seconds.setdefault("tokenised", now)
+                if metrics.exists() and metrics.stat().st_size > 0:
+                    seconds.setdefault("first_step", now)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode or seconds.keys() != {"tokenised", "first_step"}:
+        raise UserError(f"the training ended with exit code {process.returncode}; see above")
+    return {
+        "gigabytes": round(size / 1e9, 3),
+        "cache_gigabytes": round(sum(path.stat().st_size for path in cache.iterdir()) / 1e9, 3),
+        "seconds_until_tokenised": round(seconds["tokenised"], 1),
+        "seconds_until_first_step": round(seconds["first_step"], 1),
+        "peak_gigabytes": round(memory.bytes / 1e9, 3),
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(
+        title=f"{report['megabytes']:,} MB of {report['data']}: {report['documents']:,} documents, "
+        f"{report['tokens']:,} tokens; rows {report['fill']:.1%} full"
+    )
+    for column in ("", "seconds", "MB/s", "documents/s", "tokens/s", "peak GB"):
+        table.add_column(column, justify="right" if column else "left")
+    for step in ("tokenise", "pack"):
+        table.add_row(step, *(f"{value:,}" for value in report[step].values()))
+    console.print(table)
+    if training := report.get("training"):
+        console.print(
+            f"training on {training['gigabytes']} GB: tokenised after "
+            f"{training['seconds_until_tokenised']} s (the cache takes "
+            f"{training['cache_gigabytes']} GB), first step after "
+            f"{training['seconds_until_first_step']} s, at most {training['peak_gigabytes']} GB of "
+            "memory (goal: less than 2)"
+        )
+    console.print(f"{report['machine']}, {report['date']}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_arguments(Args, __doc__))

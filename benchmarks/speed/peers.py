@@ -1,0 +1,26 @@
+"""The models of transformers that compute the same as ours: the peers of benchmarks and tests."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from model.formats.hf_format import save_folder, their_config
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_tokenizer, load_transformers
+
+
+def peer_of(config: MiniMindConfig, **changes) -> PreTrainedModel:
+    """The model of the same sizes, with random weights; `changes` are fields of its config."""
+    theirs = their_config(config)
+    for name, value in changes.items():
+        setattr(theirs, name, value)
+    return AutoModelForCausalLM.from_config(theirs, attn_implementation="sdpa")
+
+
+def peer_with_weights(own: MiniMindForCausalLM) -> PreTrainedModel:
+    """The same model there, by way of a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(own, load_tokenizer(), Path(folder))
+        return load_transformers(Path(folder), torch.float32)

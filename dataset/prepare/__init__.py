@@ -1,0 +1,1 @@
+"""Data as it is found → data to train on: download, clean, deduplicate, mix, count."""

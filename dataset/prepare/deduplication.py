@@ -1,0 +1,282 @@
+"""Rows that were there before, or nearly, or that give away a benchmark's questions.
+
+- exact: the same text but for white space and Unicode's spelling (NFC); the first row stays.
+- near: a Jaccard similarity of the sets of 5-word runs of at least `threshold`, by MinHash (Broder
+  1997; datasketch) and locality sensitive hashing: a signature of 128 minima is cut into bands of
+  rows, and rows that agree in a whole band are compared by their signatures. Similarity is carried
+  on along a chain, and of those that hang together the first stays. A Chinese character is a word.
+- evaluation: a run of 13 words (as in GPT-3, arXiv 2005.14165) that stands in an evaluation file
+  too; of a question of 8 to 12 words the whole of it, and a shorter one not at all.
+
+datasketch computes the signatures and chooses the bands; its index, which is a dict of all of
+them, takes kilobytes a row. Here signatures and bands are written to files, 0.6 kB a row, and one
+band at a time is sorted, so that about 80 bytes a row stand in memory, however long the rows are.
+"""
+
+import json
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from dataset.lm_dataset import parse_json
+from dataset.prepare.cleaning import as_line
+from dataset.prepare.resumable import Done
+from dataset.prepare.sources import Raw, read_raw, to_row, whole_text
+from dataset.prepare.words import hash_ngrams, hash_words, words_of
+from model.errors import UserError
+
+SHINGLE = 5  # words
+SHORTEST_QUESTION = 8  # words
+# Bands that let few near duplicates slip: a wrong candidate only costs a comparison. At a threshold
+# of 0.8 and 128 minima they find 87% of what is 0.8 similar, and 99.9% of what is 0.9.
+WEIGHTS = (0.1, 0.9)  # of false positives and false negatives
+KEPT, EXACT, NEAR, EVALUATION = range(4)
+REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate", EVALUATION: "in an evaluation file"}
+FEW = 10_000  # shingles that are hashed in one go: a table of num_perm times as many numbers
+BLOCK = 2**16  # rows of a file that are looked at in one go
+
+
+def row_of(raw: Raw) -> dict:
+    """A row that is in MiniMind's formats already. UserError, with its place, if it is not."""
+    try:
+        return to_row(raw)
+    except UserError as error:
+        raise UserError(
+            f"line {raw.number} of {raw.path} {error}; clean makes rows of it"
+        ) from None
+
+
+def exact_key(text: str) -> bytes:
+    """16 bytes, the same for texts that differ in white space or in Unicode's spelling only."""
+    return blake2b(
+        " ".join(unicodedata.normalize("NFC", text).split()).encode(), digest_size=16
+    ).digest()
+
+
+# -- evaluation files ------------------------------------------------------------------------------
+
+
+@dataclass
+class Questions:
+    """The n-grams of evaluation files: for each n, their hashes in order."""
+
+    ngrams: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def are_in(self, words: np.ndarray) -> bool:
+        """Whether a text with these hashed words holds one of them."""
+        for n, known in self.ngrams.items():
+            here = hash_ngrams(words, n)
+            at = np.searchsorted(known, here)
+            if len(here) and (known[np.minimum(at, len(known) - 1)] == here).any():
+                return True
+        return False
+
+
+def read_questions(files: list[Path], overlap: int = 13) -> Questions:
+    """All texts in evaluation files of any format: each string of each row is one.
+
+    Args:
+        overlap: words in the runs by which they are recognised.
+
+    Raises:
+        UserError: a file holds no text that is long enough to be recognised.
+    """
+    found: dict[int, list[np.ndarray]] = {}
+    for path in files:
+        before = sum(map(len, found.values()))
+        for raw in read_raw([path], about=f"reading {path.name}"):
+            for text in strings_in(parse_json(raw.content) if raw.is_json else raw.content):
+                words = hash_words(words_of(text))
+                n = min(overlap, len(words))
+                if n >= SHORTEST_QUESTION:
+                    found.setdefault(n, []).append(np.unique(hash_ngrams(words, n)))
+        if sum(map(len, found.values())) == before:
+            raise UserError(f"{path} holds no text of {SHORTEST_QUESTION} words or more")
+    return Questions({n: np.unique(np.concatenate(some)) for n, some in found.items()})
+
+
+def strings_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
+
+
+# -- signatures ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Signer:
+    """A chunk of rows → the files that deduplication works on, a record of fixed size a row."""
+
+    threshold: float
+    num_perm: int
+    questions: Questions
+
+    def __post_init__(self) -> None:
+        lsh = MinHashLSH(self.threshold, self.num_perm, WEIGHTS)
+        self.bands, self.rows = lsh.b, lsh.r  # as many bands, of as many rows each
+        self.empty = MinHash(self.num_perm, hashfunc=int)  # words are hashed already
+
+    def __call__(self, chunk: list[Raw]) -> Done:
+        texts = [whole_text(row_of(raw)) for raw in chunk]
+        words = [hash_words(words_of(text)) for text in texts]
+        leaks = np.array([self.questions.are_in(some) for some in words], np.uint8)
+        signatures = np.stack([self.signature(some) for some in words])
+        keys = b"".join(map(exact_key, texts))
+        outputs = [
+            keys,
+            leaks.tobytes(),
+            signatures.tobytes(),
+            self.band_keys(signatures).tobytes(),
+        ]
+        return Done(outputs, Counter({"rows read": len(chunk)}))
+
+    def signature(self, words: np.ndarray) -> np.ndarray:
+        """[num_perm] uint32; all ones for a text too short to be nearly another."""
+        minhash = self.empty.copy()
+        ngrams = np.unique(hash_ngrams(words, SHINGLE) >> np.uint64(32))
+        for begin in range(0, len(ngrams), FEW):
+            minhash.update_batch(ngrams[begin : begin + FEW].tolist())
+        return minhash.hashvalues
+
+    def band_keys(self, signatures: np.ndarray) -> np.ndarray:
+        """[rows, num_perm] → [rows, bands] uint64; 0 where there is no signature."""
+        banded = signatures[:, : self.bands * self.rows].reshape(-1, self.rows)
+        keys = hash_ngrams(banded.T.astype(np.uint64), self.rows)[0]
+        keys = keys.reshape(len(signatures), self.bands)
+        keys[signatures.min(1) == np.uint32(2**32 - 1)] = 0
+        return keys
+
+
+@dataclass
+class Signed:
+    """What a Signer wrote, on disk."""
+
+    folder: Path
+    threshold: float
+    num_perm: int
+    bands: int
+
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in ("keys", "leaks", "signatures", "bands")]
+
+    def __len__(self) -> int:
+        return (self.folder / "leaks").stat().st_size
+
+    def band(self, number: int) -> np.ndarray:
+        """[rows] uint64: a column of the file, read in blocks."""
+        column = np.empty(len(self), np.uint64)
+        with open(self.folder / "bands", "rb") as file:
+            for begin in range(0, len(self), BLOCK):
+                block = np.fromfile(file, np.uint64, BLOCK * self.bands).reshape(-1, self.bands)
+                column[begin : begin + len(block)] = block[:, number]
+        return column
+
+    def verdicts(self, near: bool = True) -> np.ndarray:
+        """[rows] uint8: KEPT, EXACT, NEAR (looked for if `near`) or EVALUATION."""
+        verdict = np.where(np.fromfile(self.folder / "leaks", np.uint8) > 0, EVALUATION, KEPT)
+        verdict = verdict.astype(np.uint8)
+        self.find_exact(verdict)
+        if near:
+            self.find_near(verdict)
+        return verdict
+
+    def find_exact(self, verdict: np.ndarray) -> None:
+        """Mark all but the first row of each key, among those that are kept."""
+        keys = np.fromfile(self.folder / "keys", "V16").view("<u8").reshape(-1, 2)
+        rows = np.flatnonzero(verdict == KEPT)
+        order = rows[np.lexsort((rows, keys[rows, 1], keys[rows, 0]))]
+        again = (keys[order[1:]] == keys[order[:-1]]).all(1)
+        verdict[order[1:][again]] = EXACT
+
+    def find_near(self, verdict: np.ndarray) -> None:
+        """Mark all but the first row of each group of near duplicates, among those kept."""
+        if not len(self):
+            return
+        rows = np.flatnonzero(verdict == KEPT)
+        group = np.arange(len(self), dtype=np.int32)  # the first row that each hangs together with
+        signatures = np.memmap(
+            self.folder / "signatures", np.uint32, "r", shape=(len(self), self.num_perm)
+        )
+        for number in tqdm(range(self.bands), desc="comparing bands", leave=False):
+            keys = self.band(number)[rows]
+            order = np.argsort(keys, kind="stable")  # so that rows of a bucket stay in order
+            keys = keys[order]
+            edges = np.flatnonzero(np.diff(keys, prepend=~keys[:1], append=~keys[-1:]))
+            sizes = np.diff(edges)
+            pairs = []
+            for begin, size in zip(edges[:-1][sizes > 1], sizes[sizes > 1], strict=True):
+                if keys[begin]:
+                    bucket = rows[order[begin : begin + size]]
+                    pairs += self.similar(bucket, signatures, group)
+            group = joined(group, pairs)
+        verdict[rows[group[rows] != rows]] = NEAR
+
+    def similar(
+        self, bucket: np.ndarray, signatures: np.ndarray, group: np.ndarray
+    ) -> list[np.ndarray]:
+        """[2, …] pairs of rows of a bucket, which join what hangs together.
+
+        Each row is compared with those that no earlier one has reached: once where all are alike.
+        """
+        pairs, reached = [], []
+        while len(bucket):
+            if not reached:
+                reached, bucket = [bucket[0]], bucket[1:]
+            row = reached.pop()
+            alike = group[bucket] == group[row]  # known from an earlier band
+            for begin in range(0, len(bucket), BLOCK):
+                some = signatures[bucket[begin : begin + BLOCK]] == signatures[row]
+                alike[begin : begin + BLOCK] |= some.mean(1) >= self.threshold
+            pairs.append(np.stack([np.full(alike.sum(), row), bucket[alike]]))
+            reached += bucket[alike].tolist()
+            bucket = bucket[~alike]
+        return pairs
+
+
+def joined(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
+    """[rows] the first row of each row's group, after the groups of each pair are one."""
+    if not pairs:
+        return group
+    left, right = group[np.concatenate(pairs, 1)]
+    edges = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(group),) * 2)
+    _, labels = connected_components(edges, directed=False)
+    first = np.full(labels.max() + 1, len(group), group.dtype)
+    np.minimum.at(first, labels, np.arange(len(group), dtype=group.dtype))
+    return first[labels[group]]
+
+
+@dataclass
+class Selected:
+    """A chunk of (row, verdict) → the lines of the rows that are kept, as they were."""
+
+    with_dropped: bool = False
+
+    def __call__(self, chunk: list[tuple[Raw, int]]) -> Done:
+        kept, dropped, counts, examples = [], [], Counter(), {}
+        for raw, verdict in chunk:
+            line = raw.content if raw.content.endswith("\n") else raw.content + "\n"
+            counts["rows read"] += 1
+            if verdict == KEPT:
+                kept.append(line)
+                continue
+            name = f"dropped: {REASONS[verdict]}"
+            counts[name] += 1
+            examples.setdefault(name, []).append(f"{raw.place()}: {line[:100].strip()}")
+            if self.with_dropped:
+                about = {"file": raw.path, "number": raw.number, "reason": REASONS[verdict]}
+                dropped.append(as_line({**about, "row": json.loads(line)}))
+        counts["rows kept"] += len(kept)
+        files = [kept, dropped] if self.with_dropped else [kept]
+        return Done(["".join(lines).encode() for lines in files], counts, examples)

@@ -1,0 +1,213 @@
+"""Several files → one in an order of its own: weighted, split, and by length if wished.
+
+What is decided about a row follows from a hash of its text, so that the same row is on the same
+side of a split in every mixture, and with it all its copies. The order is that of another hash,
+which the seed changes. Of each row some 30 bytes stand in memory; the rows stay on disk.
+"""
+
+import gzip
+import shutil
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.prepare.deduplication import exact_key, row_of
+from dataset.prepare.resumable import Done
+from dataset.prepare.sources import Raw, whole_text
+from model.errors import UserError
+
+
+@dataclass
+class Index:
+    """Where the rows of all files begin, how long they are, and a hash of each."""
+
+    files: list[Path]  # of plain JSON lines
+    names: list[str]  # as the user knows them
+    file: np.ndarray  # [rows] uint16
+    start: np.ndarray  # [rows] int64, bytes
+    size: np.ndarray  # [rows] int32, bytes, with the line break
+    key: np.ndarray  # [rows] uint64
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+def unpacked(files: list[Path], folder: Path) -> list[Path]:
+    """The files themselves, or what is in them where they are compressed, in `folder`."""
+    plain = []
+    for number, path in enumerate(files):
+        if path.suffix == ".gz":
+            folder.mkdir(parents=True, exist_ok=True)
+            plain.append(folder / f"{number}.jsonl")
+            try:
+                with gzip.open(path) as source, open(plain[-1], "wb") as target:
+                    shutil.copyfileobj(source, target, 2**20)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"{path} is damaged, or no .gz file: {error}") from error
+        else:
+            plain.append(path)
+    return plain
+
+
+def index_rows(files: list[Path], given: list[Path]) -> Index:
+    """Look at every row once. UserError for a line that is no row of MiniMind's formats.
+
+    Args:
+        files: of plain JSON lines, made from those that were `given`.
+    """
+    names = [path.name for path in given]
+    columns: list[tuple[int, int, int, int]] = []
+    parts: list[list[np.ndarray]] = []
+
+    def pack() -> None:
+        if columns:
+            kinds = (np.uint16, np.int64, np.int32, np.uint64)
+            parts.append([np.array(*c) for c in zip(zip(*columns), kinds, strict=True)])  # noqa: B905
+            columns.clear()
+
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", leave=False) as bar:
+        for number, path in enumerate(files):
+            start = 0
+            with open(path, "rb") as file:
+                for at, line in enumerate(file, start=1):
+                    if line.strip():
+                        row = row_of(
+                            Raw(str(given[number]), at, line.decode("utf-8-sig"), is_json=True)
+                        )
+                        key = int.from_bytes(exact_key(whole_text(row))[:8], "little")
+                        columns.append((number, start, len(line), key))
+                    start += len(line)
+                    bar.update(len(line))
+                    if len(columns) == 50_000:
+                        pack()
+    pack()
+    if not parts:
+        raise UserError(f"{', '.join(names)} hold no rows")
+    return Index(files, names, *(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def spread(key: np.ndarray, purpose: str) -> np.ndarray:
+    """[rows] float64 in [0, 1): another number for each purpose from the same hash."""
+    salt = np.uint64(int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little"))
+    mixed = key ^ salt
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)  # splitmix64
+    return (mixed >> np.uint64(11)) / 2.0**53
+
+
+def copies(index: Index, weights: list[float], size: float, most: float) -> np.ndarray:
+    """[rows] how often each row comes.
+
+    Args:
+        weights: of the files: their shares of the output's bytes; none: every row once.
+        size: bytes of the output; 0: as many as fill the shares without repeating a row.
+        most: how often a row may come at most.
+
+    Raises:
+        UserError: a file is too small for its share.
+    """
+    if not weights:
+        return np.ones(len(index), np.int64)
+    held = np.bincount(index.file, index.size, len(index.files))
+    shares = np.array(weights) / sum(weights)
+    if not held[shares > 0].all():
+        raise UserError(f"{index.names[int(held.argmin())]} has a --weight and no rows")
+    if not size:
+        size = min(h / s for h, s in zip(held, shares, strict=True) if s)
+    repeats = np.divide(shares * size, held, out=np.zeros(len(held)), where=held > 0)
+    for name, repeat in zip(index.names, repeats, strict=True):
+        if repeat > most + 1e-9:
+            raise UserError(
+                f"{name} would have to be repeated {repeat:.1f} times; give it less --weight, "
+                f"a smaller --megabytes, or raise --max_repeat {most:g}"
+            )
+    wanted = repeats[index.file]
+    whole = np.floor(wanted + 1e-9)
+    # the part of a file that comes once more is chosen by each row's hash and its exact size
+    more = np.zeros(len(index), bool)
+    for number in range(len(index.files)):
+        rows = np.flatnonzero(index.file == number)
+        rows = rows[np.argsort(spread(index.key[rows], "part"), kind="stable")]
+        bytes_wanted = shares[number] * size - (whole[rows] * index.size[rows]).sum()
+        more[rows] = np.cumsum(index.size[rows]) <= bytes_wanted + 0.5
+    return (whole + more).astype(np.int64)
+
+
+@dataclass
+class Plan:
+    """The rows of each output, in their order."""
+
+    parts: list[np.ndarray]
+    val: np.ndarray
+
+
+def plan(
+    index: Index, times: np.ndarray, val_share: float, stages: int, order: str, seed: int
+) -> Plan:
+    """Which rows go where.
+
+    Args:
+        times: [rows] how often each comes.
+        val_share: share of the texts that is held out, each once.
+        stages: outputs, of about as many bytes each; several: from short rows to long ones.
+        order: "shuffled", "length" (short rows first) or "kept" (as in the files).
+    """
+    held_out = spread(index.key, "held out") < val_share
+    rows = np.repeat(np.arange(len(index)), np.where(held_out, 0, times))
+    copy = np.arange(len(rows)) - np.searchsorted(rows, rows)  # which copy of its row
+    place = spread(index.key[rows] + copy.astype(np.uint64), f"order {seed}")
+    by = {
+        "shuffled": lambda: np.argsort(place, kind="stable"),
+        "length": lambda: np.lexsort((place, index.size[rows])),
+        "kept": lambda: np.arange(len(rows)),
+    }
+    if stages == 1:
+        parts = [rows[by[order]()]]
+    else:
+        rising = rows[by["length"]()]
+        ends = np.cumsum(index.size[rising])
+        stage = np.minimum((ends - 1) * stages // max(1, ends[-1:].sum()), stages - 1)
+        parts = [rising[stage == number] for number in range(stages)]
+        if order == "shuffled":
+            parts = [np.random.default_rng([seed, n]).permutation(p) for n, p in enumerate(parts)]
+    val = np.flatnonzero(held_out & (times > 0))
+    _, first = np.unique(index.key[val], return_index=True)  # a text is held out once
+    return Plan(parts, val[np.sort(first)])
+
+
+@dataclass
+class Reader:
+    """A chunk of rows of the index → their lines."""
+
+    files: list[Path]
+    names: list[str]
+
+    def __call__(self, chunk: list[tuple[int, int, int]]) -> Done:
+        lines, opened = [], {}
+        try:
+            for number, start, size in chunk:
+                if number not in opened:
+                    opened[number] = open(self.files[number], "rb")
+                opened[number].seek(start)
+                line = opened[number].read(size)
+                lines.append(line if line.endswith(b"\n") else line + b"\n")
+        finally:
+            for file in opened.values():
+                file.close()
+        counts = Counter(f"rows of {self.names[number]}" for number, *_ in chunk)
+        counts["rows"] = len(chunk)
+        return Done([b"".join(lines)], counts)
+
+
+def rows_at(index: Index, rows: np.ndarray):
+    """(file, start, size) of each."""
+    for begin in range(0, len(rows), 50_000):
+        some = rows[begin : begin + 50_000]
+        columns = (index.file[some], index.start[some], index.size[some])
+        yield from zip(*(column.tolist() for column in columns), strict=True)

@@ -1,0 +1,303 @@
+"""Tools that a model can call: safe, local, the same in data, training, evaluation and web page.
+
+A tool is a name, a JSON schema of its arguments, and a function of them. `call_tool` never raises:
+what goes wrong is told to the model, which may try again. A model trained on the demo's tools.jsonl
+knows all of them. How calls are read from replies and answered is in loop.py.
+"""
+
+import ast
+import json
+import math
+import operator
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, NamedTuple
+
+WEEKDAYS = {
+    "zh": ("星期一", "星期二", "星期三", "星期四", "星期五", "星期六", "星期日"),
+    "en": ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
+}
+
+
+class Tool(NamedTuple):
+    """What the model is told of a tool, and what runs."""
+
+    schema: dict[str, Any]  # in the form of OpenAI's API
+    run: Callable[..., dict[str, Any]]  # keyword arguments → a result that JSON can hold
+
+
+class ToolError(Exception):
+    """What the model is told instead of a result."""
+
+    kind = "failed"
+
+
+class UnknownTool(ToolError):
+    kind = "unknown_tool"
+
+
+class BadArguments(ToolError):
+    kind = "bad_arguments"
+
+
+class Result(NamedTuple):
+    """What the model reads of a call: JSON, {"error": "…"} if it went wrong; and in which way."""
+
+    text: str
+    error: str | None = None
+
+
+def call_tool(
+    name: str, arguments: dict[str, Any] | str, offered: Iterable[str] | None = None
+) -> Result:
+    """The result of a call; it never raises.
+
+    Args:
+        arguments: an object, or the JSON text of one, as a model writes it.
+        offered: the tools that may be called; default: all.
+    """
+    offered = list(TOOLS if offered is None else offered)
+    try:
+        if name not in offered:
+            raise UnknownTool(
+                f"there is no tool {name!r}; there are {', '.join(offered) or 'none'}"
+            )
+        result, kind = run_tool(name, arguments), None
+    except ToolError as error:
+        result, kind = {"error": str(error)}, error.kind
+    return Result(json.dumps(result, ensure_ascii=False), kind)
+
+
+def run_tool(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    if name not in TOOLS:  # offered by somebody's data
+        raise ToolError(f"{name} cannot be run here")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise BadArguments(f"the arguments are not JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise BadArguments("the arguments must be a JSON object")
+    parameters = TOOLS[name].schema["function"]["parameters"]
+    for key, about in parameters["properties"].items():
+        if key not in arguments:
+            raise BadArguments(f"{name} needs {key!r}: {about['description']}")
+        if about["type"] == "number":
+            arguments = {**arguments, key: number(arguments[key], key)}
+        elif not isinstance(arguments[key], str):
+            raise BadArguments(f"{key!r} must be a text")
+    for key in arguments:
+        if key not in parameters["properties"]:
+            raise BadArguments(f"{name} takes no {key!r}")
+    return TOOLS[name].run(**arguments)
+
+
+def number(value: Any, key: str) -> float:
+    """A number, which small models like to put in quotes."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadArguments(f"{key!r} must be a number")
+    return value
+
+
+def plain(value: float) -> float | int:
+    """12.0 as 12, and no digits that only rounding made."""
+    value = float(f"{value:.10g}")
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value
+
+
+# -- calculator ------------------------------------------------------------------------------------
+
+LONGEST_EXPRESSION = 200
+MOST_BITS = 1000  # of a whole number: 9 ** 9 ** 9 would take all memory
+BINARY = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+FUNCTIONS = {"sqrt": math.sqrt, "abs": abs, "round": round, "sin": math.sin, "cos": math.cos}
+FUNCTIONS |= {"tan": math.tan, "log": math.log, "exp": math.exp}
+CONSTANTS = {"pi": math.pi, "e": math.e}
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "（": "(", "）": ")"})
+
+
+def calculator(expression: str) -> dict[str, Any]:
+    if len(expression) > LONGEST_EXPRESSION:
+        raise ToolError(f"an expression has at most {LONGEST_EXPRESSION} characters")
+    try:
+        tree = ast.parse(expression.translate(SIGNS).strip(), mode="eval")
+        value = evaluate(tree.body)
+    except ToolError:
+        raise
+    except ZeroDivisionError:
+        raise ToolError("division by zero") from None
+    except (SyntaxError, ValueError, TypeError, OverflowError, RecursionError, MemoryError):
+        raise ToolError(f"{expression!r} cannot be worked out") from None
+    return {"result": plain(value) if isinstance(value, float) else value}
+
+
+def evaluate(node: ast.expr) -> int | float:
+    """The value of a parsed expression. Python's `eval` would run anything; here only what is
+    listed above has a meaning."""
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return bounded(value)
+        case ast.Name(id=name) if name in CONSTANTS:
+            return CONSTANTS[name]
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in UNARY:
+            return UNARY[type(op)](evaluate(operand))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
+            left, right = evaluate(left), evaluate(right)
+            if isinstance(op, ast.Pow) and abs(right) * math.log2(abs(left) + 2) > MOST_BITS:
+                raise ToolError("that number is too large")
+            return bounded(BINARY[type(op)](left, right))
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+            return bounded(FUNCTIONS[name](*map(evaluate, args)))
+    raise ToolError("an expression has numbers, + - * / // % ** ( ), and " + ", ".join(FUNCTIONS))
+
+
+def bounded(value: int | float) -> int | float:
+    if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ToolError("the result is no real number")
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise ToolError("that number is too large")
+    return value
+
+
+# -- clock, units, dictionary ----------------------------------------------------------------------
+
+
+def clock() -> dict[str, Any]:
+    now = datetime.now()
+    weekday = WEEKDAYS["en"][now.weekday()]
+    return {"date": str(now.date()), "weekday": weekday, "time": f"{now:%H:%M}"}
+
+
+LENGTH = dict(mm=0.001, cm=0.01, m=1.0, km=1000.0, inch=0.0254, foot=0.3048, mile=1609.344)
+MASS = dict(mg=1e-6, g=0.001, kg=1.0, t=1000.0, ounce=0.028349523125, pound=0.45359237)
+VOLUME = dict(ml=0.001, l=1.0, gallon=3.785411784)
+TIME = dict(second=1.0, minute=60.0, hour=3600.0, day=86400.0, week=604800.0)
+UNITS = (LENGTH, MASS, VOLUME, TIME)
+# degrees Celsius = (degrees - zero) * size
+TEMPERATURE = {"celsius": (0.0, 1.0), "fahrenheit": (32.0, 5 / 9), "kelvin": (273.15, 1.0)}
+
+
+def convert_units(value: float, from_unit: str, to_unit: str) -> dict[str, Any]:
+    source, target = from_unit.strip().lower(), to_unit.strip().lower()
+    if source in TEMPERATURE and target in TEMPERATURE:
+        (zero, size), (other_zero, other_size) = TEMPERATURE[source], TEMPERATURE[target]
+        converted = (value - zero) * size / other_size + other_zero
+        return {"result": plain(converted), "unit": target}
+    for units in UNITS:
+        if source in units and target in units:
+            return {"result": plain(value * units[source] / units[target]), "unit": target}
+    known = [unit for units in (*UNITS, TEMPERATURE) for unit in units]
+    for unit in (source, target):
+        if unit not in known:
+            raise ToolError(f"the unit {unit!r} is unknown; known are {', '.join(known)}")
+    raise ToolError(f"{source} and {target} measure different things")
+
+
+MEANINGS = {
+    "token": "a piece of text, often a part of a word, that a model reads and writes as one",
+    "tokenizer": "what cuts a text into tokens and puts tokens together to a text",
+    "vocabulary": "all tokens that a model knows",
+    "corpus": "a large collection of texts to learn from",
+    "embedding": "the vector that stands for a token inside a model",
+    "vector": "a row of numbers",
+    "matrix": "a table of numbers, by which vectors are multiplied",
+    "tensor": "numbers in a block of any number of dimensions",
+    "weight": "one of the numbers that a model learns",
+    "bias": "a number that a layer adds, whatever its input is",
+    "layer": "one of the equal steps in which a model works on its vectors",
+    "neuron": "one output of a layer, with the weights that lead to it",
+    "transformer": "a model that is built of attention and feed-forward layers in turn",
+    "attention": "how a position of a text gathers what it needs from earlier ones",
+    "query": "what a position asks of the others in attention",
+    "key": "what a position shows to those that ask in attention",
+    "value": "what a position hands over in attention",
+    "head": "one of several attentions that run side by side in a layer",
+    "mask": "what hides positions that must not be seen",
+    "residual": "the path on which a layer's input is added to its output",
+    "activation": "the function that bends a layer's output, so that layers can do more than one",
+    "normalization": "bringing vectors to the same size before they are worked on",
+    "expert": "one of several feed-forward layers, of which each token uses a few",
+    "router": "what chooses the experts for a token",
+    "context": "the text that a model sees when it predicts the next token",
+    "cache": "keys and values of earlier tokens, kept so that nobody works them out again",
+    "prompt": "the text that a model is given to go on from",
+    "completion": "the text that a model writes after a prompt",
+    "logit": "the score that a model gives a token before softmax makes it a probability",
+    "softmax": "turns scores into probabilities that add up to 1",
+    "temperature": "what logits are divided by: the higher, the freer the choice",
+    "sampling": "drawing the next token at random from the probabilities",
+    "entropy": "how uncertain a distribution is, in nats or bits",
+    "perplexity": "e to the mean loss: how many equally likely tokens there seem to be",
+    "loss": "how surprised a model is by the true next token; training makes it small",
+    "gradient": "for each weight, how the loss changes if the weight is changed a little",
+    "backpropagation": "working out all gradients from the last layer to the first",
+    "optimizer": "the rule by which gradients change the weights",
+    "momentum": "a running mean of gradients that an optimizer follows",
+    "batch": "the examples from which one update is learnt",
+    "epoch": "one pass through all the training data",
+    "overfitting": "learning examples by heart instead of what they have in common",
+    "dropout": "leaving out random activations in training, against learning by heart",
+    "pretraining": "training on plain text, to predict the next token",
+    "alignment": "making a model do what people want of it",
+    "reward": "a number that says how good an answer was",
+    "policy": "the model that acts, in learning from rewards",
+    "distillation": "training a small model on what a large one says",
+    "quantization": "storing weights in fewer bits",
+    "benchmark": "fixed questions by which models are compared",
+}
+
+
+def dictionary(word: str) -> dict[str, Any]:
+    meaning = MEANINGS.get(word.strip().lower())
+    if meaning is None:
+        raise ToolError(f"{word!r} is not in the dictionary")
+    return {"word": word.strip().lower(), "meaning": meaning}
+
+
+# -- all of them -----------------------------------------------------------------------------------
+
+
+def tool(
+    name: str, description: str, run: Callable[..., dict[str, Any]], **properties: tuple[str, str]
+) -> Tool:
+    """A tool, all of whose arguments are required; of each the type and a description."""
+    fields = {key: {"type": kind, "description": told} for key, (kind, told) in properties.items()}
+    parameters = {"type": "object", "properties": fields, "required": list(fields)}
+    about = {"name": name, "description": description, "parameters": parameters}
+    return Tool({"type": "function", "function": about}, run)
+
+
+TOOLS = {
+    each.schema["function"]["name"]: each
+    for each in (
+        tool("calculator", "Work out a sum", calculator, expression=("string", "such as 348 * 27")),
+        tool("clock", "Tell today's date and weekday, and the time of day", clock),
+        tool(
+            "convert_units",
+            "Convert a length, mass, volume, time or temperature",
+            convert_units,
+            value=("number", "how many of from_unit"),
+            from_unit=("string", "such as km or celsius"),
+            to_unit=("string", "such as mile or fahrenheit"),
+        ),
+        tool(
+            "dictionary",
+            "Look up what a word of machine learning means",
+            dictionary,
+            word=("string", "such as token"),
+        ),
+    )
+}

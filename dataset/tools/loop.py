@@ -1,0 +1,289 @@
+"""The loop of tool use: the model writes, its calls are answered, it reads on, until it has done.
+
+    model → <tool_call> → execute → <tool_response> → model → … → answer
+
+    tasks = read_tasks("out/demo/data/tools_val.jsonl")
+    episodes = [Episode(task, tokenizer) for task in tasks]
+    run_episodes(episodes, write)              # write: episodes → new tokens of each
+    scores = [score(episode) for episode in episodes]
+
+Evaluation (scripts/eval_toolcall.py) and reinforcement learning (trainer/train_agent.py) run this
+loop; the web page, whose user looks on, answers calls by the same `answer_calls`.
+
+A task is a row of SPEC's conversations: the messages up to the last question, and the truth, which
+is what follows: calls, results and answer. A call that the truth makes too is given the truth's
+result, so that a clock tells the time of the row; any other clock tells CLOCK.
+
+What the model wrote is never tokenised again: an episode keeps the ids that were drawn, and puts
+those of results behind them, as the chat template writes them. Their log-probs are then those of
+the policy that drew them.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dataset.grading import grade
+from dataset.lm_dataset import (
+    Message,
+    check_file,
+    check_messages,
+    encode_chat,
+    parse_row,
+    read_lines,
+    with_lists,
+)
+from dataset.reply_parser import Reply, parse_reply
+from dataset.tools.builtin import Result, call_tool
+from model.errors import UserError
+
+MAX_TURNS = 4  # replies to one question; a model may call tools for ever
+CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
+# What can go wrong. An episode in which anything does is scored 0.
+ERRORS = {
+    "malformed": "a call that is no JSON with a name and arguments",
+    "unknown_tool": "a call of a tool that is not on offer",
+    "bad_arguments": "arguments that lack, or are of the wrong type, or too many",
+    "failed": "a tool that could do nothing with its arguments",
+    "unfinished": "a reply that did not end",
+    "endless": "still calling tools in the last turn",
+    "too_long": "more tokens than the model has positions",
+}
+
+Call = dict[str, Any]  # name, arguments
+
+
+# -- tasks -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Task:
+    """A question with tools, and the truth."""
+
+    messages: list[Message]  # up to the question
+    tools: list[dict[str, Any]]  # schemas of the tools on offer
+    offered: list[str]  # their names
+    calls: list[Call]  # that the truth makes
+    answer: str  # the final one
+    recorded_results: dict[tuple, str] = field(default_factory=dict)  # of the truth's calls
+
+    def without_tools(self) -> "Task":
+        """The same question with no tool on offer."""
+        messages = [{k: v for k, v in m.items() if k != "tools"} for m in self.messages]
+        return replace(self, messages=messages, tools=[], offered=[], calls=[], recorded_results={})
+
+
+def task_of(row: dict[str, Any]) -> Task:
+    """A row of conversations as a task; its "answer", if there is one, counts as the truth's.
+
+    Raises:
+        UserError: it is no conversation, asks nothing, or tells no answer.
+    """
+    messages = [with_lists(message) for message in check_messages(row.get("conversations"))]
+    questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    if not questions:
+        raise UserError("asks nothing: there is no user's message")
+    asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
+    calls, waiting = [], []
+    recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}
+    for message in truth:
+        if message["role"] == "assistant":
+            waiting = [plain_call(call) for call in message.get("tool_calls", [])]
+            calls += waiting
+        elif waiting:
+            recorded[call_key(waiting.pop(0))] = message["content"]
+    answer = row.get("answer")
+    if answer is None:
+        if not truth or truth[-1]["role"] != "assistant" or truth[-1].get("tool_calls"):
+            raise UserError("does not end with the assistant's answer, so there is no truth")
+        answer = truth[-1]["content"]
+    tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
+    offered = [str((tool.get("function") or tool).get("name")) for tool in tools]
+    offered += [call["name"] for call in calls if call["name"] not in offered]
+    return Task(asked, tools, offered, calls, str(answer), recorded)
+
+
+def plain_call(call: dict[str, Any]) -> Call:
+    """A call of a file, which may have OpenAI's form and its arguments as text."""
+    call = call.get("function") or call
+    arguments = call.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise UserError(f"has a call of {call['name']} whose arguments are no JSON object")
+    return {"name": call["name"], "arguments": arguments}
+
+
+def read_tasks(path: str | Path) -> list[Task]:
+    """The tasks of a JSONL file.
+
+    Raises:
+        UserError: names the line that is none.
+    """
+    tasks = []
+    for stretch in read_lines(check_file(path)):
+        for number, line in enumerate(stretch.lines, stretch.first):
+            if line.strip():
+                try:
+                    tasks.append(task_of(parse_row(line)))
+                except UserError as error:
+                    raise UserError(f"line {number} of {path} {error}") from None
+    if not tasks:
+        raise UserError(f"{path} holds no tasks")
+    return tasks
+
+
+def call_key(call: Call) -> tuple:
+    """Calls are the same when this is: but for case, space, and numbers in quotes."""
+
+    def simple(value: Any) -> float | str:
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        try:
+            text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+        except RecursionError:  # lists in lists in lists …
+            return ""
+        return "".join(text.casefold().split())
+
+    return call["name"], tuple(sorted((k, simple(v)) for k, v in call["arguments"].items()))
+
+
+# -- calls and their answers -----------------------------------------------------------------------
+
+
+def answer_calls(
+    reply: Reply, offered: Iterable[str], recorded_results: dict[tuple, str] | None = None
+) -> list[Result]:
+    """The results of a reply's calls, in their order; none if it calls nothing.
+
+    Args:
+        offered: the tools that may be called.
+        recorded_results: results of calls (by `call_key`) for which no tool is run.
+    """
+    results = []
+    for call in reply.tool_calls:
+        recorded = (recorded_results or {}).get(call_key(call))
+        if recorded is not None and call["name"] in offered:
+            results.append(Result(recorded))
+        else:
+            results.append(call_tool(call["name"], call["arguments"], offered))
+    if "<tool_call>" in reply.content:  # the parser could not read it
+        told = {"error": "a tool call is JSON with a name and arguments"}
+        results.append(Result(json.dumps(told), "malformed"))
+    return results
+
+
+def tokens_of_results(
+    tokenizer: PreTrainedTokenizerBase, results: list[Result], open_thinking: bool = False
+) -> list[int]:
+    """What the chat template writes between the end of a reply that called and the next reply."""
+    before = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
+    messages = before + [{"role": "tool", "content": result.text} for result in results]
+    options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+    replies = encode_chat(tokenizer, before).ids.count(tokenizer.eos_token_id)
+    ids = encode_chat(tokenizer, messages, **options).ids
+    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    return ids[ends[replies - 1] + 1 :]
+
+
+class Episode:
+    """A task, and what the model has made of it so far.
+
+    Attributes:
+        ids: all tokens up to now: the prompt, and replies and results in turn.
+        action_mask: for each token after the prompt, whether the model sampled it.
+        calls: what it called, in order.
+        errors: kinds of ERRORS, one for each thing that went wrong.
+        transcript: replies and results as text, to look at: (role, text).
+    """
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
+        self.task, self.tokenizer, self.open_thinking = task, tokenizer, open_thinking
+        options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+        if task.tools:  # where any model's template looks for them
+            options["tools"] = task.tools
+        self.ids = encode_chat(tokenizer, task.messages, **options).ids
+        self.prompt_length = len(self.ids)
+        self.action_mask: list[bool] = []
+        self.calls: list[Call] = []
+        self.errors: list[str] = []
+        self.transcript: list[tuple[str, str]] = []
+        self.turns, self.done = 0, False
+        self.text = ""  # of the last reply
+        self.answer = ""  # what it says, where that was the final one
+
+    def add_reply(self, tokens: list[int], last: bool) -> None:
+        """A reply of the model, a final EOS included; `last`: no other may follow."""
+        self.turns += 1
+        self.extend(tokens, sampled=True)
+        self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        self.transcript.append(("assistant", self.text))
+        if tokens[-1] != self.tokenizer.eos_token_id:
+            self.end("unfinished")
+            return
+        reply = parse_reply(self.text, thinking=self.open_thinking)
+        results = answer_calls(reply, self.task.offered, self.task.recorded_results)
+        self.calls += reply.tool_calls
+        self.errors += [result.error for result in results if result.error]
+        if not results:
+            self.answer = reply.content
+            self.end()
+        elif last:
+            self.end("endless")
+        else:
+            self.transcript += [("tool", result.text) for result in results]
+            ids = tokens_of_results(self.tokenizer, results, self.open_thinking)
+            self.extend(ids, sampled=False)
+
+    def extend(self, tokens: list[int], sampled: bool) -> None:
+        self.ids = self.ids + tokens  # a new list: the engine may still hold the old one
+        self.action_mask += [sampled] * len(tokens)
+
+    def end(self, *errors: str) -> None:
+        self.errors += errors
+        self.done = True
+
+
+def run_episodes(
+    episodes: list[Episode],
+    write: Callable[[list[Episode]], list[list[int]]],
+    max_turns: int = MAX_TURNS,
+    longest: int | None = None,
+) -> None:
+    """Go on with episodes, all side by side, until each is done.
+
+    Args:
+        write: the model: new tokens, at least one, for the `ids` of each episode.
+        max_turns: replies to a question at most.
+        longest: tokens of an episode after which there is no room for another reply.
+    """
+    for turn in range(1, max_turns + 1):
+        for episode in episodes:
+            if not episode.done and longest is not None and len(episode.ids) > longest:
+                episode.end("too_long")
+        waiting = [episode for episode in episodes if not episode.done]
+        if not waiting:
+            return
+        for episode, tokens in zip(waiting, write(waiting), strict=True):
+            episode.add_reply(tokens, last=turn == max_turns)
+
+
+def score(episode: Episode) -> dict[str, float]:
+    """1 or 0 for the names that were called, the arguments, and the final answer; all 0 if
+    anything went wrong."""
+    task, right = episode.task, not episode.errors
+    called, expected = episode.calls, task.calls
+    return {
+        "name": float(right and [c["name"] for c in called] == [c["name"] for c in expected]),
+        "arguments": float(right and list(map(call_key, called)) == list(map(call_key, expected))),
+        "answer": float(right and grade(task.answer, episode.answer)),
+    }

@@ -1,0 +1,1 @@
+"""Everything that runs a finished model: engine, sampling, grammars, streaming, the microscope."""

@@ -1,0 +1,1 @@
+"""What scripts/eval_benchmark.py needs of the third-party evaluation harness."""

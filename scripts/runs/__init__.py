@@ -1,0 +1,1 @@
+"""Whole pipelines, from data to a model that one can talk to."""

@@ -1,0 +1,1 @@
+"""The pages of scripts/web_demo.py."""

@@ -1,0 +1,451 @@
+"""Conversion: to transformers, peft and trl, and back, with the same logits."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from test_model import PAIRS
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from model.errors import UserError
+from model.formats.hf_format import save_folder
+from model.model_lora import LoraSettings, add_lora, lora_layers, lora_state, save_lora
+from model.weights import ROOT, load_model
+from scripts import convert_model
+
+IDS = torch.randint(3, 6400, (2, 12), generator=torch.Generator().manual_seed(1))
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama_yarn": "LlamaForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen2_moe_fine_grained": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_qk_norm": "Glm4MoeForCausalLM",
+}
+
+
+def convert(*words: object) -> None:
+    convert_model.main(list(map(str, words)))
+
+
+# -- transformers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+@torch.no_grad()
+def test_to_transformers_and_back(save, tmp_path, capsys, kind):
+    path, folder = save(**PAIRS[kind]), tmp_path / "folder"
+    convert("to-hf", path, folder)
+    assert "largest difference of a logit" in capsys.readouterr().out
+    own, other = load_model(path), AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert type(other).__name__ == CLASSES[kind]
+    assert_close(other(IDS).logits, own(IDS).logits, atol=2e-5, rtol=1e-5)
+    assert other.generation_config.eos_token_id == 2
+    assert (folder / "model.safetensors").exists()
+
+    convert("from-hf", folder, tmp_path / "back.pth")
+    back = load_model(tmp_path / "back.pth")
+    assert all(
+        torch.equal(weight, own.state_dict()[name]) for name, weight in back.state_dict().items()
+    )
+    assert torch.equal(back(IDS).logits, own(IDS).logits)
+
+
+@torch.no_grad()
+def test_the_folder_holds_all_that_a_chat_needs(save, tmp_path, tokenizer, capsys):
+    path = save("full_sft_64_moe", use_moe=True)
+    convert("to-hf", path, tmp_path / "folder", "--dtype", "bfloat16")
+    assert "bfloat16 itself changes a logit by" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    assert model.dtype == torch.bfloat16
+    other = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    messages = [{"role": "user", "content": "你好 <|im_end|>"}]
+    settings = dict(add_generation_prompt=True, return_tensors="pt")
+    inputs = other.apply_chat_template(messages, **settings)
+    assert inputs["input_ids"].tolist() == tokenizer.apply_chat_template(messages, **settings)["input_ids"].tolist()  # fmt: skip # noqa: E501
+    own = load_model(tmp_path / "full_sft_64_moe.pth").bfloat16()
+    settings = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(model.generate(**inputs, **settings), own.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("fields", [{}, dict(use_moe=True)], ids=["dense", "moe"])
+@torch.no_grad()
+def test_in_float16_a_folder_says_what_the_file_said(save, tmp_path, fields):
+    path = save(**fields)
+    convert("to-hf", path, tmp_path / "folder", "--dtype", "float16")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32).eval()
+    assert_close(other(IDS).logits, load_model(path)(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_earlier_file_gets_its_json(save, tmp_path, capsys):
+    """What its shapes leave open is told, and flags say otherwise."""
+    model = load_model(path := save(num_attention_heads=4))
+    path.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match="which tokenizer"):
+        convert("from-hf", path, tmp_path / "new.pth")
+    words = ("from-hf", path, tmp_path / "new.pth", "--tokenizer_path", ROOT / "model")
+    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+        convert(*words)
+        assert "num_attention_heads 8" in capsys.readouterr().out
+        assert (load_model(tmp_path / "new.pth")(IDS).logits - model(IDS).logits).abs().max() > 0.01
+        convert(*words, "--num_attention_heads", 4, "--force")
+    assert torch.equal(load_model(tmp_path / "new.pth")(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.no_grad()
+def test_weights_that_are_no_halves_come_back(make_model, tokenizer, tmp_path, dtype):
+    """As another program may have trained them: with sharp logits, after which rounding shows."""
+    model = make_model(vocab_size=6400, use_moe=True, n_shared_experts=0, qk_norm=True)
+    save_folder(model, tokenizer, tmp_path / "folder", getattr(torch, dtype))
+    convert("from-hf", tmp_path / "folder", tmp_path / "back.pth")
+    state = load_model(tmp_path / "back.pth").state_dict()
+    for name, weight in model.to(getattr(torch, dtype)).state_dict().items():
+        assert torch.equal(state[name], weight.float().half().float())
+    for kind in ("float32", "float16", "q8_0"):
+        convert("to-gguf", tmp_path / "folder", tmp_path / f"{kind}.gguf", "--dtype", kind)
+
+
+@torch.no_grad()
+def test_yarn_is_a_matter_of_flags(save, tmp_path):
+    path = save()
+    flags = dict(inference_rope_scaling=1, yarn_original_length=16, yarn_factor=8.0)
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    convert("to-hf", path, tmp_path / "folder", *words)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    own = load_model(path, **{**flags, "inference_rope_scaling": True})
+    assert_close(other(IDS).logits, own(IDS).logits, atol=2e-5, rtol=1e-5)
+    assert (other(IDS).logits - load_model(path)(IDS).logits).abs().max() > 0.01
+    with pytest.raises(UserError, match="--yarn_factor is for --inference_rope_scaling"):
+        convert("to-hf", path, tmp_path / "other", "--yarn_factor", 2)
+
+
+def test_odd_sizes_of_experts_are_no_obstacle(save, tmp_path):
+    convert("to-hf", save(use_moe=True, moe_intermediate_size=25), tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (dict(scoring_func="sigmoid", n_shared_experts=0), "a bias, without q/k norm, without"),
+        (dict(qk_norm=True), "a loss, with q/k norm, with shared ones"),
+        (dict(n_shared_experts=0, norm_topk_prob=False), "do not add up"),
+    ],
+    ids=["bias_alone", "both", "weights"],
+)
+def test_what_transformers_has_not_is_said_to_be_so(save, tmp_path, fields, words):
+    with pytest.raises(UserError, match=f"{words}.*--native"):
+        convert("to-hf", save(use_moe=True, **fields), tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+torch.save(model(torch.tensor([[1, 20, 30, 40]])).logits, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_native_folder_brings_its_code_along(save, tmp_path):
+    """Read by a program that knows nothing of this project."""
+    path, folder = save(use_moe=True, scoring_func="sigmoid"), tmp_path / "folder"
+    convert("to-hf", path, folder, "--native")
+    words = [sys.executable, "-c", LOAD, folder, tmp_path / "logits.pt"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    with torch.no_grad():
+        expected = load_model(path)(torch.tensor([[1, 20, 30, 40]])).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+def test_what_is_there_is_not_written_over(save, tmp_path):
+    """And with --force only what is a model, and of it only what is made anew."""
+    path, folder = save(), tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        convert("to-hf", path, folder)
+    for words in ((folder, "--force"), (tmp_path, "--force")):
+        with pytest.raises(UserError, match="something else than a model"):
+            convert("to-hf", path, *words)
+    (folder / "config.json").write_text("old")
+    convert("to-hf", path, folder, "--force")
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    (folder / "pytorch_model.bin").write_text("old")
+    with pytest.raises(UserError, match="other weights too .pytorch_model.bin."):
+        convert("to-hf", path, folder, "--force")
+    assert path.exists()
+
+
+@pytest.mark.parametrize("there", ["b.pth", "b.json"])
+def test_neither_of_two_files_is_written_over(save, tmp_path, there):
+    convert("to-hf", save(), tmp_path / "folder")
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(UserError, match=f"{there} exists already"):
+        convert("from-hf", tmp_path / "folder", tmp_path / "b.pth")
+    assert (tmp_path / there).read_text() == "mine"
+    assert not {p.name for p in tmp_path.glob("b.*")} - {there}
+
+
+@pytest.mark.parametrize(
+    ("target", "complaint"),
+    [
+        ("b", "should be a .pth file"),
+        ("v1.5", "should be a .pth file"),
+        ("full_sft_64.pth/b.pth", "cannot write"),
+        ("folder", "should be a .pth file"),
+    ],
+)
+def test_where_a_file_cannot_be(save, tmp_path, target, complaint):
+    convert("to-hf", save(), tmp_path / "folder")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=complaint):
+        convert("from-hf", tmp_path / "folder", tmp_path / target, "--force")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_as_a_command(save, tmp_path):
+    """From another directory, by a person who errs once."""
+    script = ROOT / "scripts" / "convert_model.py"
+    path = save()
+    for words, code, said in (
+        (["to-hf", "--help"], 0, "--native"),
+        (["to-hf", path.name, "new", "--dtype", "q8_0"], 2, "error: argument --dtype"),
+        (["to-hf", path.name, "new"], 0, "new: load it with AutoModelForCausalLM"),
+        (["to-hf", path.name, "new"], 2, "error: new exists already; --force writes over it"),
+    ):
+        result = subprocess.run(
+            [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (result.returncode, said in result.stdout + result.stderr) == (code, True), result
+        assert "Traceback" not in result.stderr
+
+
+def test_a_conversion_that_changes_the_logits_is_no_success(save, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.formats.hf_format.HALF_OPEN", 5.0)
+    with pytest.raises(UserError, match="more than rounding"):
+        convert("to-hf", save(use_moe=True), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["to-gguff", ".", "x"], "to-gguff"),
+        (["to-hf", "nowhere.pth", "x"], "nowhere.pth does not exist"),
+        (["to-hf", "."], "target"),
+        (["to-hf", ".", "x"], "config.json"),
+        (["from-hf", ".", "x.pth"], "config.json"),
+        (["from-peft", ".", "x.pth"], "--base"),
+        (["merge-lora", ".", "x.pth"], "--lora"),
+        (["to-hf", ".", "x", "--lora", "y"], "--lora"),
+        (["to-hf", ".", "x", "--for"], "--for"),
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_one_sentence(words, complaint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        convert(*words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("attention_bias", True, "biases in its attention"),
+        ("hidden_act", "gelu", "activation is gelu"),
+        ("head_dim", 32, "not as wide as the model"),
+        ("model_type", "gpt2", "GPT2Config is none of Llama"),
+    ],
+)
+def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path, name, value, complaint):
+    convert("to-hf", save(), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config[name] = value
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=complaint):
+        convert("from-hf", tmp_path / "folder", tmp_path / "back.pth")
+    assert not (tmp_path / "back.pth").exists()
+
+
+def test_a_difference_leaves_nothing_behind(save, tmp_path, monkeypatch):
+    path = save()
+    monkeypatch.setattr(convert_model, "SAME", -1.0)
+    for words in (("to-hf", tmp_path / "new"), ("from-hf", tmp_path / "new.pth")):
+        with pytest.raises(UserError, match="more than rounding"):
+            convert(words[0], path, *words[1:])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["full_sft_64.json", "full_sft_64.pth"]
+
+
+@pytest.mark.parametrize("name", ["mscale", "truncate"])
+def test_settings_of_yarn_that_are_not_ours_are_refused(save, tmp_path, name):
+    convert("to-hf", save(inference_rope_scaling=True), tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config["rope_parameters"][name] = 0.5 if name == "mscale" else False
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(config))
+    for words in (("from-hf", tmp_path / "b.pth"), ("to-gguf", tmp_path / "b.gguf")):
+        with pytest.raises(UserError, match=f"RoPE has {name}"):
+            convert(words[0], tmp_path / "folder", *words[1:])
+
+
+# -- LoRA and peft ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def addition(save, tokenizer, tmp_path) -> Path:
+    model = load_model(save())
+    settings = LoraSettings(r=4, alpha=6.0, target_modules=["q_proj", "down_proj"])
+    add_lora(model, settings)
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+    path = tmp_path / "persona_64.pth"
+    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    return path
+
+
+@torch.no_grad()
+def test_to_peft_and_back(addition, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, adapter = tmp_path / "full_sft_64.pth", tmp_path / "adapter"
+    convert("to-hf", base, tmp_path / "folder")
+    convert("to-peft", addition, adapter, "--base", tmp_path / "folder")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    other = peft.PeftModel.from_pretrained(other, adapter)
+    convert("merge-lora", base, tmp_path / "merged.pth", "--lora", addition)
+    merged = load_model(tmp_path / "merged.pth")
+    assert_close(other(IDS).logits, merged(IDS).logits, atol=5e-3, rtol=0)  # merged in float16
+    assert (load_model(base)(IDS).logits - merged(IDS).logits).abs().max() > 0.1
+
+    convert("from-peft", adapter, tmp_path / "back.pth", "--base", base)
+    before, after = (torch.load(p, weights_only=True) for p in (addition, tmp_path / "back.pth"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torch.no_grad()
+def test_what_peft_trained_is_read(save, tmp_path):
+    """An adapter that peft itself made."""
+    peft = pytest.importorskip("peft")
+    base = save()
+    convert("to-hf", base, tmp_path / "folder")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["k_proj", "up_proj"])
+    other = peft.get_peft_model(other, config)
+    for name, weight in other.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    other.save_pretrained(tmp_path / "adapter")
+    model = load_model(base)
+    settings = convert_model.read_peft(model, tmp_path / "adapter")
+    assert (settings.r, settings.alpha, len(lora_state(model))) == (2, 8, 2 * 2 * 2)
+    assert_close(model(IDS).logits, other(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_addition_to_experts_has_no_place_in_peft(save, tokenizer, tmp_path):
+    model = load_model(save(use_moe=True))
+    settings = LoraSettings(target_modules=["gate_proj"])
+    add_lora(model, settings)
+    path = tmp_path / "x_64_moe.pth"
+    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    with pytest.raises(UserError, match="merge-lora"):
+        convert("to-peft", path, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(r="4"),
+        dict(r=0),
+        dict(lora_alpha=None),
+        dict(lora_dropout=2),
+        dict(target_modules=None),
+        dict(peft_type="IA3"),
+        dict(fan_in_fan_out=True),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_kind_is_refused(addition, tmp_path, change):
+    convert("to-peft", addition, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    base = tmp_path / "full_sft_64.pth"
+    with pytest.raises(UserError, match="LoRA|adapter"):
+        convert("from-peft", tmp_path / "adapter", tmp_path / "x.pth", "--base", base)
+    assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize("change", [dict(r=0), dict(colour="red"), dict(target_modules=None)])
+def test_damaged_settings_of_an_addition_are_told(addition, tmp_path, change):
+    file = addition.with_suffix(".json")
+    info = json.loads(file.read_text())
+    info["lora"] |= change
+    file.write_text(json.dumps(info))
+    with pytest.raises(UserError, match="LoRA"):
+        convert("to-peft", addition, tmp_path / "adapter")
+
+
+def test_a_model_is_no_addition(save, tmp_path):
+    path = save()
+    with pytest.raises(UserError, match="a whole model and no LoRA file"):
+        convert("merge-lora", path, tmp_path / "new.pth", "--lora", path)
+
+
+# -- trl -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_trl_trains_an_exported_model(save, tmp_path, stage):
+    trl = pytest.importorskip("trl")
+    convert("to-hf", save(), tmp_path / "folder")
+    asked = [{"role": "user", "content": "2 + 2"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("4", "5")]
+    common = dict(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+    )
+    if stage == "sft":
+        data = Dataset.from_list([{"messages": asked + answers[0]}] * 4)
+        kind, config = trl.SFTTrainer, trl.SFTConfig(**common)
+    else:
+        row = {"prompt": asked, "chosen": answers[0], "rejected": answers[1]}
+        data = Dataset.from_list([row] * 4)
+        kind, config = trl.DPOTrainer, trl.DPOConfig(**common)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    trainer = kind(
+        str(tmp_path / "folder"), args=config, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    expected = math.log(2)
+    if stage == "sft":
+        own, ids = load_model(tmp_path / "full_sft_64.pth"), trainer.train_dataset[0]["input_ids"]
+        ids = torch.tensor([ids])
+        expected = own(ids, labels=ids).loss.item()
+    assert len(losses) == 2
+    assert losses[0] == pytest.approx(expected, abs=1e-3)

@@ -1,0 +1,288 @@
+"""Rewards: the rules by hand, models against their own scores, and what survives."""
+
+import json
+import math
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from dataset.lm_dataset import encode_chat
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
+from model.weights import save_weights
+from trainer.rl import rewards, rollout, rollout_server
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import Completion, Prompt, Prompts
+
+
+@pytest.fixture
+def make_rewards(tokenizer, tmp_path):
+    """A function that makes Rewards for prompts whose answers are given."""
+
+    def make(*names: str, answers=("4",), **settings) -> Rewards:
+        args = rollout.RolloutArgs(
+            reward=list(names) or ["auto"], save_dir=str(tmp_path), max_gen_len=10, **settings
+        )
+        run = SimpleNamespace(
+            args=args,
+            tokenizer=tokenizer,
+            device=torch.device("cpu"),
+            config=SimpleNamespace(hidden_size=32),
+            print=print,
+        )
+        return Rewards(run, Prompts([prompt(answer) for answer in answers], 99))
+
+    return make
+
+
+def prompt(answer: str | None = "4", question: str = "What is 2 + 2?") -> Prompt:
+    return Prompt(0, [{"role": "user", "content": question}], [5, 6, 7], answer)
+
+
+def said(text: str, answer: str | None = "4", tokens=(8, 9, 10, 2), **more) -> Completion:
+    return Completion(prompt(answer, **more), list(tokens), text, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "expected"),
+    [
+        ("answer", said("4"), 1),
+        ("answer", said(" 4. "), 1),
+        ("answer", said("It is 4"), 0),
+        ("answer", said(""), 0),
+        ("number", said("2 + 2 = 4"), 1),
+        ("number", said("4.0!"), 1),
+        ("number", said("4 or 5"), 0),
+        ("number", said("four"), 0),
+        ("similarity", said("4"), 1),
+        ("similarity", said("14", answer="12"), 0.5),
+        ("similarity", said("five", answer="12"), 0),
+        ("language", said("Vier"), 1),
+        ("language", said("四"), 0),
+        ("language", said("是 no", question="二加二？"), 1 / 3),
+        ("language", said("123"), 0),
+        ("length", said("4", tokens=[8] * 4), 0.6),
+        ("length", said("4", tokens=[8] * 10), 0),
+        ("repetition", said("x", tokens=[1, 2, 3, 1, 2, 3, 1, 2]), 3 / 6),
+        ("repetition", said("x", tokens=[1, 2]), 0),
+    ],
+)
+def test_rules_by_hand(make_rewards, name, completion, expected):
+    total, figures = make_rewards(name)([completion])
+    assert total.item() == pytest.approx(expected)
+    assert figures == pytest.approx(
+        {"reward": expected, f"reward_{name}": expected, "reward_failed": 0}
+    )
+
+
+GOOD = "two and two\n</think>\n<answer>\n4\n</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (GOOD, 1.0),
+        (GOOD + " more", 0.4),
+        (GOOD.replace("</think>", ""), 0.3),
+        (GOOD + "<answer>", 0.3),
+        ("4", 0.1),  # the prompt has opened <think>
+    ],
+)
+def test_the_form_of_reasoning(make_rewards, text, expected):
+    total, _ = make_rewards("format", reasoning=True)([said(text)])
+    assert total.item() == pytest.approx(expected)
+
+
+def test_with_reasoning_the_answer_is_between_its_tags(make_rewards):
+    rewards = make_rewards("answer", reasoning=True)
+    total, _ = rewards([said(GOOD), said("4"), said(GOOD.replace("\n4\n", "\n5\n"))])
+    assert total.tolist() == [1, 0, 0]
+
+
+def test_parts_are_weighted_and_logged_by_name(make_rewards):
+    total, figures = make_rewards("answer:2", "length:0.5")([said("4"), said("5")])
+    assert total.tolist() == pytest.approx([2.3, 0.3])
+    assert figures == pytest.approx(
+        {"reward": 1.3, "reward_answer": 0.5, "reward_length": 0.6, "reward_failed": 0}
+    )
+
+
+def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
+    def moody(text: str, answer: str) -> bool:
+        if text == "5":
+            raise ZeroDivisionError
+        return True
+
+    monkeypatch.setattr(rewards, "grade", moody)
+    total, figures = make_rewards("answer")([said("4"), said("5")])
+    assert total[0] == 1 and math.isnan(total[1])
+    assert figures == {"reward": 1, "reward_answer": 1, "reward_failed": 1}
+
+
+def test_auto_takes_what_is_there(make_rewards, tokenizer, tmp_path):
+    assert make_rewards().weights == {"answer": 1}
+    assert make_rewards(reasoning=True).weights == {"answer": 1, "format": 0.5}
+    own_model(tmp_path, tokenizer)
+    assert make_rewards(answers=("4", None)).weights == {"model": 1}
+    their_model(tmp_path / "theirs", tokenizer)
+    assert make_rewards(reward_model_path=str(tmp_path / "theirs")).weights == {"transformers": 1}
+
+
+def own_model(folder, tokenizer) -> MiniMindForScoring:
+    torch.manual_seed(0)
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    model = MiniMindForScoring(config)
+    torch.nn.init.normal_(model.score.weight)
+    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    path = folder / "reward_32.pth"
+    save_weights(model, path, stage="reward", tokenizer=tokenizer, origin={})
+    return model.eval()
+
+
+def their_model(folder, tokenizer, labels: int = 1) -> LlamaForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_labels=labels, pad_token_id=0, bos_token_id=1, **sizes
+    )
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def test_models_give_their_scores(make_rewards, tokenizer, tmp_path):
+    completions = [said("4"), said("No idea, and a longer text"), said("")]
+    chats = [
+        [*each.prompt.messages, {"role": "assistant", "content": each.text}] for each in completions
+    ]
+    own = own_model(tmp_path, tokenizer)
+    total, _ = make_rewards("model", update_batch_size=2)(completions)
+    rows = [torch.tensor([encode_chat(tokenizer, chat).ids]) for chat in chats]
+    expected = [own(row).scores[0, -1].item() for row in rows]
+    assert total.tolist() == pytest.approx(expected, abs=1e-5)
+
+    theirs = their_model(tmp_path / "theirs", tokenizer)
+    path = str(tmp_path / "theirs")
+    total, _ = make_rewards("transformers", reward_model_path=path)(completions)
+    ids = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
+    expected = [theirs(torch.tensor([each])).logits.item() for each in ids]
+    assert total.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_another_head_is_refused(make_rewards, tokenizer, tmp_path):
+    their_model(tmp_path / "theirs", tokenizer, labels=3)
+    with pytest.raises(UserError, match="does not give one score: its head is another"):
+        make_rewards("transformers", reward_model_path=str(tmp_path / "theirs"))
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    about = dict(stage="reward", tokenizer=tokenizer, origin={})
+    save_weights(MiniMindForCausalLM(config), tmp_path / "reward_32.pth", **about)
+    with pytest.raises(UserError, match="is no reward model"):
+        make_rewards("model")
+
+
+# -- over HTTP -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server():
+    """A function that starts a server whose answers a function (path, body) → (status, body)
+    gives; its address, and the requests that it had."""
+    started = []
+
+    def start(answer):
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length", 0))
+                asked.append((self.path, json.loads(self.rfile.read(length) or b"{}")))
+                status, body = answer(*asked[-1])
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
+
+    yield start
+    for each in started:
+        each.shutdown()
+
+
+def chat_reply(text: str) -> dict:
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+
+
+def test_a_judge_gives_marks(make_rewards, server):
+    def answer(path, body):
+        asked = body["messages"][0]["content"]
+        assert path == "/v1/chat/completions" and "What is 2 + 2?" in asked
+        if "Answer:\nrude" in asked:
+            return 400, {"error": {"message": "no"}}
+        mark = re.search(r"Answer:\n(.*)", asked)[1]
+        return 200, chat_reply(f"{mark}/10" if mark.isdigit() else "hm")
+
+    url, _ = server(answer)
+    total, figures = make_rewards("judge", judge_url=url)([said(t) for t in ("7", "x", "rude")])
+    assert total[0] == pytest.approx(0.7) and total[1:].isnan().all()
+    assert figures["reward_failed"] == 2
+
+
+def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
+    """Weights are handed over, prompts go as ids, and what comes back are its tokens."""
+    monkeypatch.setattr(rollout_server, "PAUSE", 0.01)
+    failures = iter([503, 503])
+
+    def answer(path, body):
+        if path == "/collective_rpc":
+            return 200, {}
+        if status := next(failures, None):
+            return status, {"error": "busy"}
+        choice = {"text": "ok", "finish_reason": "stop" if body["prompt"] == [5] else "length"}
+        if body["prompt"] == [7]:
+            choice["token_ids"] = [40, 41, 2]
+        return 200, {"choices": [choice]}
+
+    url, asked = server(answer)
+    args = rollout.RolloutArgs(
+        rollout_url=url, rollout_folder=str(tmp_path / "policy"), max_gen_len=9, temperature=0.7
+    )
+    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    rollout_server.hand_over(args, MiniMindForCausalLM(config), tokenizer)
+    assert asked == [("/collective_rpc", {"method": "reload_weights"})]
+    assert (tmp_path / "policy" / "model.safetensors").exists()
+
+    prompts = [Prompt(n, [], [n], None) for n in (5, 6, 7)]
+    chosen = [(prompt, 11, 3) for prompt in prompts]
+    ok = tokenizer("ok", add_special_tokens=False)["input_ids"]
+    tokens = rollout_server.complete_by_server(args, tokenizer, chosen)
+    assert tokens == [[*ok, tokenizer.eos_token_id], ok, [40, 41, 2]]
+    path, body = asked[-1]
+    assert path == "/v1/completions" and body["seed"] == 14 and body["temperature"] == 0.7
+    assert len(asked) == 1 + 2 + 3
+
+
+@pytest.mark.parametrize("status", [None, 404])
+def test_a_server_that_does_not_answer_ends_with_one_sentence(server, status, monkeypatch):
+    monkeypatch.setattr(rollout_server, "PAUSE", 0.01)
+    url, asked = server(lambda path, body: (404, {"error": "no such model"}))
+    url = url if status else "http://127.0.0.1:9/v1"
+    with pytest.raises(UserError, match="resume goes on from the last checkpoint"):
+        rollout_server.post(url, {})
+    assert len(asked) == (1 if status else 0)

@@ -1,0 +1,540 @@
+"""Going on: a run that was stopped, killed or robbed of its disk ends as if nothing had been."""
+
+import io
+import itertools
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+
+import psutil
+import pytest
+import torch
+from toy import (
+    KINDS,
+    TEXTS,
+    Trainer,
+    assert_close,
+    ended,
+    everything,
+    flags,
+    fork,
+    output,
+    same,
+    text_file,
+    wait_for_steps,
+)
+
+from dataset import lm_dataset
+from dataset.lm_dataset import load_documents
+from model.errors import UserError
+from model.weights import ROOT, load_tokenizer
+from trainer import train_full_sft, trainer_utils
+from trainer.common import hardware
+from trainer.common.command import run_stage
+from trainer.trainer_utils import Run
+
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
+
+# -- killed ----------------------------------------------------------------------------------------
+
+# A little of everything that could go wrong when a run goes on: 5 to 8 rows in windows of 2·2 make
+# two updates an epoch, a whole window and a rest.
+HARD = dict(
+    accumulation_steps=2,
+    epochs=2,
+    packing=True,
+    max_seq_len=48,
+    dropout=0.2,
+    optimizer="muon",
+    num_workers=2,
+    eval_interval=2,
+    save_interval=1,
+    log_interval=2,
+)
+
+
+def hard_settings(train: Trainer) -> dict:
+    train.write_data(train.folder / "data.jsonl", train.examples[3:])
+    held_out = train.write_data(train.folder / "val.jsonl", train.examples[:3])
+    return {**HARD, "val_path": [held_out]}
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before_call(number: int, function):
+    """The function, but instead of its call of that number the process is killed."""
+    calls = itertools.count(1)
+    return lambda *args, **more: die() if next(calls) == number else function(*args, **more)
+
+
+def halfway(number: int):
+    """torch.save, but at its call of that number the process is killed with half the file out."""
+    save, calls = torch.save, itertools.count(1)
+
+    def save_half(content, file):
+        if next(calls) < number:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        die()
+
+    return save_half
+
+
+# (object, attribute, what takes its place); each update saves weights (.pth), then a checkpoint
+MOMENTS = {
+    "in the first update": lambda stage: (Run, "update", before_call(1, Run.update)),
+    "in the third update, a new epoch": lambda stage: (Run, "update", before_call(3, Run.update)),
+    "in the last update": lambda stage: (Run, "update", before_call(4, Run.update)),
+    "in a forward pass": lambda stage: (Run, "forward", before_call(4, Run.forward)),
+    "in evaluation": lambda stage: (stage, "held_out_loss", before_call(1, stage.held_out_loss)),
+    "in the last evaluation": lambda stage: (
+        *(stage, "held_out_loss"),
+        before_call(2, stage.held_out_loss),
+    ),
+    "writing the log": lambda stage: (Run, "record", before_call(3, Run.record)),
+    "half of the weights written": lambda stage: (torch, "save", halfway(3)),
+    "half of the first checkpoint written": lambda stage: (torch, "save", halfway(2)),
+    "half of a checkpoint written": lambda stage: (torch, "save", halfway(4)),
+    "half of the last checkpoint written": lambda stage: (torch, "save", halfway(8)),
+    **{  # of log, .json, .pth, checkpoint, .json, .pth, checkpoint …
+        f"before file {number} gets its name": lambda stage, number=number: (
+            *(os, "replace"),
+            before_call(number, os.replace),
+        )
+        for number in range(1, 14)
+    },
+    "drawing the curves": lambda stage: (
+        *(trainer_utils, "plot_losses"),
+        before_call(1, trainer_utils.plot_losses),
+    ),
+}
+
+
+@pytest.fixture
+def whole(any_stage):
+    """A trainer, its settings and what an undisturbed run of it leaves."""
+    settings = hard_settings(any_stage)
+    any_stage("whole", **settings)
+    result = everything(any_stage, "whole")
+    assert any_stage.saved("whole")["progress"]["step"] == 4
+    return any_stage, settings, result
+
+
+def assert_all_is_well(train: Trainer, result: list) -> None:
+    assert same(everything(train), result)
+    made, expected = (
+        {path.name for path in (train.folder / name).rglob("*")} for name in ("a", "whole")
+    )
+    assert made == expected  # no half of a file lies about
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(whole, monkeypatch, moment):
+    train, settings, result = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(*MOMENTS[moment](train.stage))
+        assert ended(fork(lambda: train(**settings))) == -signal.SIGKILL
+    train(resume=True, **settings)
+    assert_all_is_well(train, result)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_at_any_time_gets_there(whole):
+    train, settings, result = whole
+    for attempt in range(100):
+        process = fork(lambda: train(resume=True, **settings), train.folder / "log")
+        time.sleep(random.uniform(0.02, 0.5 + 0.1 * attempt))
+        os.kill(process, signal.SIGKILL)  # a process that has ended stays to be asked how
+        if ended(process) == 0:
+            break
+    assert attempt > 0
+    assert_all_is_well(train, result)
+
+
+# -- no room, no permission ------------------------------------------------------------------------
+
+
+def full_disk(run: Run) -> None:
+    """From now on no file grows beyond 8 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, 2**13))
+
+
+def no_permission(run: Run) -> None:
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # may do everything otherwise
+    for folder in (run.args.save_dir, run.args.checkpoint_dir):
+        with suppress(PermissionError):
+            os.chmod(folder, 0o555)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "complaint"),
+    [(full_disk, "File too large"), (no_permission, "Permission denied")],
+)
+def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
+    whole, monkeypatch, trouble, complaint
+):
+    train, settings, result = whole
+    update = Run.update
+
+    def troubled(run, *args):
+        if run.step == 3:
+            trouble(run)
+        update(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", troubled)
+        patch.setattr(sys, "argv", ["train", *flags(train.settings(**settings))])
+        log = train.folder / "log"
+        process = fork(lambda: run_stage(train.stage.main, train.stage.Args, ""), log)
+        assert ended(process) == 2
+    said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "cannot write" in said[0] and complaint in said[0]
+    for folder in (train.folder / "a").iterdir():
+        folder.chmod(0o755)
+    assert train.saved()["progress"]["step"] == 2
+    train(resume=True, **settings)
+    assert_all_is_well(train, result)
+
+
+def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_stage, monkeypatch):
+    record = Run.record
+
+    def no_log(run, **values):
+        path = run.file(".metrics.jsonl")
+        path.unlink()
+        path.mkdir()
+        record(run, **values)
+
+    monkeypatch.setattr(Run, "record", no_log)
+    monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
+    log = any_stage.folder / "log"
+    assert ended(fork(lambda: run_stage(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+    assert re.search(r"^error: .*metrics.jsonl: Is a directory", log.read_text(), re.M)
+
+
+def test_a_file_has_its_name_only_once_it_is_on_the_disk(train, monkeypatch):
+    """Flushed with fsync, which the other tests leave out."""
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: events.append("name") or replace(*paths))
+    train(max_steps=1)
+    assert events == ["fsync", "name"] * 5  # tokens, log, .json, .pth, checkpoint
+
+
+def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage, monkeypatch):
+    monkeypatch.setattr(lm_dataset, "LINES_PER_TASK", 1)
+    encode = lm_dataset.encode_task
+    monkeypatch.setattr(lm_dataset, "encode_task", lambda *args: time.sleep(0.1) or encode(*args))
+    kind = KINDS[any_stage.write_data]
+    load = partial(
+        load_documents,
+        any_stage.data,
+        kind,
+        load_tokenizer(),
+        cache=any_stage.folder / "cache",
+    )
+    monkeypatch.setattr(lm_dataset, "FEW_BYTES", 0)  # use processes even for this
+    process = fork(lambda: load(workers=2))
+    workers = []
+    while len(workers) < 2:
+        time.sleep(0.05)
+        workers = psutil.Process(process).children()
+    os.kill(process, signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
+    gone, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    monkeypatch.undo()
+    assert len(load()) == len(any_stage.examples) * (2 if kind == "preferences" else 1)
+
+
+# -- stopped between updates -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(optimizer="adamw"),
+        dict(optimizer="muon"),
+        dict(optimizer="adamw", num_workers=2),
+        dict(optimizer="adamw", dropout=0.2),
+        dict(optimizer="muon", dropout=0.2),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, settings):
+    """7 rows in windows of 2·2 and two epochs: 4 updates, the 2nd and 4th with a rest of rows."""
+    train.data = text_file(train.folder / "few.jsonl", TEXTS[:7])
+    held_out = text_file(train.folder / "val.jsonl", TEXTS[7:10])
+    common = dict(accumulation_steps=2, epochs=2, lr_schedule="cosine", eval_interval=2)
+    common |= dict(val_path=[held_out], save_interval=1, log_interval=2, **settings)
+    train("whole", **common)
+    whole = everything(train, "whole")
+    assert train.saved("whole")["progress"]["step"] == 4
+    for step in (1, 2, 3):
+        killed(step, train, str(step), **common)
+        assert train.saved(str(step))["progress"]["step"] == step
+        train(str(step), resume=True, **common)
+        assert same(everything(train, str(step)), whole)
+
+
+def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed, monkeypatch):
+    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
+    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 26)
+    common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
+    train("whole", **common)
+    assert [record["step"] for record in train.log("whole")] == list(range(1, 8))
+    for step in (2, 5):
+        killed(step, train, str(step), **common)
+        train(str(step), resume=True, **common)
+        assert same(everything(train, str(step)), everything(train, "whole"))
+
+
+def test_what_came_after_the_checkpoint_is_done_and_logged_once(train, killed):
+    common = dict(max_steps=6, save_interval=2)
+    train("whole", **common)
+    killed(5, train, "a", **common)
+    assert [record["step"] for record in train.log("a")] == [1, 2, 3, 4, 5]
+    train("a", resume=True, **common)
+    assert [record["step"] for record in train.log("a")] == [1, 2, 3, 4, 5, 6]
+    assert same(everything(train, "a"), everything(train, "whole"))
+
+
+def test_from_resume_is_resume(train, killed):
+    killed(3, train, save_interval=1)
+    assert train(from_resume=True, max_steps=0)["step"] == len(TEXTS) / 2
+    assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
+
+
+def test_a_run_may_go_on_with_other_batches_of_the_same_window(train, killed):
+    common = dict(max_steps=4, save_interval=1)
+    train("whole", batch_size=4, **common)
+    killed(2, train, "a", batch_size=4, **common)
+    train("a", resume=True, batch_size=1, accumulation_steps=4, num_workers=1, **common)
+    assert_close(train.saved("a")["model"], train.saved("whole")["model"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_run_that_goes_on_with_another_window_trains_every_row(train, killed, batch_size):
+    killed(8, train, batch_size=2, save_interval=8)
+    step = train(resume=True, batch_size=batch_size)["step"]
+    assert step == 8 + math.ceil((len(TEXTS) - 16) / batch_size)
+    progress = train.saved()["progress"]
+    assert (progress["rows_seen"], progress["step"]) == (len(TEXTS), step)
+
+
+def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
+    train, killed, capsys
+):
+    killed(8, train, batch_size=2, save_interval=8)
+    capsys.readouterr()
+    train(resume=True, batch_size=4)
+    printed = capsys.readouterr().out
+    assert "at step 8 of 10: going on" in printed
+    assert "warning: a full update has 4 rows from here on, and had 2" in printed
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A finished run, for attempts to resume it."""
+    train = Trainer(tmp_path_factory.mktemp("stopped"))
+    cache = train.folder / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(load_documents.__kwdefaults__, "cache", cache)
+        train(max_steps=2)
+    return train
+
+
+@pytest.mark.parametrize(
+    ("change", "then", "now"),
+    [
+        (dict(learning_rate=0.5), "0.001", "0.5"),
+        (dict(seed=7), "42", "7"),
+        (dict(max_steps=3), "2", "3"),
+        (dict(epochs=9), "1", "9"),
+        (dict(optimizer="adamw"), "'muon'", "'adamw'"),
+        (dict(packing=True), "False", "True"),
+        (dict(batch_ramp=9), "0", "9"),
+        (dict(lr_schedule="cosine"), "'linear'", "'cosine'"),
+        (dict(num_hidden_layers=1), "2", "1"),
+        (dict(dropout=0.5), "0.0", "0.5"),
+    ],
+    ids=str,
+)
+def test_another_run_is_not_resumed(stopped, change, then, now):
+    before = stopped.log()
+    (name,) = change
+    sentence = f"was made with {name} {then}, and this run has {now}; give the same, or start anew"
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        stopped(resume=True, **{"max_steps": 2, **change})
+    assert stopped.log() == before
+
+
+def test_another_held_out_share_is_not_resumed(any_stage):
+    """It leaves other documents to training."""
+    any_stage(max_steps=2, val_share=0.3)
+    held_out = any_stage.write_data(any_stage.folder / "val.jsonl", any_stage.examples[:2])
+    with pytest.raises(UserError, match="was made with documents trained '[0-9a-f]{16}'"):
+        any_stage(max_steps=2, val_share=0.3, val_path=[held_out], resume=True)
+
+
+def test_a_run_from_other_weights_is_not_resumed(tmp_path):
+    (tmp_path / "texts").mkdir()
+    start, sft = Trainer(tmp_path / "texts"), Trainer(tmp_path, train_full_sft)
+    start("start", max_steps=1)
+    first = str(start.folder / "start" / "out" / "pretrain_32.pth")
+    sft(max_steps=2, from_weight=first)
+    start("start", max_steps=2)
+    with pytest.raises(UserError, match="was made with first weights '[0-9a-f]{16}'"):
+        sft(max_steps=2, from_weight=first, resume=True)
+
+
+def test_float16_with_its_scaler_resumes_as_well(any_stage, killed, monkeypatch):
+    """On a CPU, which can do it, if slowly; the first scales overflow, and those updates skip."""
+    monkeypatch.setattr(hardware, "resolve_dtype", lambda name, device: torch.float16)
+    scaler = torch.amp.GradScaler
+    high = dict(init_scale=2.0**20)  # too large for these gradients, by a few halvings
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, **high))
+    common = dict(epochs=3, max_steps=12, save_interval=1, dropout=0.1)
+    any_stage("whole", **common)
+    saved = any_stage.saved("whole")
+    assert 0 < saved["progress"]["skipped"] < 12 and saved["scaler"]["scale"] < 2.0**20
+    killed(2, any_stage, **common)
+    any_stage(resume=True, **common)
+    assert same(everything(any_stage), everything(any_stage, "whole"))
+    assert any_stage.saved()["scaler"] == saved["scaler"]
+
+
+def test_other_data_is_not_resumed(train):
+    train(max_steps=2)
+    text_file(train.folder / "data.jsonl", TEXTS[1:])
+    with pytest.raises(UserError, match="was made with data '[0-9a-f]{16}', and this run has"):
+        train(max_steps=2, resume=True)
+
+
+def test_a_finished_run_stays_as_it_is(train, capsys):
+    train(max_steps=2, dropout=0.1)
+    before = everything(train, "a")
+    files = {path: path.read_bytes() for path in (train.folder / "a").rglob("*.pth")}
+    capsys.readouterr()
+    metrics = train(max_steps=2, dropout=0.1, resume=True)
+    assert "at step 2 of 2: the run is finished already" in capsys.readouterr().out
+    assert metrics["step"] == 2 and len(files) == 1
+    assert same(everything(train, "a"), before)
+    assert all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_without_a_checkpoint_it_starts_from_the_beginning_and_says_so(train, capsys):
+    assert train(max_steps=1, resume=True)["step"] == 1
+    assert "to resume: starting from the beginning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "something else"])
+def test_a_damaged_checkpoint_is_named(train, damage):
+    train(max_steps=2)
+    (path,) = (train.folder / "a" / "checkpoints").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if damage == "cut off" else b"")
+    if damage == "something else":
+        torch.save({"model": {}}, path)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        train(max_steps=2, resume=True)
+
+
+def test_a_new_run_begins_a_new_log(train):
+    train(max_steps=3)
+    train(max_steps=2)
+    assert [record["step"] for record in train.log()] == [1, 2]
+
+
+def test_a_run_that_died_between_its_last_two_files_gets_both(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_utils, "save_weights", lambda *args, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(max_steps=1)
+    train(max_steps=1, resume=True)
+    assert list((train.folder / "a" / "out").glob("*.pth"))
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_update_saves_it_and_leaves(train, monkeypatch, capsys, number):
+    update = Run.update
+
+    def interrupted(run, *args):
+        if run.step == 2:
+            signal.raise_signal(number)
+        update(run, *args)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train("whole", max_steps=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", interrupted)
+        step = train(max_steps=5)["step"]
+    assert step in (2, 3)  # at once, or with the next one
+    assert f"stopped at step {step}; --resume goes on from there" in capsys.readouterr().out
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert train.saved()["progress"]["step"] == step
+    train(max_steps=5, resume=True)
+    assert same(everything(train, "a"), everything(train, "whole"))
+
+
+def test_a_signal_between_updates_saves_too(train, monkeypatch):
+    save_every = Run.save_every
+
+    def interrupted(run, *args):
+        save_every(run, *args)
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "save_every", interrupted)
+    step = train(max_steps=5)["step"]
+    assert train.saved()["progress"]["step"] == step < 5
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_signal_while_the_ranks_agree_is_not_lost(train, monkeypatch, call):
+    """They add up numbers in every window, and may wait for each other then."""
+    calls = []
+
+    def interrupted(run, *numbers):
+        calls.append(numbers)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return list(numbers)
+
+    monkeypatch.setattr(Run, "sum_over_ranks", interrupted)
+    assert train(max_steps=5)["step"] < 5
+
+
+@pytest.mark.slow
+def test_a_program_that_is_told_to_end_saves_and_can_go_on(train, shell, killed, tokenizer):
+    settings = train.settings("a", epochs=5000, num_workers=1)
+    words = ["train_pretrain.py", *flags(settings)]
+    process = shell(*words, cwd=ROOT / "trainer", reads=[train.data])
+    wait_for_steps(process, settings)
+    process.send_signal(signal.SIGTERM)
+    step = int(re.search(r"stopped at step (\d+); --resume", output(process))[1])
+    assert train.saved("a")["progress"]["step"] == step == train.log("a")[-1]["step"]
+    going_on = dict(epochs=5000, save_interval=step + 2)
+    killed(step + 2, train, "a", resume=True, **going_on)
+    killed(step + 2, train, "whole", **going_on)
+    assert same(train.saved("a")["model"], train.saved("whole")["model"])
+    assert [record["step"] for record in train.log("a")] == list(range(1, step + 3))

@@ -1,0 +1,594 @@
+"""Training: the verbs of `Run`, and pretraining and SFT from end to end on a tiny model."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from toy import (
+    CHATS,
+    TEXTS,
+    Trainer,
+    assert_close,
+    chat_file,
+    flags,
+    logged,
+    output,
+    same,
+    text_file,
+    timeless,
+)
+
+from dataset.lm_dataset import encode_chat, encode_text, load_documents, token_bytes
+from dataset.packing import Rows
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
+from model.weights import ROOT
+from trainer import train_full_sft, train_pretrain, trainer_utils
+from trainer.common import hardware
+from trainer.common.arguments import TrainArgs
+from trainer.common.evaluation import answer, continuation, held_out_loss
+from trainer.common.optimizers import (
+    VECTORS,
+    Muon,
+    embedding_multiple,
+    learning_rate_factor,
+    make_optimizer,
+    orthogonal,
+    split_parameters,
+)
+from trainer.report.plots import plot_losses
+from trainer.trainer_utils import BAD_STEPS, Run, read_rows, starting_model
+
+LN_V = math.log(6400)
+pytestmark = pytest.mark.usefixtures("in_a_hurry")
+
+
+# -- one update ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
+def test_how_a_window_is_cut_into_batches_changes_nothing(tmp_path, trajectory, stage):
+    train = Trainer(tmp_path, stage)
+    seen = []
+    for batch_size, steps in ((8, 1), (1, 8), (4, 2)):
+        window = dict(batch_size=batch_size, accumulation_steps=steps, max_steps=3, epochs=3)
+        records = logged(train(**window))
+        figures = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+        seen.append((np.array(figures), trajectory[-1]))
+    (figures, weights), *others = seen
+    assert len(figures) == 3
+    for their_figures, their_weights in others:
+        np.testing.assert_allclose(their_figures, figures, atol=2e-4)
+        assert_close(their_weights, weights)
+
+
+def test_the_loss_of_an_update_is_the_mean_over_its_tokens(train, tokenizer):
+    """Not over rows or micro-batches, which hold different numbers of them."""
+    args = train_pretrain.Args(**train.settings("a", batch_size=1, accumulation_steps=24))
+    model = starting_model(args, tokenizer)
+    total = count = 0
+    for text in TEXTS:
+        ids = torch.tensor([encode_text(tokenizer, text).ids])
+        log_p = model(ids).logits[0, :-1].log_softmax(-1)
+        total -= log_p.gather(1, ids[0, 1:, None]).sum().item()
+        count += ids.shape[1] - 1
+    (record,) = logged(train_pretrain.main(args))
+    assert record["loss"] == pytest.approx(total / count, abs=2e-4)
+    assert record["tokens"] == count + len(TEXTS)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(train, trajectory, monkeypatch):
+    calls, forward = [], SwiGLU.forward
+    monkeypatch.setattr(SwiGLU, "forward", lambda *args: calls.append(1) or forward(*args))
+    train(max_steps=2)
+    expected, once = trajectory[-1], len(calls)
+    train(max_steps=2, gradient_checkpointing=True)
+    assert_close(trajectory[-1], expected, 1e-7)
+    assert len(calls) - once == 2 * once
+
+
+def test_an_untrained_model_guesses(train):
+    assert logged(train(max_steps=1))[0]["loss"] == pytest.approx(LN_V, abs=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(train, optimizer):
+    records = logged(
+        train(optimizer=optimizer, epochs=8, learning_rate=1e-2, packing=True, batch_size=4)
+    )
+    assert records[0]["loss"] > 8 and records[-1]["loss"] < 3
+
+
+def test_the_defaults_learn(train):
+    """Packed rows, updates that grow, Muon, a linear schedule: nothing set but sizes and places."""
+    data = text_file(train.folder / "many.jsonl", TEXTS * 40)
+    sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads device save_dir"
+    settings = train.settings()
+    given = {name: settings[name] for name in [*sizes.split(), "checkpoint_dir"]}
+    args = train_pretrain.Args(data_path=[data], epochs=4, log_interval=1, **given)
+    records = [r for r in logged(train_pretrain.main(args)) if "loss" in r]
+    assert 1000 < records[0]["tokens"] < 1050
+    assert records[0]["loss"] == pytest.approx(LN_V, abs=0.1)
+    assert records[-1]["loss"] < 4 and records[-1]["step"] > 40
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(0.05, True), (0.0, False), (1e6, False)])
+def test_the_gradient_is_no_longer_than_grad_clip(train, monkeypatch, limit, clipped):
+    norms, step = [], torch.optim.AdamW.step
+
+    def measured(self):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    records = logged(train(grad_clip=limit, max_steps=3, optimizer="adamw"))
+    whole = [record["grad_norm"] for record in records]
+    assert min(whole) > 0.05
+    assert norms == pytest.approx([limit] * 3 if clipped else whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_group_follows_the_schedule(train, monkeypatch, optimizer):
+    rates, update = [], Run.update
+
+    def watched(self, model, optimizer):
+        update(self, model, optimizer)
+        rates.append({group["lr"] / group["peak_lr"] for group in optimizer.param_groups})
+
+    monkeypatch.setattr(Run, "update", watched)
+    records = logged(train(optimizer=optimizer, max_steps=6, lr_schedule="cosine"))
+    expected = [learning_rate_factor("cosine", step, step / 6, 2) for step in range(6)]
+    for factors, factor in zip(rates, expected, strict=True):
+        assert list(factors) == pytest.approx([factor] * len(factors))
+    assert [record["lr"] for record in records] == pytest.approx([1e-3 * f for f in expected])
+
+
+def test_the_schedule_follows_the_rows_and_not_the_updates(train, monkeypatch):
+    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
+    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 26)
+    common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, warmup_steps=0)
+    rates = [record["lr"] for record in logged(train(**common))]
+    assert rates == pytest.approx([1e-3 * (1 - n / 24) for n in (0, 2, 4, 6, 8, 12, 18)])
+    rates = [record["lr"] for record in logged(train(**common, max_steps=5))]
+    assert rates == pytest.approx([1e-3 * (1 - n / 12) for n in (0, 2, 4, 6, 8)])
+
+
+BY_HAND = {  # (schedule, steps, warmup): the factor of each step
+    ("constant", 4, 0): [1, 1, 1, 1],
+    ("constant", 4, 3): [1 / 4, 2 / 4, 3 / 4, 1],
+    ("trapezoid", 8, 0): [1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4],
+    ("trapezoid", 8, 1): [1 / 2, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4],
+    ("trapezoid", 4, 9): [1 / 10, 2 / 10, 3 / 10, 4 / 10],
+    ("cosine", 4, 0): [1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5)],
+    ("cosine", 2, 1): [1 / 2, 0.55],
+    ("linear", 4, 0): [1, 3 / 4, 2 / 4, 1 / 4],
+    ("linear", 4, 1): [1 / 2, 3 / 4, 2 / 4, 1 / 4],
+}
+
+
+@pytest.mark.parametrize(("case", "factors"), BY_HAND.items())
+def test_the_schedules_by_hand(case, factors):
+    schedule, steps, warmup = case
+    ours = [learning_rate_factor(schedule, s, s / steps, warmup) for s in range(steps)]
+    assert ours == pytest.approx(factors)
+
+
+# -- optimizers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"tie_word_embeddings": False}])
+def test_every_parameter_is_in_one_group(make_model, fields):
+    model = make_model(**fields)
+    groups = split_parameters(model)
+    ids = [id(parameter) for group in groups.values() for parameter in group]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+    assert len(groups["matrices"]) == 7 * 2
+    assert all(parameter.dim() == 1 for parameter in groups["vectors"])
+    assert {parameter.shape for parameter in groups["embedding"]} == {(128, 64)}
+
+
+def test_what_is_frozen_is_not_trained(make_model):
+    model = make_model()
+    model.model.layers[0].requires_grad_(False)
+    groups = split_parameters(model)
+    assert len(groups["matrices"]) == 7 and len(groups["vectors"]) == 3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_shrinks_matrices_only(make_model, name):
+    model = make_model()
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        factor = 1 - 0.1 * 0.5 if "_proj" in key else 1
+        assert_close(parameter.detach(), before[key] * factor)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_learning_rate_maps_to_every_group(make_model, name):
+    model = make_model()
+    optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    multiples = {"matrices": 1, "embedding": 30, "vectors": VECTORS}
+    for role, parameters in split_parameters(model).items():
+        for parameter in parameters:
+            assert rates[id(parameter)] == pytest.approx(0.1 * multiples[role])
+
+
+def test_the_embedding_of_a_wide_model_learns_more_slowly():
+    """The head's logits are sums over the width. RECIPE_LOG.md, series 13."""
+    multiples = [embedding_multiple(width) for width in (64, 256, 512, 768)]
+    assert multiples == pytest.approx([30, 30, 10.61, 5.77], abs=0.01)
+
+
+def test_a_wider_model_takes_no_larger_steps(make_model):
+    """μP's coordinate check (arXiv 2203.03466): how far one update moves the logits."""
+    ids = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(0))
+
+    def moved(width: int) -> float:
+        model = make_model(hidden_size=width, initializer_range=0.02)
+        optimizer = make_optimizer(model, "muon", learning_rate=1e-4, weight_decay=0.0)
+        outputs = model(ids, labels=ids)
+        outputs.loss.backward()
+        optimizer.step()
+        return (model(ids).logits - outputs.logits).abs().mean().item()
+
+    assert moved(1024) < 2.5 * moved(256)  # 4 times, were the embedding's multiple the same
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("kept", ["_proj", "embed", "norm"])
+def test_a_role_alone_can_be_trained(make_model, name, kept):
+    model = make_model()
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(kept in key)
+        parameter.grad = torch.ones_like(parameter)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0).step()
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[key]) == (kept not in key)
+
+
+def test_muon_moves_a_matrix_by_its_rate(make_model):
+    """The root mean square of an update is about the learning rate."""
+    model = make_model()
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    optimizer = make_optimizer(model, "muon", learning_rate=0.1, weight_decay=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    moved = (model.model.layers[0].mlp.up_proj.weight - before).square().mean().sqrt().item()
+    assert moved == pytest.approx(0.1, rel=0.25)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (32, 88), (88, 32)])
+def test_orthogonal_is_the_polar_factor_nearly(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    ours = orthogonal(matrices)
+    mapped = (left.mT @ ours @ right.mT).diagonal(dim1=-2, dim2=-1)  # what became of each value
+    assert_close(ours, left @ (mapped[..., None] * right), 1e-4)  # no direction has changed
+    strong = values / values.square().sum(-1, keepdim=True).sqrt() > 0.01
+    assert strong.float().mean() > 0.9
+    assert (mapped[strong] - 1).abs().max() < 0.28
+
+
+def test_muon_is_momentum_looked_ahead_and_orthogonal():
+    """Two steps by hand, of two matrices of one shape and one of another."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [
+        torch.nn.Parameter(torch.randn(*shape, generator=generator))
+        for shape in [(8, 16), (8, 16), (16, 16)]
+    ]
+    expected = [matrix.detach().clone() for matrix in matrices]
+    averages = [torch.zeros_like(matrix) for matrix in expected]
+    optimizer = Muon(matrices, lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        for k, matrix in enumerate(matrices):
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+            averages[k] = 0.8 * averages[k] + 0.2 * matrix.grad
+            ahead = 0.8 * averages[k] + 0.2 * matrix.grad
+            update = max(matrix.shape) ** 0.5 * orthogonal(ahead[None])[0]
+            expected[k] = (1 - 0.1 * 0.5) * expected[k] - 0.1 * update
+        optimizer.step()
+    for matrix, value in zip(matrices, expected, strict=True):
+        assert_close(matrix.detach(), value, 1e-5)
+
+
+# -- not finite ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """The gradient of these steps is not a number."""
+
+    def at(*steps):
+        backward = Run.backward
+        factor = lambda run: math.nan if run.step in steps else 1.0  # noqa: E731
+        monkeypatch.setattr(
+            Run, "backward", lambda run, loss, *more: backward(run, loss * factor(run), *more)
+        )
+
+    return at
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_that_is_not_finite_changes_nothing(train, trajectory, poison, capsys, optimizer):
+    poison(3)
+    records = logged(train(optimizer=optimizer, max_steps=5))
+    assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
+    assert "step 3: the gradient is not finite" in capsys.readouterr().out
+    assert same(trajectory[2], trajectory[1]) and not same(trajectory[3], trajectory[2])
+    assert all(tensor.isfinite().all() for tensor in trajectory[-1].values())
+
+
+def test_several_in_a_row_end_the_run(train, trajectory, poison):
+    poison(*range(3, 99))
+    with pytest.raises(
+        UserError, match=f"{BAD_STEPS} updates .* step {BAD_STEPS + 2}; try a lower"
+    ):
+        train()
+    assert same(trajectory[-1], trajectory[1])
+
+
+def test_several_that_are_not_in_a_row_do_not(train, poison):
+    poison(1, 2, 3, 4, 6, 7, 8, 9)
+    assert logged(train(max_steps=10))[-1]["skipped"] == 8
+
+
+def test_a_broken_weight_ends_the_run(train, monkeypatch):
+    def broken(*args):
+        model = starting_model(*args)
+        model.model.norm.weight.data[3] = math.inf
+        return model
+
+    monkeypatch.setattr(train_pretrain, "starting_model", broken)
+    with pytest.raises(UserError, match="were not finite"):
+        train()
+
+
+def test_the_log_is_json_even_then(train, poison):
+    poison(2)
+    train(max_steps=3)
+    (path,) = train.folder.glob("a/out/*.metrics.jsonl")
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_window_without_anything_trained_is_no_accident(tmp_path):
+    train = Trainer(tmp_path, train_full_sft)
+    question = {"role": "user", "content": "why " * 50}
+    train.data = chat_file(tmp_path / "long.jsonl", [[question, CHATS[0][1]], CHATS[0]])
+    records = logged(train(batch_size=1, max_seq_len=24))
+    assert records[-1]["skipped"] == 0
+    assert all(math.isfinite(record["loss"]) for record in records)
+
+
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+def by_hand(model, tokenizer, documents):
+    """Loss and bits per byte, document by document and token by token."""
+    sizes, nats, text_nats, size, count = token_bytes(tokenizer), 0.0, 0.0, 0, 0
+    for document in documents:
+        log_p = model(torch.tensor([document.ids])).logits[0].log_softmax(-1)
+        for place in range(1, len(document.ids)):
+            if not document.loss_mask[place]:
+                continue
+            token = document.ids[place]
+            loss = -log_p[place - 1, token].item()
+            nats, count = nats + loss, count + 1
+            if token > 2:  # the control tokens are 0, 1 and 2
+                text_nats, size = text_nats + loss, size + int(sizes[token])
+    return {"val_loss": nats / count, "val_bpb": text_nats / math.log(2) / size}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_held_out_loss_by_hand(tmp_path, tokenizer, make_model, kind, packing):
+    if kind == "text":
+        path, documents = text_file(tmp_path / "t"), [encode_text(tokenizer, t) for t in TEXTS]
+    else:
+        path, documents = chat_file(tmp_path / "c"), [encode_chat(tokenizer, c) for c in CHATS]
+    model = make_model(vocab_size=6400, dropout=0.5).train()
+    run = Run(TrainArgs(batch_size=3, device="cpu"), "test", model.config, tokenizer)
+    rows = Rows(load_documents(path, kind, tokenizer), 40, packing=packing)
+    figures = held_out_loss(run, model, rows)
+    assert model.training
+    assert figures == pytest.approx(by_hand(model.eval(), tokenizer, documents), rel=1e-4)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, tokenizer, make_model):
+    """A model that knows nothing spends log2(V) bits a token."""
+    model = make_model(vocab_size=6400, initializer_range=1e-6)
+    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
+    rows = Rows(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
+    tokens = sum(len(encode_text(tokenizer, text).ids) - 2 for text in TEXTS)
+    expected = tokens * math.log2(6400) / len("".join(TEXTS).encode())
+    assert held_out_loss(run, model, rows)["val_bpb"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
+def test_evaluating_does_not_change_what_is_trained(tmp_path, trajectory, stage):
+    train = Trainer(tmp_path, stage)
+    common = dict(val_path=[train.data], dropout=0.2, max_steps=4)
+    often = logged(train(eval_interval=1, **common))
+    weights = trajectory[-1]
+    seldom = logged(train(eval_interval=0, **common))
+    assert sum("val_bpb" in record for record in often) == 4
+    assert sum("val_bpb" in record for record in seldom) == 1
+    assert same(weights, trajectory[-1])
+    assert timeless(often)[-2:] == timeless(seldom)[-2:]  # the last evaluation, the last loss
+
+
+def test_samples_are_texts_of_the_model(tmp_path, tokenizer, make_model):
+    model = make_model(vocab_size=6400, dropout=0.9).train()
+    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
+    rows = Rows(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
+    first = continuation(run, model, rows, length=5)
+    assert first == continuation(run, model, rows, length=5)
+    begun, continued = first.split(" ▸")
+    assert begun and any(text.startswith(begun) for text in TEXTS) and continued
+    assert answer(run, model, "Who?", length=5).startswith("Who? ▸ ")
+    assert model.training
+
+
+def rows_of(train, tokenizer, **changes):
+    args = train_pretrain.Args(**train.settings("a", **changes))
+    return read_rows(Run(args, "test", MiniMindConfig(), tokenizer), "text")
+
+
+def test_what_is_held_out_is_not_trained_and_always_the_same(train, tokenizer):
+    rows, held_out = rows_of(train, tokenizer, val_share=0.2)
+    assert len(held_out.chosen) == math.ceil(24 * 0.2)
+    assert sorted([*rows.chosen, *held_out.chosen]) == list(range(24))
+    again, still_out = rows_of(train, tokenizer, val_share=0.2, seed=7, packing=True)
+    assert still_out.chosen.tolist() == held_out.chosen.tolist()
+    _, fewer = rows_of(train, tokenizer, val_share=0.2, val_documents=2)
+    assert len(fewer.chosen) == 2 and set(fewer.chosen) < set(held_out.chosen)
+
+
+def test_a_separate_file_leaves_all_data_to_training(train, tokenizer):
+    other = text_file(train.folder / "val.jsonl", TEXTS[:3])
+    rows, held_out = rows_of(train, tokenizer, val_share=0.2, val_path=[other])
+    assert (len(rows.chosen), len(held_out.chosen)) == (24, 3)
+    assert rows_of(train, tokenizer, val_share=0.0)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "complaint"),
+    [(["one two"], 0.5, "one document only"), ([], 0.0, "holds no documents")],
+)
+def test_too_little_data_is_said_to_be_so(train, tokenizer, texts, share, complaint):
+    train.data = text_file(train.folder / "little.jsonl", texts)
+    with pytest.raises(UserError, match=complaint):
+        rows_of(train, tokenizer, val_share=share)
+
+
+# -- what a run leaves behind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-2, False), (1e-7, True)])
+def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warned):
+    """An SFT whose updates are smaller than what float16 can tell apart is warned of."""
+    Trainer(tmp_path)("before", max_steps=2)
+    start = tmp_path / "before" / "out" / "pretrain_32.pth"
+    sft, out = Trainer(tmp_path, train_full_sft), tmp_path / "a" / "out"
+    sft(from_weight=str(start), max_steps=3, learning_rate=rate)
+    before, after = (
+        torch.load(path, weights_only=True) for path in (start, out / "full_sft_32.pth")
+    )
+    del before["lm_head.weight"]  # the embedding once more
+    changed = sum((after[name] != old).sum().item() for name, old in before.items())
+    share = changed / sum(old.numel() for old in before.values())
+    assert (share < 0.5) == warned and 0 < share
+    (record,) = [r for r in sft.log(kind="changed_share") if r["step"] == 3]
+    assert record["changed_share"] == pytest.approx(share, abs=1e-4)
+    info = json.loads((out / "full_sft_32.json").read_text())
+    assert info["origin"]["changed_share"] == record["changed_share"]
+    printed = capsys.readouterr().out
+    assert f"{share:.1%} of the values stored in float16 differ from the start's" in printed
+    assert ("warning: most updates were too small" in printed) == warned
+
+
+def test_fill_and_waste_of_the_rows_are_told(train, capsys):
+    train(max_steps=1)
+    told = re.search(
+        r"(\d+) tokens in 24 rows of 32 \((.*)% full, (.*)% wasted", capsys.readouterr().out
+    )
+    tokens, full, wasted = map(float, told.groups())
+    assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
+    assert full + wasted == pytest.approx(100)
+    (info,) = train.folder.glob("a/out/*.json")
+    assert json.loads(info.read_text())["origin"]["row_fill"] == pytest.approx(full / 100, abs=1e-3)
+
+
+def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):
+    monkeypatch.setattr(trainer_utils, "plot_losses", plot_losses)
+    train(max_steps=4, val_share=0.2, eval_interval=2)
+    out = train.folder / "a" / "out"
+    assert {path.name for path in out.iterdir()} == {
+        *("pretrain_32.pth", "pretrain_32.json"),
+        *("pretrain_32.metrics.jsonl", "pretrain_32.loss.png"),
+    }
+    picture = (out / "pretrain_32.loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000
+    info = json.loads((out / "pretrain_32.json").read_text())
+    assert info["stage"] == "pretrain" and info["config"]["hidden_size"] == 32
+    assert info["origin"]["steps"] == 4 and info["origin"]["args"]["batch_size"] == 2
+    assert info["origin"]["val_bpb"] == train.log(kind="val_bpb")[-1]["val_bpb"]
+    (state, full) = torch.load(out / "pretrain_32.pth", weights_only=True), train.saved()["model"]
+    assert all(state[name].dtype == torch.float16 for name in full)
+    assert all(torch.equal(state[name], tensor.half()) for name, tensor in full.items())
+    assert [record["step"] for record in train.log(kind="val_bpb")] == [2, 4]
+    assert [record["step"] for record in train.log()] == [1, 2, 3, 4]
+    printed = capsys.readouterr().out
+    for expected in ("0.24M parameters", "4 steps of 2 rows", "ln 6400 = 8.76", "memory: about"):
+        assert expected in printed
+
+
+def test_intervals_decide_when_something_is_logged(train):
+    train(max_steps=7, log_interval=3)
+    records = train.log()
+    assert [record["step"] for record in records] == [1, 3, 6, 7]
+    every = logged(train("b", max_steps=7))
+    losses = [record["loss"] for record in every]
+    means = [losses[0], np.mean(losses[1:3]), np.mean(losses[3:6]), losses[6]]
+    assert [record["loss"] for record in records] == pytest.approx(means, abs=2e-4)
+    assert records[-1]["tokens"] == every[-1]["tokens"]
+
+
+def test_sft_begins_with_the_weights_of_pretraining(tmp_path, tokenizer):
+    Trainer(tmp_path)(max_steps=2)
+    sft = Trainer(tmp_path, train_full_sft)
+    sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
+    args = train_full_sft.Args(**sft.settings(from_weight="pretrain", **sizes, dropout=0.1))
+    model = starting_model(args, tokenizer)
+    theirs = torch.load(tmp_path / "a" / "out" / "pretrain_32.pth", weights_only=True)
+    assert same({k: v.half() for k, v in model.state_dict().items()}, theirs)
+    assert model.training and model.config.dropout == 0.1
+    assert model.config.num_hidden_layers == 2
+    train_full_sft.main(args)
+    info = json.loads((tmp_path / "a" / "out" / "full_sft_32.json").read_text())
+    assert (info["stage"], info["origin"]["from_weight"]) == ("full_sft", "pretrain")
+    by_path = train_full_sft.Args(
+        **sft.settings("b", from_weight=str(tmp_path / "a" / "out" / "pretrain_32.pth"))
+    )
+    assert same(starting_model(by_path, tokenizer).state_dict(), model.state_dict())
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def test_operations_of_a_token_by_hand():
+    """Six for each number of a matrix (the tied one counts as the head), and attention's."""
+    config = MiniMindConfig()
+    model = MiniMindForCausalLM(config)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert hardware.flops_per_token(config, 0) == 6 * matrices
+    # scores and values: 2 products of 512 numbers with half of 100 positions, 3 times, 8 layers
+    assert hardware.flops_per_token(config, 100) - 6 * matrices == 2 * 2 * 512 * 50 * 3 * 8
+
+
+def test_half_precision_is_for_cuda():
+    assert hardware.resolve_dtype("bfloat16", torch.device("cpu")) == torch.float32
+    assert hardware.resolve_device("cpu").type == "cpu"
+
+
+@pytest.mark.slow
+def test_sft_runs_from_the_folder_of_its_script(tmp_path, shell):
+    Trainer(tmp_path)(max_steps=1)
+    sft = Trainer(tmp_path, train_full_sft)
+    settings = sft.settings(from_weight="pretrain", epochs=1, val_share=0.2)
+    del settings["device"], settings["num_workers"], settings["num_hidden_layers"]
+    words = ["train_full_sft.py", *flags(settings)]
+    printed = output(shell(*words, cwd=ROOT / "trainer", reads=[sft.data], kind="conversations"))
+    assert "val_bpb" in printed and "Who are you? ▸" in printed
+    assert (tmp_path / "a" / "out" / "full_sft_32.pth").exists()

@@ -1,0 +1,1 @@
+"""What every trainer uses: options, hardware, optimizers, checkpoints, evaluation, trackers."""

@@ -1,0 +1,162 @@
+"""What the machine is and can do: device, precision, peak speed, memory."""
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import psutil
+import torch
+
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig
+
+# Peak dense bf16 rates in TFLOP/s, from NVIDIA's data sheets, without sparsity.
+GPU_TFLOPS = {
+    "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "T4": 65, "V100": 125,
+    "4090": 165, "4080": 97, "4070": 58, "3090": 71, "3080": 60, "3070": 41, "3060": 25,
+}  # fmt: skip
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        mps = torch.backends.mps.is_available() and ranks_here() == 1  # there is one such GPU
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is unknown; try auto, cuda, cuda:1, mps or cpu") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: this PyTorch sees no CUDA GPU; use --device auto")
+        if device.index is not None and ranks_here() > 1:
+            raise UserError(f"--device {name} is one GPU for all processes; use --device cuda")
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no GPU {index}: this machine has {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this PyTorch sees no Apple GPU; use --device auto")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {name} is not supported; try auto, cuda, mps or cpu")
+    return device
+
+
+def ranks_here() -> int:
+    """How many processes of this training run on this machine (torchrun tells)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+
+
+def physical_cores() -> int:
+    """More threads than these make training slower."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type to compute in. Half precision is for CUDA: CPUs are slower with it, and float32 is
+    the safe choice on MPS. The weights themselves are float32 always."""
+    if device.type != "cuda":
+        return torch.float32
+    if name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16  # GPUs before Ampere only emulate bfloat16, slowly
+    return getattr(torch, name)
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile is worth its minute: on CUDA, for which it needs Triton."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """The context of a forward pass in `dtype`."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Floating point operations a second that the device can do, a multiply-add counted as two.
+
+    CUDA: from the data sheet, None for a GPU that is not in the table. Otherwise measured here,
+    with a matrix product, in a fraction of a second.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((tflops for key, tflops in GPU_TFLOPS.items() if key in name), None)
+        if known is None:
+            return None
+        return known * 1e12 / (2 if dtype == torch.float32 else 1)
+    n = 1024
+    left, right = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
+    """Operations to train one token (forward and backward): 6 for each weight of a matrix it is
+    multiplied with, and 12 · layers · hidden · T/2 for attention over a causal row of T
+    (arXiv 2204.02311, appendix B; half of it, since a token sees half the row on average)."""
+    C, head = config.hidden_size, config.head_dim
+    attention = C * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    feed_forward = 3 * C * config.active_intermediate_size
+    feed_forward += C * config.n_routed_experts * config.use_moe  # the gate
+    matrices = config.num_hidden_layers * (attention + feed_forward)
+    matrices += C * config.vocab_size  # the head
+    return 6 * matrices + 6 * config.num_hidden_layers * C * row_length
+
+
+def is_oom(error: Exception) -> bool:
+    """Whether the error says that memory ran out, of a GPU or of the machine."""
+    on_cpu = "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def oom_guard(args: Any, hint: str = "try a smaller one") -> Iterator[None]:
+    """Turn running out of memory into a UserError that names the batch size and what would fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_oom(error):
+            raise
+        flag = args.batch_size_flag
+        raise UserError(f"out of memory with --{flag} {getattr(args, flag)}; {hint}") from error
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Bytes: the peak of PyTorch's allocations on CUDA, else this process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def memory_available(device: torch.device) -> float:
+    """Bytes that are free for us now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def total_memory(device: torch.device) -> float:
+    """Bytes of the whole machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total
+
+
+def describe_machine(device: torch.device) -> str:
+    """One line for logs and reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {physical_cores()} cores, {torch.get_num_threads()} threads"

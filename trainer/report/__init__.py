@@ -1,0 +1,1 @@
+"""What a run tells before it starts and after it ends: forecasts, plots, report pages, recipes."""

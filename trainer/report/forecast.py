@@ -1,0 +1,175 @@
+"""What to expect of a training, printed before its first step: data, steps, memory, time, loss."""
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+
+from dataset.packing import PackedDataset, TrainingData
+from dataset.sampler import GlobalBatchSampler
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindModel
+from model.weights import count_parameters
+from trainer.common import hardware
+from trainer.common.checkpoint import Progress
+from trainer.common.context import Context
+
+
+@dataclass
+class Plan:
+    """What a run is going to do."""
+
+    name: str
+    total_steps: int
+    total_samples: int  # all epochs together
+    first_batch: int  # samples of the first optimizer step, all ranks together
+    largest_batch: int
+    peak_flops: float | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sampler: GlobalBatchSampler,
+        progress: Progress,
+        max_steps: int,
+        peak_flops: float | None,
+    ) -> "Plan":
+        """The steps that are left from the current position. After resuming with another number of
+        ranks their batches may have another size than those before."""
+        sampler.start = progress.samples_seen
+        limit = max(0, max_steps - progress.step) if max_steps else None
+        bounds = list(islice(sampler.bounds(), limit))
+        sizes = [after - before for before, after in bounds] or [0]
+        return cls(
+            name,
+            total_steps=progress.step + len(bounds),
+            total_samples=bounds[-1][1] if bounds else progress.samples_seen,
+            first_batch=sizes[0],
+            largest_batch=max(sizes),
+            peak_flops=peak_flops,
+        )
+
+
+def forecast(
+    ctx: Context,
+    plan: Plan,
+    model: nn.Module,
+    train_data: TrainingData,
+    val_data: TrainingData | None,
+) -> tuple[list[str], str]:
+    """Lines that tell what to expect, and what to try if memory runs out all the same.
+
+    Raises:
+        UserError: a batch cannot fit this machine; it names one that would.
+    """
+    args, parameters = ctx.args, count_parameters(model)
+    num_tokens = plan.total_samples * train_data.num_tokens / len(train_data)
+    dtype = str(ctx.dtype).removeprefix("torch.")
+    held_out = f"; held out: {len(val_data.indices):,} {val_data.document_unit}" if val_data else ""
+    first, largest = plan.first_batch, plan.largest_batch
+    sizes = f"{first} to {largest}" if first < largest else f"{first}"
+    memory, oom_hint = memory_forecast(ctx, model, train_data)
+    lines = [
+        f"{plan.name}: {parameters / 1e6:.2f}M parameters, "
+        f"{hardware.describe_machine(ctx.device)}, {dtype}, "
+        f"{ctx.world_size} process{'es' * (ctx.world_size > 1)}",
+        f"data: {train_data.summary}{held_out}",
+        f"training: {plan.total_steps:,} steps of {sizes} {train_data.sample_unit}, "
+        f"{num_tokens:,.0f} tokens",
+        memory,
+    ]
+    if plan.peak_flops:
+        work = hardware.flops_per_token(model.config, args.max_seq_len) * num_tokens
+        seconds = work / (0.4 * plan.peak_flops * ctx.world_size)
+        lines.append(
+            f"time: about {duration(seconds)}, if 40% of the machine's "
+            f"{plan.peak_flops / 1e12:.2f} TFLOP/s are reached"
+        )
+    if args.from_weight == "none" and isinstance(train_data, PackedDataset):
+        size = model.config.vocab_size
+        lines.append(
+            f"loss: ln {size} = {math.log(size):.2f} at the start, a uniform guess; it falls fast "
+            "at first"
+        )
+    if dtype != args.dtype and ctx.device.type == "cuda":
+        lines.append(f"this GPU has no native {args.dtype}: computing in {dtype}")
+    elif dtype != args.dtype:
+        lines.append(f"{ctx.device.type} trains in float32; --dtype is for CUDA")
+    return lines, oom_hint
+
+
+def memory_forecast(ctx: Context, model: nn.Module, train_data: TrainingData) -> tuple[str, str]:
+    """A line on memory, and which batch to try should it run out.
+
+    Raises:
+        UserError: the batch needs far more than the machine has.
+    """
+    args, flag, longest = ctx.args, ctx.args.batch_size_flag, train_data.max_sample_tokens
+    batch_size = getattr(args, flag)
+    samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
+    fixed, per_token = training_memory(
+        model.config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+    )
+    if args.needs_reference:
+        fixed += 4 * count_parameters(model)
+    need = fixed + per_token * samples * longest
+    free, total = hardware.memory_available(ctx.device), hardware.total_memory(ctx.device)
+    if ctx.device.type != "cuda":  # all processes of the machine share it
+        free, total = free / hardware.ranks_here(), total / hardware.ranks_here()
+    fitting = min(int((free - fixed) / (per_token * longest)), samples // 2)
+    if fitting < 1:
+        hint = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
+    elif flag != "batch_size":  # the update is the same, in more parts
+        hint = f"--{flag} {fitting} should fit"
+    else:
+        steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)
+        hint = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
+    if need > 1.5 * total:  # the estimate is not that far off: do not wait for the crash
+        raise UserError(
+            f"--{flag} {batch_size} with {train_data.sample_unit} of {longest} tokens needs about "
+            f"{need / 1e9:.0f} GB a process, and there are {total / 1e9:.0f} GB; {hint}"
+        )
+    line = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
+    return line + (f"; warning: that may not fit; {hint}" if need > free else ""), hint
+
+
+def training_memory(
+    config: MiniMindConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    optimizer: str,
+    gradient_checkpointing: bool,
+) -> tuple[float, float]:
+    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
+
+    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
+    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
+    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
+    vector a layer and one whole layer at a time; and the logits, which float32 makes in chunks and
+    autocast as a whole, three times. A critic beside the actor doubles all that.
+    """
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
+    is_float32 = dtype == torch.float32
+    size = 4 if is_float32 else 3  # under autocast part of it stays float32
+    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
+    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
+    return fixed, models * (size * kept + config.vocab_size * (1 if is_float32 else 14))
+
+
+def seconds_per_step(history: list[dict]) -> float:
+    """Seconds of an optimizer step, from the log of a run; the first, slow one does not count."""
+    _, first, *_, last = [record for record in history if "loss" in record]
+    return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+
+
+def duration(seconds: float) -> str:
+    """8 s, 12 min, 3.4 h"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

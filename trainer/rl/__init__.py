@@ -1,0 +1,1 @@
+"""What the reinforcement-learning trainers share: rollouts, rewards, the reference model."""
