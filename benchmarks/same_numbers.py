@@ -126,7 +126,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
             names = RENAMED.get(name, name).split()
             if name in TIMINGS or not names:
                 continue
-            found = next((new[each] for each in names if each in new), "none")
+            # its own name too, for two versions that are both older than the new one
+            found = next((new[each] for each in [*names, name] if each in new), "none")
             if found != value:
                 return f"step {old['step']}: {name} {value} → {found}"
     for kind in ("weights", "float32 weights", "optimizer's state"):
