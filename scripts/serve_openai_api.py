@@ -171,7 +171,7 @@ class Metrics:
             "first_token_seconds", "Until the first token of a reply", **own, **first
         )
         self.whole = Histogram("request_seconds", "Until a reply was whole", **own)
-        Gauge("running", "Requests being decoded", **own).set_function(lambda: len(engine.rows))
+        Gauge("running", "Requests being decoded", **own).set_function(lambda: len(engine.running))
         Gauge("waiting", "Requests that wait", **own).set_function(lambda: len(engine.waiting))
 
     def text(self) -> bytes:

@@ -9,14 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import pack_for_cpu_decoding
+from model.inference.loading import load_for_chat, yarn_settings
 from model.model_lora import load_lora, merge_and_unload
 from model.weights import (
     OUT,
     TOKENIZER,
     count_parameters,
     find_weights,
-    load_for_chat,
-    yarn_settings,
 )
 from trainer.common.hardware import resolve_device, resolve_dtype
 

@@ -120,7 +120,7 @@ def load(args: TalkArgs, model: Found, lora: Path | None) -> Loaded:
 def load_once(key: tuple[str, str, float], _args: TalkArgs) -> Loaded:
     """Everybody shares a model; one that was trained anew is loaded anew."""
     chat = load_chat_model(_args, _args.weight)
-    thread = EngineThread(Engine(chat.model, slots=SLOTS, queue=64))
+    thread = EngineThread(Engine(chat.model, slots=SLOTS, max_queue=64))
     return Loaded(key, chat, thread, chat.stage == "pretrain" or not chat.tokenizer.chat_template)
 
 

@@ -138,9 +138,9 @@ def test_odd_sizes_of_experts_are_no_obstacle(save, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(scoring_func="sigmoid", n_shared_experts=0), "a bias, without q/k norm, without"),
-        (dict(qk_norm=True), "a loss, with q/k norm, with shared ones"),
-        (dict(n_shared_experts=0, norm_topk_prob=False), "do not add up"),
+        (dict(scoring_func="sigmoid", n_shared_experts=0), "scoring_func sigmoid, without q/k norm, without"),
+        (dict(qk_norm=True), "scoring_func softmax, with q/k norm, with shared experts"),
+        (dict(n_shared_experts=0, norm_topk_prob=False), "norm_topk_prob False"),
     ],
     ids=["bias_alone", "both", "weights"],
 )
@@ -271,10 +271,10 @@ def test_mistakes_are_one_sentence(words, complaint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("attention_bias", True, "biases in its attention"),
+        ("attention_bias", True, "biases in attention"),
         ("hidden_act", "gelu", "activation is gelu"),
-        ("head_dim", 32, "not as wide as the model"),
-        ("model_type", "gpt2", "GPT2Config is none of Llama"),
+        ("head_dim", 32, "not together as wide as"),
+        ("model_type", "gpt2", "GPT2Config is not supported; it must be one of Llama"),
     ],
 )
 def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path, name, value, complaint):
@@ -405,7 +405,7 @@ def test_damaged_settings_of_an_addition_are_told(addition, tmp_path, change):
 
 def test_a_model_is_no_addition(save, tmp_path):
     path = save()
-    with pytest.raises(UserError, match="a whole model and no LoRA file"):
+    with pytest.raises(UserError, match="a whole model and not a LoRA file"):
         convert("merge-lora", path, tmp_path / "new.pth", "--lora", path)
 
 

@@ -125,7 +125,7 @@ def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(model, when):
             engine.step()
     engine.cancel(victim)
     assert victim.finish_reason == "cancelled"
-    assert all(row.request is not victim for row in engine.rows)
+    assert all(each.request is not victim for each in engine.running)
     told = list(victim.tokens)
     finish(engine)
     assert victim.tokens == told
@@ -148,7 +148,7 @@ def test_a_stop_token_ends_a_reply(model):
 
 
 def test_no_more_requests_wait_than_the_queue_has_room_for(model):
-    engine = Engine(model, slots=2, queue=3)
+    engine = Engine(model, slots=2, max_queue=3)
     for _ in range(5):
         engine.submit(Request([4], SETTINGS[0]))
     with pytest.raises(QueueFull, match="3 requests are waiting"):

@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from model.inference import engine
-from model.inference.engine import KVCache, eos_ids
+from model.inference.engine import eos_ids
 from model.inference.generation import (
     decode,
     generate,
     generate_text,
     pack_for_cpu_decoding,
 )
+from model.inference.kv_cache import KVCache
 from model.inference.sampling import (
     SamplingParams,
     apply_penalties,
@@ -152,7 +153,7 @@ def test_rows_of_any_length_lie_in_one_memory_which_grows():
         starts = [kept[first + n].shape[1] for n in range(len(sizes))]
         new = torch.randn(len(sizes), 2, max(sizes), 16)
         for layer in range(2):
-            cache = memory.slice(first, starts, max(sizes))
+            cache = memory.view(first, starts, max(sizes))
             keys, values = cache.update(new + layer, -new, layer)
             for n, size in enumerate(sizes):
                 whole = torch.cat((kept[first + n], new[n, :, :size]), 1)
@@ -163,8 +164,8 @@ def test_rows_of_any_length_lie_in_one_memory_which_grows():
                 if layer:
                     kept[first + n] = whole
     assert memory.capacity == 16
-    memory.move(2, 0, kept[2].shape[1])
-    _, values = memory.slice(0, [kept[2].shape[1]], 1).update(keys[:1, :, :1], keys[:1, :, :1], 0)
+    memory.copy(2, 0, kept[2].shape[1])
+    _, values = memory.view(0, [kept[2].shape[1]], 1).update(keys[:1, :, :1], keys[:1, :, :1], 0)
     assert torch.equal(values[0, :, :-1], -kept[2])
 
 

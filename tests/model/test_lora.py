@@ -119,7 +119,7 @@ def test_only_additions_are_trained(make_lora):
 
 @pytest.mark.parametrize(
     ("target", "complaint"),
-    [("query", "no linear layer query; it has .*q_proj"), ("lm_head", "is the embedding, tied")],
+    [("query", "no linear layer query; it has .*q_proj"), ("lm_head", "is tied to the embedding")],
 )
 def test_layers_that_are_not_there_or_not_for_it(make_model, target, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -178,7 +178,7 @@ def test_additions_of_another_model_are_refused(saved, make_model, fields, words
 
 def test_additions_without_their_settings_are_refused(saved, make_model):
     saved.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="no .json with LoRA's settings"):
+    with pytest.raises(UserError, match="no .json with the LoRA config"):
         load_lora(make_model(), saved)
 
 
@@ -242,7 +242,7 @@ def test_bad_settings_are_named(lora, change):
 
 
 def test_a_persona_is_not_a_model(saved):
-    with pytest.raises(UserError, match="does not describe|no MiniMind weights|does not fit"):
+    with pytest.raises(UserError, match="does not describe|not hold MiniMind weights|does not fit"):
         load_model(saved)
 
 

@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from model import losses
 from model.attention import eager_attention, sdpa_attention
 from model.formats.hf_format import to_hf_config
+from model.formats.minimind_format import ROUTER_BIAS
 from model.losses import IGNORE_INDEX, cross_entropy_sum
 from model.model_minimind import (
     MiniMindConfig,
@@ -28,7 +29,6 @@ from model.model_minimind import (
     rope_cos_sin,
 )
 from model.rope import yarn
-from model.weights import ROUTER_BIAS
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])

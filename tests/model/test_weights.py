@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from model.errors import UserError
+from model.inference.loading import load_for_chat
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     TOKENIZER,
     atomic_write,
     find_weights,
-    load_for_chat,
     load_model,
     load_tokenizer,
     read_state,
@@ -174,12 +174,12 @@ class Bomb:
 BAD_FILES = {
     "git_lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs"),
     "empty": (b"", "0 bytes"),
-    "text": (b"hello world\n" * 20, "is (refused|no checkpoint)"),
-    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "is (refused|no checkpoint)"),
+    "text": (b"hello world\n" * 20, "is (refused|not a checkpoint)"),
+    "html": (b"<!DOCTYPE html><html><body>404</body></html>", "is (refused|not a checkpoint)"),
     "list": ([torch.ones(1)], "state dict"),
     "tensor": (torch.ones(1), "state dict"),
     "training_state": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "state dict"),
-    "another_model": ({"weight": torch.ones(1)}, "no MiniMind weights"),
+    "another_model": ({"weight": torch.ones(1)}, "not hold MiniMind weights"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
 }
 
@@ -466,7 +466,7 @@ def test_load_for_chat_takes_a_file_and_a_tokenizer_of_its_own(saved, other_toke
 
 @pytest.mark.parametrize("place", ["nowhere", "."])
 def test_load_for_chat_says_what_is_wrong_with_a_place(tmp_path, place):
-    with pytest.raises(UserError, match="no folder|no tokenizer.json") as error:
+    with pytest.raises(UserError, match="not a folder|no tokenizer.json") as error:
         load_for_chat(tmp_path / place, "pretrain")
     check_sentence(error, tmp_path / place)
 
