@@ -138,7 +138,10 @@ def test_odd_sizes_of_experts_are_no_obstacle(save, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(scoring_func="sigmoid", n_shared_experts=0), "scoring_func sigmoid, without q/k norm, without"),
+        (
+            dict(scoring_func="sigmoid", n_shared_experts=0),
+            "scoring_func sigmoid, without q/k norm, without",
+        ),
         (dict(qk_norm=True), "scoring_func softmax, with q/k norm, with shared experts"),
         (dict(n_shared_experts=0, norm_topk_prob=False), "norm_topk_prob False"),
     ],

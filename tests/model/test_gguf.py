@@ -220,7 +220,10 @@ def test_the_template_of_ollama_says_what_ours_says(tokenizer, tmp_path):
     ("fields", "words"),
     [
         (dict(use_moe=True, scoring_func="sigmoid"), "sigmoid. only with"),
-        (dict(use_moe=True, n_shared_experts=0, norm_topk_prob=False), "norm_topk_prob False only with"),
+        (
+            dict(use_moe=True, n_shared_experts=0, norm_topk_prob=False),
+            "norm_topk_prob False only with",
+        ),
     ],
 )
 def test_what_llama_cpp_has_not_is_said_to_be_so(save, tmp_path, fields, words):

@@ -14,7 +14,7 @@ from model.feed_forward import (
     load_balancing_loss,
     loop_experts,
     supports_grouped_mm,
-    update_router_bias,
+    update_bias,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, load_scoring_model
@@ -153,11 +153,9 @@ def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
 
 def test_the_bias_is_nudged_towards_balance(make_mixture):
     mixture = make_mixture(scoring_func="sigmoid", bias_update_speed=0.01)
-    update_router_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
+    update_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
     assert_close(mixture.e_score_correction_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
-    update_router_bias(
-        make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0])
-    )  # softmax: nothing to nudge
+    update_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax: nothing to nudge
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -176,7 +174,7 @@ def test_balance_comes_about(make_mixture, scoring_func):
             optimizer.step()
             optimizer.zero_grad()
         busiest.append((mixture.tokens_per_expert.max() / mixture.tokens_per_expert.mean()).item())
-        update_router_bias(mixture, mixture.tokens_per_expert)
+        update_bias(mixture, mixture.tokens_per_expert)
         mixture.tokens_per_expert.zero_()
     assert busiest[0] > 1.6 and np.mean(busiest[-5:]) < 1.2, (busiest[0], busiest[-5:])
 

@@ -69,7 +69,8 @@ def folder(make_model, tokenizer, tmp_path_factory):
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         kept = [
-            token if yes else IGNORE_INDEX for token, yes in zip(row.ids, row.trained, strict=True)
+            token if yes else IGNORE_INDEX
+            for token, yes in zip(row.ids, row.loss_mask, strict=True)
         ]
         labels[n, : len(kept)] = torch.tensor(kept)
     model = make_model(hidden_size=96, qk_norm=True, **sizes).train()
