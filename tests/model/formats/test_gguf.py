@@ -250,7 +250,7 @@ def test_mistakes_are_said_at_once(save, tmp_path):
     assert not (tmp_path / "new.gguf").exists()
 
 
-def test_a_tokenizer_that_llama_cpp_cannot_be_is_refused(save, tmp_path, tokenizer):
+def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused(save, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "other")
     file = str(tmp_path / "other" / "tokenizer.json")
     changed = Tokenizer.from_file(file)

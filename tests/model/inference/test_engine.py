@@ -41,7 +41,7 @@ def alone(model, request: Request) -> list[int]:
     return same.tokens
 
 
-# -- neighbours ------------------------------------------------------------------------------------
+# -- batching and prefix sharing -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [{}, dict(use_moe=True), dict(qk_norm=True)], ids=str)
@@ -108,7 +108,7 @@ def test_a_shared_beginning_is_read_once(model, prefill):
         assert request.tokens == alone(model, request)
 
 
-# -- going -----------------------------------------------------------------------------------------
+# -- cancelling and stopping -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
@@ -160,7 +160,7 @@ def test_no_more_requests_wait_than_the_queue_has_room_for(model):
     engine.submit(Request([4], SETTINGS[0]))
 
 
-# -- what is told, and what is allowed -------------------------------------------------------------
+# -- log-probs and constraints ---------------------------------------------------------------------
 
 
 def test_log_probs_are_those_of_the_model(model):
