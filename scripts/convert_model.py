@@ -29,16 +29,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
 from model.formats import gguf_format
-from model.formats.hf_format import load_hf_folder, read_hf_config, save_hf_folder
+from model.formats.hf_format import (
+    load_hf_folder,
+    load_transformers,
+    read_hf_config,
+    save_hf_folder,
+)
+from model.inference.loading import yarn_settings
 from model.model_lora import load_lora, load_peft, merge_and_unload, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
-    load_transformers,
     read_info,
     save_weights,
-    yarn_settings,
 )
 
 # How far logits may be from each other, as a share of the largest: after the same numbers were

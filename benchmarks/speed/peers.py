@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from model.formats.hf_format import save_hf_folder, to_hf_config
+from model.formats.hf_format import load_transformers, save_hf_folder, to_hf_config
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer, load_transformers
+from model.weights import load_tokenizer
 
 
 def peer_of(config: MiniMindConfig, **changes) -> PreTrainedModel:

@@ -51,12 +51,11 @@ from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_line
 from dataset.pairs import PreferenceDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.formats.hf_format import save_hf_folder
+from model.formats.hf_format import load_transformers, save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
-    load_transformers,
     save_weights,
     write_json,
 )
