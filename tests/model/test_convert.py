@@ -231,7 +231,7 @@ def test_as_a_command(save, tmp_path):
         (["to-hf", "--help"], 0, "--native"),
         (["to-hf", path.name, "new", "--dtype", "q8_0"], 2, "error: argument --dtype"),
         (["to-hf", path.name, "new"], 0, "new: load it with AutoModelForCausalLM"),
-        (["to-hf", path.name, "new"], 2, "error: new exists already; --force writes over it"),
+        (["to-hf", path.name, "new"], 2, "error: new exists already; --force overwrites it"),
     ):
         result = subprocess.run(
             [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True

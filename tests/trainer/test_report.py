@@ -235,4 +235,4 @@ def test_mistakes_in_comparing(tmp_path):
     with pytest.raises(UserError, match="no log of a training"):
         compare_runs.main(compare_runs.Args(runs=[str(tmp_path / "x")]))
     with pytest.raises(UserError, match="the same run twice"):
-        compare_runs.names(["out/a", "out/a.pth"])
+        compare_runs.short_names(["out/a", "out/a.pth"])
