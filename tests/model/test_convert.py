@@ -289,7 +289,7 @@ def test_a_model_that_is_none_of_ours_is_refused(save, tmp_path, name, value, co
 
 def test_a_difference_leaves_nothing_behind(save, tmp_path, monkeypatch):
     path = save()
-    monkeypatch.setattr(convert_model, "SAME", -1.0)
+    monkeypatch.setattr(convert_model, "EXACT", -1.0)
     for words in (("to-hf", tmp_path / "new"), ("from-hf", tmp_path / "new.pth")):
         with pytest.raises(UserError, match="more than rounding"):
             convert(words[0], path, *words[1:])
