@@ -8,8 +8,8 @@ per byte as in eval_ppl.py, or with --stage full_sft the loss per answer token, 
 documents of the validation file. Only training is timed: not tokenising, evaluation or saving.
 
 - The baseline is a plain training loop, written out below: a Llama of transformers, one document
-  per row, truncated at 512 tokens and padded to them, 32 rows per step (16 in fine-tuning), AdamW at
-  5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine decay
+  per row, truncated at 512 tokens and padded to them, 32 rows per step (16 in fine-tuning), AdamW
+  at 5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine decay
   over one epoch to a tenth, no warmup, gradients clipped to norm 1, float32 (on a GPU bfloat16
   autocast, as the recipe). 12 minutes.
 - The recipe is the trainer with its defaults, with a schedule of as many steps as fit the time (a
