@@ -44,7 +44,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash
 
-CACHE = ROOT / "dataset" / ".cache"
+# Tokenised data. The variable is for a project on a disk that is small or may not be written.
+CACHE = Path(os.environ.get("MINIMIND_CACHE") or ROOT / "dataset" / ".cache")
 CACHE_VERSION = 3  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_TASK = 500
 TASKS_PER_BATCH = 20  # few batches: the head of each costs a mapped file 64 kB of memory or more
@@ -387,7 +388,10 @@ def load_documents(
                 tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
     except OSError as error:  # a full disk too
         why = error.strerror or error
-        raise UserError(f"cannot write to the cache folder {arrow.parent}: {why}") from error
+        raise UserError(
+            f"cannot write to the cache folder {arrow.parent}: {why}; "
+            "set MINIMIND_CACHE to a folder elsewhere"
+        ) from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
     documents.info.description = arrow.with_suffix(".sha256").read_text()
     if len(documents) == 0:

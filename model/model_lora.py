@@ -26,17 +26,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.weights import halves, read_info, read_state, write_json, write_weights
+from model.weights import read_info, read_state, to_fp16_cpu, write_json, write_weights
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass
-class LoraSettings:
+class LoraConfig:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: list[str] = field(default_factory=lambda: list(ATTENTION))
+    target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_MODULES))
 
     def __post_init__(self) -> None:
         numbers = isinstance(self.r, int) and isinstance(self.alpha, int | float)
@@ -54,7 +54,7 @@ class LoraSettings:
 class LoraLinear(nn.Linear):
     """A linear layer, and its addition."""
 
-    def __init__(self, linear: nn.Linear, settings: LoraSettings):
+    def __init__(self, linear: nn.Linear, settings: LoraConfig):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         like = dict(bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
@@ -74,12 +74,12 @@ class LoraLinear(nn.Linear):
         return out + self.scale * self.lora_B(self.lora_A(self.dropout(rows)))
 
     @property
-    def addition(self) -> Tensor:
+    def delta_weight(self) -> Tensor:
         """alpha/r · B·A, [out, in], in float32."""
         return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
 
-def add_lora(model: nn.Module, settings: LoraSettings) -> None:
+def add_lora(model: nn.Module, settings: LoraConfig) -> None:
     """Give an addition to each linear layer whose last name is one of the target modules, and
     freeze everything else. UserError if there is no such layer."""
     if "lm_head" in settings.target_modules:
@@ -115,7 +115,7 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def without_additions(model: nn.Module) -> Iterator[None]:
+def disable_adapter(model: nn.Module) -> Iterator[None]:
     """The model as it was before it had any."""
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:
@@ -133,7 +133,7 @@ def merge(model: nn.Module) -> None:
     for _, layer in lora_layers(model):
         if layer.before is None:
             layer.before = layer.weight.detach().clone()
-            layer.weight.copy_(layer.weight.float() + layer.addition)
+            layer.weight.copy_(layer.weight.float() + layer.delta_weight)
 
 
 @torch.no_grad()
@@ -146,9 +146,9 @@ def unmerge(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merged_for_good(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module) -> nn.Module:
     """The model with ordinary layers again, the additions in their weights, which are rounded to
-    float16 as in a file (`prepare_to_decode` asks for that)."""
+    float16 as in a file (`pack_for_cpu_decoding` asks for that)."""
     merge(model)
     for name, layer in list(lora_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -166,18 +166,18 @@ def save_lora(
     path: Path | str,
     *,
     stage: str,
-    settings: LoraSettings,
+    config: LoraConfig,
     tokenizer: PreTrainedTokenizerBase,
     origin: dict[str, Any],
 ) -> Path:
     """Save the additions as float16 `.pth`, and their settings in the `.json` beside it."""
-    state = halves(lora_state(model))
+    state = to_fp16_cpu(lora_state(model))
     parameters = sum(weight.numel() for weight in state.values())
-    info = {"stage": stage, "lora": asdict(settings), "parameters": parameters, "origin": origin}
+    info = {"stage": stage, "lora": asdict(config), "parameters": parameters, "origin": origin}
     return write_weights(path, state, model, tokenizer, info)
 
 
-def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraSettings]:
+def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
     """The additions in a file and their settings. UserError if it is no LoRA file."""
     state, info = read_state(path), read_info(path)
     if not all(".lora_" in name for name in state):
@@ -188,22 +188,22 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraSettings]:
             "weights' shapes"
         )
     try:
-        return state, LoraSettings(**info["lora"])
+        return state, LoraConfig(**info["lora"])
     except TypeError as error:
         raise UserError(f"the settings in {path.with_suffix('.json')} are no LoRA's") from error
 
 
-def load_lora(model: nn.Module, path: Path | str) -> LoraSettings:
+def load_lora(model: nn.Module, path: Path | str) -> LoraConfig:
     """Give `model` the additions of a file. UserError where they do not fit it."""
     path = Path(path)
     state, settings = read_lora(path)
     add_lora(model, settings)
-    put_additions(model, state, path)
+    set_lora_state(model, state, path)
     return settings
 
 
 @torch.no_grad()
-def put_additions(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def set_lora_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     """Copy weights into the additions; UserError unless they are all of them."""
     expected = lora_state(model)
     if expected.keys() != state.keys():
@@ -253,7 +253,7 @@ def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
 
 
 @torch.no_grad()
-def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
+def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
     """Give `model` the additions of an adapter of peft. UserError where that is something else."""
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -263,7 +263,7 @@ def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
             raise ValueError("it is of another kind, or has biases")
         if not isinstance(targets, list):
             raise ValueError("target_modules is no list")
-        settings = LoraSettings(
+        settings = LoraConfig(
             r=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
@@ -282,5 +282,5 @@ def read_peft(model: nn.Module, folder: Path) -> LoraSettings:
         if config.get(name):
             raise UserError(f"the adapter in {folder} has {name}, which this LoRA has not")
     add_lora(model, settings)
-    put_additions(model, {n.removeprefix(PREFIX): w for n, w in state.items()}, folder)
+    set_lora_state(model, {n.removeprefix(PREFIX): w for n, w in state.items()}, folder)
     return settings

@@ -31,12 +31,12 @@ from transformers import (
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 
-BIAS = "mlp.e_score_correction_bias"
+ROUTER_BIAS = "mlp.e_score_correction_bias"
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 TOKENIZER = ROOT / "model"
-SCORE = "score.weight"  # what a reward model has instead of lm_head.weight
-STRUCTURE = set(
+SCORE_HEAD = "score.weight"  # what a reward model has instead of lm_head.weight
+STRUCTURAL_FIELDS = set(
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads qk_norm use_moe n_routed_experts n_shared_experts num_experts_per_tok "
     "moe_intermediate_size scoring_func".split()
@@ -136,7 +136,7 @@ def save_weights(
         stage: what made the weights, such as "pretrain".
         origin: how: arguments, data, steps, figures; anything that JSON can hold.
     """
-    state = halves(model.state_dict())
+    state = to_fp16_cpu(model.state_dict())
     if model.config.tie_word_embeddings and "lm_head.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # one tensor in the file too
     info = {"stage": stage, "parameters": count_parameters(model), "origin": origin}
@@ -159,7 +159,7 @@ def write_weights(
     return path
 
 
-def halves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_fp16_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As a weight file holds them: float16, on the CPU."""
     return {name: tensor.detach().half().cpu() for name, tensor in tensors.items()}
 
@@ -193,7 +193,7 @@ def load_model(
     """
     path = Path(path)
     state = read_state(path)
-    if SCORE in state:
+    if SCORE_HEAD in state:
         raise UserError(
             f"{path} is a reward model, which says how good a text is and writes none; name a "
             "language model, such as full_sft"
@@ -215,9 +215,10 @@ def load_scoring_model(
     a language model, which has no head that scores."""
     path = Path(path)
     state = read_state(path)
-    if SCORE not in state:
+    if SCORE_HEAD not in state:
         raise UserError(
-            f"{path} is no reward model: it has no {SCORE}; trainer/train_reward.py makes one of it"
+            f"{path} is no reward model: it has no {SCORE_HEAD}; trainer/train_reward.py trains "
+            "one from it"
         )
     del state["lm_head.weight"]  # which read_state takes for tied, and saved once
     model = MiniMindForScoring(config_of(path, state, tokenizer, {}))
@@ -241,7 +242,7 @@ def config_of(
         config = MiniMindConfig(**{**known, **overrides})
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
-    for name in STRUCTURE & overrides.keys() if info else ():
+    for name in STRUCTURAL_FIELDS & overrides.keys() if info else ():
         said = getattr(MiniMindConfig(**known), name)
         if said != overrides[name]:
             raise UserError(
@@ -354,7 +355,7 @@ def config_from_shapes(
                 for name in state
             ),
             "num_experts_per_tok": 1 if newer else 2,
-            "scoring_func": "sigmoid" if first + BIAS in state else "softmax",
+            "scoring_func": "sigmoid" if first + ROUTER_BIAS in state else "softmax",
         }
     return {
         **generation,

@@ -30,8 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
 from model.formats import gguf_format
-from model.formats.hf_format import load_folder, read_config, save_folder
-from model.model_lora import load_lora, merged_for_good, read_peft, save_lora, save_peft
+from model.formats.hf_format import load_hf_folder, read_hf_config, save_hf_folder
+from model.model_lora import load_lora, load_peft, merge_and_unload, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
     load_model,
@@ -71,7 +71,7 @@ def to_hf(args: argparse.Namespace) -> None:
         if args.native:
             save_native(model, tokenizer, folder, dtype)
         else:
-            save_folder(model, tokenizer, folder, dtype)
+            save_hf_folder(model, tokenizer, folder, dtype)
         rounded = copy.deepcopy(model).to(dtype).float()
         check_logits(logits(load_transformers(folder, torch.float32)), logits(rounded), EXACT)
         report_rounding(rounded, model, args.dtype)
@@ -92,13 +92,13 @@ def to_gguf(args: argparse.Namespace) -> None:
         gguf_format.save_gguf(model, tokenizer, path, args.dtype, args.target.stem)
         rounded = copy.deepcopy(model)
         rounded.load_state_dict(gguf_format.read_gguf(path, model), strict=True)
-        gguf_format.check_rounding(model.state_dict(), rounded.state_dict(), args.dtype)
+        gguf_format.check_roundtrip(model.state_dict(), rounded.state_dict(), args.dtype)
         report_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
             text = gguf_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
-    flags = gguf_format.needed_flags(model.config)
+    flags = gguf_format.yarn_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
     for modelfile in modelfiles:
         print(f"{modelfile}: ollama create {args.target.stem} -f {modelfile}")
@@ -108,7 +108,7 @@ def merge_lora(args: argparse.Namespace) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         load_lora(model, args.lora)
-        merged = merged_for_good(copy.deepcopy(model))
+        merged = merge_and_unload(copy.deepcopy(model))
         check_logits(logits(merged), logits(model), FLOAT16)
         origin = {"converted from": args.source.name, "merged": args.lora.name}
         save_and_check(merged, tokenizer, args, folder, origin)
@@ -124,11 +124,11 @@ def from_peft(args: argparse.Namespace) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer = load_tokenizer(args.tokenizer_path)
         model = load_model(args.base, tokenizer=tokenizer)
-        settings = read_peft(model, args.source)
+        config = load_peft(model, args.source)
         name, _, _ = args.target.stem.removesuffix("_moe").rpartition("_")
         stage = f"lora/{name or args.target.stem}"
         origin = {"converted from": args.source.name}
-        about = dict(stage=stage, settings=settings, tokenizer=tokenizer, origin=origin)
+        about = dict(stage=stage, config=config, tokenizer=tokenizer, origin=origin)
         save_lora(model, folder / args.target.name, **about)
     print(f"{args.target}: use it with eval_llm.py --lora_weight {args.target}")
 
@@ -144,11 +144,11 @@ def load_source(
     overrides = {name: x for name in CONFIG_FLAGS if (x := getattr(args, name)) is not None}
     overrides |= yarn_settings(args)
     if args.source.is_dir():
-        read_config(args.source)  # its errors are reported before those of the tokenizer
+        read_hf_config(args.source)  # its errors are reported before those of the tokenizer
         tokenizer = load_tokenizer(args.tokenizer_path or args.source)
         if overrides:
             raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
-        model = load_folder(args.source)
+        model = load_hf_folder(args.source)
         check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
         return tokenizer, model
     if read_info(args.source) is None and not args.tokenizer_path:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dataset.lm_dataset import encode_segments
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.weights import write_json
 from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
@@ -162,13 +162,13 @@ def document_bits(
         some = pieces[at : at + batch_size]
         # padding stands behind the text, where causal attention does not see it
         ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
+        labels = torch.full_like(ids, IGNORE_INDEX)
         for row, piece in enumerate(some):
             ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
             labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        chosen = labels != IGNORED
+        chosen = labels != IGNORE_INDEX
         nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
         of_piece = nats.double().split(chosen.sum(1).tolist())
         for piece, losses in zip(some, of_piece, strict=True):

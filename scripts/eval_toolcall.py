@@ -40,7 +40,7 @@ from dataset.tools.loop import (
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import write_json
 from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import ChatModel, load_chat_model
@@ -110,7 +110,7 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> li
         args: has max_turns, max_new_tokens, temperature, seed, open_thinking and batch_size.
         label: of the progress bar.
     """
-    sampling = Sampling(args.max_new_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
     generate_batch = partial(generate_replies, loaded, sampling)
     max_prompt_tokens = loaded.max_positions - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
@@ -123,7 +123,7 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> li
 
 
 def generate_replies(
-    loaded: ChatModel, sampling: Sampling, episodes: list[Episode]
+    loaded: ChatModel, sampling: SamplingParams, episodes: list[Episode]
 ) -> list[list[int]]:
     return generate(loaded.model, [episode.ids for episode in episodes], sampling)
 

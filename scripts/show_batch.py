@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer
@@ -49,7 +49,7 @@ class Args:
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     documents = load_documents(args.data_path, args.kind, tokenizer)
-    rows = Rows(documents, args.max_seq_len, packing=args.packing)
+    rows = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     indices = range(args.first, min(args.first + args.rows, len(rows)))
     if not indices:
         raise UserError(f"there is no row {args.first}; the data has {len(rows)} rows")
@@ -62,12 +62,12 @@ def main(args: Args) -> None:
         batch.position_ids.tolist(),
         strict=True,
     ):
-        num_trained = sum(label != IGNORED for label in columns[1])
+        num_trained = sum(label != IGNORE_INDEX for label in columns[1])
         console.rule(f"row {row}: {len(columns[0])} tokens, {num_trained} trained")
         tokens = list(zip(*columns, strict=True))
         console.print(as_table(tokenizer, tokens) if args.table else as_text(tokenizer, tokens))
     console.print(
-        f"{len(rows):,} rows of {args.max_seq_len}, {rows.fill:.1%} full, from "
+        f"{len(rows):,} rows of {args.max_seq_len}, {rows.packing_efficiency:.1%} full, from "
         f"{len(documents):,} documents"
     )
 
@@ -79,7 +79,7 @@ def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
         if position == 0 and text:
             text.append("\n┃ ", style="bold magenta")
         shown = readable(tokenizer, token)
-        text.append(shown, style="green" if label != IGNORED else "bright_black")
+        text.append(shown, style="green" if label != IGNORE_INDEX else "bright_black")
         text.append("\n" if shown.endswith("⏎") else "·", style="dim")
     return text
 
@@ -87,7 +87,7 @@ def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
 def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
     table = Table("place", "position", "id", "token", "in the loss")
     for place, (token, label, position) in enumerate(tokens):
-        in_loss = "yes" if label != IGNORED else ""
+        in_loss = "yes" if label != IGNORE_INDEX else ""
         style = "green" if in_loss else "bright_black"
         table.add_row(
             str(place),

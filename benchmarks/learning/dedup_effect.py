@@ -99,7 +99,7 @@ def train(args: Args, name: str, data: Path) -> dict:
         "documents": sum(1 for _ in read_lines(data)),
         "parameters": count_parameters(model),
         "machine": describe_machine(model.device),
-        **{key: run[key] for key in ("tokens", "seconds", "val_bpb")},
+        **{key: run[key] for key in ("num_tokens", "seconds", "eval_bpb")},
         "by_the_rule": bits_per_byte(model, tokenizer, texts),
     }
 
@@ -113,8 +113,8 @@ def main(args: Args) -> dict:
     table = Table("data", "documents", "tokens trained", "bits per byte", "by the rule")
     for name in names:
         run = report[name]
-        counts = (run["documents"], run["tokens"])
-        bits = (run["val_bpb"], run["by_the_rule"])
+        counts = (run["documents"], run["num_tokens"])
+        bits = (run["eval_bpb"], run["by_the_rule"])
         table.add_row(name, *(f"{n:,}" for n in counts), *(f"{b:.4f}" for b in bits))
     Console().print(table)
     print(json.dumps(report[names[-1]]["machine"]))

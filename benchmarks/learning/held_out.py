@@ -10,9 +10,9 @@ import torch
 from dataset.demo.files import load_tests
 from dataset.grading import grade
 from dataset.lm_dataset import load_documents
-from dataset.pairs import Pairs, collate_pairs
-from model.inference.generation import generate, prepare_to_decode
-from model.inference.sampling import Sampling
+from dataset.pairs import PreferenceDataset, collate_pairs
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer
 from scripts.evaluation.exact_match import encode_questions
@@ -42,7 +42,7 @@ class HeldOutEvaluation:
                 self.questions.append(row)
         self.prompts = encode_questions(self.tokenizer, [row["prompt"] for row in self.questions])
         documents = load_documents(data / "dpo_val.jsonl", "preferences", self.tokenizer)
-        self.pairs = Pairs(documents, 256)
+        self.pairs = PreferenceDataset(documents, 256)
         self.ref_log_probs = self.pair_log_probs(self.base)
 
     @property
@@ -51,9 +51,9 @@ class HeldOutEvaluation:
 
     def evaluate_policy(self, model: MiniMindForCausalLM) -> dict[str, float]:
         """The metrics of a language model."""
-        sampling = Sampling(max_new_tokens=64, temperature=0)
+        sampling = SamplingParams(max_new_tokens=64, temperature=0)
         # packing makes a model unfit for other forward passes, so that it needs a copy
-        decoder = prepare_to_decode(copy_model(model))
+        decoder = pack_for_cpu_decoding(copy_model(model))
         tokens = [
             reply
             for start in range(0, len(self.prompts), GENERATION_BATCH)
@@ -80,7 +80,7 @@ class HeldOutEvaluation:
 
     def evaluate_reward_model(self, result: dict[str, Any]) -> dict[str, float]:
         """The metrics of a reward model, from the result of its training."""
-        accuracy = result["val_accuracy"]
+        accuracy = result["eval_accuracy"]
         return {
             "pair_accuracy": accuracy,
             "pair_accuracy_error": standard_error(accuracy, len(self.pairs)),
@@ -100,7 +100,7 @@ class HeldOutEvaluation:
     def estimate_kl(self, model: MiniMindForCausalLM, decoder: MiniMindForCausalLM) -> float:
         """KL(model ‖ base) per answer, the mean log-ratio of sampled answers (k1 estimator)."""
         prompts = self.prompts[:: max(1, len(self.prompts) // KL_SAMPLES)]
-        replies = generate(decoder, prompts, Sampling(64, seed=0))
+        replies = generate(decoder, prompts, SamplingParams(64, seed=0))
         total = 0.0
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([prompt + reply])

@@ -35,7 +35,7 @@ from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from trainer import train_pretrain
 from trainer.common.hardware import describe_machine
-from trainer.report.forecast import seconds_of_an_update
+from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
 
 LENGTH_FACTOR = 16  # evaluated length / trained length
@@ -129,7 +129,7 @@ def pretrain(args: Args, folder: Path) -> Path:
             )
         )
 
-    step_seconds = seconds_of_an_update(train(CALIBRATION_STEPS)["records"])
+    step_seconds = seconds_per_step(train(CALIBRATION_STEPS)["history"])
     # the batch-size warmup makes later steps slower than the first
     train(max(1, round(args.minutes * 60 / step_seconds / 1.5)))
     return folder / "pretrain_256.pth"

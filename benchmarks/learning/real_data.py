@@ -15,13 +15,13 @@ from types import ModuleType
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.inference.generation import generate_text
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.eval_ppl import bits_per_byte, read_texts
 from scripts.evaluation.exact_match import encode_questions
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
-from trainer.report.forecast import seconds_of_an_update
+from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import plot_losses
 
 QUESTIONS = [
@@ -61,7 +61,7 @@ def main(args: Args) -> dict:
     texts = read_texts(data / "pretrain_val.jsonl.gz", 300)
     base = load_model(weight_path("pretrain", args.hidden_size, out), tokenizer=tokenizer)
     chat = load_model(weight_path("full_sft", args.hidden_size, out), tokenizer=tokenizer)
-    sampling = Sampling(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
+    sampling = SamplingParams(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
     replies = generate_text(chat, tokenizer, encode_questions(tokenizer, QUESTIONS), sampling)
     report = {
         "date": str(date.today()),
@@ -72,7 +72,7 @@ def main(args: Args) -> dict:
         "full_sft": summary(tuned),
         "answers": dict(zip(QUESTIONS, replies, strict=True)),
     }
-    plot_losses({run["name"]: run["records"] for run in (pretrained, tuned)}, out / "losses.png")
+    plot_losses({run["name"]: run["history"] for run in (pretrained, tuned)}, out / "losses.png")
     for question, reply in report["answers"].items():
         print(f"{question}\n    {reply}\n")
     if args.json:
@@ -103,12 +103,12 @@ def train_for(args: Args, trainer: ModuleType, name: str, **settings) -> dict:
         )
 
     trial = run(out / "trial", max_steps=CALIBRATION_STEPS, val_documents=8, log_interval=5)
-    steps = int(args.minutes * 60 / seconds_of_an_update(trial["records"]))
+    steps = int(args.minutes * 60 / seconds_per_step(trial["history"]))
     return run(out, max_steps=steps, eval_interval=max(1, steps // 8))
 
 
 def summary(run: dict) -> dict:
-    return {name: run[name] for name in ("step", "tokens", "seconds", "val_loss", "val_bpb")}
+    return {name: run[name] for name in ("step", "num_tokens", "seconds", "eval_loss", "eval_bpb")}
 
 
 if __name__ == "__main__":

@@ -109,9 +109,9 @@ def distillation(
     trainings |= {name: (train_distillation, f"{DISTILLED} {VARIANTS[name]}") for name in variants}
     for name, (trainer, flags) in trainings.items():
         result = train(console, trainer, flags, f"{name}_{seed}", seed, paths, out, max_steps)
-        curves[name] = result["records"]
+        curves[name] = result["history"]
         results[name] = {
-            "held_out_loss": result["val_loss"],
+            "held_out_loss": result["eval_loss"],
             "skill_accuracy": skill_accuracy(out / f"{name}_{seed}{SUFFIX}.pth", questions),
             "seconds": round(result["seconds"], 1),
         }

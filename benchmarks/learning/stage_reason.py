@@ -23,7 +23,7 @@ from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from scripts.runs.demo import HIDDEN_SIZE
 from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
@@ -99,7 +99,7 @@ def evaluate(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[
         answers.append(tagged_answer(last["content"]))
     replies = []
     for at in range(0, len(prompts), 100):
-        replies += generate(model, prompts[at : at + 100], Sampling(192, temperature=0))
+        replies += generate(model, prompts[at : at + 100], SamplingParams(192, temperature=0))
     num_formatted = num_correct = 0
     for reply, answer in zip(replies, answers, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)

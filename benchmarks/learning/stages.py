@@ -87,13 +87,13 @@ STAGES = {
         train_reward,
         f"{PAIRS} --batch_size 8 --learning_rate 4e-4",
         {"pair_accuracy": ("level", 0.85)},
-        "accuracy",
+        "rewards/accuracies",
     ),
     "dpo": Stage(
         train_dpo,
         f"{PAIRS} --batch_size 16 --learning_rate 1e-5",
         {"preference_accuracy": ("level", 0.85), "skill_accuracy": ("gain", -0.03)},
-        "accuracy",
+        "rewards/accuracies",
     ),
     "ppo": Stage(
         train_ppo,
@@ -207,7 +207,7 @@ def train_base(console: Console, out: Path, args: Args) -> Path:
 def train_and_measure(
     name: str, seed: int, args: Args, before: dict[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the report, and the training's records. Runs in a process of its own."""
+    """PackedDataset of the report, and the training's records. Runs in a process of its own."""
     out = Path(args.output)
     with (
         open(out / f"{name}_{seed}.log", "w", encoding="utf-8") as log,
@@ -227,7 +227,7 @@ def train_and_measure(
             model = load_model(out / f"{name}_{seed}_{HIDDEN_SIZE}.pth")
             after = evaluation.evaluate_policy(model)
     after["seconds"] = round(result["seconds"], 1)
-    return target_rows(name, seed, before, after), result["records"]
+    return target_rows(name, seed, before, after), result["history"]
 
 
 def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict[str, Any]:

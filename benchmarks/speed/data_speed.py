@@ -6,14 +6,14 @@ Two measurements on the rows of --data_path (default: the project's demo data), 
 in a JSONL file until it has the size that is needed:
 
 1. --megabytes, in this process: `load_documents` with an empty cache (read, tokenise on all cores,
-   write the Arrow file), then `Rows` (packing).
+   write the Arrow file), then `PackedDataset` (packing).
 2. --gigabytes (0: skip), as a user would: the trainer of this format, started by its command line
    with a tiny model for two steps. Measured are the time from the start of the process until its
    log has the first step, and the peak memory. The goal: less than 2 GB for any size.
 
-MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer runs from
-a copy of the code in the temporary folder, so that its token cache (dataset/.cache) is there too
-and is deleted with it. --work_dir needs about twice --gigabytes of free space.
+MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer's
+token cache is in the temporary folder and is deleted with it. --work_dir needs about twice
+--gigabytes of free space.
 
 Memory is that of the process and all its children, sampled ten times per second, as proportional
 set size (PSS, on Linux): a page that several processes share (libraries, inherited pages of forked
@@ -24,7 +24,6 @@ it.
 
 import gzip
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 from dataset.demo.files import write_demo_data
 from dataset.lm_dataset import check_file, load_documents, parse_row
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, load_tokenizer, write_json
@@ -191,7 +190,7 @@ class PeakMemory:
 
 
 def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict[str, Any]:
-    """Speed and memory of `load_documents`, the cache empty, and of `Rows`."""
+    """Speed and memory of `load_documents`, the cache empty, and of `PackedDataset`."""
     tokenizer = load_tokenizer()
     data = folder / "sample.jsonl"
     size = write_repeated(source, data, args.megabytes * 1e6)
@@ -201,7 +200,7 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         documents = load_documents(data, kind, tokenizer, cache=folder / "cache")
     tokenised = time.perf_counter()
     with PeakMemory(os.getpid()).watching() as packing:
-        rows = Rows(documents, args.max_seq_len)
+        rows = PackedDataset(documents, args.max_seq_len)
     packed = time.perf_counter()
 
     def metrics(seconds: float, memory: PeakMemory) -> dict[str, float]:
@@ -209,15 +208,15 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
             "seconds": round(seconds, 3),
             "megabytes_per_second": round(size / 1e6 / seconds, 2),
             "documents_per_second": round(len(documents) / seconds),
-            "tokens_per_second": round(rows.tokens / seconds),
+            "tokens_per_second": round(rows.num_tokens / seconds),
             "peak_gigabytes": round(memory.bytes / 1e9, 3),
         }
 
     return {
         "megabytes": round(size / 1e6, 1),
         "documents": len(documents),
-        "tokens": rows.tokens,
-        "fill": round(rows.fill, 4),
+        "tokens": rows.num_tokens,
+        "fill": round(rows.packing_efficiency, 4),
         "tokenise": metrics(tokenised - start, tokenising),
         "pack": metrics(packed - tokenised, packing),
     }
@@ -227,11 +226,7 @@ def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[st
     """Time to the first step and peak memory of a trainer on a file of --gigabytes."""
     data = folder / "large.jsonl"
     size = write_repeated(source, data, args.gigabytes * 1e9)
-    code, out = folder / "code", folder / "out"
-    for package in ("model", "dataset", "trainer"):
-        leave_out = shutil.ignore_patterns(".cache", "__pycache__", "*.jsonl", "*.jsonl.gz")
-        shutil.copytree(ROOT / package, code / package, ignore=leave_out)
-    cache = code / "dataset" / ".cache"
+    cache, out = folder / "training_cache", folder / "out"
     metrics = out / f"{STAGES[kind]}_{HIDDEN_SIZE}.metrics.jsonl"
     settings = {
         "data_path": data,
@@ -246,12 +241,13 @@ def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[st
         "checkpoint_dir": out,
         "device": "cpu",
     }
-    command = [sys.executable, str(code / "trainer" / f"train_{STAGES[kind]}.py")]
+    command = [sys.executable, str(ROOT / "trainer" / f"train_{STAGES[kind]}.py")]
     command += [text for name, value in settings.items() for text in (f"--{name}", str(value))]
 
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(code)})
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MINIMIND_CACHE": str(cache)}
+    process = subprocess.Popen(command, env=env)
     try:
         with PeakMemory(process.pid).watching() as memory:
             while process.poll() is None:

@@ -8,7 +8,7 @@ PyTorch computes in float32. A round times one call of each, with prefill, after
 table shows medians over the rounds. A ratio is the median of the ratios of each round, since other
 load on the machine slows down neighbours in time alike.
 
-ours          the model as eval_llm.py uses it, `prepare_to_decode` done before: on x86 it
+ours          the model as eval_llm.py uses it, `pack_for_cpu_decoding` done before: on x86 it
               multiplies from float16 weights, as they are in a .pth file (random ones are rounded)
 plain         the same without packing
 transformers  its generate, with PyTorch's scaled_dot_product_attention
@@ -44,8 +44,8 @@ from transformers import PreTrainedModel
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import generate, prepare_to_decode
-from model.inference.sampling import Sampling
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters, load_model, write_json
 from trainer.common.hardware import describe_machine, resolve_device
@@ -78,7 +78,7 @@ def main(args: Args) -> dict:
     else:
         model = MiniMindForCausalLM(MiniMindConfig(use_moe=args.use_moe))
     model = model.half().float().to(device).eval()  # rounded to float16, as in a .pth file
-    packed = prepare_to_decode(deepcopy(model))
+    packed = pack_for_cpu_decoding(deepcopy(model))
     peer = peer_with_weights(model).to(device).eval()
     peer.generation_config.eos_token_id = None  # so that all tokens are generated
     report = {
@@ -166,7 +166,7 @@ def compare(
 def generate_ours(
     model: MiniMindForCausalLM, prompts: list[list[int]], new_tokens: int
 ) -> list[list[int]]:
-    return generate(model, prompts, Sampling(new_tokens, temperature=0, stop_ids=()))
+    return generate(model, prompts, SamplingParams(new_tokens, temperature=0, stop_ids=()))
 
 
 def generate_peer(

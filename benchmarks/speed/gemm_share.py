@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from dataset.packing import Batch, Rows, collate
+from dataset.packing import Batch, PackedDataset, collate
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from trainer.common.hardware import flops_per_token
 
@@ -46,7 +46,7 @@ def measure_gemm_share(
     model = MiniMindForCausalLM(MiniMindConfig()).train()
     ids = torch.randint(3, model.config.vocab_size, (batch_size, max_seq_len)).numpy()
     whole_rows = [[{"input_ids": row, "loss_mask": np.ones(len(row), bool)}] for row in ids]
-    packed_rows = Rows(documents, max_seq_len)
+    packed_rows = PackedDataset(documents, max_seq_len)
     rng = np.random.default_rng(0)
 
     products = {"{}×{}×{}".format(*sizes): make_product(*sizes) for sizes in PRODUCTS}
@@ -60,7 +60,7 @@ def measure_gemm_share(
             ("whole", whole_rows),
         ):
             batch = collate(rows)
-            operations = required_operations(model.config, rows, batch.labelled)
+            operations = required_operations(model.config, rows, batch.num_label_tokens)
             run = partial(forward_backward, model, batch)
             rates[name].append(measure_rate(run, operations, MODEL_SECONDS))
 

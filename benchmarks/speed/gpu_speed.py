@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows, collate
+from dataset.packing import PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -87,7 +87,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def measure(method: str, config: MiniMindConfig, documents, args: Args) -> dict[str, float]:
     """Metrics of one method of training a model of this config."""
-    rows = Rows(documents, ROW, packing=method != "plain")
+    rows = PackedDataset(documents, ROW, packing=method != "plain")
     picked = [rows[row] for row in range(0, len(rows), max(1, len(rows) // args.batch_size))]
     picked = picked[: args.batch_size]
     batch = collate(picked).to(DEVICE)
@@ -124,9 +124,9 @@ def measure(method: str, config: MiniMindConfig, documents, args: Args) -> dict[
     for _ in range(5):
         update()
     step_seconds = mean_seconds(update, args.updates)
-    required = required_operations(config, picked, batch.labelled)
+    required = required_operations(config, picked, batch.num_label_tokens)
     return {
-        "real tokens/s": batch.tokens / step_seconds,
+        "real tokens/s": batch.num_tokens / step_seconds,
         "ms an update": 1000 * step_seconds,
         "of it optimizer": 1000 * mean_seconds(optimizer.step, args.updates),
         "MFU %": 100

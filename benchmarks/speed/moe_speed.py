@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.feed_forward import mixtures
+from model.feed_forward import moe_layers
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters, write_json
 from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
@@ -112,8 +112,8 @@ class Step:
         self.optimizer = make_optimizer(self.model, "muon", 5e-4, 0.1)
         size = (args.batch_size, args.max_seq_len)
         self.ids = torch.randint(3, config.vocab_size, size).to(device)
-        for mixture in mixtures(self.model):
-            mixture.may_group = not loop
+        for mixture in moe_layers(self.model):
+            mixture.use_grouped_mm = not loop
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of a whole step, and of its optimizer part."""

@@ -47,10 +47,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dataset.demo.files import write_demo_data
 from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_lines
-from dataset.pairs import Pairs
+from dataset.pairs import PreferenceDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     load_model,
@@ -118,7 +118,8 @@ def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
         source = folder / "demo" / "dpo.jsonl"
     tokenizer = load_tokenizer()
     cache = dict(cache=folder / "cache")
-    pairs = Pairs(load_documents(source, "preferences", tokenizer, **cache), args.max_seq_len)
+    documents = load_documents(source, "preferences", tokenizer, **cache)
+    pairs = PreferenceDataset(documents, args.max_seq_len)
     wanted = args.updates * args.batch_size
     if len(pairs) < wanted:
         raise UserError(
@@ -126,7 +127,7 @@ def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
         )
     chosen = random.Random(0).sample(range(len(pairs)), wanted)
     lines = [line for some in read_lines(source) for line in some.lines if line.strip()]
-    kept = b"".join(lines[pairs.chosen[pair]].rstrip() + b"\n" for pair in chosen)
+    kept = b"".join(lines[pairs.indices[pair]].rstrip() + b"\n" for pair in chosen)
     (folder / "dpo.jsonl").write_bytes(kept)
     save_initial_weights(args, folder, tokenizer)
     sides = pairs.lengths[chosen]
@@ -185,7 +186,7 @@ def race(args: Args, folder: str) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(args: Args) -> dict[str, float]:
-    """Pairs or completions per second, and the peak memory of this process in GB."""
+    """PreferenceDataset or completions per second, and the peak memory of this process in GB."""
     found = CONTESTANTS[args.part][args.measure](args)
     pairs = args.updates * args.batch_size * (GENERATIONS if args.part == "grpo" else 1)
     return {
@@ -225,7 +226,8 @@ def minimind_padded(args: Args) -> dict[str, float]:
         batch = collate_pairs(pairs, pad_id, packing=False)
         rows, longest = batch.input_ids.shape
         more = args.max_seq_len - longest
-        for name, value in dict(input_ids=pad_id, labels=-100, document=2 * batch.rows).items():
+        fill = dict(input_ids=pad_id, labels=-100, document_ids=2 * batch.num_samples)
+        for name, value in fill.items():
             tensor = torch.nn.functional.pad(getattr(batch, name), (0, more), value=value)
             setattr(batch, name, tensor)
         places = torch.arange(more).expand(rows, -1)
@@ -254,7 +256,7 @@ def trl(args: Args, **settings) -> dict[str, float]:
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
     same = Path(args.folder) / "transformers"  # trl loads its reference from there
-    save_folder(own, tokenizer, same)
+    save_hf_folder(own, tokenizer, same)
     clock = Clock()
     trainer = trl.DPOTrainer(
         model=load_transformers(same, torch.float32).train(),
@@ -305,7 +307,7 @@ def trl_grpo(args: Args) -> dict[str, float]:
 
     tokenizer = load_tokenizer()
     own = load_model(Path(args.folder) / "start.pth", tokenizer=tokenizer)
-    save_folder(own, tokenizer, Path(args.folder) / "peer")
+    save_hf_folder(own, tokenizer, Path(args.folder) / "peer")
     lines = Path(args.folder, "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [{"prompt": json.loads(line)["conversations"][:-1]} for line in lines]
     clock = Clock()

@@ -57,7 +57,7 @@ from dataset.lm_dataset import token_bytes
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.formats.gguf_format import save_gguf
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, count_parameters, load_tokenizer, save_weights, write_json
 from trainer.common.hardware import describe_machine
@@ -97,7 +97,7 @@ def main(args: Args) -> dict[str, Any] | None:
         folder = Path(name)
         about = dict(stage="full_sft", tokenizer=tokenizer, origin={})
         save_weights(model, folder / "model.pth", **about)
-        save_folder(model, tokenizer, folder / "hf")
+        save_hf_folder(model, tokenizer, folder / "hf")
         save_gguf(model, tokenizer, folder / "model.gguf", "float32", "model")
         report["servers"] = measure_all(commands(folder, args), args)
     show(report)

@@ -9,9 +9,9 @@ documents of the validation file. Only training is timed: not tokenising, evalua
 
 - The baseline is a plain training loop, written out below: a Llama of transformers, one document
   per row, truncated at 512 tokens and padded to them, 32 rows per step (16 in fine-tuning), AdamW
-  at 5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine decay
-  over one epoch to a tenth, no warmup, gradients clipped to norm 1, float32 (on a GPU bfloat16
-  autocast, as the recipe). 12 minutes.
+  at 5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine
+  decay over one epoch to a tenth, no warmup, gradients clipped to norm 1, float32 (on a GPU
+  bfloat16 autocast, as the recipe). 12 minutes.
 - The recipe is the trainer with its defaults, with a schedule of as many steps as fit the time (a
   trial run measures the speed): for each of --budgets, from the shortest, until a run ends below
   the baseline; and for 4 minutes.
@@ -41,19 +41,21 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows, WindowSampler, collate
+from dataset.packing import PackedDataset, collate
+from dataset.sampler import GlobalBatchSampler
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.common.arguments import TrainArgs
+from trainer.common.context import Context
 from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
-from trainer.report.forecast import seconds_of_an_update
+from trainer.common.loop import initial_batch_size
+from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
-from trainer.trainer_utils import first_window
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
@@ -184,7 +186,7 @@ def make_evaluate(args: Args) -> Callable[[PreTrainedModel], float]:
         texts = read_texts(args.val_path, DOCUMENTS)
         return lambda model: bits_per_byte(model, tokenizer, texts)
     documents = load_documents(args.val_path, "conversations", tokenizer)
-    rows = Rows(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
+    rows = PackedDataset(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
     order = np.argsort(rows.pieces.length, kind="stable")
 
     @torch.inference_mode()
@@ -197,9 +199,9 @@ def make_evaluate(args: Args) -> Callable[[PreTrainedModel], float]:
             ]  # padding is on the right: causal attention ignores it
             labels = batch.labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             ).item()
-            labelled += batch.labelled
+            labelled += batch.num_label_tokens
         return nats / labelled
 
     return loss
@@ -265,13 +267,13 @@ def padded_batches(
         for at in range(0, len(order), batch_size):
             some = documents[order[at : at + batch_size]]
             ids = np.zeros((len(some["input_ids"]), ROW), dtype=np.int64)
-            labels = np.full_like(ids, IGNORED)
+            labels = np.full_like(ids, IGNORE_INDEX)
             for row, (tokens, loss_mask) in enumerate(
                 zip(some["input_ids"], some["loss_mask"], strict=True)
             ):
                 tokens, loss_mask = tokens[:ROW], loss_mask[:ROW]
                 ids[row, : len(tokens)] = tokens
-                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORED)
+                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORE_INDEX)
             yield torch.from_numpy(ids), torch.from_numpy(labels)
 
 
@@ -292,7 +294,7 @@ class Recipe:
     def __init__(self, args: Args, folder: Path):
         self.args, self.folder = args, folder
         self.trainer, kind, metric, _ = STAGES[args.stage]
-        self.metric = f"val_{metric}"
+        self.metric = f"eval_{metric}"
         self.held_out = folder / "val.jsonl"
         if kind == "text":
             texts = read_texts(args.val_path, DOCUMENTS)
@@ -304,7 +306,7 @@ class Recipe:
         few, many = map(self.trial, (2, 8) if args.device == "cpu" else (32, 128))
         self.per_row = (many.seconds - few.seconds) / (many.rows - few.rows)
         self.fixed = few.seconds - few.rows * self.per_row
-        self.tokens_of_a_row = many.tokens / many.rows
+        self.tokens_per_row = many.tokens / many.rows
 
     @property
     def settings(self) -> TrainArgs:
@@ -316,8 +318,8 @@ class Recipe:
         steps, updates = rows // batch, 25
         size = f"--batch_size {batch} --accumulation_steps {steps} --batch_ramp 0 --val_share 0"
         records = self.train(size, max_steps=updates)
-        tokens = max(record.get("tokens", 0) for record in records)
-        return StepCost(batch * steps, tokens / updates, seconds_of_an_update(records))
+        tokens = max(record.get("num_tokens", 0) for record in records)
+        return StepCost(batch * steps, tokens / updates, seconds_per_step(records))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))
@@ -329,11 +331,10 @@ class Recipe:
     def steps_within(self, seconds: float) -> int:
         settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
-        device = resolve_device(self.args.device)
-        first = first_window(settings, device, tokens_of_a_row=self.tokens_of_a_row)
-        ramp = dict(batch_ramp=settings.batch_ramp, first_window=first)
+        first = initial_batch_size(Context.create(settings), self.tokens_per_row)
+        warmup = dict(batch_ramp=settings.batch_ramp, initial_batch_size=first)
         steps, needed = 0, 0.0
-        for before, after in WindowSampler(10**9, batch_size=full, **ramp).windows():
+        for before, after in GlobalBatchSampler(10**9, batch_size=full, **warmup).bounds():
             needed += self.fixed + self.per_row * (after - before)
             if needed > seconds:
                 break
@@ -360,7 +361,7 @@ class Recipe:
         result = self.trainer.main(parse_arguments(self.trainer.Args, None, argv))
         if result["stopped"]:
             raise UserError("the benchmark was stopped")
-        return result["records"]
+        return result["history"]
 
 
 def time_to_reach(curve: Curve, goal: float) -> float:

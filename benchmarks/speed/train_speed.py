@@ -69,7 +69,7 @@ from transformers import (
 from dataset.lm_dataset import check_file, load_documents
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
@@ -269,7 +269,9 @@ def with_labels(documents: Dataset, max_length: int | None = None) -> Dataset:
         for name in ("input_ids", "loss_mask")
     )
     ids = input_ids.flatten().to_numpy().astype(np.int32)
-    labels = np.where(loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORED))
+    labels = np.where(
+        loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORE_INDEX)
+    )
     ends = np.cumsum(pc.list_value_length(input_ids).to_numpy())
     offsets = pa.array(np.concatenate(([0], ends)), pa.int32())
     columns = {"input_ids": ids, "labels": labels}
@@ -311,9 +313,9 @@ class MiniMind:
             checkpoint_dir=self.folder,
         )
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            records = self.trainer.main(trainer_args)["records"]
+            records = self.trainer.main(trainer_args)["history"]
         first, last = (record for record in records if "tokens_per_second" in record)
-        tokens = last["tokens"] - first["tokens"]
+        tokens = last["num_tokens"] - first["num_tokens"]
         elapsed = tokens / last["tokens_per_second"]
         self.step_seconds = elapsed / (steps - 1)
         positions = (steps - 1) * self.args.batch_size * self.args.max_seq_len

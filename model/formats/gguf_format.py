@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.formats.hf_format import PARTS
+from model.formats.hf_format import PROJECTIONS
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import BIAS
+from model.weights import ROUTER_BIAS
 
 DTYPES = {
     "float16": GGMLQuantizationType.F16,
@@ -44,7 +44,7 @@ FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
 }
-TURNED = (MODEL_ARCH.LLAMA, MODEL_ARCH.BAILINGMOE)
+PERMUTED = (MODEL_ARCH.LLAMA, MODEL_ARCH.BAILINGMOE)
 
 # Each way to cut text into pieces is written out in llama.cpp, under a name.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -75,7 +75,7 @@ def architecture(config: MiniMindConfig) -> MODEL_ARCH:
     return MODEL_ARCH.QWEN3MOE if config.qk_norm else MODEL_ARCH.LLAMA
 
 
-def describe(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
+def write_hyperparameters(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
     """The sizes, under llama.cpp's names."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -108,7 +108,7 @@ def describe(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType[kind])
 
 
-def needed_flags(config: MiniMindConfig) -> str:
+def yarn_flags(config: MiniMindConfig) -> str:
     """What of YaRN llama.cpp does not read from the file, as flags for its programs."""
     betas = config.yarn_beta_fast, config.yarn_beta_slow
     if not config.inference_rope_scaling or betas == (32, 1):
@@ -119,7 +119,7 @@ def needed_flags(config: MiniMindConfig) -> str:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def their_weights(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
+def to_gguf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
     """Our weights at the places where llama.cpp looks for them; only moved, nothing computed."""
     kind, state = architecture(config), dict(state)
     bailing = kind in (MODEL_ARCH.BAILINGMOE, MODEL_ARCH.BAILINGMOE2)
@@ -127,10 +127,10 @@ def their_weights(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
         del state["lm_head.weight"]
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}."
-        if kind in TURNED:
+        if kind in PERMUTED:
             for name in ("q_proj", "k_proj"):
                 weight = f"{block}self_attn.{name}.weight"
-                state[weight] = turn(state[weight], config.head_dim)
+                state[weight] = permute(state[weight], config.head_dim)
         if kind == MODEL_ARCH.BAILINGMOE2:
             parts = [state.pop(f"{block}self_attn.{name}_proj.weight") for name in "qkv"]
             state[f"{block}self_attn.qkv_proj.weight"] = torch.cat(parts)
@@ -138,26 +138,26 @@ def their_weights(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
             ("experts", config.n_routed_experts, torch.stack),
             ("shared_experts", config.n_shared_experts, torch.cat),
         ):
-            for part in PARTS if config.use_moe and count else ():
+            for part in PROJECTIONS if config.use_moe and count else ():
                 names = [f"{block}mlp.{which}.{n}.{part}_proj.weight" for n in range(count)]
                 dim = 1 if join is torch.cat and part == "down" else 0
                 joined = join([state.pop(name) for name in names], dim)
                 state[f"{block}mlp.{which}.{part}_proj.weight"] = joined
-    their_name = names_of(kind, config.num_hidden_layers)
+    their_name = gguf_names(kind, config.num_hidden_layers)
     return {their_name(name): weight for name, weight in state.items()}
 
 
-def turn(weight: Tensor, head_dim: int) -> Tensor:
+def permute(weight: Tensor, head_dim: int) -> Tensor:
     """Rows i and i + D/2 of each head, [H·D, C], become rows 2i and 2i + 1."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def names_of(kind: MODEL_ARCH, layers: int) -> Callable[[str], str]:
+def gguf_names(kind: MODEL_ARCH, layers: int) -> Callable[[str], str]:
     """A function from our names to those of llama.cpp."""
     table = gguf.get_tensor_name_map(kind, layers)
 
     def their_name(name: str) -> str:
-        if name.endswith(BIAS):
+        if name.endswith(ROUTER_BIAS):
             return f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         found = table.get_name(name, try_suffixes=(".weight",))
         if found is None:
@@ -179,7 +179,7 @@ def read_gguf(path: Path, model: MiniMindForCausalLM) -> dict[str, Tensor]:
         at += weight.numel()
     there = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     numbers = torch.full((at,), math.nan)
-    for name, place in their_weights(places, model.config).items():
+    for name, place in to_gguf_state(places, model.config).items():
         tensor = there.pop(name)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         numbers[place.flatten()] = torch.tensor(values).flatten()
@@ -188,7 +188,7 @@ def read_gguf(path: Path, model: MiniMindForCausalLM) -> dict[str, Tensor]:
     return {name: numbers[place] for name, place in places.items()}
 
 
-def check_rounding(state: dict[str, Tensor], read: dict[str, Tensor], dtype: str) -> None:
+def check_roundtrip(state: dict[str, Tensor], read: dict[str, Tensor], dtype: str) -> None:
     """UserError unless the weights read from a file are those of a model, but for rounding."""
     for name, weight in state.items():
         room = {"float32": 0.0, "float16": 2**-11, "q8_0": 0.6 / 127}[
@@ -204,7 +204,7 @@ def check_rounding(state: dict[str, Tensor], read: dict[str, Tensor], dtype: str
 # -- tokenizer -------------------------------------------------------------------------------------
 
 
-def describe_tokenizer(
+def write_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
     """Tokens, merges, control tokens and the chat template. UserError if llama.cpp would cut text
@@ -221,7 +221,7 @@ def describe_tokenizer(
         tokens[added["id"]], types[added["id"]] = added["content"], kind
     merges = content["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(way_of_cutting(content["pre_tokenizer"]))
+    writer.add_tokenizer_pre(pre_tokenizer_name(content["pre_tokenizer"]))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
@@ -234,10 +234,10 @@ def describe_tokenizer(
             add(number)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
-        writer.add_chat_template(plain_template(tokenizer.chat_template))
+        writer.add_chat_template(strip_generation_tags(tokenizer.chat_template))
 
 
-def way_of_cutting(pre_tokenizer: dict) -> str:
+def pre_tokenizer_name(pre_tokenizer: dict) -> str:
     """llama.cpp's name for how a tokenizer.json cuts text before BPE."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     split, last = steps[:-1], steps[-1]
@@ -254,7 +254,7 @@ def way_of_cutting(pre_tokenizer: dict) -> str:
     raise UserError("llama.cpp has no way of cutting text as this tokenizer does (pre_tokenizer)")
 
 
-def plain_template(template: str) -> str:
+def strip_generation_tags(template: str) -> str:
     """Without the marks around what is trained, which only transformers knows."""
     return re.sub(r"{%(-?)\s*(?:end)?generation\s*(-?)%}", r"{#\1 \2#}", template)
 
@@ -273,15 +273,15 @@ def save_gguf(
     """Write a model with its tokenizer; `dtype` is one of DTYPES, `name` what programs show.
     UserError if llama.cpp has no such model or tokenizer."""
     config = model.config
-    weights = their_weights(model.state_dict(), config)
+    weights = to_gguf_state(model.state_dict(), config)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(config)])
     writer.add_name(name)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    describe(writer, config)
-    describe_tokenizer(writer, tokenizer, config.vocab_size)
+    write_hyperparameters(writer, config)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
     for place, weight in weights.items():
-        kind = kind_of(place, weight, DTYPES[dtype])
+        kind = tensor_type(place, weight, DTYPES[dtype])
         writer.add_tensor(place, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -289,7 +289,7 @@ def save_gguf(
     writer.close()
 
 
-def kind_of(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def tensor_type(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
     """Norms and gates, which are small and matter much, stay exact."""
     if weight.dim() == 1 or "ffn_gate_inp" in name:
         return GGMLQuantizationType.F32
@@ -342,7 +342,7 @@ def modelfile(gguf_file: Path, config: MiniMindConfig, tokenizer: PreTrainedToke
     where it cannot be told."""
     if "<|im_start|>" not in (tokenizer.chat_template or ""):
         raise UserError("--ollama is for models whose conversations are ChatML, and this is none")
-    if flags := needed_flags(config):
+    if flags := yarn_flags(config):
         raise UserError(f"ollama has no such setting of YaRN ({flags}); llama.cpp has")
     context = min(config.max_position_embeddings, CONTEXT)
     return MODELFILE.format(file=gguf_file.name, template=TEMPLATE, context=context)

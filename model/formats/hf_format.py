@@ -41,18 +41,21 @@ from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_transformers
 
-SAME_NAME = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+SHARED_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id
     eos_token_id pad_token_id""".split()
-YARN = {  # their name: ours
+YARN_FIELDS = {  # their name: ours
     "factor": "yarn_factor",
     "original_max_position_embeddings": "yarn_original_length",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
     "attention_factor": "yarn_attention_factor",
 }
-NO_DIFFERENCE = {"truncate": True, "partial_rotary_factor": 1.0}  # of what may stand there too
-UNLIKE_OURS = {
+HARMLESS_ROPE_FIELDS = {
+    "truncate": True,
+    "partial_rotary_factor": 1.0,
+}  # of what may stand there too
+UNSUPPORTED_FIELDS = {
     "attention_bias": "biases in its attention",
     "qkv_bias": "biases in its attention",
     "mlp_bias": "biases in its feed-forward layers",
@@ -68,18 +71,22 @@ ARCHITECTURES = {
     MixtralConfig: "MixtralForCausalLM",
     Glm4MoeConfig: "Glm4MoeForCausalLM",
 }
-PARTS = ("gate", "up", "down")
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}  # in its files; in memory it has Qwen's names
+PROJECTIONS = ("gate", "up", "down")
+MIXTRAL_NAMES = {
+    "gate": "w1",
+    "up": "w3",
+    "down": "w2",
+}  # in its files; in memory it has Qwen's names
 # A gate that is half open whatever comes, sigmoid(x · w) with w ≈ 0; llama.cpp takes no 0 itself.
-HALF_OPEN = 1e-12  # in float16 its smallest number
+NEAR_ZERO_GATE = 1e-12  # in float16 its smallest number
 
 
 # -- configs ---------------------------------------------------------------------------------------
 
 
-def their_config(config: MiniMindConfig) -> PreTrainedConfig:
+def to_hf_config(config: MiniMindConfig) -> PreTrainedConfig:
     """The config of the transformers model that is this one. UserError if there is none."""
-    fields = {name: getattr(config, name) for name in SAME_NAME}
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     fields |= {"head_dim": config.head_dim, "rope_parameters": rope_parameters(config)}
     if not config.use_moe:
         kind = Qwen3Config if config.qk_norm else LlamaConfig
@@ -115,13 +122,13 @@ def their_config(config: MiniMindConfig) -> PreTrainedConfig:
             fields["num_local_experts"] = config.n_routed_experts
             fields["intermediate_size"] = fields.pop("moe_intermediate_size")
         else:
-            raise none_like(config)
+            raise unsupported_moe(config)
     else:
-        raise none_like(config)
+        raise unsupported_moe(config)
     return kind(architectures=[ARCHITECTURES[kind]], **fields)
 
 
-def none_like(config: MiniMindConfig) -> UserError:
+def unsupported_moe(config: MiniMindConfig) -> UserError:
     features = [
         f"balanced by {'a bias' if config.scoring_func == 'sigmoid' else 'a loss'}",
         f"{'with' if config.qk_norm else 'without'} q/k norm",
@@ -139,18 +146,18 @@ def rope_parameters(config: MiniMindConfig) -> dict[str, Any]:
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.inference_rope_scaling:
         parameters["rope_type"] = "yarn"
-        parameters |= {theirs: getattr(config, ours) for theirs, ours in YARN.items()}
+        parameters |= {theirs: getattr(config, ours) for theirs, ours in YARN_FIELDS.items()}
     return parameters
 
 
-def our_config(config: PreTrainedConfig) -> MiniMindConfig:
+def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
     """The config here of a transformers model. UserError if it is none of the above."""
     if isinstance(config, MiniMindConfig):
         return config
     if type(config) not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES.values())
         raise UserError(f"{type(config).__name__} is none of {known} or MiniMind's own")
-    for name, complaint in UNLIKE_OURS.items():
+    for name, complaint in UNSUPPORTED_FIELDS.items():
         if getattr(config, name, None):
             raise UserError(f"the model has {complaint}, and MiniMind has not ({name})")
     if config.hidden_act != "silu":
@@ -158,17 +165,17 @@ def our_config(config: PreTrainedConfig) -> MiniMindConfig:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.hidden_size != head_dim * config.num_attention_heads:
         raise UserError("the model's heads together are not as wide as the model")
-    fields = {name: getattr(config, name) for name in SAME_NAME}
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     rope = config.rope_parameters
     fields["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "yarn":
         fields["inference_rope_scaling"] = True
-        fields |= {ours: rope[theirs] for theirs, ours in YARN.items() if theirs in rope}
+        fields |= {ours: rope[theirs] for theirs, ours in YARN_FIELDS.items() if theirs in rope}
     elif rope["rope_type"] != "default":
         raise UserError(f"the model scales RoPE in a way MiniMind has not: {rope['rope_type']}")
-    known = {"rope_type", "rope_theta", *YARN}
+    known = {"rope_type", "rope_theta", *YARN_FIELDS}
     for name, value in rope.items():
-        if name not in known and value is not None and NO_DIFFERENCE.get(name) != value:
+        if name not in known and value is not None and HARMLESS_ROPE_FIELDS.get(name) != value:
             raise UserError(
                 f"the model's RoPE has {name} {value}, and MiniMind's has no such thing"
             )
@@ -208,7 +215,7 @@ def our_config(config: PreTrainedConfig) -> MiniMindConfig:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-def their_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_hf_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in a dtype, under the names of transformers' files."""
     config = model.config
     state = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}
@@ -216,7 +223,7 @@ def their_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Ten
         del state["lm_head.weight"]
     if not config.use_moe:
         return state
-    kind = type(their_config(config))
+    kind = type(to_hf_config(config))
     for layer in range(config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp."
         if config.n_shared_experts:
@@ -227,9 +234,9 @@ def their_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Ten
         if kind is MixtralConfig:
             moe = f"model.layers.{layer}.block_sparse_moe."
             state[f"{moe}gate.weight"] = state.pop(f"{mlp}gate.weight")
-            for n, part in product(range(config.n_routed_experts), PARTS):
+            for n, part in product(range(config.n_routed_experts), PROJECTIONS):
                 weight = state.pop(f"{mlp}experts.{n}.{part}_proj.weight")
-                state[f"{moe}experts.{n}.{MIXTRAL[part]}.weight"] = weight
+                state[f"{moe}experts.{n}.{MIXTRAL_NAMES[part]}.weight"] = weight
     return state
 
 
@@ -239,7 +246,7 @@ def join_shared_experts(
     """Several experts that are always used are one wider one. Qwen's passes a gate, here half open,
     for which outputs that are twice as large make up."""
     name = "shared_expert" if gated else "shared_experts"
-    for part in PARTS:
+    for part in PROJECTIONS:
         each = (
             f"{mlp}shared_experts.{n}.{part}_proj.weight" for n in range(config.n_shared_experts)
         )
@@ -247,7 +254,7 @@ def join_shared_experts(
         state[f"{mlp}{name}.{part}_proj.weight"] = joined * (2 if gated and part == "down" else 1)
     if gated:
         like = state[f"{mlp}gate.weight"]
-        nearly = max(HALF_OPEN, torch.finfo(like.dtype).smallest_normal / 1024)
+        nearly = max(NEAR_ZERO_GATE, torch.finfo(like.dtype).smallest_normal / 1024)
         state[f"{mlp}shared_expert_gate.weight"] = like.new_full((1, config.hidden_size), nearly)
 
 
@@ -255,17 +262,17 @@ def join_shared_experts(
 
 
 @torch.no_grad()
-def save_folder(
+def save_hf_folder(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """A folder that AutoModelForCausalLM loads without any code of ours."""
-    config = their_config(model.config)
+    config = to_hf_config(model.config)
     config.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(their_state(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(to_hf_state(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     generation = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -276,7 +283,7 @@ def save_folder(
     tokenizer.save_pretrained(folder)
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_hf_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # of many kinds
@@ -284,19 +291,19 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
 
 
-def load_folder(folder: Path) -> MiniMindForCausalLM:
+def load_hf_folder(folder: Path) -> MiniMindForCausalLM:
     """The model of a folder as one of ours, in float32. UserError if it is none."""
-    our_config(read_config(folder))  # a mistake shows before all the weights are read
+    from_hf_config(read_hf_config(folder))  # a mistake shows before all the weights are read
     other = load_transformers(folder, torch.float32)
     if isinstance(other, MiniMindForCausalLM):
         return other.eval()
-    config = our_config(other.config)
+    config = from_hf_config(other.config)
     model = MiniMindForCausalLM(config)
-    model.load_state_dict(our_state(dict(other.state_dict()), config), strict=True)
+    model.load_state_dict(from_hf_state(dict(other.state_dict()), config), strict=True)
     return model.eval()
 
 
-def our_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
+def from_hf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
     """The weights of a transformers model in memory, where all experts of a layer are one tensor,
     under our names."""
     for layer in range(config.num_hidden_layers if config.use_moe else 0):
@@ -313,7 +320,7 @@ def our_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Ten
             continue
         gate = state.pop(f"{mlp}shared_expert_gate.weight", None)
         name = "shared_experts" if gate is None else "shared_expert"
-        shared = {part: state.pop(f"{mlp}{name}.{part}_proj.weight") for part in PARTS}
+        shared = {part: state.pop(f"{mlp}{name}.{part}_proj.weight") for part in PROJECTIONS}
         if gate is not None:
             if gate.abs().max() > 1e-6:
                 raise UserError("the model's shared expert has a gate, and MiniMind's has none")
@@ -332,5 +339,5 @@ def put_experts(
     state: dict[str, Tensor], where: str, experts: Iterable[tuple[Tensor, Tensor, Tensor]]
 ) -> None:
     for n, weights in enumerate(experts):
-        for part, weight in zip(PARTS, weights, strict=True):
+        for part, weight in zip(PROJECTIONS, weights, strict=True):
             state[f"{where}.{n}.{part}_proj.weight"] = weight

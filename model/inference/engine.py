@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from model.inference.sampling import Sampling, row_generator, sample
-from model.inference.streaming import TextStream
-from model.model_minimind import CACHE, MiniMindConfig
+from model.inference.sampling import SamplingParams, make_generator, sample
+from model.inference.streaming import StreamingDetokenizer
+from model.model_minimind import CACHE_ARGUMENT, MiniMindConfig
 
-SHARED = 8  # common tokens from which on copying them pays
+MIN_SHARED_PREFIX = 8  # common tokens from which on copying them pays
 
 
 class QueueFull(Exception):
@@ -40,10 +40,10 @@ class Constraint(Protocol):
         """Take this one, or another one that it returns."""
 
 
-class LogProb(NamedTuple):
+class TokenLogprob(NamedTuple):
     """log p of a token by the model's own distribution, and the likeliest tokens with theirs."""
 
-    chosen: float
+    logprob: float
     top: list[tuple[int, float]]
 
 
@@ -52,23 +52,23 @@ class Request:
     """A prompt, how to go on from it, and what came of it."""
 
     prompt: list[int]
-    sampling: Sampling
-    row: int = 0  # of several with the same seed: each draws other tokens
+    sampling: SamplingParams
+    index: int = 0  # of several samples with one seed: each draws its own random numbers
     top_logprobs: int | None = None  # how many of the likeliest to tell; None: no log-probs at all
     constraint: Constraint | None = None
-    text: TextStream | None = None  # takes the tokens as they come, and may find a stop string
+    detokenizer: StreamingDetokenizer | None = None  # also looks for stop strings
     tokens: list[int] = field(default_factory=list)  # new ones, a final stop token included
-    logprobs: list[LogProb] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
 
 
-class Row:
+class Sequence:
     """A request that has a place in the batch."""
 
     def __init__(self, request: Request, vocab_size: int, device: torch.device):
         self.request = request
         self.length = 0  # tokens that the cache holds: of the prompt, then of the reply
-        self.noise = row_generator(request.sampling.seed, request.row, device)
+        self.generator = make_generator(request.sampling.seed, request.index, device)
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or reply
         self.seen[request.prompt] = True
         self.counts = torch.zeros(vocab_size, device=device)  # how often each is in the reply
@@ -101,9 +101,9 @@ class Engine:
         self.model, self.slots = model, slots
         self.prefill_tokens, self.queue = prefill_tokens, queue
         self.waiting: deque[Request] = deque()
-        self.rows: list[Row] = []
+        self.rows: list[Sequence] = []
         self.decoding = 0  # so many of the rows, from the first on
-        self.memory = KVMemory(slots)
+        self.memory = KVCache(slots)
         self.own = isinstance(model.config, MiniMindConfig)
         self.stop_ids = set(eos_ids(model))
 
@@ -156,7 +156,7 @@ class Engine:
             new += self.prefill(read)
         served = [row for row in served if not row.unread]
         for row, token in zip(served, new, strict=True):
-            self.give(row, token)
+            self.append_token(row, token)
         self.decoding = len(served)
         for at in reversed(range(len(served))):  # from the end, as removing moves the last
             if served[at].request.finish_reason:
@@ -175,7 +175,7 @@ class Engine:
             if source is not None and self.rows[source].length < shared:
                 put_off.append(request)
                 continue
-            row = Row(request, self.model.config.vocab_size, self.model.device)
+            row = Sequence(request, self.model.config.vocab_size, self.model.device)
             if source is not None:
                 self.memory.move(source, len(self.rows), shared)
                 row.length = shared
@@ -186,10 +186,10 @@ class Engine:
         """How many first tokens a row's prompt has in common with this one, and the row that has
         most of them; None if copying would not pay. The last token is always read: its logits are
         wanted."""
-        best: tuple[int, int | None] = (SHARED - 1, None)
+        best: tuple[int, int | None] = (MIN_SHARED_PREFIX - 1, None)
         for at, row in enumerate(self.rows):
             other, most = row.request.prompt, len(prompt) - 1
-            if prompt[:SHARED] == other[:SHARED]:
+            if prompt[:MIN_SHARED_PREFIX] == other[:MIN_SHARED_PREFIX]:
                 pairs = zip(prompt[:most], other, strict=False)
                 shared = next(
                     (n for n, (a, b) in enumerate(pairs) if a != b), min(most, len(other))
@@ -200,9 +200,9 @@ class Engine:
 
     # -- the two kinds of forward pass ---------------------------------------------------------
 
-    def decode(self, rows: list[Row]) -> list[int]:
+    def decode(self, rows: list[Sequence]) -> list[int]:
         tokens = [row.request.tokens[-1:] for row in rows]
-        return self.choose(rows, self.forward(0, rows, tokens)[:, -1])
+        return self.sample_tokens(rows, self.forward(0, rows, tokens)[:, -1])
 
     def prefill_rows(self) -> int:
         """How many of the rows that are being read have their turn in this step: as many as fit
@@ -216,7 +216,7 @@ class Engine:
                 return n
         return len(self.rows) - self.decoding
 
-    def prefill(self, rows: list[Row]) -> list[int]:
+    def prefill(self, rows: list[Sequence]) -> list[int]:
         """Read on in prompts; the first new token of each whose end is reached."""
         most = self.prefill_tokens or max(row.unread for row in rows)
         parts = [row.request.prompt[row.length :][:most] for row in rows]
@@ -225,10 +225,14 @@ class Engine:
         logits = self.forward(self.decoding, rows, parts, kept)
         done = [n for n, row in enumerate(rows) if not row.unread]
         chosen = logits[done, [kept.index(ends[n]) for n in done]]
-        return self.choose([rows[n] for n in done], chosen) if done else []
+        return self.sample_tokens([rows[n] for n in done], chosen) if done else []
 
     def forward(
-        self, first: int, rows: list[Row], parts: list[list[int]], kept: list[int] | None = None
+        self,
+        first: int,
+        rows: list[Sequence],
+        parts: list[list[int]],
+        kept: list[int] | None = None,
     ) -> Tensor:
         """Logits [B, T, V], or at the places `kept` only, of more tokens for neighbouring rows.
         Shorter parts are padded on the right, where the next tokens will be."""
@@ -249,7 +253,7 @@ class Engine:
             position_ids=positions,
             use_cache=True,
             logits_to_keep=0 if kept is None else torch.tensor(kept, device=device),
-            **{CACHE: cache},
+            **{CACHE_ARGUMENT: cache},
         )
         for row, part in zip(rows, parts, strict=True):
             row.length += len(part)
@@ -257,7 +261,7 @@ class Engine:
 
     # -- tokens --------------------------------------------------------------------------------
 
-    def choose(self, rows: list[Row], logits: Tensor) -> list[int]:
+    def sample_tokens(self, rows: list[Sequence], logits: Tensor) -> list[int]:
         """The next token of each row from logits [B, V]; rows of the same settings together."""
         logits = logits.float()
         free = logits
@@ -278,31 +282,31 @@ class Engine:
                 some[0].request.sampling,
                 [row.seen for row in some],
                 [row.counts for row in some],
-                [row.noise for row in some],
+                [row.generator for row in some],
             )
             for n, token in zip(members, tokens.tolist(), strict=True):
                 constraint = rows[n].request.constraint
                 chosen[n] = constraint.accept(token) if constraint else token
         if any(row.request.top_logprobs is not None for row in rows):
-            tell_logprobs(rows, free.log_softmax(-1), chosen)
+            record_logprobs(rows, free.log_softmax(-1), chosen)
         return chosen
 
-    def give(self, row: Row, token: int) -> None:
+    def append_token(self, row: Sequence, token: int) -> None:
         """A token to a request, which it may be the last of."""
         request, sampling = row.request, row.request.sampling
         request.tokens.append(token)
         row.seen[token] = True
         row.counts[token] += 1
-        if request.text:
-            request.text.feed(token)
+        if request.detokenizer:
+            request.detokenizer.feed(token)
         if token in (self.stop_ids if sampling.stop_ids is None else sampling.stop_ids):
             request.finish_reason = "stop"
-        elif request.text and request.text.stopped:
+        elif request.detokenizer and request.detokenizer.stopped:
             request.finish_reason = "stop"
         elif len(request.tokens) == sampling.max_new_tokens:
             request.finish_reason = "length"
-        if request.text and request.finish_reason:
-            request.text.end()
+        if request.detokenizer and request.finish_reason:
+            request.detokenizer.end()
 
     def remove(self, at: int) -> None:
         """Give up a row: the last decoding one takes its place, and the last of all takes that
@@ -321,13 +325,13 @@ class Engine:
             self.rows[target] = self.rows[source]
 
 
-def tell_logprobs(rows: list[Row], logprobs: Tensor, chosen: list[int]) -> None:
+def record_logprobs(rows: list[Sequence], logprobs: Tensor, chosen: list[int]) -> None:
     """Note in requests that want it how likely their new tokens were; logprobs [B, V]."""
     for row, own, token in zip(rows, logprobs, chosen, strict=True):
         if row.request.top_logprobs is not None:
             values, ids = own.topk(row.request.top_logprobs)
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            row.request.logprobs.append(LogProb(own[token].item(), top))
+            row.request.logprobs.append(TokenLogprob(own[token].item(), top))
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:
@@ -340,18 +344,18 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
 # -- keys and values -------------------------------------------------------------------------------
 
 
-class KVMemory:
+class KVCache:
     """Keys and values of all rows, [R, K, capacity, D] for each layer; grows when it must."""
 
     def __init__(self, rows: int, capacity: int = 256):
         self.rows, self.capacity = rows, capacity
         self.layers: list[tuple[Tensor, Tensor]] = []
 
-    def slice(self, first: int, starts: list[int], tokens: int) -> "KVSlice":
+    def slice(self, first: int, starts: list[int], tokens: int) -> "KVCacheView":
         """A cache for a forward pass of neighbouring rows, with room for that many more tokens."""
         while self.capacity < max(starts) + tokens:
             self.capacity *= 2
-        return KVSlice(self, first, starts, tokens)
+        return KVCacheView(self, first, starts, tokens)
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, of the capacity that is wanted now."""
@@ -374,11 +378,11 @@ class KVMemory:
                 each[target, :, :length] = each[source, :, :length]
 
 
-class KVSlice:
+class KVCacheView:
     """What a model sees of it in one forward pass: the interface of a transformers cache, as far as
     models use it. Each row goes on where it ends."""
 
-    def __init__(self, memory: KVMemory, first: int, starts: list[int], tokens: int):
+    def __init__(self, memory: KVCache, first: int, starts: list[int], tokens: int):
         self.memory, self.starts = memory, starts
         self.rows = slice(first, first + len(starts))
         self.even = min(starts) == max(starts)

@@ -21,12 +21,12 @@ class EngineThread:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.listeners: dict[Request, Callable[[Exception | None], None]] = {}
+        self.callbacks: dict[Request, Callable[[Exception | None], None]] = {}
         self.draining = False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
-    async def follow(self, request: Request) -> AsyncIterator[int]:
+    async def stream(self, request: Request) -> AsyncIterator[int]:
         """Have a request decoded; yields the number of its tokens whenever there are more, and ends
         with it. Whoever stops listening cancels it.
 
@@ -58,11 +58,11 @@ class EngineThread:
         Raises:
             ValueError, QueueFull: as Engine.submit.
         """
-        self.listeners[request] = tell
+        self.callbacks[request] = tell
         try:
             self.engine.submit(request)
         except Exception:
-            del self.listeners[request]
+            del self.callbacks[request]
             raise
         self.calls.put(lambda: None)  # wakes the thread
 
@@ -106,14 +106,14 @@ class EngineThread:
             for request in self.engine.step():
                 self.tell(request)
         except Exception as error:  # out of memory, most likely: the others can go on with others
-            for request in list(self.listeners):
+            for request in list(self.callbacks):
                 self.engine.cancel(request)
                 self.tell(request, error)
 
     def tell(self, request: Request, error: Exception | None = None) -> None:
-        if listener := self.listeners.get(request):
-            listener(error)
+        if callback := self.callbacks.get(request):
+            callback(error)
 
     def forget(self, request: Request) -> None:
         self.engine.cancel(request)
-        self.listeners.pop(request, None)
+        self.callbacks.pop(request, None)

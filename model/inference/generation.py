@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.inference.engine import Engine, Request
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 
 def decode(
-    model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling
+    model: PreTrainedModel, prompts: list[list[int]], sampling: SamplingParams
 ) -> Iterator[dict[int, int]]:
     """Decode a batch step by step; each step yields {row: its new token} for rows still running.
 
@@ -35,13 +35,13 @@ def decode(
         for request in requests:
             engine.submit(request)
         while engine.busy:
-            yield {request.row: request.tokens[-1] for request in engine.step()}
+            yield {request.index: request.tokens[-1] for request in engine.step()}
     finally:
         model.train(was_training)
 
 
 def generate(
-    model: PreTrainedModel, prompts: list[list[int]], sampling: Sampling
+    model: PreTrainedModel, prompts: list[list[int]], sampling: SamplingParams
 ) -> list[list[int]]:
     """The new tokens of each prompt, a final stop token included."""
     replies: list[list[int]] = [[] for _ in prompts]
@@ -55,7 +55,7 @@ def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     batch_size: int = 64,
 ) -> Iterator[str]:
     """The replies as text, in the order of the prompts, decoded a batch at a time."""
@@ -67,7 +67,7 @@ def generate_text(
 # -- weights in half the bytes ---------------------------------------------------------------------
 
 
-def prepare_to_decode(model: PreTrainedModel) -> PreTrainedModel:
+def pack_for_cpu_decoding(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model on a CPU two to three times as fast at decoding, and unfit for anything else.
 
     To decode a token is to read every weight and to do little with it, so that bytes are time. Our
@@ -81,11 +81,11 @@ def prepare_to_decode(model: PreTrainedModel) -> PreTrainedModel:
     weights = [linear.weight for linear in linears.values()]
     if on_x86 and all(torch.equal(weight, weight.half().float()) for weight in weights):
         for name, linear in linears.items():
-            model.set_submodule(name, LinearOfHalves(linear))
+            model.set_submodule(name, Fp16Linear(linear))
     return model.eval()
 
 
-class LinearOfHalves(nn.Module):
+class Fp16Linear(nn.Module):
     """nn.Linear with its weights in float16, for float32 rows on an x86 CPU. No gradients."""
 
     def __init__(self, linear: nn.Linear):

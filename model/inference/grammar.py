@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from model.errors import UserError
 
 # In this order a JSON value ends soonest: close what is open, then the shortest of what must come.
-CLOSERS = (
+CLOSING_TEXTS = (
     '"',
     "}",
     "]",
@@ -36,26 +36,26 @@ CLOSERS = (
     ",",
     ',"',
 )
-LONGEST_END = 2000  # tokens; an end farther away is taken for none
+MAX_COMPLETION = 2000  # tokens; an end farther away is taken for none
 
 
-class Grammars:
+class GrammarCompiler:
     """What a tokenizer's tokens are to llguidance."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.tokens: LLTokenizer = from_tokenizer(tokenizer)
-        ids = (tokenizer.encode(text, add_special_tokens=False) for text in CLOSERS)
+        ids = (tokenizer.encode(text, add_special_tokens=False) for text in CLOSING_TEXTS)
         self.closers = [ids[0] for ids in ids if len(ids) == 1]
 
-    def json(self, schema: dict[str, Any], max_new_tokens: int) -> "Grammar":
+    def compile_json_schema(self, schema: dict[str, Any], max_new_tokens: int) -> "Grammar":
         """JSON of a schema, without superfluous white space."""
         compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
         return Grammar(
             self, LLMatcher.grammar_from_json_schema(json.dumps(compact)), max_new_tokens
         )
 
-    def lark(self, grammar: str, max_new_tokens: int) -> "Grammar":
+    def compile_lark(self, grammar: str, max_new_tokens: int) -> "Grammar":
         return Grammar(self, LLMatcher.grammar_from_lark(grammar), max_new_tokens)
 
 
@@ -66,7 +66,7 @@ class Grammar:
         UserError: the grammar is wrong, or no reply of so few tokens follows it.
     """
 
-    def __init__(self, grammars: Grammars, grammar: str, max_new_tokens: int):
+    def __init__(self, grammars: GrammarCompiler, grammar: str, max_new_tokens: int):
         self.grammars, self.left = grammars, max_new_tokens
         self.eos = grammars.tokens.eos_token
         self.matcher = LLMatcher(grammars.tokens, grammar)
@@ -74,7 +74,7 @@ class Grammar:
             reason = self.matcher.get_error().strip().split("\n")[0]
             raise UserError(f"the schema cannot be followed: {reason}")
         self.bits = allocate_token_bitmask(1, grammars.tokens.vocab_size)
-        end = self.way_to_an_end()
+        end = self.shortest_completion()
         if end is None or len(end) > self.left:
             raise UserError(f"no reply of {self.left} tokens can follow the schema")
         self.end = end
@@ -87,7 +87,7 @@ class Grammar:
         """The token, or another one if after it the reply could not be whole in time."""
         self.left -= 1
         self.matcher.consume_token(token)
-        end = self.way_to_an_end()
+        end = self.shortest_completion()
         if end is None or len(end) > self.left:
             self.matcher.rollback(1)
             token, end = self.end[0], self.end[1:]
@@ -99,12 +99,12 @@ class Grammar:
         fill_next_token_bitmask(self.matcher, self.bits, 0)
         return (self.bits[0][:, None] >> torch.arange(32)).bitwise_and(1).bool().flatten()
 
-    def way_to_an_end(self) -> list[int] | None:
+    def shortest_completion(self) -> list[int] | None:
         """Tokens after which the reply is whole, EOS the last; not always the fewest there are."""
         path: list[int] = []
         try:
-            while not self.matcher.is_stopped() and len(path) < LONGEST_END:
-                token = self.towards_an_end()
+            while not self.matcher.is_stopped() and len(path) < MAX_COMPLETION:
+                token = self.next_completion_token()
                 self.matcher.consume_token(token)
                 path.append(token)
                 if token == self.eos:
@@ -113,7 +113,7 @@ class Grammar:
         finally:
             self.matcher.rollback(len(path))
 
-    def towards_an_end(self) -> int:
+    def next_completion_token(self) -> int:
         if self.matcher.is_accepting():
             return self.eos
         if forced := self.matcher.compute_ff_tokens():

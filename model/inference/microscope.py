@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.attention import for_each_query_head
+from model.attention import repeat_kv
 from model.feed_forward import MixtureOfExperts, Routing
 from model.model_minimind import MiniMindBlock, MiniMindConfig
-from model.rope import rope_rotation, rotate
+from model.rope import apply_rotary_emb, rope_cos_sin
 
 
 @dataclass
@@ -58,7 +58,7 @@ def observe(model: PreTrainedModel, ids: list[int]) -> Observation:
         return observe_transformers(model, row)
     outputs = model(input_ids=row, output_hidden_states=True, use_cache=False)
     hidden = torch.cat(outputs.hidden_states)  # [L + 1, T, C]
-    rotation = rope_rotation(model.config, torch.arange(len(ids), device=model.device)[None])
+    rotation = rope_cos_sin(model.config, torch.arange(len(ids), device=model.device)[None])
     # the input of a layer is what the one before it left
     blocks = list(zip(model.model.layers, hidden[:-1], strict=True))
     return Observation(
@@ -66,7 +66,7 @@ def observe(model: PreTrainedModel, ids: list[int]) -> Observation:
         hidden=hidden,
         logits=outputs.logits[0].float(),
         attention=torch.stack([attention_weights(*block, rotation) for block in blocks]),
-        routing=[chosen_experts(*block, rotation) for block in blocks],
+        routing=[layer_routing(*block, rotation) for block in blocks],
     )
 
 
@@ -82,14 +82,17 @@ def attention_weights(
     heads = (1, len(hidden), -1, attention.head_dim)
     query = attention.q_norm(attention.q_proj(inputs).view(heads)).transpose(1, 2)
     key = attention.k_norm(attention.k_proj(inputs).view(heads)).transpose(1, 2)
-    query, key = rotate(query, *rotation), rotate(key, *rotation)  # [1, H, T, D], [1, K, T, D]
-    key = for_each_query_head(key, query)
+    query, key = (
+        apply_rotary_emb(query, *rotation),
+        apply_rotary_emb(key, *rotation),
+    )  # [1, H, T, D], [1, K, T, D]
+    key = repeat_kv(key, query.shape[1] // key.shape[1])
     scores = (query @ key.transpose(-1, -2) / math.sqrt(attention.head_dim))[0].float()
     future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
     return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
-def chosen_experts(
+def layer_routing(
     block: MiniMindBlock, hidden: Tensor, rotation: tuple[Tensor, Tensor]
 ) -> Routing | None:
     """Which experts each token of a layer's input [T, C] goes to: scores [T, E], chosen [T, k],
@@ -174,7 +177,7 @@ def token_ranks(logits: Tensor, ids: Tensor) -> Tensor:
 def expert_load(routing: Routing) -> Tensor:
     """[E]: of a layer's choices, the share that went to each expert."""
     experts = routing.scores.shape[-1]
-    return torch.bincount(routing.chosen.flatten(), minlength=experts) / routing.chosen.numel()
+    return torch.bincount(routing.experts.flatten(), minlength=experts) / routing.experts.numel()
 
 
 # -- bytes -----------------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def byte_characters() -> dict[str, int]:
 BYTES = byte_characters()
 
 
-def bytes_of_token(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+def decode_token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     """What a token stands for: often a part of a character. A control token is its name."""
     name = tokenizer.convert_ids_to_tokens(token)
     if token not in tokenizer.added_tokens_decoder and all(c in BYTES for c in name):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. The defaults sample from the model's own distribution."""
 
     max_new_tokens: int = 512
@@ -29,7 +29,7 @@ class Sampling:
 
 def sample(
     logits: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     seen: list[Tensor],
     counts: list[Tensor],
     noise: list[torch.Generator],
@@ -41,7 +41,7 @@ def sample(
         counts: likewise, how often each is in its reply.
         noise: the random numbers of each row.
     """
-    logits = filter_logits(penalise(logits, sampling, seen, counts), sampling)
+    logits = filter_logits(apply_penalties(logits, sampling, seen, counts), sampling)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     # p_i / E_i with E_i ~ Exp(1) is largest at i with probability p_i. Unlike multinomial it lets
@@ -50,8 +50,8 @@ def sample(
     return (logits.softmax(-1) / torch.stack(draws)).argmax(-1)
 
 
-def penalise(
-    logits: Tensor, sampling: Sampling, seen: list[Tensor], counts: list[Tensor]
+def apply_penalties(
+    logits: Tensor, sampling: SamplingParams, seen: list[Tensor], counts: list[Tensor]
 ) -> Tensor:
     """Repetition penalty (CTRL, arXiv 1909.05858), and those of OpenAI's API."""
     if sampling.repetition_penalty != 1:
@@ -65,7 +65,7 @@ def penalise(
     return logits
 
 
-def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """Temperature, top-k, top-p (arXiv 1904.09751), in this order, which is that of transformers.
     What is ruled out becomes −inf."""
     if sampling.temperature == 0:
@@ -83,7 +83,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
-def row_generator(seed: int | None, row: int, device: torch.device) -> torch.Generator:
+def make_generator(seed: int | None, row: int, device: torch.device) -> torch.Generator:
     """Random numbers of one row of a batch: the same prompt at row r draws the same again."""
     generator = torch.Generator(device=device)
     if seed is None:

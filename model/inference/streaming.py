@@ -6,7 +6,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 
-class TextStream:
+class StreamingDetokenizer:
     """The text of a reply, which grows by tokens and ends before a stop string.
 
     A Chinese character or an emoji can be several tokens: its bytes are held back until it is
@@ -33,7 +33,7 @@ class TextStream:
             whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
             self.grow(whole[len(self.decoded) :], last=True)
 
-    def take(self) -> str:
+    def read(self) -> str:
         """What is new since the last time. Another thread may be feeding."""
         text, taken = self.text, self.taken
         self.taken = len(text)
@@ -63,11 +63,11 @@ class TextStream:
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
     """The pieces of a text, as its tokens come."""
-    stream = TextStream(tokenizer)
+    stream = StreamingDetokenizer(tokenizer)
     for token in tokens:
         stream.feed(token)
-        if piece := stream.take():
+        if piece := stream.read():
             yield piece
     stream.end()
-    if piece := stream.take():
+    if piece := stream.read():
         yield piece

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
 from model.inference.generation import generate_text
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 BATCH_SIZE = 128
 MAX_NEW_TOKENS = 64
@@ -22,7 +22,7 @@ def greedy_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[str]
 ) -> list[str]:
     """The model's answer to each question, decoded greedily."""
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, temperature=0)
+    sampling = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0)
     prompts = encode_questions(tokenizer, questions)
     return list(generate_text(model, tokenizer, prompts, sampling, batch_size=BATCH_SIZE))
 

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
 from model.inference.engine import Engine, Request
-from model.inference.sampling import Sampling
-from model.inference.streaming import TextStream
+from model.inference.sampling import SamplingParams
+from model.inference.streaming import StreamingDetokenizer
 
 # -- benchmarks ------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def to_hub_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Rows of ARC and OpenBookQA as on the Hub; the published files nest the question."""
+    """PackedDataset of ARC and OpenBookQA as on the Hub; the published files nest the question."""
     question = row.get("question")
     if not isinstance(question, dict):
         return row
@@ -331,10 +331,12 @@ class HarnessModel(TemplateLM):
             max_new_tokens = settings.get("max_gen_toks", 256)
             temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
             until = settings.get("until") or []
-            texts.append(TextStream(self.tokenizer, [until] if isinstance(until, str) else until))
+            texts.append(
+                StreamingDetokenizer(self.tokenizer, [until] if isinstance(until, str) else until)
+            )
             prompt = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
-            sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-            engine.submit(Request(prompt, sampling, len(texts), text=texts[-1]))
+            sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
+            engine.submit(Request(prompt, sampling, len(texts), detokenizer=texts[-1]))
         bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm, leave=False)
         while engine.busy:
             ended = [request for request in engine.step() if request.finish_reason]

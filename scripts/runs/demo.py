@@ -28,7 +28,7 @@ from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
-from trainer.report.forecast import duration, seconds_of_an_update
+from trainer.report.forecast import duration, seconds_per_step
 from trainer.report.plots import plot_losses
 
 HIDDEN_SIZE = 192
@@ -95,8 +95,8 @@ def main(args: Args) -> dict:
     report = {
         "seconds": round(time.time() - started, 1),
         "parameters": loaded.num_parameters,
-        "val_bpb": pretrained["val_bpb"],
-        "sft_val_bpb": tuned["val_bpb"],
+        "eval_bpb": pretrained["eval_bpb"],
+        "sft_val_bpb": tuned["eval_bpb"],
         "skills": scores,
         "skills_mean": sum(scores.values()) / len(scores),
         "textbook_accuracy": textbook,
@@ -104,7 +104,7 @@ def main(args: Args) -> dict:
         "machine": describe_machine(model.device),
     }
     write_json(args.report, report)
-    curves = {run["name"]: run["records"] for run in (pretrained, tuned)}
+    curves = {run["name"]: run["history"] for run in (pretrained, tuned)}
     plot_losses(curves, out / "demo_losses.png")
     show(console, report, {name: len(rows) for name, rows in tests.items()}, out, args)
     return report
@@ -150,7 +150,7 @@ def measure_step(trainer: ModuleType, argv: list[str], folder: Path) -> float:
     if trainer is not train_pretrain:  # without weights to start from, it needs the sizes
         argv += ["--from_weight", "none", *SIZES.split()]
     args = parse_arguments(trainer.Args, arguments=argv)
-    return seconds_of_an_update(trainer.main(args)["records"])
+    return seconds_per_step(trainer.main(args)["history"])
 
 
 def held_out_tests(data: Path, limit: int = 0) -> dict[str, list[dict]]:
@@ -181,7 +181,7 @@ def show(console: Console, report: dict, counts: dict[str, int], out: Path, args
     table.add_row("textbook", "", f"{report['textbook_accuracy']:.1%}")
     console.print(table)
     console.print(
-        f"{report['parameters'] / 1e6:.2f}M parameters, {report['val_bpb']:.2f} bits per byte on "
+        f"{report['parameters'] / 1e6:.2f}M parameters, {report['eval_bpb']:.2f} bits per byte on "
         f"held-out text, {duration(report['seconds'])} in all, of which "
         f"{duration(report['training_seconds'])} training ({report['machine']})\n"
         f"figures: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"

@@ -85,7 +85,7 @@ def main(args: Args) -> dict[str, Any]:
     console.rule("2. before and after")
     report: dict[str, Any] = {
         "training_seconds": round(trained["seconds"], 1),
-        "val_loss": trained["val_loss"],
+        "eval_loss": trained["eval_loss"],
         "machine": describe_machine(resolve_device(args.device)),
     }
     for name, lora_weight in (("without", ""), ("with", adapter)):

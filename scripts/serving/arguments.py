@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.command_line import option
 from model.errors import UserError
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import OUT, TOKENIZER
 
 
@@ -64,8 +64,8 @@ class ChatArgs(ModelArgs):
         if self.historys < 0:
             raise UserError(f"--historys must be at least 0, not {self.historys}")
 
-    def sampling(self) -> Sampling:
-        return Sampling(
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,

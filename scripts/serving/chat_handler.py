@@ -73,7 +73,7 @@ class ChatHandler(Handler):
         json_schema = self.body.response_format.json_schema
         schema = json_schema.schema_ if json_schema else {"type": "object"}
         try:
-            return self.service.grammars.json(schema, max_tokens)
+            return self.service.grammars.compile_json_schema(schema, max_tokens)
         except UserError as error:
             raise ApiError(str(error), param="response_format") from error
 
@@ -100,7 +100,7 @@ class ChatHandler(Handler):
         schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
         grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {schema}\n'
         try:
-            return self.service.grammars.lark(grammar, max_tokens)
+            return self.service.grammars.compile_lark(grammar, max_tokens)
         except UserError as error:
             raise ApiError(str(error), param="tool_choice") from error
 
@@ -187,7 +187,7 @@ class ChatHandler(Handler):
             return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
         return [
-            entry(token, logprob.chosen) | {"top_logprobs": [entry(*each) for each in logprob.top]}
+            entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}
             for token, logprob in zip(delta.tokens, delta.logprobs, strict=True)
         ]
 

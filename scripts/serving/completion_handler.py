@@ -94,7 +94,7 @@ class CompletionHandler(Handler):
             choice.text_offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(each.chosen, MIN_LOGPROB) for each in delta.logprobs],
+            "token_logprobs": [max(each.logprob, MIN_LOGPROB) for each in delta.logprobs],
             "top_logprobs": [
                 {self.token_text(token): logprob for token, logprob in each.top}
                 for each in delta.logprobs

@@ -7,7 +7,7 @@ from typing import Any
 
 from model.inference.engine import Request
 from model.inference.grammar import Grammar
-from model.inference.streaming import TextStream
+from model.inference.streaming import StreamingDetokenizer
 from scripts.serving.openai_types import BaseRequest
 from scripts.serving.service import Delta, Service
 
@@ -47,7 +47,7 @@ class Handler:
         sampling = self.service.sampling(self.body, max_tokens, prompt)
         for _ in range(self.body.n or 1):
             constraint = make_grammar(sampling.max_new_tokens) if make_grammar else None
-            text = TextStream(self.tokenizer, self.body.stop_strings)
+            text = StreamingDetokenizer(self.tokenizer, self.body.stop_strings)
             row = len(self.requests)
             self.requests.append(Request(prompt, sampling, row, top_logprobs, constraint, text))
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.inference.generation import prepare_to_decode
-from model.model_lora import load_lora, merged_for_good
+from model.inference.generation import pack_for_cpu_decoding
+from model.model_lora import load_lora, merge_and_unload
 from model.weights import count_parameters, find_weights, load_for_chat, yarn_settings
 from scripts.serving.arguments import ModelArgs
 from trainer.common.hardware import resolve_device, resolve_dtype
@@ -64,7 +64,7 @@ def load_chat_model(
             raise UserError("--lora_weight needs own weights, but --load_from names another model")
         merge_lora(model, args)
     name = args.load_from if in_hf_format else weight
-    model = prepare_to_decode(model) if decode_only else model.eval()
+    model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, num_parameters)
 
 
@@ -85,4 +85,4 @@ def merge_lora(model: PreTrainedModel, args: ModelArgs) -> None:
             use_moe=config.use_moe,
         )
     load_lora(model, path)
-    merged_for_good(model)
+    merge_and_unload(model)

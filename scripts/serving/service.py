@@ -10,10 +10,10 @@ from functools import cached_property
 
 from fastapi import Request as HttpRequest
 
-from model.inference.engine import Engine, LogProb, QueueFull, Request
+from model.inference.engine import Engine, QueueFull, Request, TokenLogprob
 from model.inference.engine_thread import EngineThread
-from model.inference.grammar import Grammars
-from model.inference.sampling import Sampling
+from model.inference.grammar import GrammarCompiler
+from model.inference.sampling import SamplingParams
 from scripts.serving.arguments import ServerArgs
 from scripts.serving.errors import ApiError, server_error
 from scripts.serving.loading import ChatModel
@@ -29,7 +29,7 @@ class Delta:
 
     text: str
     tokens: list[int]
-    logprobs: list[LogProb]
+    logprobs: list[TokenLogprob]
     finish_reason: str | None  # in the last delta: "stop" or "length"
 
 
@@ -52,8 +52,8 @@ class Service:
         self.thread = EngineThread(self.engine)
 
     @cached_property
-    def grammars(self) -> Grammars:
-        return Grammars(self.tokenizer)
+    def grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer)
 
     def check_key(self, http: HttpRequest) -> None:
         """ApiError unless the request carries the API key, where one is set."""
@@ -68,7 +68,9 @@ class Service:
             message = f"there is no model {name!r} here, only {self.args.model_name!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
 
-    def sampling(self, body: BaseRequest, max_tokens: int | None, prompt: list[int]) -> Sampling:
+    def sampling(
+        self, body: BaseRequest, max_tokens: int | None, prompt: list[int]
+    ) -> SamplingParams:
         """The request's sampling parameters, the server's defaults where it does not say.
 
         Raises:
@@ -83,7 +85,7 @@ class Service:
                 code="context_length_exceeded",
             )
         args = self.args
-        return Sampling(
+        return SamplingParams(
             max_new_tokens=min(max_tokens or args.max_new_tokens, room),
             temperature=args.temperature if body.temperature is None else body.temperature,
             top_k=body.top_k or 0,
@@ -128,7 +130,7 @@ class Service:
         self.metrics.prompt_tokens.inc(len(request.prompt))
         outcome = "cancelled"
         try:
-            async for count in self.thread.follow(request):
+            async for count in self.thread.stream(request):
                 if not num_sent:
                     self.metrics.first_token_seconds.observe(time.monotonic() - start)
                 # the engine may have gone on since: send the tokens up to `count` only, and the
@@ -137,7 +139,7 @@ class Service:
                 logprobs = request.logprobs[num_sent:count]
                 finish_reason = request.finish_reason if count == len(request.tokens) else None
                 num_sent = count
-                delta = Delta(request.text.take(), tokens, logprobs, finish_reason)
+                delta = Delta(request.detokenizer.read(), tokens, logprobs, finish_reason)
                 await deltas.put((index, delta))
             outcome = request.finish_reason
             await deltas.put(None)

@@ -14,8 +14,8 @@ from dataset.reply_parser import Reply, ReplyParser
 from dataset.tools.builtin import TOOLS
 from dataset.tools.loop import MAX_TURNS, answer_calls
 from model.inference.engine import QueueFull, Request
-from model.inference.sampling import Sampling
-from model.inference.streaming import TextStream
+from model.inference.sampling import SamplingParams
+from model.inference.streaming import StreamingDetokenizer
 from scripts.serving.arguments import ChatArgs
 from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 from scripts.web.models import ServedModel
@@ -60,7 +60,7 @@ class ChatControls:
                     self.system = st.text_area(t("system"), height=80, **persistent("system"))
 
 
-def sampling_controls(args: ChatArgs, t: Translator) -> Sampling:
+def sampling_controls(args: ChatArgs, t: Translator) -> SamplingParams:
     def slider(name: str, minimum: float, maximum: float) -> float:
         value = getattr(args, name)
         maximum = max(maximum, value)
@@ -69,7 +69,7 @@ def sampling_controls(args: ChatArgs, t: Translator) -> Sampling:
     def number(name: str, maximum: int | None = None) -> int | None:
         return st.number_input(t(name), 0, maximum, getattr(args, name), **persistent(name))
 
-    return Sampling(
+    return SamplingParams(
         temperature=slider("temperature", 0.0, 2.0),
         top_p=slider("top_p", 0.05, 1.0),
         max_new_tokens=slider("max_new_tokens", 1, 2048),
@@ -115,7 +115,7 @@ class StreamingAnswer:
             raise PromptTooLong(len(ids), loaded.max_positions - 1)
         sampling = controls.sampling
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        self.request = Request(ids, sampling, text=TextStream(loaded.tokenizer))
+        self.request = Request(ids, sampling, detokenizer=StreamingDetokenizer(loaded.tokenizer))
         self.thread, self.tool_rounds = served.thread, tool_rounds
         self.parser = None if loaded.is_base_model else ReplyParser(controls.open_thinking)
         self.message: Message = {"role": "assistant", "content": ""}
@@ -139,7 +139,7 @@ class StreamingAnswer:
         self.updated.clear()
         # Read the flag before the text: text that arrives in between is read by the next call.
         finished = self.finished
-        text = self.request.text.take()
+        text = self.request.detokenizer.read()
         if self.parser is None:
             self.message["content"] += text
         else:

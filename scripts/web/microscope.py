@@ -10,7 +10,7 @@ import streamlit as st
 from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.microscope import (
     Observation,
-    bytes_of_token,
+    decode_token_bytes,
     expert_load,
     logit_lens,
     observe,
@@ -58,7 +58,7 @@ def microscope_page(served: ServedModel, t: Translator) -> None:
     if len(ids) > MAX_TOKENS:
         st.caption(t("truncated", maximum=MAX_TOKENS, tokens=len(ids)))
     ids = ids[: min(MAX_TOKENS, served.loaded.max_positions)]
-    token_bytes = [bytes_of_token(served.loaded.tokenizer, token) for token in ids]
+    token_bytes = [decode_token_bytes(served.loaded.tokenizer, token) for token in ids]
     text = Text(ids, [readable(each) for each in token_bytes], token_bytes)
     observation = observe_once(served.key, tuple(ids), served)
     show_statistics(text, observation, t)
@@ -247,7 +247,9 @@ def show_experts(served: ServedModel, text: Text, observation: Observation, t: T
     rows, loads = [], []
     for layer, routing in moe_layers:
         cells = []
-        for experts, weights in zip(routing.chosen.tolist(), routing.weights.tolist(), strict=True):
+        for experts, weights in zip(
+            routing.experts.tolist(), routing.weights.tolist(), strict=True
+        ):
             chips = " ".join(
                 f'<span style="background: {tint(HUES[e % len(HUES)], 0.15 + 0.6 * w)};'
                 f'border-radius: 4px; padding: 1px 4px">{e + 1}<small>{w:.0%}</small></span>'

@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 from torch import Tensor
 
-from model.inference.microscope import bytes_of_token
+from model.inference.microscope import decode_token_bytes
 from scripts.web.texts import Translator
 
 MAX_AXIS_LABELS = 48  # more token labels would not fit along an axis
@@ -52,7 +52,9 @@ def readable(part: bytes) -> str:
 
 def token_labels(tokenizer: Any, ids: Tensor) -> list[list[str]]:
     """Readable labels of [T, k] token ids."""
-    return [[readable(bytes_of_token(tokenizer, token)) for token in row] for row in ids.tolist()]
+    return [
+        [readable(decode_token_bytes(tokenizer, token)) for token in row] for row in ids.tolist()
+    ]
 
 
 def as_code(label: str) -> str:

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.errors import UserError
-from model.formats.hf_format import save_folder
-from model.model_lora import LoraSettings, add_lora, lora_layers, lora_state, save_lora
+from model.formats.hf_format import save_hf_folder
+from model.model_lora import LoraConfig, add_lora, lora_layers, lora_state, save_lora
 from model.weights import ROOT, load_model
 from scripts import convert_model
 
@@ -108,7 +108,7 @@ def test_an_earlier_file_gets_its_json(save, tmp_path, capsys):
 def test_weights_that_are_no_halves_come_back(make_model, tokenizer, tmp_path, dtype):
     """As another program may have trained them: with sharp logits, after which rounding shows."""
     model = make_model(vocab_size=6400, use_moe=True, n_shared_experts=0, qk_norm=True)
-    save_folder(model, tokenizer, tmp_path / "folder", getattr(torch, dtype))
+    save_hf_folder(model, tokenizer, tmp_path / "folder", getattr(torch, dtype))
     convert("from-hf", tmp_path / "folder", tmp_path / "back.pth")
     state = load_model(tmp_path / "back.pth").state_dict()
     for name, weight in model.to(getattr(torch, dtype)).state_dict().items():
@@ -241,7 +241,7 @@ def test_as_a_command(save, tmp_path):
 
 
 def test_a_conversion_that_changes_the_logits_is_no_success(save, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.formats.hf_format.HALF_OPEN", 5.0)
+    monkeypatch.setattr("model.formats.hf_format.NEAR_ZERO_GATE", 5.0)
     with pytest.raises(UserError, match="more than rounding"):
         convert("to-hf", save(use_moe=True), tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
@@ -313,12 +313,12 @@ def test_settings_of_yarn_that_are_not_ours_are_refused(save, tmp_path, name):
 @pytest.fixture
 def addition(save, tokenizer, tmp_path) -> Path:
     model = load_model(save())
-    settings = LoraSettings(r=4, alpha=6.0, target_modules=["q_proj", "down_proj"])
+    settings = LoraConfig(r=4, alpha=6.0, target_modules=["q_proj", "down_proj"])
     add_lora(model, settings)
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B.weight, std=0.1)
     path = tmp_path / "persona_64.pth"
-    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    save_lora(model, path, stage="lora", config=settings, tokenizer=tokenizer, origin={})
     return path
 
 
@@ -355,17 +355,17 @@ def test_what_peft_trained_is_read(save, tmp_path):
             nn.init.normal_(weight, std=0.1)
     other.save_pretrained(tmp_path / "adapter")
     model = load_model(base)
-    settings = convert_model.read_peft(model, tmp_path / "adapter")
+    settings = convert_model.load_peft(model, tmp_path / "adapter")
     assert (settings.r, settings.alpha, len(lora_state(model))) == (2, 8, 2 * 2 * 2)
     assert_close(model(IDS).logits, other(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_an_addition_to_experts_has_no_place_in_peft(save, tokenizer, tmp_path):
     model = load_model(save(use_moe=True))
-    settings = LoraSettings(target_modules=["gate_proj"])
+    settings = LoraConfig(target_modules=["gate_proj"])
     add_lora(model, settings)
     path = tmp_path / "x_64_moe.pth"
-    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    save_lora(model, path, stage="lora", config=settings, tokenizer=tokenizer, origin={})
     with pytest.raises(UserError, match="merge-lora"):
         convert("to-peft", path, tmp_path / "adapter")
 

@@ -18,18 +18,24 @@ from transformers import (
 )
 
 from model.inference import engine
-from model.inference.engine import KVMemory, eos_ids
+from model.inference.engine import KVCache, eos_ids
 from model.inference.generation import (
     decode,
     generate,
     generate_text,
-    prepare_to_decode,
+    pack_for_cpu_decoding,
 )
-from model.inference.sampling import Sampling, filter_logits, penalise, row_generator, sample
-from model.inference.streaming import TextStream, stream_text
+from model.inference.sampling import (
+    SamplingParams,
+    apply_penalties,
+    filter_logits,
+    make_generator,
+    sample,
+)
+from model.inference.streaming import StreamingDetokenizer, stream_text
 
 PROMPTS = [[5, 9, 17, 33, 60], [7], [80, 81, 82]]
-GREEDY = Sampling(max_new_tokens=20, temperature=0, stop_ids=())
+GREEDY = SamplingParams(max_new_tokens=20, temperature=0, stop_ids=())
 
 
 @pytest.fixture
@@ -104,7 +110,7 @@ def test_greedy_batch_equals_each_prompt_alone(either, penalty):
 def test_rows_that_end_leave_the_batch_and_the_others_go_on(either):
     free = generate(either, PROMPTS, GREEDY)
     stop = (free[0][2], free[1][7])
-    steps = list(decode(either, PROMPTS, Sampling(20, 0, stop_ids=stop)))
+    steps = list(decode(either, PROMPTS, SamplingParams(20, 0, stop_ids=stop)))
     replies = [[step[row] for step in steps if row in step] for row in range(3)]
     assert replies == [until(reply, stop) for reply in free]
     assert len({len(reply) for reply in replies}) > 1
@@ -139,7 +145,7 @@ def test_text_of_many_prompts_comes_in_their_order(make_model, tokenizer):
 
 def test_rows_of_any_length_lie_in_one_memory_which_grows():
     """Against a list of each row's keys; 2 fit, then 4, 8, 16."""
-    memory = KVMemory(rows=3, capacity=2)
+    memory = KVCache(rows=3, capacity=2)
     torch.manual_seed(0)
     kept = [torch.zeros(2, 0, 16) for _ in range(3)]
     for first, sizes in ((0, (1, 3)), (2, (4,)), (0, (1, 1, 1)), (1, (5, 5)), (0, (1, 1, 1))):
@@ -164,7 +170,7 @@ def test_rows_of_any_length_lie_in_one_memory_which_grows():
 
 # -- sampling --------------------------------------------------------------------------------------
 
-SAMPLED = Sampling(max_new_tokens=15, seed=7, stop_ids=())
+SAMPLED = SamplingParams(max_new_tokens=15, seed=7, stop_ids=())
 
 
 def test_sampled_tokens_do_not_depend_on_the_neighbours(either):
@@ -221,17 +227,17 @@ def test_filter_logits_equals_the_processors_of_transformers(fields):
         processors.append(TopKLogitsWarper(fields["top_k"]))
     if "top_p" in fields:
         processors.append(TopPLogitsWarper(fields["top_p"]))
-    sampling = Sampling(**fields)
-    ours = filter_logits(penalise(logits, sampling, list(seen), []), sampling)
+    sampling = SamplingParams(**fields)
+    ours = filter_logits(apply_penalties(logits, sampling, list(seen), []), sampling)
     assert_close(ours, processors(previous, logits))
 
 
 def test_tokens_come_as_often_as_their_probabilities_say():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, -9.0])
     draws = 4000
-    noise = [row_generator(0, row, torch.device("cpu")) for row in range(draws)]
+    noise = [make_generator(0, row, torch.device("cpu")) for row in range(draws)]
     seen = torch.zeros(draws, 6, dtype=torch.bool)
-    sampling = Sampling(temperature=1.5, top_k=5)  # all but the last
+    sampling = SamplingParams(temperature=1.5, top_k=5)  # all but the last
     chosen = sample(logits.expand(draws, 6), sampling, list(seen), [], noise)
     counts = Counter(chosen.tolist())
     assert counts[5] == 0
@@ -260,7 +266,7 @@ def test_penalised_are_prompt_and_reply_but_no_padding(model, monkeypatch):
 def test_penalty_without_temperature_is_greedy_over_penalised_logits():
     logits = torch.tensor([[2.0, 1.9, -0.1], [-2.0, -1.0, -1.1]])
     seen = torch.tensor([[True, False, False], [False, True, False]])
-    sampling = Sampling(temperature=0, repetition_penalty=1.2)  # 2.0 → 1.67; −1.0 → −1.2
+    sampling = SamplingParams(temperature=0, repetition_penalty=1.2)  # 2.0 → 1.67; −1.0 → −1.2
     assert sample(logits, sampling, list(seen), [], []).tolist() == [1, 2]
 
 
@@ -377,7 +383,7 @@ def test_a_model_prepared_to_decode_has_halves_and_the_same_logits(make_model, m
     model = make_model(initializer_range=0.1, tie_word_embeddings=tied).half().float()
     ids = torch.tensor(PROMPTS[:1])
     expected = model(ids).logits
-    prepared = prepare_to_decode(model)
+    prepared = pack_for_cpu_decoding(model)
     monkeypatch.setattr(F, "linear", None)  # not used any more
     assert_close(prepared(ids).logits, expected, atol=2e-5, rtol=1e-5)
 
@@ -386,11 +392,11 @@ def test_a_model_prepared_to_decode_has_halves_and_the_same_logits(make_model, m
 def test_greedy_with_halves_equals_greedy_without(make_model, prompts):
     model = make_model().half().float()
     expected = generate(model, prompts, GREEDY)
-    assert generate(prepare_to_decode(model), prompts, GREEDY) == expected
+    assert generate(pack_for_cpu_decoding(model), prompts, GREEDY) == expected
 
 
 def test_weights_that_are_no_halves_are_left_alone(model):
-    assert type(prepare_to_decode(model).lm_head) is torch.nn.Linear
+    assert type(pack_for_cpu_decoding(model).lm_head) is torch.nn.Linear
 
 
 STOPS = [
@@ -406,15 +412,15 @@ STOPS = [
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("stop", STOPS, ids=str)
 def test_a_text_ends_before_its_first_stop_string(tokenizer, text, stop):
-    stream, shown = TextStream(tokenizer, stop), ""
+    stream, shown = StreamingDetokenizer(tokenizer, stop), ""
     found = [at for each in stop if (at := text.find(each)) >= 0]
     expected = text[: min(found)] if found else text
     for token in plain_ids(tokenizer, text):
         stream.feed(token)
-        shown += stream.take()
+        shown += stream.read()
         assert expected.startswith(shown)  # nothing is ever taken back
         if stream.stopped:
             break
     stream.end()
-    assert shown + stream.take() == expected
+    assert shown + stream.read() == expected
     assert stream.stopped == bool(found)

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from model.errors import UserError
-from model.formats.gguf_format import TEMPLATE, modelfile, plain_template, read_gguf
+from model.formats.gguf_format import TEMPLATE, modelfile, read_gguf, strip_generation_tags
 from model.model_minimind import MiniMindConfig
 from model.weights import load_model
 
@@ -124,7 +124,7 @@ def test_the_template_needs_nothing_of_transformers(tokenizer):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     template = environment.from_string(
-        plain_template(tokenizer.chat_template), {"raise_exception": fail}
+        strip_generation_tags(tokenizer.chat_template), {"raise_exception": fail}
     )
     for messages in (MESSAGES, MESSAGES[1:2]):
         expected = tokenizer.apply_chat_template(

@@ -15,20 +15,20 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model import losses
-from model.attention import scaled_dot_product, scaled_dot_product_by_hand
-from model.formats.hf_format import their_config
-from model.losses import IGNORED, cross_entropy_sum
+from model.attention import eager_attention, sdpa_attention
+from model.formats.hf_format import to_hf_config
+from model.losses import IGNORE_INDEX, cross_entropy_sum
 from model.model_minimind import (
     MiniMindConfig,
     MiniMindForCausalLM,
     MiniMindForScoring,
     RMSNorm,
     SwiGLU,
-    rope_rotation,
-    rotate,
+    apply_rotary_emb,
+    rope_cos_sin,
 )
 from model.rope import yarn
-from model.weights import BIAS
+from model.weights import ROUTER_BIAS
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
@@ -80,7 +80,7 @@ def pair(request, make_model):
         if name.endswith("norm.weight"):
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     for name, bias in own.named_buffers():  # and zeros that a bias of experts counts
-        if name.endswith(BIAS):
+        if name.endswith(ROUTER_BIAS):
             torch.nn.init.uniform_(bias, -0.2, 0.2)
     return own, peer_with_weights(own).eval()
 
@@ -103,7 +103,7 @@ def test_logits_equal_transformers(pair, ids, inputs):
 
 def test_loss_and_gradients_equal_transformers(pair, ids):
     labels = ids.clone()
-    labels[0, :5] = IGNORED
+    labels[0, :5] = IGNORE_INDEX
     own, peer = pair
     losses = [model(ids, labels=labels).loss for model in pair]
     assert_close(losses[0], losses[1])
@@ -211,7 +211,7 @@ def test_the_future_is_hidden(make_model, ids):
 
 # -- attention written out -------------------------------------------------------------------------
 
-FUNCTIONS = (scaled_dot_product, scaled_dot_product_by_hand)
+FUNCTIONS = (sdpa_attention, eager_attention)
 
 
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
@@ -271,7 +271,7 @@ def test_inputs_embeds_take_the_place_of_ids(make_model, ids):
 def test_num_items_in_batch_divides_the_summed_loss(make_model, ids, number):
     model = make_model()
     labels = ids.clone()
-    labels[0, :5] = IGNORED
+    labels[0, :5] = IGNORE_INDEX
     mean = model(ids, labels=labels).loss
     counted = 11 + 7  # the first label of a row is never predicted
     assert_close(model(ids, labels=labels, num_items_in_batch=number).loss, mean * counted / 7)
@@ -286,10 +286,10 @@ def test_loss_without_logits(make_model, ids):
 
 
 def test_log_probs_are_those_of_the_logits(make_model, ids, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 5)  # several chunks
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 5)  # several chunks
     model = make_model()
     labels = ids.clone()
-    labels[0, :5] = IGNORED
+    labels[0, :5] = IGNORE_INDEX
     log_probs = model(ids, labels=labels, return_log_probs=True, temperature=0.7).log_probs
     expected = (model(ids).logits[:, :-1] / 0.7).log_softmax(-1)
     expected = expected.gather(-1, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] < 0, 0)
@@ -315,7 +315,7 @@ def test_scores_are_a_linear_function_of_the_last_hidden_states(make_model, ids)
 
 def test_no_labels_at_all_give_zero_loss_and_gradients(make_model, ids):
     model = make_model()
-    loss = model(ids, labels=torch.full_like(ids, IGNORED)).loss
+    loss = model(ids, labels=torch.full_like(ids, IGNORE_INDEX)).loss
     loss.backward()
     assert loss.item() == 0
     assert all((weight.grad == 0).all() for weight in model.parameters())
@@ -331,13 +331,13 @@ def test_cross_entropy_equals_that_of_the_logits(monkeypatch, labels, fused):
     torch.manual_seed(0)
     hidden = torch.randn(2, 600, 16, requires_grad=True)
     head = torch.randn(50, 16, requires_grad=True)
-    target = torch.full((1200,), IGNORED)
+    target = torch.full((1200,), IGNORE_INDEX)
     target[torch.randperm(1200)[:labels]] = torch.randint(50, (labels,))  # 1100: three chunks
     target = target.view(2, 600)
 
     loss, count = cross_entropy_sum(hidden, head, target)
     logits = (hidden @ head.T).flatten(0, 1)
-    expected = F.cross_entropy(logits, target.flatten(), reduction="sum", ignore_index=IGNORED)
+    expected = F.cross_entropy(logits, target.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
     assert (count.item(), bool(calls)) == (labels, fused)
     assert_close(loss, expected)
     for got, wanted in zip(
@@ -358,7 +358,7 @@ def test_cross_entropy_equals_that_of_the_logits(monkeypatch, labels, fused):
 def test_loss_of_a_half_precision_model_is_summed_in_float32(labels):
     hidden, head = torch.ones(1, 100, 16), torch.ones(50, 16)
     target = torch.zeros(1, 100, dtype=torch.long)
-    target[:, labels:] = IGNORED
+    target[:, labels:] = IGNORE_INDEX
     loss, _ = cross_entropy_sum(hidden.bfloat16(), head.bfloat16(), target)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(labels * math.log(50), rel=1e-4)  # all tokens alike
@@ -452,7 +452,7 @@ def test_bfloat16_is_near_float32(make_model, ids):
 
 def test_casting_the_model_keeps_the_rotation_exact(make_model):
     model = make_model().to(torch.bfloat16)
-    cos, _ = rope_rotation(model.config, torch.tensor([[200]]))
+    cos, _ = rope_cos_sin(model.config, torch.tensor([[200]]))
     angle = 200 * 1e6 ** (-2 / model.config.head_dim)  # of the second pair of a head
     assert cos.dtype == torch.float32
     assert cos[0, 0, 0, 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
@@ -504,18 +504,18 @@ def rope(position: int) -> tuple[torch.Tensor, torch.Tensor]:
     config = MiniMindConfig(
         hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=100.0
     )
-    return rope_rotation(config, torch.tensor([[position]]))
+    return rope_cos_sin(config, torch.tensor([[position]]))
 
 
 def test_rope_turns_each_pair_by_its_angle():
     heads = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    turned = rotate(heads, *rope(2)).flatten()
+    turned = apply_rotary_emb(heads, *rope(2)).flatten()
     # angles 2 · 1 and 2 · 0.1: cos 2, cos 0.2, sin 2, sin 0.2
     assert_close(turned, torch.tensor([-0.416147, 0.980067, 0.909297, 0.198669]))
 
 
 def test_rope_frequencies_of_the_default():
-    cos, sin = rope_rotation(MiniMindConfig(), torch.tensor([[1]]))  # by 1e6^(-2i/64)
+    cos, sin = rope_cos_sin(MiniMindConfig(), torch.tensor([[1]]))  # by 1e6^(-2i/64)
     assert cos.shape == sin.shape == (1, 1, 1, 64)
     angles = torch.atan2(sin, cos).flatten()
     assert_close(angles[[0, 1, 16, 31, 32]], torch.tensor([1, 0.649382, 1e-3, 1.539927e-6, 1]))
@@ -533,9 +533,9 @@ YARN = {  # as SPEC has them: the default, an older and a newer MiniMind
 def test_yarn_equals_that_of_transformers(settings):
     config = MiniMindConfig(inference_rope_scaling=True, rope_theta=1e5, **settings)
     positions = torch.tensor([[0, 1, 100, 2047, 2048, 9000, 32000]])
-    peer = LlamaRotaryEmbedding(their_config(config))
+    peer = LlamaRotaryEmbedding(to_hf_config(config))
     expected = peer(torch.zeros(1), positions)
-    for found, other in zip(rope_rotation(config, positions), expected, strict=True):
+    for found, other in zip(rope_cos_sin(config, positions), expected, strict=True):
         assert_close(found[:, 0], other, atol=2e-3, rtol=0)  # of angles up to 32000, in float32
 
 
@@ -556,7 +556,7 @@ def test_rope_products_depend_on_the_distance_only():
     query, key = torch.randn(2, 1, 1, 1, 4)
 
     def product(at, other):
-        turned = [rotate(x, *rope(n)) for x, n in ((query, at), (key, other))]
+        turned = [apply_rotary_emb(x, *rope(n)) for x, n in ((query, at), (key, other))]
         return (turned[0] * turned[1]).sum()
 
     assert_close(product(7, 3), product(54, 50))

@@ -13,15 +13,15 @@ from peers import peer_of
 from toy import CHATS, TEXTS, chat_file, saved_teacher, text_file
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from model.losses import IGNORED
+from model.inference.sampling import SamplingParams
+from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 from trainer.common.arguments import TrainArgs
-from trainer.common.evaluation import held_out_loss
-from trainer.trainer_utils import Run
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_plain_way_has_a_document_a_row(tmp_path):
         real = [row for ids, _ in (first, rest) for row in (ids != 0).sum(1).tolist()]
         assert sorted(real) == [*lengths[:-1], 512]
         for ids, labels in (first, rest):
-            kept = labels != IGNORED
+            kept = labels != IGNORE_INDEX
             assert np.array_equal(labels[kept], ids[kept])
             assert kept.sum() == (ids != 0).sum()
 
@@ -60,7 +60,7 @@ def test_as_many_updates_as_fit_the_time():
         "pretrain", "a", "b", recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2"
     )
     recipe.trainer = speedrun.train_pretrain
-    recipe.tokens_of_a_row = 512
+    recipe.tokens_per_row = 512
     recipe.fixed, recipe.per_row = 0.5, 0.25
     assert recipe.steps_within(0.9) == 0
     assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
@@ -111,9 +111,11 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
     plain = speedrun.make_evaluate(args)(peer.eval())
 
     _, kind, figure, _ = speedrun.STAGES[stage]
-    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
-    rows = Rows(load_documents(held_out, kind, tokenizer), 512)
-    assert held_out_loss(run, model, rows)[f"val_{figure}"] == pytest.approx(plain, rel=1e-4)
+    ctx = Context.create(TrainArgs(device="cpu"))
+    rows = PackedDataset(load_documents(held_out, kind, tokenizer), 512)
+    assert evaluate_loss(ctx, model, tokenizer, rows)[f"eval_{figure}"] == pytest.approx(
+        plain, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):
 
     model = make_model(vocab_size=6400)
     prompts = [[5, 6, 7], [8], list(range(20, 40))]
-    expected = generate(model, prompts, Sampling(12, temperature=0, stop_ids=()))
+    expected = generate(model, prompts, SamplingParams(12, temperature=0, stop_ids=()))
     peer = LlamaCpp(model, "float32", rows=3, context=32, threads=1)
     for _ in range(2):  # nothing is left of the first time
         assert peer.generate(prompts, 12) == expected

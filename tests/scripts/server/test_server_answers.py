@@ -6,7 +6,7 @@ from api_requests import CLOCK, GREEDY, expected
 
 from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 
 def test_a_chat_completion(server, client, tokenizer):
@@ -72,7 +72,7 @@ def test_a_stop_string_ends_the_answer_and_is_left_out(server, client, tokenizer
 def test_text_completions_of_texts_and_of_token_ids(server, client, tokenizer):
     prompts = ["Once upon a time", "从前"]
     ids = [encode_text(tokenizer, prompt).ids[:-1] for prompt in prompts]
-    replies = generate(server.model, ids, Sampling(6, temperature=0))
+    replies = generate(server.model, ids, SamplingParams(6, temperature=0))
     texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
     settings = dict(model="minimind", max_tokens=6, temperature=0)
     for prompt in (prompts, ids):

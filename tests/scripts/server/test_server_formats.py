@@ -8,7 +8,7 @@ from api_requests import CLOCK, GREEDY, HELLO, PERSON, json_of
 
 from dataset.lm_dataset import encode_chat
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("most", [20, 40, 200])
@@ -51,7 +51,7 @@ def test_reasoning_is_separate_from_content(server, client, tokenizer):
         **GREEDY, extra_body={"chat_template_kwargs": {"open_thinking": True}}
     )
     ids = encode_chat(tokenizer, HELLO, add_generation_prompt=True, open_thinking=True).ids
-    reply = generate(server.model, [ids], Sampling(12, temperature=0))[0]
+    reply = generate(server.model, [ids], SamplingParams(12, temperature=0))[0]
     message = answer.choices[0].message
     assert answer.usage.prompt_tokens == len(ids)
     assert message.content == ""  # the random model never writes </think>
@@ -69,7 +69,7 @@ def test_open_thinking_is_set_by_the_server_or_the_request(serve, tokenizer, def
     settings = dict(**GREEDY, extra_body=given)
     thinks = default if asked is None else asked
     ids = encode_chat(tokenizer, HELLO, add_generation_prompt=True, open_thinking=thinks).ids
-    reply = generate(server.model, [ids], Sampling(12, temperature=0))[0]
+    reply = generate(server.model, [ids], SamplingParams(12, temperature=0))[0]
     text = tokenizer.decode(reply, skip_special_tokens=True).strip("\n")
     answer = client.chat.completions.create(**settings)
     assert answer.usage.prompt_tokens == len(ids)

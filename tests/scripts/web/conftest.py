@@ -10,7 +10,7 @@ from web_page import MEMORISED, PAGE
 
 from dataset.lm_dataset import encode_chat
 from dataset.tools.builtin import TOOLS
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.weights import save_weights
 
 
@@ -25,11 +25,12 @@ def folder(make_model, tokenizer, tmp_path_factory):
     ]
     longest = max(len(row.ids) for row in rows)
     ids, labels = torch.zeros(2, len(rows), longest, dtype=torch.long)
-    labels[:] = IGNORED
+    labels[:] = IGNORE_INDEX
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         kept = [
-            token if yes else IGNORED for token, yes in zip(row.ids, row.loss_mask, strict=True)
+            token if yes else IGNORE_INDEX
+            for token, yes in zip(row.ids, row.loss_mask, strict=True)
         ]
         labels[n, : len(kept)] = torch.tensor(kept)
     model = make_model(hidden_size=96, qk_norm=True, **sizes).train()

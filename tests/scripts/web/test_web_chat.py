@@ -7,7 +7,7 @@ from web_page import ANSWER, CALL, say, texts
 
 from model.inference.engine import Engine
 from model.inference.engine_thread import EngineThread
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from scripts.serving.loading import ChatModel
 from scripts.web import chat
 from scripts.web.chat import escape_markdown, recent_turns, run_tools
@@ -94,7 +94,7 @@ def test_stopping_frees_the_engine(make_model, tokenizer):
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     thread = EngineThread(Engine(model))
     served = ServedModel(("", "", 0.0), ChatModel(model, tokenizer, "", "", 0), thread)
-    sampling = Sampling(max_new_tokens=4000, stop_ids=())
+    sampling = SamplingParams(max_new_tokens=4000, stop_ids=())
     controls = SimpleNamespace(
         sampling=sampling, tools=[], open_thinking=False, system="", historys=0
     )

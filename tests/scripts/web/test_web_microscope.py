@@ -6,7 +6,7 @@ from streamlit.testing.v1 import AppTest
 from web_page import MEMORISED, say
 
 from dataset.lm_dataset import encode_chat
-from model.inference.microscope import bytes_of_token, observe, token_losses, top_tokens
+from model.inference.microscope import decode_token_bytes, observe, token_losses, top_tokens
 from model.weights import load_model
 from scripts.web.token_display import readable
 
@@ -27,7 +27,7 @@ def test_every_view_of_the_microscope(open_page, folder, tokenizer):
         assert not page.exception
         said[view] = "".join(each.value for each in page.html)
     assert "&lt;|im_start|&gt;" in said["tokens"] and "<br>3c 7c 69 6d" in said["tokens"]
-    learnt = escape(readable(bytes_of_token(tokenizer, ids[-10])))
+    learnt = escape(readable(decode_token_bytes(tokenizer, ids[-10])))
     assert top_tokens(seen.logits, 1).ids[-11] == ids[-10]
     assert f">{learnt}<small>" in said["next"] and f">{learnt}<small>" in said["lens"]
     page.segmented_control(key="view").set_value("experts").run()
