@@ -229,7 +229,7 @@ def test_as_a_command(save, tmp_path):
         (["to-hf", "--help"], 0, "--native"),
         (["to-hf", path.name, "new", "--dtype", "q8_0"], 2, "error: argument --dtype"),
         (["to-hf", path.name, "new"], 0, "new: load it with AutoModelForCausalLM"),
-        (["to-hf", path.name, "new"], 2, "error: new exists already; --force writes over it"),
+        (["to-hf", path.name, "new"], 2, "error: new exists already; --force overwrites it"),
     ):
         result = subprocess.run(
             [sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True
@@ -287,7 +287,7 @@ def test_unsupported_models_are_refused(save, tmp_path, name, value, complaint):
 
 def test_a_difference_leaves_nothing_behind(save, tmp_path, monkeypatch):
     path = save()
-    monkeypatch.setattr(convert_model, "SAME", -1.0)
+    monkeypatch.setattr(convert_model, "EXACT", -1.0)
     for words in (("to-hf", tmp_path / "new"), ("from-hf", tmp_path / "new.pth")):
         with pytest.raises(UserError, match="more than rounding"):
             convert(words[0], path, *words[1:])
