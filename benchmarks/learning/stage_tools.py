@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from trainings import run_trainer
 
-from dataset.demo.files import read_jsonl, write_jsonl
+from dataset.jsonl import load_rows, write_rows
 from model.command_line import parse_arguments
 from scripts import eval_toolcall
 from trainer import train_agent, train_full_sft
@@ -74,8 +74,8 @@ def agent(
 def prepare(base: Path, data: Path, out: Path, max_steps: int, console: Console) -> Path:
     """The unfinished tool model, and the questions that it goes on with; made once."""
     start = out / f"agent_start_{SIZE}.pth"
-    questions = map(opening, read_jsonl(data / "tools.jsonl"))
-    write_jsonl(out / "first_questions.jsonl", filter(half_known, questions))
+    questions = map(opening, load_rows(data / "tools.jsonl"))
+    write_rows(out / "first_questions.jsonl", filter(half_known, questions))
     if not start.exists():
         places = dict(seed=42, base=base, data=data, out=out, size=SIZE)
         train(train_full_sft, UNFINISHED, places, max_steps, console)

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dataset.demo.files import read_jsonl, write_demo_data, write_jsonl
+from dataset.demo.files import write_demo_data
 from dataset.demo.stages import same
+from dataset.jsonl import load_rows, write_rows
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.inference.generation import prepare_to_decode
@@ -65,11 +66,11 @@ def main(args: Args) -> dict[str, Any]:
     load_model(weights, tokenizer=tokenizer)  # a mistake shows before the work begins
     write_demo_data(data, seed=42)
 
-    persona, before = (read_jsonl(data / f"{n}.jsonl") for n in ("lora_identity", "sft_mini_512"))
+    persona, before = (load_rows(data / f"{n}.jsonl") for n in ("lora_identity", "sft_mini_512"))
     rng = Random(args.seed)
     rows = persona * REPEATED + rng.sample(without_rivals(before, persona), REPLAYED)
     rng.shuffle(rows)  # neighbours share a row of tokens, and a batch should have some of both
-    write_jsonl(out / "persona_and_replay.jsonl", rows)
+    write_rows(out / "persona_and_replay.jsonl", rows)
 
     console.rule("1. LoRA")
     places = dict(data=data, out=out, device=args.device, width=HIDDEN_SIZE)
@@ -124,7 +125,7 @@ def grades(
     skills = [score(model, tokenizer, name, rows) for name, rows in tests.items()]
     shares = {}
     for name, file in (("persona", "lora_identity_val"), ("persona_trained", "lora_identity")):
-        pairs = [pair for row in read_jsonl(data / f"{file}.jsonl") for pair in exchanges(row)]
+        pairs = [pair for row in load_rows(data / f"{file}.jsonl") for pair in exchanges(row)]
         rows = [{"prompt": asked, "answer": reply} for asked, reply in pairs[: most or None]]
         shares[name] = score(model, tokenizer, name, rows)
     return shares | {"skills_mean": sum(skills) / len(skills), "textbook": textbook}

@@ -22,14 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.lm_dataset import (
-    Message,
-    check_file,
-    check_messages,
-    encode_chat,
-    parse_row,
-    read_lines,
-)
+from dataset.jsonl import check_file, error_at, read_rows
+from dataset.lm_dataset import Message, check_messages, encode_chat
 from dataset.packing import Batch, collate
 from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
@@ -213,22 +207,16 @@ def load_prompts(run: Run, paths: list[str], read: Callable | None = None) -> li
     options = {"open_thinking": True} if run.args.reasoning else {}
     found, too_long = [], 0
     for path in paths:
-        for stretch in read_lines(check_file(path)):
-            for number, line in enumerate(stretch.lines, stretch.first):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_row(line)
-                    messages, *truth = (read or asked)(row)
-                    encoded = encode_chat(
-                        run.tokenizer, messages, add_generation_prompt=True, **options
-                    )
-                except UserError as error:
-                    raise UserError(f"line {number} of {path} {error}") from None
-                if len(encoded.ids) > run.args.max_seq_len:
-                    too_long += 1
-                else:
-                    found.append(Prompt(len(found), messages, encoded.ids, *truth))
+        for number, row in read_rows(check_file(path)):
+            with error_at(path, number):
+                messages, *truth = (read or asked)(row)
+                encoded = encode_chat(
+                    run.tokenizer, messages, add_generation_prompt=True, **options
+                )
+            if len(encoded.ids) > run.args.max_seq_len:
+                too_long += 1
+            else:
+                found.append(Prompt(len(found), messages, encoded.ids, *truth))
     if too_long:
         left_out = f"{too_long:,} prompts are longer than --max_seq_len {run.args.max_seq_len}"
         if not found:
