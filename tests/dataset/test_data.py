@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 
 from dataset import lm_dataset
+from dataset.encoding import encode_segments
+from dataset.jsonl import read_chunks
 from dataset.lm_dataset import (
     encode_chat,
-    encode_segments,
     encode_text,
     load_documents,
-    read_lines,
     token_bytes,
 )
 from dataset.packing import (
@@ -404,14 +404,14 @@ def test_workers_change_nothing_but_the_time(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["jsonl", "jsonl.gz"])
-def test_a_file_passes_in_short_stretches(tmp_path, packed):
+def test_a_file_is_read_in_chunks_of_lines(tmp_path, packed):
     content = b"".join(line(f"{n}") for n in range(1234))
     path = tmp_path / ("data.jsonl" + ".gz" * packed)
     path.write_bytes(gzip.compress(content) if packed else content)
-    stretches = list(read_lines(path))
-    assert [(s.first, len(s.lines)) for s in stretches] == [(1, 500), (501, 500), (1001, 234)]
-    assert sum(s.consumed for s in stretches) == path.stat().st_size
-    assert b"".join(part for s in stretches for part in s.lines) == content
+    chunks = list(read_chunks(path, 500))
+    assert [(s.first, len(s.lines)) for s in chunks] == [(1, 500), (501, 500), (1001, 234)]
+    assert sum(s.bytes_read for s in chunks) == path.stat().st_size
+    assert b"".join(part for s in chunks for part in s.lines) == content
 
 
 def chat(*messages) -> bytes:
