@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.replies import parse_reply
+from dataset.reply_parser import parse_reply
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import decode

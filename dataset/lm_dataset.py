@@ -45,7 +45,7 @@ from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash
 
 CACHE = ROOT / "dataset" / ".cache"
-FORMAT = 2  # part of the cache's name: raise it whenever the encoding changes
+CACHE_VERSION = 3  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_TASK = 500
 TASKS_PER_BATCH = 20  # few batches: the head of each costs a mapped file 64 kB of memory or more
 FEW_BYTES = 1_000_000
@@ -66,15 +66,15 @@ Message = dict[str, Any]
 
 @dataclass
 class Encoded:
-    """Tokens of one document, and which of them are trained (predicted with loss)."""
+    """Tokens of one document, and which of them are predicted with loss."""
 
     ids: list[int]
-    trained: list[bool]
+    loss_mask: list[bool]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     """<|im_start|> text <|im_end|>, all trained (there is nothing to predict the first from)."""
-    return encode_pieces(tokenizer, [text_pieces(tokenizer, {"text": text})])[0]
+    return encode_segments(tokenizer, [text_segments(tokenizer, {"text": text})])[0]
 
 
 def encode_chat(
@@ -92,32 +92,35 @@ def encode_chat(
         add_generation_prompt: end with the header of an assistant's turn, for it to answer.
         template_options: variables of the template, such as tools or open_thinking.
     """
-    pieces = chat_pieces(tokenizer, messages, add_generation_prompt, template_options)
-    return encode_pieces(tokenizer, [pieces])[0]
+    segments = chat_segments(tokenizer, messages, add_generation_prompt, template_options)
+    return encode_segments(tokenizer, [segments])[0]
 
 
-# A document in pieces: control tokens as ids, everything between them as text; with "trained".
-Pieces = list[tuple[int | str, bool]]
+# A document in segments: control tokens as ids, everything between them as text; with "loss_mask".
+Segments = list[tuple[int | str, bool]]
 
 
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -> list[Encoded]:
+def encode_segments(tokenizer: PreTrainedTokenizerBase, documents: list[Segments]) -> list[Encoded]:
     """Encode the texts of many documents in one call, and put the control tokens between them."""
-    escape = escapes(tokenizer)
+    escape = added_token_patterns(tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # an earlier call of the tokenizer may have left them on
     backend.no_truncation()
-    parts = [  # [document][piece] → ids or texts that hold no control token
-        [escape.control.split(piece) if escape.may_be_in(piece) else [piece] for piece, _ in pieces]
-        for pieces in documents
+    parts = [  # [document][segment] → ids or texts that hold no control token
+        [
+            escape.control.split(piece) if escape.may_be_in(piece) else [piece]
+            for piece, _ in segments
+        ]
+        for segments in documents
     ]
     texts = [part for document in parts for piece in document for part in piece if part != ""]
     texts = [text for text in texts if isinstance(text, str)]
     encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
 
     encoded = []
-    for pieces, document in zip(documents, parts, strict=True):
+    for segments, document in zip(documents, parts, strict=True):
         ids, trained = [], []
-        for (_, is_trained), piece in zip(pieces, document, strict=True):
+        for (_, is_trained), piece in zip(segments, document, strict=True):
             for part in piece:
                 if part == "":
                     continue
@@ -129,7 +132,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, documents: list[Pieces]) -
 
 
 @dataclass
-class Escapes:
+class AddedTokenPatterns:
     """What keeps a person's text from being read as control tokens.
 
     `any_token` matches the empty place behind the first character of a token that has a name, and
@@ -148,7 +151,7 @@ class Escapes:
 
 
 @lru_cache(maxsize=8)
-def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
+def added_token_patterns(tokenizer: PreTrainedTokenizerBase) -> AddedTokenPatterns:
     added = tokenizer.added_tokens_decoder
     special = {token.content: number for number, token in added.items() if token.special}
     names = [token.content for token in added.values()]
@@ -159,7 +162,7 @@ def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
         )
 
     control = [name for name in names if name not in TAGS]
-    return Escapes(
+    return AddedTokenPatterns(
         behind_first_character(control),
         behind_first_character(names),
         special,
@@ -167,14 +170,14 @@ def escapes(tokenizer: PreTrainedTokenizerBase) -> Escapes:
     )
 
 
-def chat_pieces(
+def chat_segments(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     add_generation_prompt: bool,
     template_options: dict[str, Any],
-) -> Pieces:
+) -> Segments:
     """The rendered conversation, cut at the control tokens that the template wrote."""
-    escape = escapes(tokenizer)
+    escape = added_token_patterns(tokenizer)
     cut = unused_character([messages, template_options])
 
     def mark(value: Any, pattern: re.Pattern) -> Any:
@@ -203,15 +206,15 @@ def chat_pieces(
 
     split_special = re.compile("(" + "|".join(map(re.escape, escape.special)) + ")")
     edges = [0, *(edge for span in spans for edge in span), len(text)]
-    pieces: Pieces = []
+    segments: Segments = []
     for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
         trained = number % 2 == 1  # the spans are every second stretch of text
         for part in split_special.split(text[start:end]):
             if part in escape.special:
-                pieces.append((escape.special[part], trained))
+                segments.append((escape.special[part], trained))
             else:
-                pieces += [(plain, trained) for plain in part.split(cut) if plain]
-    return pieces
+                segments += [(plain, trained) for plain in part.split(cut) if plain]
+    return segments
 
 
 def unused_character(content: Any) -> str:
@@ -238,8 +241,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
 # -- rows of a data file ---------------------------------------------------------------------------
 
 
-def text_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Pieces:
-    """Pretraining: {"text": "…"}. An empty text gives no pieces."""
+def text_segments(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Segments:
+    """Pretraining: {"text": "…"}. An empty text gives no segments."""
     text = row.get("text")
     if not isinstance(text, str):
         raise UserError('has no "text" (pretraining rows are {"text": "…"})')
@@ -248,17 +251,17 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Piec
     return [(tokenizer.bos_token_id, True), (text, True), (tokenizer.eos_token_id, True)]
 
 
-def conversation_pieces(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Pieces:
+def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> Segments:
     """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}."""
     messages = check_messages(row.get("conversations"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
-    return chat_pieces(tokenizer, messages, False, {})
+    return chat_segments(tokenizer, messages, False, {})
 
 
-def preference_pieces(
+def preference_segments(
     tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]
-) -> tuple[Pieces, Pieces]:
+) -> tuple[Segments, Segments]:
     """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
     if not (row.get("chosen") and row.get("rejected")):
         lacking = " and ".join(f'"{side}"' for side in SIDES if not row.get(side))
@@ -286,19 +289,19 @@ def preference_pieces(
 
 def completion(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: list[Message]
-) -> Pieces:
+) -> Segments:
     """The conversation, trained only behind the prompt that it begins with; what stands behind its
     last trained token (a line break) is left away, so that it ends as a sampled answer does."""
     answered = sum(message["role"] == "assistant" for message in prompt)
-    pieces: Pieces = []
+    segments: Segments = []
     turns, before = 0, False  # assistant turns so far
-    for piece, trained in chat_pieces(tokenizer, messages, False, {}):
+    for piece, trained in chat_segments(tokenizer, messages, False, {}):
         turns += trained and not before
         before = trained
-        pieces.append((piece, trained and turns > answered))
-    while not pieces[-1][1]:
-        pieces.pop()
-    return pieces
+        segments.append((piece, trained and turns > answered))
+    while not segments[-1][1]:
+        segments.pop()
+    return segments
 
 
 def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]:
@@ -343,9 +346,9 @@ def with_lists(message: Message) -> Message:
 # -- files to a memory-mapped dataset --------------------------------------------------------------
 
 ROWS: dict[str, Callable[[PreTrainedTokenizerBase, dict[str, Any]], Any]] = {
-    "text": text_pieces,
-    "conversations": conversation_pieces,
-    "preferences": preference_pieces,  # gives two documents
+    "text": text_segments,
+    "conversations": conversation_segments,
+    "preferences": preference_segments,  # gives two documents
 }
 
 
@@ -365,7 +368,7 @@ def load_documents(
         workers: processes to tokenise with; default: one a core.
 
     Returns:
-        A memory-mapped dataset with columns input_ids (uint16 or int32) and trained (bool); its
+        A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool); its
         `info.description` is a hash of the tokens, the same for the same data anywhere.
 
     Raises:
@@ -373,7 +376,9 @@ def load_documents(
     """
     files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = json.dumps([FORMAT, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, seen])
+    key = json.dumps(
+        [CACHE_VERSION, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, seen]
+    )
     arrow = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.arrow"
     try:
         arrow.parent.mkdir(parents=True, exist_ok=True)
@@ -422,7 +427,7 @@ def tokenise_files(
     small = len(tokenizer) <= 2**16
     number = np.uint16 if small else np.int32
     schema = pa.schema(
-        {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "trained": pa.list_(pa.bool_())}
+        {"input_ids": pa.list_(pa.from_numpy_dtype(number)), "loss_mask": pa.list_(pa.bool_())}
     )
     all_ids, all_lengths = hashlib.sha256(), hashlib.sha256()
     partial = arrow.with_name(f".{arrow.name}.partial")
@@ -538,15 +543,15 @@ def encode_task(
         if not line.strip():
             continue
         try:
-            pieces = ROWS[kind](tokenizer, parse_row(line))
+            segments = ROWS[kind](tokenizer, parse_row(line))
         except UserError as error:
             raise UserError(f"line {number} of {task.path} {error}") from None
-        if pieces:
-            documents += pieces if kind == "preferences" else [pieces]
-    encoded = encode_pieces(tokenizer, documents)
+        if segments:
+            documents += segments if kind == "preferences" else [segments]
+    encoded = encode_segments(tokenizer, documents)
     return (
         np.array(list(chain.from_iterable(d.ids for d in encoded)), np.int32),
-        np.array(list(chain.from_iterable(d.trained for d in encoded)), bool),
+        np.array(list(chain.from_iterable(d.loss_mask for d in encoded)), bool),
         np.fromiter((len(document.ids) for document in encoded), np.int64),
         task.consumed,
     )

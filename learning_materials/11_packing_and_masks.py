@@ -25,7 +25,7 @@ ROW = 256
 
 
 def dataset_of(encoded: list[Encoded]) -> Dataset:
-    columns = {"input_ids": [e.ids for e in encoded], "trained": [e.trained for e in encoded]}
+    columns = {"input_ids": [e.ids for e in encoded], "loss_mask": [e.loss_mask for e in encoded]}
     return Dataset.from_dict(columns).with_format("numpy")
 
 
@@ -54,7 +54,7 @@ def main(lesson: Lesson) -> None:
     lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer rows.")
 
     lesson.predict("Three documents of 4, 3 and 5 tokens in one row: which keys does a token see?")
-    row = [{"input_ids": list(range(size)), "trained": [True] * size} for size in (4, 3, 5)]
+    row = [{"input_ids": list(range(size)), "loss_mask": [True] * size} for size in (4, 3, 5)]
     batch = collate([row])
     mask = mask_of(batch.position_ids)
     shown = ["".join("#" if seen else "." for seen in line) for line in mask]
@@ -95,8 +95,8 @@ def main(lesson: Lesson) -> None:
     turns = (("user", "Who are you?"), ("assistant", "MiniMind."))
     chat = encode_chat(tokenizer, [{"role": role, "content": text} for role, text in turns])
     words = [tokenizer.decode([i]).replace("\n", "\\n") for i in chat.ids]
-    lesson.print(" ".join(f"[{w}]" if t else w for w, t in zip(words, chat.trained, strict=True)))
-    trained = [word for word, t in zip(words, chat.trained, strict=True) if t]
+    lesson.print(" ".join(f"[{w}]" if t else w for w, t in zip(words, chat.loss_mask, strict=True)))
+    trained = [word for word, t in zip(words, chat.loss_mask, strict=True) if t]
     assert "".join(trained).startswith("MiniMind.<|im_end|>") and "Who" not in trained
     lesson.conclude(
         f"In brackets, {len(trained)} of {len(words)}: what the assistant writes, and the "

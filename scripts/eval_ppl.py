@@ -27,7 +27,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.lm_dataset import encode_pieces
+from dataset.lm_dataset import encode_segments
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORED
@@ -141,7 +141,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     begin = tokenizer.eos_token_id if begin is None else begin  # as Qwen's, which has no other
     if begin is None:
         raise UserError("the tokenizer has no token that begins or ends a text")
-    encoded = encode_pieces(tokenizer, [[(begin, False), (text, True)] for text in texts])
+    encoded = encode_segments(tokenizer, [[(begin, False), (text, True)] for text in texts])
     return [document.ids for document in encoded]
 
 

@@ -29,7 +29,16 @@ from rich.table import Table
 from tqdm import tqdm
 
 from dataset.demo.files import demo_rows
-from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, Task, play, read_tasks, score, task_of
+from dataset.tools.loop import (
+    ERRORS,
+    MAX_TURNS,
+    Episode,
+    Task,
+    read_tasks,
+    run_episodes,
+    score,
+    task_of,
+)
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
@@ -104,7 +113,7 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> li
     with tqdm(total=len(tasks), desc=about, unit="task", leave=False) as bar:
         for at in range(0, len(episodes), args.batch_size):
             some = episodes[at : at + args.batch_size]
-            play(some, write, args.max_turns, longest)
+            run_episodes(some, write, args.max_turns, longest)
             bar.update(len(some))
     return episodes
 
@@ -190,7 +199,7 @@ def chosen_examples(episodes: list[Episode], count: int) -> list[Episode]:
 def show_episode(console: Console, episode: Episode) -> None:
     console.rule("right" if score(episode)["answer"] else "wrong", align="left")
     question = episode.task.messages[-1]["content"]
-    for role, text in (("user", question), *episode.said):
+    for role, text in (("user", question), *episode.transcript):
         console.print(f"[bold]{role}[/bold] {escape(text)}", soft_wrap=True)
     if not score(episode)["answer"]:
         console.print(f"[bold]truth[/bold] {escape(episode.task.answer)}", soft_wrap=True)
@@ -203,7 +212,7 @@ def told(episode: Episode) -> dict[str, Any]:
     task = episode.task
     return {
         "question": task.messages[-1]["content"],
-        "said": [{"role": role, "content": text} for role, text in episode.said],
+        "said": [{"role": role, "content": text} for role, text in episode.transcript],
         "calls": task.calls,
         "answer": task.answer,
         "errors": episode.errors,

@@ -30,7 +30,7 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, encode_text
-from dataset.replies import ReplyParser
+from dataset.reply_parser import ReplyParser
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.engine import Engine, LogProb, QueueFull, Request

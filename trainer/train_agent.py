@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dataset.grading import grade
-from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, play, score, task_of
+from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
@@ -112,7 +112,7 @@ def begin(run: Run, prompt: Prompt) -> Episode:
 def finished(prompt: Prompt, episode: Episode) -> Play:
     tokens = episode.ids[episode.prompt_length :]
     ended = not {"unfinished", "endless", "too_long"} & set(episode.errors)
-    return Play(prompt, tokens, episode.text, ended, episode.written, episode)
+    return Play(prompt, tokens, episode.text, ended, episode.action_mask, episode)
 
 
 @uncompiled
@@ -134,8 +134,8 @@ def roll_out(
         return draw(chosen)
 
     episodes = [episode for _, episode, _ in begun]
-    play(episodes, write, args.max_turns, room(run))
-    drawn = sum(sum(episode.written) for episode in episodes)
+    run_episodes(episodes, write, args.max_turns, room(run))
+    drawn = sum(sum(episode.action_mask) for episode in episodes)
     run.pending["tokens"] += int(run.sum_over_ranks(drawn)[0])
     return [finished(prompt, episode) for prompt, episode, _ in begun]
 
@@ -148,7 +148,7 @@ def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Play]:
     def write(waiting: list[Episode]) -> list[list[int]]:
         return generate(unwrapped(model), [episode.ids for episode in waiting], settings)
 
-    play(episodes, write, run.args.max_turns, room(run))
+    run_episodes(episodes, write, run.args.max_turns, room(run))
     return [finished(*pair) for pair in zip(prompts, episodes, strict=True)]
 
 

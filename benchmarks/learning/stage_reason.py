@@ -21,7 +21,7 @@ from trainings import run_trainer
 from dataset.demo.files import read_jsonl, write_jsonl
 from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
-from dataset.replies import parse_reasoning, tagged_answer
+from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.inference.generation import generate, prepare_to_decode
 from model.inference.sampling import Sampling
 from model.weights import load_model, load_tokenizer

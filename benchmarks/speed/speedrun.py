@@ -265,12 +265,12 @@ def padded_batches(
             some = documents[order[at : at + batch_size]]
             ids = np.zeros((len(some["input_ids"]), ROW), dtype=np.int64)
             labels = np.full_like(ids, IGNORED)
-            for row, (tokens, trained) in enumerate(
-                zip(some["input_ids"], some["trained"], strict=True)
+            for row, (tokens, loss_mask) in enumerate(
+                zip(some["input_ids"], some["loss_mask"], strict=True)
             ):
-                tokens, trained = tokens[:ROW], trained[:ROW]
+                tokens, loss_mask = tokens[:ROW], loss_mask[:ROW]
                 ids[row, : len(tokens)] = tokens
-                labels[row, : len(tokens)] = np.where(trained, tokens, IGNORED)
+                labels[row, : len(tokens)] = np.where(loss_mask, tokens, IGNORED)
             yield torch.from_numpy(ids), torch.from_numpy(labels)
 
 

@@ -279,11 +279,12 @@ def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
     """The documents in memory, as transformers and trl take them: input_ids and labels; perhaps cut
     off behind the first `longest` tokens."""
     table = documents.with_format("arrow")[:]
-    input_ids, trained = (
-        pc.list_slice(table[name], 0, longest).combine_chunks() for name in ("input_ids", "trained")
+    input_ids, loss_mask = (
+        pc.list_slice(table[name], 0, longest).combine_chunks()
+        for name in ("input_ids", "loss_mask")
     )
     ids = input_ids.flatten().to_numpy().astype(np.int32)
-    labels = np.where(trained.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORED))
+    labels = np.where(loss_mask.flatten().to_numpy(zero_copy_only=False), ids, np.int32(IGNORED))
     ends = np.cumsum(pc.list_value_length(input_ids).to_numpy())
     offsets = pa.array(np.concatenate(([0], ends)), pa.int32())
     columns = {"input_ids": ids, "labels": labels}
@@ -391,7 +392,7 @@ def share_of_gemm(args: Args, documents: Dataset) -> dict[str, Any]:
     torch.manual_seed(0)
     model = MiniMindForCausalLM(MiniMindConfig()).train()
     ids = torch.randint(3, model.config.vocab_size, (args.batch_size, args.max_seq_len)).numpy()
-    whole = [[{"input_ids": row, "trained": np.ones(len(row), bool)}] for row in ids]
+    whole = [[{"input_ids": row, "loss_mask": np.ones(len(row), bool)}] for row in ids]
     packed = Rows(documents, args.max_seq_len)
     rng = np.random.default_rng(0)
 

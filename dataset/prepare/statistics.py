@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import ROWS, Pieces, encode_pieces
+from dataset.lm_dataset import ROWS, Segments, encode_segments
 from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import Done
 from dataset.prepare.sources import Raw, kind_of, whole_text
@@ -17,7 +17,7 @@ from dataset.prepare.words import language_of
 from model.errors import UserError
 
 LANGUAGES = ("zh", "en", "other", "none")
-RECORD = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("trained", "<u4"), ("language", "u1")])
+RECORD = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("label_tokens", "<u4"), ("language", "u1")])
 
 
 @dataclass
@@ -29,18 +29,18 @@ class Measure:
     def __call__(self, chunk: list[Raw]) -> Done:
         rows = [row_of(raw) for raw in chunk]
         texts = [whole_text(row) for row in rows]
-        pieces, owner = [], []
+        segments, owner = [], []
         for number, (raw, row) in enumerate(zip(chunk, rows, strict=True)):
             try:
                 sides = documents_of(self.tokenizer, row)
             except UserError as error:
                 raise UserError(f"line {raw.number} of {raw.path} {error}") from None
-            pieces += sides
+            segments += sides
             owner += [number] * len(sides)
         records = np.zeros(len(chunk), RECORD)
-        for number, encoded in zip(owner, encode_pieces(self.tokenizer, pieces), strict=True):
+        for number, encoded in zip(owner, encode_segments(self.tokenizer, segments), strict=True):
             records["tokens"][number] += len(encoded.ids)
-            records["trained"][number] += sum(encoded.trained)
+            records["label_tokens"][number] += sum(encoded.loss_mask)
         counts = Counter({"rows": len(chunk)})
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             records["key"][number] = int.from_bytes(exact_key(text)[:8], "little")
@@ -57,14 +57,14 @@ class Measure:
         return Done([records.tobytes()], counts)
 
 
-def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Pieces]:
+def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Segments]:
     """What the trainers make of a row: one document, or two of a preference."""
     if kind_of(row) == "text":
         found = [ROWS["text"](tokenizer, row)]
     else:
         sides = [row[n] for n in ("conversations", "chosen", "rejected") if n in row]
         found = [ROWS["conversations"](tokenizer, {"conversations": side}) for side in sides]
-    return [pieces for pieces in found if pieces]
+    return [segments for segments in found if segments]
 
 
 def summary(records: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def summary(records: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
     return {
         "kinds": {n.removeprefix("kind: "): c for n, c in counts.items() if n.startswith("kind: ")},
         "languages": by_language,
-        "tokens_trained": int(records["trained"].sum()),
+        "tokens_trained": int(records["label_tokens"].sum()),
         "tokens_a_row": {
             "mean": round(float(tokens.mean()), 1),
             **{f"p{p}": int(np.percentile(tokens, p)) for p in percent},

@@ -4,7 +4,7 @@
 
     tasks = read_tasks("out/demo/data/tools_val.jsonl")
     episodes = [Episode(task, tokenizer) for task in tasks]
-    play(episodes, write)                      # write: episodes → new tokens of each
+    run_episodes(episodes, write)              # write: episodes → new tokens of each
     scores = [score(episode) for episode in episodes]
 
 Evaluation (scripts/eval_toolcall.py) and reinforcement learning (trainer/train_agent.py) run this
@@ -37,7 +37,7 @@ from dataset.lm_dataset import (
     read_lines,
     with_lists,
 )
-from dataset.replies import Reply, parse_reply
+from dataset.reply_parser import Reply, parse_reply
 from dataset.tools.builtin import Result, call_tool
 from model.errors import UserError
 
@@ -69,12 +69,12 @@ class Task:
     offered: list[str]  # their names
     calls: list[Call]  # that the truth makes
     answer: str  # the final one
-    known: dict[tuple, str] = field(default_factory=dict)  # calls whose results are replayed
+    recorded_results: dict[tuple, str] = field(default_factory=dict)  # of the truth's calls
 
     def without_tools(self) -> "Task":
         """The same question with no tool on offer."""
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in self.messages]
-        return replace(self, messages=messages, tools=[], offered=[], calls=[], known={})
+        return replace(self, messages=messages, tools=[], offered=[], calls=[], recorded_results={})
 
 
 def task_of(row: dict[str, Any]) -> Task:
@@ -89,13 +89,13 @@ def task_of(row: dict[str, Any]) -> Task:
         raise UserError("asks nothing: there is no user's message")
     asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
     calls, waiting = [], []
-    known = {key({"name": "clock", "arguments": {}}): CLOCK}
+    recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}
     for message in truth:
         if message["role"] == "assistant":
             waiting = [plain_call(call) for call in message.get("tool_calls", [])]
             calls += waiting
         elif waiting:
-            known[key(waiting.pop(0))] = message["content"]
+            recorded[call_key(waiting.pop(0))] = message["content"]
     answer = row.get("answer")
     if answer is None:
         if not truth or truth[-1]["role"] != "assistant" or truth[-1].get("tool_calls"):
@@ -104,7 +104,7 @@ def task_of(row: dict[str, Any]) -> Task:
     tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
     offered = [str((tool.get("function") or tool).get("name")) for tool in tools]
     offered += [call["name"] for call in calls if call["name"] not in offered]
-    return Task(asked, tools, offered, calls, str(answer), known)
+    return Task(asked, tools, offered, calls, str(answer), recorded)
 
 
 def plain_call(call: dict[str, Any]) -> Call:
@@ -140,7 +140,7 @@ def read_tasks(path: str | Path) -> list[Task]:
     return tasks
 
 
-def key(call: Call) -> tuple:
+def call_key(call: Call) -> tuple:
     """Calls are the same when this is: but for case, space, and numbers in quotes."""
 
     def simple(value: Any) -> float | str:
@@ -161,18 +161,19 @@ def key(call: Call) -> tuple:
 
 
 def answer_calls(
-    reply: Reply, offered: Iterable[str], known: dict[tuple, str] | None = None
+    reply: Reply, offered: Iterable[str], recorded_results: dict[tuple, str] | None = None
 ) -> list[Result]:
     """The results of a reply's calls, in their order; none if it calls nothing.
 
     Args:
         offered: the tools that may be called.
-        known: results of calls (by `key`) for which no tool is run.
+        recorded_results: results of calls (by `call_key`) for which no tool is run.
     """
     results = []
     for call in reply.tool_calls:
-        if known and call["name"] in offered and key(call) in known:
-            results.append(Result(known[key(call)]))
+        recorded = (recorded_results or {}).get(call_key(call))
+        if recorded is not None and call["name"] in offered:
+            results.append(Result(recorded))
         else:
             results.append(call_tool(call["name"], call["arguments"], offered))
     if "<tool_call>" in reply.content:  # the parser could not read it
@@ -199,10 +200,10 @@ class Episode:
 
     Attributes:
         ids: all tokens up to now: the prompt, and replies and results in turn.
-        written: for each behind the prompt, whether the model drew it.
+        action_mask: for each token after the prompt, whether the model sampled it.
         calls: what it called, in order.
         errors: kinds of ERRORS, one for each thing that went wrong.
-        said: replies and results as text, to look at: (role, text).
+        transcript: replies and results as text, to look at: (role, text).
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
@@ -212,25 +213,25 @@ class Episode:
             options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids
         self.prompt_length = len(self.ids)
-        self.written: list[bool] = []
+        self.action_mask: list[bool] = []
         self.calls: list[Call] = []
         self.errors: list[str] = []
-        self.said: list[tuple[str, str]] = []
+        self.transcript: list[tuple[str, str]] = []
         self.turns, self.done = 0, False
         self.text = ""  # of the last reply
         self.answer = ""  # what it says, where that was the final one
 
-    def take(self, tokens: list[int], last: bool) -> None:
+    def add_reply(self, tokens: list[int], last: bool) -> None:
         """A reply of the model, a final EOS included; `last`: no other may follow."""
         self.turns += 1
-        self.extend(tokens, written=True)
+        self.extend(tokens, sampled=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        self.said.append(("assistant", self.text))
+        self.transcript.append(("assistant", self.text))
         if tokens[-1] != self.tokenizer.eos_token_id:
             self.end("unfinished")
             return
         reply = parse_reply(self.text, thinking=self.open_thinking)
-        results = answer_calls(reply, self.task.offered, self.task.known)
+        results = answer_calls(reply, self.task.offered, self.task.recorded_results)
         self.calls += reply.tool_calls
         self.errors += [result.error for result in results if result.error]
         if not results:
@@ -239,20 +240,20 @@ class Episode:
         elif last:
             self.end("endless")
         else:
-            self.said += [("tool", result.text) for result in results]
+            self.transcript += [("tool", result.text) for result in results]
             ids = tokens_of_results(self.tokenizer, results, self.open_thinking)
-            self.extend(ids, written=False)
+            self.extend(ids, sampled=False)
 
-    def extend(self, tokens: list[int], written: bool) -> None:
+    def extend(self, tokens: list[int], sampled: bool) -> None:
         self.ids = self.ids + tokens  # a new list: the engine may still hold the old one
-        self.written += [written] * len(tokens)
+        self.action_mask += [sampled] * len(tokens)
 
     def end(self, *errors: str) -> None:
         self.errors += errors
         self.done = True
 
 
-def play(
+def run_episodes(
     episodes: list[Episode],
     write: Callable[[list[Episode]], list[list[int]]],
     max_turns: int = MAX_TURNS,
@@ -273,7 +274,7 @@ def play(
         if not waiting:
             return
         for episode, tokens in zip(waiting, write(waiting), strict=True):
-            episode.take(tokens, last=turn == max_turns)
+            episode.add_reply(tokens, last=turn == max_turns)
 
 
 def score(episode: Episode) -> dict[str, float]:
@@ -283,6 +284,6 @@ def score(episode: Episode) -> dict[str, float]:
     called, expected = episode.calls, task.calls
     return {
         "name": float(right and [c["name"] for c in called] == [c["name"] for c in expected]),
-        "arguments": float(right and list(map(key, called)) == list(map(key, expected))),
+        "arguments": float(right and list(map(call_key, called)) == list(map(call_key, expected))),
         "answer": float(right and grade(task.answer, episode.answer)),
     }

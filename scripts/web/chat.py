@@ -10,7 +10,7 @@ from typing import Any
 import streamlit as st
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.replies import Reply, ReplyParser
+from dataset.reply_parser import Reply, ReplyParser
 from dataset.tools.builtin import TOOLS
 from dataset.tools.loop import MAX_TURNS, answer_calls
 from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS

@@ -19,7 +19,7 @@ from datasets import Dataset
 from dataset import lm_dataset
 from dataset.lm_dataset import (
     encode_chat,
-    encode_pieces,
+    encode_segments,
     encode_text,
     load_documents,
     read_lines,
@@ -109,7 +109,7 @@ def test_a_conversation_is_encoded_as_the_chat_template_says(tokenizer, messages
     )
     ours = encode_chat(tokenizer, messages)
     assert ours.ids == theirs["input_ids"]
-    assert [int(trained) for trained in ours.trained] == theirs["assistant_masks"]
+    assert [int(trained) for trained in ours.loss_mask] == theirs["assistant_masks"]
 
 
 @conversations
@@ -131,8 +131,8 @@ def test_what_is_trained_is_what_is_met_at_inference(tokenizer, messages):
         prompt = encode_chat(tokenizer, messages[:turn], add_generation_prompt=True)
         end = len(prompt.ids)
         assert whole.ids[:end] == prompt.ids
-        assert not whole.trained[end - 1] and whole.trained[end]
-        assert sum(prompt.trained) == sum(whole.trained[:end])
+        assert not whole.loss_mask[end - 1] and whole.loss_mask[end]
+        assert sum(prompt.loss_mask) == sum(whole.loss_mask[:end])
 
 
 def test_an_opened_thought_is_the_beginning_of_a_trained_one(tokenizer):
@@ -147,7 +147,9 @@ def test_only_what_the_assistant_writes_is_trained_and_each_of_its_ends(tokenize
     messages = [{"role": "system", "content": "S"}, user("U one"), assistant("A one"), user("U")]
     messages += [assistant("第二"), user("end?")]
     encoded = encode_chat(tokenizer, messages, add_generation_prompt=True)
-    trained = [i for i, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained]
+    trained = [
+        i for i, is_trained in zip(encoded.ids, encoded.loss_mask, strict=True) if is_trained
+    ]
     assert tokenizer.decode(trained) == "A one<|im_end|>第二<|im_end|>"
     assert trained.count(tokenizer.eos_token_id) == 2
     assert encoded.ids.count(tokenizer.eos_token_id) == 6
@@ -211,10 +213,12 @@ def test_the_assistant_may_think_but_not_end_its_turn_by_writing_so(tokenizer):
     tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>", "</answer>"])
     assert [encoded.ids.count(tag) for tag in tags] == [1, 1, 1, 1]
     assert all(
-        trained for i, trained in zip(encoded.ids, encoded.trained, strict=True) if i in tags
+        trained for i, trained in zip(encoded.ids, encoded.loss_mask, strict=True) if i in tags
     )
     assert [encoded.ids.count(tokenizer.convert_tokens_to_ids(c)) for c in CONTROL] == [0, 2, 2]
-    trained = [i for i, is_trained in zip(encoded.ids, encoded.trained, strict=True) if is_trained]
+    trained = [
+        i for i, is_trained in zip(encoded.ids, encoded.loss_mask, strict=True) if is_trained
+    ]
     assert tokenizer.decode(trained) == text + "<|im_end|>"
 
 
@@ -241,7 +245,7 @@ def test_a_text_becomes_bytes_and_comes_back_whole(tokenizer):
 
 def test_all_of_a_text_is_trained(tokenizer):
     encoded = encode_text(tokenizer, "从零开始 from nothing")
-    assert all(encoded.trained) and len(encoded.trained) == len(encoded.ids)
+    assert all(encoded.loss_mask) and len(encoded.loss_mask) == len(encoded.ids)
 
 
 def test_a_message_comes_back_whole(tokenizer):
@@ -269,7 +273,7 @@ def test_encoding_does_not_depend_on_how_the_tokenizer_was_called_before(how):
     tokenizer(["a", "one two three four five six"], **how)
     pieces = [[("one two three four", True)], [("one two three four five six seven", True)]]
     assert encode_text(tokenizer, "one two three four").ids == before
-    assert 0 not in encode_pieces(tokenizer, pieces)[0].ids
+    assert 0 not in encode_segments(tokenizer, pieces)[0].ids
 
 
 def test_control_tokens_stand_for_no_bytes_and_tags_for_their_letters(tokenizer):
@@ -338,7 +342,7 @@ def test_conversations_are_encoded_with_their_mask(tmp_path, tokenizer):
     for row, messages in zip(documents, CONVERSATIONS.values(), strict=True):
         expected = encode_chat(tokenizer, messages)
         assert row["input_ids"].tolist() == expected.ids
-        assert row["trained"].tolist() == expected.trained
+        assert row["loss_mask"].tolist() == expected.loss_mask
 
 
 def test_a_file_is_tokenised_once_and_again_when_it_changes(tmp_path, tokenizer, monkeypatch):
@@ -547,7 +551,7 @@ def documents_of(lengths, trained=None) -> Dataset:
     edges = np.concatenate(([1], 1 + np.cumsum(lengths)))
     ids = [list(range(start, end)) for start, end in zip(edges, edges[1:], strict=False)]
     trained = trained or [[True] * len(document) for document in ids]
-    return Dataset.from_dict({"input_ids": ids, "trained": trained}).with_format("numpy")
+    return Dataset.from_dict({"input_ids": ids, "loss_mask": trained}).with_format("numpy")
 
 
 def length_tables():
@@ -684,7 +688,7 @@ def test_a_document_cannot_feel_what_stands_beside_it(tiny_model):
         tokens[8:15] = torch.arange(8, 15)  # B
         piece = [tokens[:8], tokens[8:15], tokens[15:]]
         row = [
-            {"input_ids": p.numpy(), "trained": np.array([n == 1] * len(p))}
+            {"input_ids": p.numpy(), "loss_mask": np.array([n == 1] * len(p))}
             for n, p in enumerate(piece)
         ]
         batch = collate([row])
@@ -859,7 +863,7 @@ def test_show_batch_tells_in_a_table_what_is_trained(
     lines = [row for row in printed.out.splitlines() if row.startswith("│")]
     ids = encode_chat(tokenizer, [user("Who are you?"), assistant("MiniMind.")])
     assert code == 0
-    assert [row.split("│")[5].strip() == "yes" for row in lines] == ids.trained
+    assert [row.split("│")[5].strip() == "yes" for row in lines] == ids.loss_mask
     assert [int(row.split("│")[3]) for row in lines] == ids.ids
 
 

@@ -646,7 +646,7 @@ def test_stats_of_conversations_count_what_is_trained(tmp_path, tokenizer):
         "figures"
     ]
     documents = load_documents(given, "conversations", tokenizer)
-    assert figures["tokens_trained"] == sum(int(row.sum()) for row in documents["trained"])
+    assert figures["tokens_trained"] == sum(int(row.sum()) for row in documents["loss_mask"])
     assert figures["languages"]["all"]["tokens"] == sum(map(len, documents["input_ids"]))
 
 

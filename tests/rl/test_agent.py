@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from toy import Trainer, everything, same
 
 from dataset.demo.files import demo_rows
-from dataset.replies import Reply
+from dataset.reply_parser import Reply
 from dataset.tools import loop
 from dataset.tools.loop import ERRORS, parse_reply
 from model.weights import load_model
@@ -49,12 +49,12 @@ def calling(monkeypatch):
     """Random weights call no tools; so every reply with an even number of letters is taken for a
     call, whether it ended or not."""
     monkeypatch.setattr(loop, "parse_reply", read_as_calls)
-    take = loop.Episode.take
+    add_reply = loop.Episode.add_reply
 
-    def take_as_ended(episode, tokens, last):
-        take(episode, tokens[:-1] + [episode.tokenizer.eos_token_id], last)
+    def add_as_ended(episode, tokens, last):
+        add_reply(episode, tokens[:-1] + [episode.tokenizer.eos_token_id], last)
 
-    monkeypatch.setattr(loop.Episode, "take", take_as_ended)
+    monkeypatch.setattr(loop.Episode, "add_reply", add_as_ended)
 
 
 def read_as_calls(text: str, thinking: bool = False) -> Reply:
@@ -103,7 +103,7 @@ def test_loss_is_on_what_the_policy_drew_alone(make_run, calling, tokenizer):
             episode = plays[member].episode
             drawn, ids = [], episode.ids
             at = episode.prompt_length
-            for role, text in episode.said:  # walk through it by its texts
+            for role, text in episode.transcript:  # walk through it by its texts
                 if role == "assistant":
                     end = ids.index(tokenizer.eos_token_id, at) + 1
                     assert tokenizer.decode(ids[at:end], skip_special_tokens=True) == text

@@ -17,9 +17,9 @@ from dataset.tools.builtin import TOOLS, Result
 from dataset.tools.loop import (
     CLOCK,
     Episode,
-    key,
-    play,
+    call_key,
     read_tasks,
+    run_episodes,
     score,
     task_of,
     tokens_of_results,
@@ -70,7 +70,7 @@ def played(tokenizer):
             return [ids + ([] if unfinished else [tokenizer.eos_token_id])]
 
         episode = Episode(task, tokenizer)
-        play([episode], write, **settings)
+        run_episodes([episode], write, **settings)
         return episode
 
     return run
@@ -120,7 +120,7 @@ def test_an_episode_has_the_tokens_that_fine_tuning_has(tokenizer, played, numbe
     episode = played(task_of(ROWS[number]), *texts)
     whole = encode_chat(tokenizer, chat)
     assert episode.ids == whole.ids[:-1]  # but for the line break behind its end
-    assert [False] * episode.prompt_length + episode.written == whole.trained[:-1]
+    assert [False] * episode.prompt_length + episode.action_mask == whole.loss_mask[:-1]
     assert score(episode) == {"name": 1, "arguments": 1, "answer": 1}
 
 
@@ -207,9 +207,9 @@ def test_the_clock_tells_what_it_tells_in_the_row(tokenizer, played):
     told = '{"date": "2031-05-06", "weekday": "星期二", "time": "07:08"}'
     task = task_of(row("几点了？", calls=(TIME,), results=(told,), answer="现在是 07:08。"))
     episode = played(task, written(TIME), "现在是 07:08。")
-    assert ("tool", told) in episode.said and score(episode)["answer"] == 1
+    assert ("tool", told) in episode.transcript and score(episode)["answer"] == 1
     other = played(task_of(row()), written(TIME), "It is 42.")  # nobody asked for it
-    assert ("tool", CLOCK) in other.said and not other.errors
+    assert ("tool", CLOCK) in other.transcript and not other.errors
     assert score(other) == {"name": 0, "arguments": 0, "answer": 1}
 
 
@@ -219,7 +219,7 @@ def test_a_foreign_tool_is_replayed(played):
     task = task_of(row("Rain?", calls=(call,), results=("wet",), answer="Yes.", tools=["clock"]))
     same = {"name": "weather", "arguments": {"days": "2", "city": "OSLO"}}
     episode = played(task, written(same), "Yes.")
-    assert ("tool", "wet") in episode.said and score(episode)["arguments"] == 1
+    assert ("tool", "wet") in episode.transcript and score(episode)["arguments"] == 1
     other = played(task, written({**call, "arguments": {"city": "Rome", "days": 2}}), "Yes.")
     assert other.errors == ["failed"]
 
@@ -238,7 +238,7 @@ def test_a_foreign_tool_is_replayed(played):
 )
 def test_which_calls_are_the_same(one, other, same):
     calls = ({"name": "tool", "arguments": each} for each in (one, other))
-    assert (len(set(map(key, calls))) == 1) is same
+    assert (len(set(map(call_key, calls))) == 1) is same
 
 
 def test_without_tools_it_is_the_same_question(tokenizer, played):
@@ -260,7 +260,7 @@ def test_tasks_ask_the_last_question_and_take_calls_in_every_form():
     task = task_of({"conversations": [chat[0], *first, *chat[1:]]})
     assert task.calls == [SUM] and task.answer == "It is 42." and task.offered == list(TOOLS)
     assert [m["role"] for m in task.messages] == ["system", "user", "assistant", "user"]
-    assert task.known[key(SUM)] == "42"
+    assert task.recorded_results[call_key(SUM)] == "42"
     asked = task_of({"conversations": chat[:2], "answer": 42})
     assert asked.answer == "42" and not asked.calls
 
@@ -313,9 +313,9 @@ def test_no_reply_is_a_crash(tokenizer):
         return [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
 
     episodes = [Episode(task, tokenizer) for task in tasks * 60]
-    play(episodes, write)
+    run_episodes(episodes, write)
     assert all(episode.done for episode in episodes)
-    assert all(len(e.ids) - e.prompt_length == len(e.written) for e in episodes)
+    assert all(len(e.ids) - e.prompt_length == len(e.action_mask) for e in episodes)
     assert sum(bool(episode.errors) for episode in episodes) > 40
 
 
@@ -332,11 +332,11 @@ def test_tasks_side_by_side_are_played_as_alone(tokenizer, save):
 
     tasks = [task_of(each) for each in ROWS[:6]]
     together = [Episode(task, tokenizer) for task in tasks]
-    play(together, write)
+    run_episodes(together, write)
     for task, one in zip(tasks, together, strict=True):
         alone = Episode(task, tokenizer)
-        play([alone], write)
-        assert alone.ids == one.ids and alone.written == one.written
+        run_episodes([alone], write)
+        assert alone.ids == one.ids and alone.action_mask == one.action_mask
     assert len({episode.turns for episode in together}) > 1
 
 

@@ -68,7 +68,9 @@ def folder(make_model, tokenizer, tmp_path_factory):
     labels[:] = IGNORED
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
-        kept = [token if yes else IGNORED for token, yes in zip(row.ids, row.trained, strict=True)]
+        kept = [
+            token if yes else IGNORED for token, yes in zip(row.ids, row.loss_mask, strict=True)
+        ]
         labels[n, : len(kept)] = torch.tensor(kept)
     model = make_model(hidden_size=96, qk_norm=True, **sizes).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95))

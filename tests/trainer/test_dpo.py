@@ -68,7 +68,7 @@ def test_only_what_comes_after_the_shared_prompt_is_trained(tmp_path, tokenizer)
         line_break = encode_chat(tokenizer, messages).ids
         assert ids == line_break[:-1] and ids[-1] == end
         assert ids[: len(shared)] == shared
-        chosen_ids = side["input_ids"][side["trained"]]
+        chosen_ids = side["input_ids"][side["loss_mask"]]
         assert tokenizer.decode(chosen_ids) == "".join(trained)
 
 
@@ -105,7 +105,7 @@ def test_sides_in_one_row_do_not_see_each_other(pairs, make_model):
             ids = torch.tensor(pairs[number]["input_ids"][side].tolist())
             logs = model(ids[None]).logits[0, :-1].log_softmax(-1)
             each = logs.gather(1, ids[1:, None]).squeeze(1)
-            alone = each[torch.tensor(pairs[number]["trained"][side])[1:]].sum()
+            alone = each[torch.tensor(pairs[number]["loss_mask"][side])[1:]].sum()
             torch.testing.assert_close(packed[number, side], alone, atol=1e-3, rtol=1e-5)
 
 

@@ -9,7 +9,7 @@ from toy import CHATS, REASONED, Trainer, assert_close, chat_file, logged, same
 import eval_llm
 from dataset.lm_dataset import encode_chat, load_documents
 from dataset.packing import IGNORED, Rows, collate
-from dataset.replies import parse_reasoning, tagged_answer
+from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.losses import cross_entropy_sum
 from trainer import train_distill_reason, train_full_sft, train_grpo

@@ -380,7 +380,7 @@ def by_hand(model, tokenizer, documents):
     for document in documents:
         log_p = model(torch.tensor([document.ids])).logits[0].log_softmax(-1)
         for place in range(1, len(document.ids)):
-            if not document.trained[place]:
+            if not document.loss_mask[place]:
                 continue
             token = document.ids[place]
             loss = -log_p[place - 1, token].item()

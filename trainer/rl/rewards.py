@@ -37,7 +37,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from dataset.grading import grade, normalize_text
 from dataset.lm_dataset import encode_chat
-from dataset.replies import REASONING_TAGS, parse_reasoning, tagged_answer
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.weights import find_weights, load_scoring_model
 from trainer.rl.rollout import Completion, Prompts, RolloutArgs

@@ -31,7 +31,7 @@ from dataset.lm_dataset import (
     read_lines,
 )
 from dataset.packing import Batch, collate
-from dataset.replies import tagged_answer
+from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
 from model.command_line import option
 from model.errors import UserError
@@ -53,7 +53,7 @@ from trainer.trainer_utils import Run, Window, unwrapped
 class RolloutArgs(LoraArgs):
     """What PPO, GRPO and SPO have in common beyond the flags of every trainer."""
 
-    rows_flag = "update_batch_size"
+    batch_size_flag = "update_batch_size"
     reference_flag = "beta"  # the weight of the KL to the starting model; 0: no reference
 
     data_path: list[str] = option(
@@ -384,8 +384,8 @@ def micro_batches(run: Run, completions: list[Completion]) -> list[RolloutBatch]
 
 def piece(completion: Completion) -> dict[str, np.ndarray]:
     prompt, tokens = completion.prompt.ids, completion.tokens
-    trained = [False] * len(prompt) + (completion.written or [True] * len(tokens))
-    return {"input_ids": np.array(prompt + tokens), "trained": np.array(trained)}
+    loss_mask = [False] * len(prompt) + (completion.written or [True] * len(tokens))
+    return {"input_ids": np.array(prompt + tokens), "loss_mask": np.array(loss_mask)}
 
 
 def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:

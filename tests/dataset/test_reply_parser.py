@@ -2,7 +2,7 @@
 
 import pytest
 
-from dataset.replies import ReplyParser, parse_reply
+from dataset.reply_parser import ReplyParser, parse_reply
 
 CALL = {"name": "clock", "arguments": {"city": "北京"}}
 MESSAGES = {
