@@ -11,8 +11,7 @@ FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messag
 are read as one text. Of any other file each 500 characters are a document.
 """
 
-import gzip
-import json
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,12 +26,15 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.lm_dataset import encode_segments
+from dataset.encoding import encode_segments
+from dataset.jsonl import Row, error_at, open_data, read_rows
+from dataset.text import count_chinese
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.weights import write_json
-from scripts.serving.chat_model import ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
 LONGEST = 2048  # tokens that a model sees at once
@@ -67,42 +69,42 @@ def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTER
 
 
 def read_documents(path: str | Path, characters: int = CHARACTERS) -> Iterator[str]:
-    if ".jsonl" in Path(path).suffixes:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                yield text_of(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path}, line {number} is neither "
-                    '{"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
-                ) from error
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if ".jsonl" in path.suffixes:
+        for number, row in read_rows(path):
+            with error_at(path, number):
+                text = text_of(row)
+            yield text
     else:
-        text = "".join(read_lines(path))
+        text = read_text(path)
         step = characters or len(text)
         yield from (text[at : at + step] for at in range(0, len(text), step))
 
 
-def text_of(row: dict) -> str:
-    if "text" in row:
-        return row["text"] + ""
-    return "\n".join(message["content"] or "" for message in row["conversations"])
-
-
-def read_lines(path: str | Path) -> Iterator[str]:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    opened = gzip.open if path.suffix == ".gz" else open
+def text_of(row: Row) -> str:
+    if isinstance(row.get("text"), str):
+        return row["text"]
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}") from error
+        return "\n".join(message["content"] or "" for message in row["conversations"])
+    except (KeyError, TypeError):
+        raise UserError(
+            'is neither {"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
+        ) from None
+
+
+def read_text(path: Path) -> str:
+    with open_data(path) as (_, file):
+        try:
+            return io.TextIOWrapper(file, encoding="utf-8").read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} cannot be read as text: {error}") from error
 
 
 def language(text: str) -> str:
     """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
-    chinese = sum("\u4e00" <= c <= "\u9fff" for c in text)
+    chinese = count_chinese(text)
     latin = sum(c.isascii() and c.isalpha() for c in text)
     if not chinese and not latin:
         return "other"
@@ -161,13 +163,13 @@ def document_bits(
         some = pieces[at : at + batch_size]
         # padding stands behind the text, where causal attention does not see it
         ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
+        labels = torch.full_like(ids, IGNORE_INDEX)
         for row, piece in enumerate(some):
             ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
             labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        chosen = labels != IGNORED
+        chosen = labels != IGNORE_INDEX
         nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
         of_piece = nats.double().split(chosen.sum(1).tolist())
         for piece, losses in zip(some, of_piece, strict=True):
@@ -220,13 +222,13 @@ def main(args: Args) -> dict[str, float]:
     texts = read_texts(args.data, args.documents, args.characters)
     if not texts:
         raise UserError(f"{args.data} holds no text")
-    loaded = load_chat_model(args, args.weight, decode_only=False)
+    loaded = load_chat_model(args, decode_only=False)
     documents = encode(loaded.tokenizer, texts)
     bits = document_bits(loaded.model, documents, args.batch_size)
     tokens = sum(map(len, documents)) - len(documents)
     result = {
         "model": loaded.name,
-        "parameters": loaded.parameters,
+        "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
         **figures(texts, bits),

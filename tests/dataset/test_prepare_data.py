@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,7 +26,8 @@ from toy import ended, fork, text_file
 from dataset.lm_dataset import load_documents
 from dataset.prepare import cleaning, deduplication, resumable, sources
 from dataset.prepare.cleaning import Dropped, Filters
-from dataset.prepare.words import hash_words, language_of, words_of
+from dataset.prepare.words import hash_words, words_of
+from dataset.text import language_of
 from model.errors import UserError
 from scripts import prepare_data
 from scripts.prepare_data import main
@@ -760,10 +760,8 @@ def test_mistakes_in_downloading(tmp_path, hub, words, sentence):
         fetch(hub, tmp_path, *words)
 
 
-def test_offline(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+def test_offline(tmp_path, closed_port):
+    address = f"http://127.0.0.1:{closed_port}"
     with pytest.raises(UserError, match="cannot be reached.*without a network.*--endpoint"):
         main(["download", "--set", "mini", "--endpoint", address, "--output", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []
