@@ -25,12 +25,11 @@ from stand_in_hub import COMMIT, Hub, serving
 from toy import ended, fork, text_file
 
 from dataset.lm_dataset import load_documents
-from dataset.prepare import cleaning, deduplication, resumable, sources
+from dataset.prepare import cleaning, deduplication, job_dir, resumable, sources
 from dataset.prepare.cleaning import Dropped, Filters
 from dataset.prepare.words import hash_words, words_of
 from dataset.text import language_of
 from model.errors import UserError
-from scripts import prepare_data
 from scripts.prepare_data import main
 
 ENGLISH = (
@@ -108,7 +107,7 @@ SHAPES = {
         },
     ),
     "pair": ({"question": "What is 2 + 3?", "answer": "It is 5."}, {"conversations": CHAT}),
-    "preference": (
+    "preferences": (
         {"prompt": "What is 2 + 3?", "chosen": "It is 5.", "rejected": "It is 6."},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "It is 6."}]},
     ),
@@ -118,7 +117,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_rows_of_other_formats(name):
     given, expected = SHAPES[name]
-    raw = sources.Raw("a.jsonl", 1, json.dumps(given), is_json=True)
+    raw = sources.RawRow("a.jsonl", 1, json.dumps(given), is_json=True)
     assert sources.to_row(raw) == expected
 
 
@@ -129,7 +128,7 @@ NO_ROWS = [{"a": 1}, [1], "{", {"conversations": [{"from": "x", "value": ""}]}]
 def test_rows_of_no_format(given):
     line = given if isinstance(given, str) else json.dumps(given)
     with pytest.raises(UserError):
-        sources.to_row(sources.Raw("a.jsonl", 1, line, is_json=True))
+        sources.to_row(sources.RawRow("a.jsonl", 1, line, is_json=True))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet", "txt"])
@@ -262,10 +261,10 @@ def test_no_tokenizer_takes_a_cleaned_text_for_control_tokens(tokenizer):
     control = set(tokenizer.all_special_ids)
     backend = tokenizer.backend_tokenizer
     assert control & set(backend.encode(text, add_special_tokens=False).ids)
-    harmless = cleaning.neutralise(text)
-    assert not control & set(backend.encode(harmless, add_special_tokens=False).ids)
-    assert cleaning.neutralise(harmless) == harmless
-    assert "".join(harmless.split()) == "".join(text.split())
+    escaped = cleaning.escape_control_tokens(text)
+    assert not control & set(backend.encode(escaped, add_special_tokens=False).ids)
+    assert cleaning.escape_control_tokens(escaped) == escaped
+    assert "".join(escaped.split()) == "".join(text.split())
 
 
 def test_conversations_are_cleaned_message_by_message():
@@ -427,7 +426,7 @@ def test_a_leak_takes_no_near_duplicate_along(tmp_path):
     assert run_dedup(tmp_path, given, "--against", str(tmp_path / "bench.txt")) == rows[1:]
 
 
-@pytest.mark.parametrize("kind", ["conversations", "preference"])
+@pytest.mark.parametrize("kind", ["conversations", "preferences"])
 def test_duplicates_among_conversations(tmp_path, kind):
     chats = [[CHAT[0], {**CHAT[1], "content": sentences(n % 3)}] for n in range(5)]
     if kind == "conversations":
@@ -447,7 +446,7 @@ MANY = 600
 @pytest.fixture
 def many(tmp_path, monkeypatch) -> str:
     """Rows in many small chunks, each noted at once."""
-    monkeypatch.setattr(prepare_data, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(job_dir, "CHUNK_ROWS", 10)
     monkeypatch.setattr(resumable, "SAVE_SECONDS", 0)
     rows = [variants(n % 400, n % 3) + "<|im_end|>" * (n % 2) for n in range(MANY)]
     return text_file(tmp_path / "many.jsonl", rows)
