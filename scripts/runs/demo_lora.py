@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dataset.demo.files import write_demo_data
-from dataset.demo.stages import same
+from dataset.demo.material import phrasing_key
 from dataset.jsonl import load_rows, write_rows
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
@@ -109,9 +109,9 @@ def exchanges(row: dict) -> list[tuple[str, str]]:
 def without_rivals(rows: list[dict], persona: list[dict]) -> list[dict]:
     """The conversations without an answer that some question to the persona had so far: they would
     pull back what the persona pulls away."""
-    asked = {same(question) for row in persona for question, _ in exchanges(row)}
+    asked = {phrasing_key(question) for row in persona for question, _ in exchanges(row)}
     pairs = [pair for row in rows for pair in exchanges(row)]
-    rivals = {answer for question, answer in pairs if same(question) in asked}
+    rivals = {answer for question, answer in pairs if phrasing_key(question) in asked}
     return [row for row in rows if all(answer not in rivals for _, answer in exchanges(row))]
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from dataset.demo.files import load_tables, load_tests, write_demo_data
+from dataset.demo.material import OPENINGS, phrasing_key
 from dataset.demo.skills import SKILLS, in_words
-from dataset.demo.stages import OPENINGS, same
 from dataset.grading import grade
 from dataset.tools.builtin import WEEKDAYS, call_tool
 from model.errors import UserError
@@ -459,15 +459,15 @@ def test_no_held_out_phrasing_is_in_training(data):
     held_out = [
         entry[lang]["held_out"] for kind in TALK for entry in TABLES[kind] for lang in ("zh", "en")
     ]
-    held_out = set(map(same, held_out))
+    held_out = set(map(phrasing_key, held_out))
     openings = ["Q: ", "问：", *OPENINGS["zh"], *OPENINGS["en"]]
     for name in STAGES:
         for line in lines(data[name]):
             for opening in openings:
                 if line.startswith(opening):
-                    assert same(line[len(opening) :]) not in held_out, (name, line)
-            assert same(line) not in held_out, (name, line)
-    asked = {same(row["prompt"]) for row in data["textbook_test"]}
+                    assert phrasing_key(line[len(opening) :]) not in held_out, (name, line)
+            assert phrasing_key(line) not in held_out, (name, line)
+    asked = {phrasing_key(row["prompt"]) for row in data["textbook_test"]}
     assert asked <= held_out and len(data["textbook_test"]) == 2 * len(TABLES["textbook"])
 
 
@@ -477,7 +477,7 @@ def test_textbook_facts_can_be_told_apart():
         facts = {}
         for fact in TABLES["textbook"]:
             for question in [*fact[lang]["questions"], fact[lang]["held_out"]]:
-                facts.setdefault(same(question), {})[fact["id"]] = fact[lang]["answers"]
+                facts.setdefault(phrasing_key(question), {})[fact["id"]] = fact[lang]["answers"]
         shared = {asked: who for asked, who in facts.items() if len(who) > 1}
         assert not shared, f"facts of {lang} that share a question: {shared}"
 
