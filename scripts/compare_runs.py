@@ -18,9 +18,9 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, read_info
 from scripts.make_recipe import files_of, read_log
+from trainer.common.recipes import read_recipe
 from trainer.report.forecast import duration
 from trainer.report.pages import Records, charts, section, shown, table, write_page
-from trainer.report.recipes import read_recipe
 
 COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
 
@@ -82,7 +82,7 @@ def summary(name: str, records: Records, parameters: int | None) -> tuple[str, .
     last: dict[str, Any] = {}
     for record in records:
         last |= {key: value for key, value in record.items() if value is not None}
-    seconds, tokens = last.get("seconds", 0), last.get("tokens", 0)
+    seconds, tokens = last.get("seconds", 0), last.get("num_tokens", 0)
     return (
         name,
         f"{parameters / 1e6:.2f}M" if parameters else "",
@@ -91,7 +91,7 @@ def summary(name: str, records: Records, parameters: int | None) -> tuple[str, .
         duration(seconds),
         f"{tokens / max(1e-9, seconds):,.0f}",
         f"{last['loss']:.4f}" if "loss" in last else "",
-        f"{last['val_bpb']:.4f}" if "val_bpb" in last else "",
+        f"{last['eval_bpb']:.4f}" if "eval_bpb" in last else "",
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, read_info, write_json
-from trainer.report.recipes import FREE, METRIC, PATHS, RECIPES
+from trainer.common.metrics import with_new_keys
+from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
 
 
 @dataclass
@@ -47,7 +48,7 @@ def main(args: Args) -> Path:
     flags = {
         name: from_project(value) if name in PATHS else value
         for name, value in origin["args"].items()
-        if name not in FREE and value not in (None, "", [])
+        if name not in UNPINNED and value not in (None, "", [])
     }
     path = Path(args.folder) / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def main(args: Args) -> Path:
         "machine": args.machine or origin["machine"],
         "date": str(date.today()),
         "seconds": origin["seconds"],
-        "band": args.band,
+        "tolerance": args.band,
         "records": records,
     }
     write_json(path, recipe)
@@ -81,7 +82,8 @@ def files_of(run: str) -> tuple[Path, Path]:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. UserError if it cannot be read."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = with_new_keys(map(json.loads, lines))
         if not all("step" in record for record in records):
             raise ValueError("a line has no step")
     except (OSError, ValueError, TypeError) as error:

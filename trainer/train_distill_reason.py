@@ -1,14 +1,17 @@
-"""Reasoning by distillation: learn to think before answering, from thoughts written by a larger
-model (DeepSeek-R1, arXiv 2501.12948, section 2.4).
+"""Reasoning by distillation: fine-tune on thoughts and answers that a larger model wrote
+(DeepSeek-R1, arXiv 2501.12948, section 2.4).
 
     L = −1/N · Σ w_t · m_t · log p(x_t | x_1 … x_{t−1})            N = Σ w_t · m_t
 
-the loss of train_full_sft.py, with a weight: w_t is --tag_weight where x_t is one of the four tags
-of <think>…</think><answer>…</answer>, which are few and decide the form, and 1 elsewhere. N is the
-sum over the whole update, all ranks together. (The paper has no such weight: 1 is its loss.)
+The loss of train_full_sft.py with a weight: w_t is --tag_weight where x_t is one of the four tags of
+<think>…</think><answer>…</answer>, which are rare and decide the format, and 1 elsewhere. N is the
+sum over the global batch, all ranks together.
 
-At every evaluation the model answers held-out questions, greedily: val_format is the share of
-replies in exactly that form that end by themselves, val_answer the share that are in it and right.
+At every evaluation the model answers held-out questions greedily: eval_format is the share of
+replies that have exactly this format and end by themselves, eval_answer the share that are right
+besides.
+
+Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 
     python trainer/train_distill_reason.py --from_weight full_sft --data_path FILE
 """
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
@@ -31,12 +34,15 @@ from model.inference.sampling import Sampling
 from model.losses import sum_of_weights
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.common.command import run_stage
-from trainer.common.evaluation import held_out_loss, uncompiled
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss
+from trainer.common.loop import GlobalBatch
 from trainer.common.optimizers import make_optimizer
-from trainer.trainer_utils import Run, Window, read_rows, starting_model, unwrapped
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
 
-SIDE_BY_SIDE = 64  # answers to held-out questions decoded at once
+EVAL_BATCH_SIZE = 64  # held-out questions answered at once
 
 
 @dataclass
@@ -60,7 +66,7 @@ class Args(TrainArgs):
             raise UserError(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
 
 
-def weights_of_labels(
+def make_label_weights(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, tag_weight: float
 ) -> Tensor:
     """[V]: tag_weight for the four tags, 1 for every other token."""
@@ -73,44 +79,49 @@ def weights_of_labels(
     return weights
 
 
-def total_weight(run: Run, window: Window, label_weights: Tensor) -> float:
-    """What the labels of an update weigh, all ranks together."""
-    own = sum(sum_of_weights(batch.labels, label_weights) for batch in window)
-    return max(1.0, *run.sum_over_ranks(float(own)))
+def total_label_weight(ctx: Context, global_batch: GlobalBatch, label_weights: Tensor) -> float:
+    """Σ w_t · m_t over a global batch, all ranks together."""
+    local = sum(sum_of_weights(batch.labels, label_weights) for batch in global_batch)
+    return max(1.0, *ctx.all_reduce_sum(float(local)))
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = starting_model(args, tokenizer)
-    run = Run(args, "reason", model.config, tokenizer)
-    rows, held_out = read_rows(run, "conversations")
-    questions = read_questions(run, held_out) if held_out else []
-    loader = run.loader(rows)
-    run.announce(model, rows, held_out)
+    model = init_model(args, tokenizer)
+    train_data, val_data = load_packed(ctx, tokenizer, "conversations")
+    questions = held_out_questions(tokenizer, val_data) if val_data else []
+    run = Run(ctx, "reason", model, tokenizer, train_data, val_data)
 
-    model = run.distribute(model)
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
-    label_weights = weights_of_labels(tokenizer, run.config.vocab_size, args.tag_weight).to(
-        run.device
-    )
+    label_weights = make_label_weights(tokenizer, run.config.vocab_size, args.tag_weight)  # [V]
+    label_weights = label_weights.to(ctx.device)
 
-    for window in run.steps(loader):
-        total = total_weight(run, window, label_weights)
-        for batch in window:
-            with run.forward(model, sync=batch is window[-1]):
+    for global_batch in run.steps():
+        # Forward and backward. Divided by the sum of the weights and not by the number of labels,
+        # so that a heavier tag does not act like a higher learning rate.
+        total_weight = total_label_weight(ctx, global_batch, label_weights)
+        for batch in global_batch:
+            with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(
                     **batch.inputs,
-                    labels=batch.labels,
+                    labels=batch.labels,  # the assistant's tokens, thoughts included
                     label_weights=label_weights,
-                    num_items_in_batch=total,
+                    num_items_in_batch=total_weight,
                     return_logits=False,
                 )
-            run.backward(outputs.loss, window.balance_loss(batch, outputs))
+            run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            sample, figures = ask(run, model, questions)
-            run.log_evaluation(sample, **held_out_loss(run, model, held_out), **figures)
+
+        # Evaluate, log, save. A low loss does not show whether the tags come out in order, so the
+        # model writes whole answers.
+        if val_data and run.is_due(args.eval_interval):
+            sample, metrics = answer_questions(ctx, model, tokenizer, questions)
+            metrics = evaluate_loss(ctx, model, tokenizer, val_data) | metrics
+            run.log_evaluation(sample, **metrics)
         run.log()
         run.save_every(model, optimizer)
     return run.finish()
@@ -121,44 +132,52 @@ def main(args: Args) -> dict[str, Any]:
 Question = tuple[list[int], str]  # token ids up to where the answer begins; the right answer
 
 
-def read_questions(run: Run, held_out: Rows) -> list[Question]:
-    """The last question of each held-out conversation whose answer has the form."""
+def held_out_questions(
+    tokenizer: PreTrainedTokenizerBase, val_data: PackedDataset
+) -> list[Question]:
+    """The last question of each held-out conversation whose answer has the format."""
     found = []
-    for number in held_out.chosen.tolist():
-        document = held_out.documents[number]
+    for index in val_data.indices.tolist():
+        document = val_data.documents[index]
         ids, loss_mask = document["input_ids"], document["loss_mask"]
         starts = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0) == 1)
         if len(starts) == 0:
             continue
         prompt, reply = np.split(ids, starts[-1:])
-        reasoned = parse_reasoning(run.tokenizer.decode(reply, skip_special_tokens=True).strip())
+        reasoned = parse_reasoning(tokenizer.decode(reply, skip_special_tokens=True).strip())
         if reasoned:
             found.append((prompt.tolist(), reasoned[1]))
     return found
 
 
-@uncompiled
-def ask(run: Run, model: nn.Module, questions: list[Question]) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply, and the shares of replies that have the form and
-    that are right besides; the ranks share the questions out between them."""
-    mine = questions[run.rank :: run.ranks]
-    settings = Sampling(run.args.max_gen_len, temperature=0)
+@eager
+def answer_questions(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[Question],
+) -> tuple[str, dict[str, float]]:
+    """The first question with the model's reply, and the shares of replies that have the format and
+    that are right besides. The ranks share the questions out between them."""
+    local = questions[ctx.rank :: ctx.world_size]
+    settings = Sampling(ctx.args.max_gen_len, temperature=0)
     replies = []
-    for at in range(0, len(mine), SIDE_BY_SIDE):
-        prompts = [prompt for prompt, _ in mine[at : at + SIDE_BY_SIDE]]
-        replies += generate(unwrapped(model), prompts, settings)
-    texts = run.tokenizer.batch_decode(replies, skip_special_tokens=True)
-    formed = right = 0
-    for reply, text, (_, answer) in zip(replies, texts, mine, strict=True):
-        reasoned = parse_reasoning(text) if reply[-1] == run.tokenizer.eos_token_id else None
-        formed += reasoned is not None
-        right += reasoned is not None and grade(reasoned[1], answer)
-    asked, formed, right = run.sum_over_ranks(len(mine), formed, right)
-    if not asked:
+    for at in range(0, len(local), EVAL_BATCH_SIZE):
+        prompts = [prompt for prompt, _ in local[at : at + EVAL_BATCH_SIZE]]
+        replies += generate(unwrap(model), prompts, settings)
+    texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
+    formatted = correct = 0
+    for reply, text, (_, answer) in zip(replies, texts, local, strict=True):
+        # a reply that was cut off at --max_gen_len has not learnt to end
+        reasoned = parse_reasoning(text) if reply[-1] == tokenizer.eos_token_id else None
+        formatted += reasoned is not None
+        correct += reasoned is not None and grade(reasoned[1], answer)
+    count, formatted, correct = ctx.all_reduce_sum(len(local), formatted, correct)
+    if not count:
         return "", {}
-    sample = f"{run.tokenizer.decode(mine[0][0])}{texts[0]}" if mine else ""
-    return sample, {"val_format": formed / asked, "val_answer": right / asked}
+    sample = f"{tokenizer.decode(local[0][0])}{texts[0]}" if local else ""
+    return sample, {"eval_format": formatted / count, "eval_answer": correct / count}
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

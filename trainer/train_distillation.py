@@ -1,37 +1,39 @@
-"""Distillation: a small model learns from a large one what the data alone do not say.
+"""Distillation: a small student learns the token probabilities of a larger teacher.
 
-White box (Hinton 2015, arXiv 1503.02531): the student is told at every token of an answer not only
-which one came, but how likely the teacher finds each of the vocabulary.
+White-box distillation (Hinton et al. 2015, arXiv 1503.02531): at every token of an answer the
+student learns not only which token came, but how probable the teacher finds each token of the
+vocabulary.
 
     p_T, p_S = softmax(z_T / τ), softmax(z_S / τ)        z: logits of teacher and student
     L = α · CE + (1 − α) · τ² · D(p_T ‖ p_S)             means over the answers' tokens
 
-    α: --alpha   τ: --temperature, which brings out what the teacher finds unlikely; the gradient
-    of D shrinks with 1/τ², hence the factor (section 2 of the paper)
+    α: --alpha   τ: --temperature, which gives improbable tokens more weight; the gradient of D
+    shrinks with 1/τ², hence the factor τ² (section 2 of the paper)
 
 --divergence D, of each token, summed over the vocabulary, with M = β·p_T + (1 − β)·p_S:
 
-    forward  Σ p_T · log(p_T / p_S)        the student must cover all that the teacher says
-    reverse  Σ p_S · log(p_S / p_T)        it may keep to a part, but say nothing else
-    jsd      β · KL(p_T ‖ M) + (1 − β) · KL(p_S ‖ M)      between both; GKD, arXiv 2306.13649 eq. 1
-    skew     KL(p_T ‖ M)                   forward, but never infinite; DistiLLM, arXiv 2402.03898
+    forward  Σ p_T · log(p_T / p_S)        mode-covering: p_S must be large wherever p_T is
+    reverse  Σ p_S · log(p_S / p_T)        mode-seeking: p_S must be small wherever p_T is
+    jsd      β · KL(p_T ‖ M) + (1 − β) · KL(p_S ‖ M)      in between; GKD, arXiv 2306.13649, eq. 1
+    skew     KL(p_T ‖ M)                   forward, but bounded; DistiLLM, arXiv 2402.03898
 
     β: --mixture
 
---on_policy λ (GKD, Algorithm 1): a share λ of the updates, evenly spread, learns not from the
-data's answers but from the student's own to the same questions. The teacher judges each of their
-tokens, so that the student is taught in the very situations that it gets itself into; there is no
-CE then, and L = τ² · D. No gradient goes through the sampling.
+--on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
+answers to the same questions instead of the data's. The teacher's probabilities of each of their
+tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
+No gradient goes through the sampling.
 
-Departures: Hinton's soft targets are of classes, here of each token; GKD tosses a coin for each
-update, here they take turns. A conversation of several turns is answered anew at its last one.
+Departures from the papers:
+1. Hinton's soft targets are of classes; here they are of each token.
+2. GKD draws on-policy steps at random; here they are evenly spread.
+3. A conversation of several turns gets a new answer at its last turn only.
 
     python trainer/train_distillation.py --from_weight full_sft --teacher_weight full_sft
 """
 
 import math
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.packing import IGNORED, Batch, Rows, collate
+from dataset.packing import IGNORED, Batch, PackedDataset, collate
 from model.command_line import option
 from model.errors import UserError
 from model.formats.hf_format import load_folder
@@ -60,14 +62,20 @@ from model.weights import (
 )
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
 from trainer.common.checkpoint import hash_of
-from trainer.common.command import run_stage
-from trainer.common.evaluation import answer, held_out_loss, uncompiled
-from trainer.common.hardware import autocast
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss, sample_answer
+from trainer.common.loop import GlobalBatch
+from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.rl.rollout import Prompt, lengths_and_ends, micro_batches, roll_out, shares
-from trainer.trainer_utils import Run, Window, read_rows, starting_model, unwrapped
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import completion_stats, generate_completions
+from trainer.trainer_utils import Run
 
-STUDENT, TEACHER = 512, 768  # widths, where a stage is named and no width
+# hidden sizes of student and teacher where a stage is named without one
+STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 
 @dataclass
@@ -108,7 +116,7 @@ class Args(TrainArgs):
             if given is not None:
                 setattr(self, name, given)
         if self.hidden_size is None and not self.from_weight.endswith(".pth"):
-            self.hidden_size = STUDENT
+            self.hidden_size = STUDENT_SIZE
         super().__post_init__()
         for name in ("temperature", "max_gen_len", "rollout_batch_size", "update_batch_size"):
             if getattr(self, name) <= 0:
@@ -157,7 +165,7 @@ def load_teacher(
         teacher = load_folder(path)
     else:
         if path.suffix != ".pth":
-            width = args.teacher_hidden_size or TEACHER
+            width = args.teacher_hidden_size or TEACHER_SIZE
             kind = dict(newest=False, use_moe=args.teacher_use_moe)
             path = find_weights(args.teacher_weight, width, args.save_dir, **kind)
         teacher = load_model(path, tokenizer=tokenizer)
@@ -174,129 +182,162 @@ def load_teacher(
     return teacher.requires_grad_(False)
 
 
-def from_teacher(
-    model: nn.Module, outputs: CausalLMOutput, teacher: nn.Module, batch: Batch, **how: Any
+def distillation_loss(
+    model: nn.Module, outputs: CausalLMOutput, teacher: nn.Module, batch: Batch, **settings: Any
 ) -> Tensor:
-    """D(p_T ‖ p_S), summed over a batch's trained tokens; `how`: temperature and divergence."""
+    """D(p_T ‖ p_S), summed over the label tokens of a batch.
+
+    Args:
+        settings: temperature and divergence.
+    """
     with torch.no_grad():
         states = teacher.model(**batch.inputs, use_cache=False).last_hidden_state
     return divergence_sum(
-        outputs.hidden_states[-1][:, :-1],
-        unwrapped(model).lm_head.weight,
+        outputs.hidden_states[-1][:, :-1],  # the state at t predicts token t + 1
+        unwrap(model).lm_head.weight,
         states[:, :-1],
         teacher.lm_head.weight,
         batch.labels[:, 1:],
-        **how,
+        **settings,
     )
 
 
-@uncompiled
+@eager
 @torch.no_grad()
-def held_out_kl(run: Run, model: nn.Module, teacher: nn.Module, rows: Rows) -> float:
-    """KL(p_T ‖ p_S) of a held-out token at temperature 1, whatever is trained, in nats."""
-    model = unwrapped(model).eval()
-    total = labelled = 0.0
-    mine = range(run.rank, len(rows), run.ranks)
-    for at in range(0, len(mine), run.args.batch_size):
-        chunk = [rows[row] for row in mine[at : at + run.args.batch_size]]
-        batch = collate(chunk, run.tokenizer.pad_token_id).to(run.device)
-        with autocast(run.device, run.dtype):
+def evaluate_kl(
+    ctx: Context,
+    model: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PackedDataset,
+) -> float:
+    """KL(p_T ‖ p_S) per held-out label token in nats, at temperature 1 whatever is trained."""
+    model = unwrap(model).eval()
+    total = num_label_tokens = 0.0
+    settings = dict(temperature=1.0, divergence=kl)
+    local = range(ctx.rank, len(data), ctx.world_size)
+    for at in range(0, len(local), ctx.args.batch_size):
+        sequences = [data[index] for index in local[at : at + ctx.args.batch_size]]
+        batch = collate(sequences, tokenizer.pad_token_id).to(ctx.device)
+        with ctx.autocast():
             outputs = model(**batch.inputs, output_hidden_states=True, return_logits=False)
-            total += from_teacher(model, outputs, teacher, batch, temperature=1.0, divergence=kl)
-        labelled += batch.labelled
+            total += distillation_loss(model, outputs, teacher, batch, **settings)
+        num_label_tokens += batch.num_label_tokens
     model.train()
-    total, labelled = run.sum_over_ranks(float(total), labelled)
-    return total / max(1, labelled)
+    total, num_label_tokens = ctx.all_reduce_sum(float(total), num_label_tokens)
+    return total / max(1, num_label_tokens)
 
 
 # -- on-policy -------------------------------------------------------------------------------------
 
 
-def own_turn(step: int, share: float) -> bool:
-    """Whether this update is one of the student's own answers: of any n in a row, n · share are."""
+def is_on_policy_step(step: int, share: float) -> bool:
+    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
-def questions(batch: Batch) -> list[Prompt]:
-    """Each document of a batch up to where its last answer begins."""
+def prompts_of(batch: Batch) -> list[Prompt]:
+    """Each document of a batch, up to where its last answer begins."""
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
     for ids, labels, positions in zip(*(each.cpu().numpy() for each in tensors), strict=True):
-        trained = labels != IGNORED
+        is_label = labels != IGNORED
         edges = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
         for start, end in pairwise(edges):
-            places = np.flatnonzero(trained[start:end])
+            places = np.flatnonzero(is_label[start:end])
             if len(places) == 0:
                 continue
             breaks = np.flatnonzero(np.diff(places) > 1)
             begins = places[breaks[-1] + 1] if len(breaks) else places[0]
-            asked = ids[start : start + begins]
-            found.append(Prompt(zlib.crc32(asked.tobytes()), [], asked.tolist(), None))
+            prompt = ids[start : start + begins]
+            found.append(Prompt(zlib.crc32(prompt.tobytes()), [], prompt.tolist(), None))
     return found
 
 
-def own_answers(run: Run, model: nn.Module, window: Window) -> tuple[Window, dict[str, float]]:
-    """The questions of a window with answers of the student's, and figures for the log."""
-    prompts = [prompt for batch in window for prompt in questions(batch)]
-    completions = roll_out(run, model, prompts, temperature=1.0)
-    answered = run.count(Window(micro_batches(run, completions)))
-    return answered, shares(run, len(completions), lengths_and_ends(completions))
+def generate_on_policy(
+    run: Run, model: nn.Module, global_batch: GlobalBatch
+) -> tuple[GlobalBatch, dict[str, Metric]]:
+    """The questions of a global batch with the student's own answers, and metrics of these."""
+    ctx, tokenizer = run.ctx, run.tokenizer
+    prompts = [prompt for batch in global_batch for prompt in prompts_of(batch)]
+    completions = generate_completions(
+        ctx, model, tokenizer, prompts, step=run.step, temperature=1.0
+    )
+    run.metrics.add_tokens(sum(len(each.tokens) for each in completions))
+    size = ctx.args.update_batch_size
+    batches = micro_batches(completions, size, tokenizer.pad_token_id, ctx.device)
+    return GlobalBatch.of(ctx, batches), completion_stats(completions)
 
 
 # -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     teacher = load_teacher(args, tokenizer, model.config)
-    run = Run(args, "full_dist", model.config, tokenizer)
-    rows, held_out = read_rows(run, "conversations")
-    loader = run.loader(rows)
-    run.announce(model, rows, held_out)
-    run.identity["teacher"] = hash_of(*halves(teacher.state_dict()).values())
+    train_data, val_data = load_packed(ctx, tokenizer, "conversations")
+    weights = hash_of(*halves(teacher.state_dict()).values())
+    fingerprint = {"teacher": weights}  # a run with another teacher is another run
+    run = Run(ctx, "full_dist", model, tokenizer, train_data, val_data, fingerprint=fingerprint)
     parameters = count_parameters(teacher) / 1e6
-    run.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
+    ctx.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
 
-    model, teacher = run.distribute(model), teacher.to(run.device)
+    model, teacher = prepare_model(ctx, model), teacher.to(ctx.device)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
-    how = dict(temperature=args.temperature)
-    how["divergence"] = partial(divergence, kind=args.divergence, mixture=args.mixture)
+    settings = dict(temperature=args.temperature)
+    settings["divergence"] = partial(divergence, kind=args.divergence, mixture=args.mixture)
 
-    for window in run.steps(loader):
-        alpha, figures = args.alpha, defaultdict(float)
-        if own_turn(run.step, args.on_policy):
+    for global_batch in run.steps():
+        # On-policy steps: the student's own answers in place of the data's. They are no ground
+        # truth, so there is no cross-entropy on them.
+        alpha, metrics = args.alpha, {}
+        if is_on_policy_step(run.step, args.on_policy):
             alpha = 0.0
-            window, about = own_answers(run, model, window)
-            figures.update(about)
-        for batch in window:
+            global_batch, metrics = generate_on_policy(run, model, global_batch)
+
+        # Forward and backward.
+        num_label_tokens = global_batch.num_label_tokens  # of all ranks
+        ce_sum = soft_sum = 0.0  # over this rank's tokens, for the log
+        for batch in global_batch:
             loss = 0.0
-            with run.forward(model, sync=batch is window[-1]):
+            with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(
                     **batch.inputs,
                     labels=batch.labels if alpha else None,
-                    num_items_in_batch=window.labelled,
-                    return_logits=False,
+                    num_items_in_batch=num_label_tokens,
+                    return_logits=False,  # neither model's [B, T, V] is ever whole in memory
                     output_hidden_states=True,
                 )
                 if alpha > 0:
                     loss = alpha * outputs.loss
-                    figures["ce"] += outputs.loss.detach()
+                    ce_sum += outputs.loss.detach() * num_label_tokens
                 if alpha < 1:
-                    soft = from_teacher(model, outputs, teacher, batch, **how) / window.labelled
-                    loss = loss + (1 - alpha) * args.temperature**2 * soft
-                    figures["divergence"] += soft.detach()
-            run.backward(loss, window.balance_loss(batch, outputs))
+                    soft = distillation_loss(model, outputs, teacher, batch, **settings)
+                    soft_sum += soft.detach()
+                    # without τ² the balance of both terms would depend on the temperature
+                    loss = loss + (1 - alpha) * args.temperature**2 * (soft / num_label_tokens)
+            run.backward(loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            val_figures = held_out_loss(run, model, held_out)
-            val_figures["val_kl"] = held_out_kl(run, model, teacher, held_out)
-            run.log_evaluation(answer(run, model, args.sample_prompt), **val_figures)
-        run.log(**figures)
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            val_metrics = evaluate_loss(ctx, model, tokenizer, val_data)
+            val_metrics["eval_kl"] = evaluate_kl(ctx, model, teacher, tokenizer, val_data)
+            sample = sample_answer(ctx, model, tokenizer, args.sample_prompt)
+            run.log_evaluation(sample, **val_metrics)
+        local_labels = sum(batch.num_label_tokens for batch in global_batch)
+        if alpha > 0:
+            metrics["ce"] = (ce_sum, local_labels)
+        if alpha < 1:
+            metrics["divergence"] = (soft_sum, local_labels)
+        run.log(**metrics)
         run.save_every(model, optimizer)
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

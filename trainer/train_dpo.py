@@ -1,13 +1,16 @@
-"""DPO: make the chosen answer likelier than the rejected one (Rafailov 2023, arXiv 2305.18290).
+"""DPO: raise the probability of the chosen answer over the rejected one, relative to a reference.
+
+Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290):
 
     L = −log σ( β · [ log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x) ] )         (eq. 7)
 
-x is the prompt, y_w the chosen and y_l the rejected answer, π the model that is trained, π_ref the
-one it starts from, and log π(y|x) the sum over the answer's tokens. β·log π/π_ref is the reward
-that the model implies: `accuracy` is how often the chosen answer has more of it, `margin` by how
-much. At first π is π_ref, every margin 0 and the loss ln 2 = 0.693.
+x is the prompt, y_w the chosen and y_l the rejected answer, π the policy that is trained, π_ref
+the reference (the model it starts from), and log π(y|x) the sum over the answer's tokens.
+β·log π/π_ref is the implicit reward: `rewards/accuracies` is how often the chosen answer has the
+higher one, `rewards/margins` by how much. At first π is π_ref, every margin is 0 and the loss is
+ln 2 = 0.693.
 
---label_smoothing ε says that a share ε of the pairs is labelled the wrong way round (cDPO):
+--label_smoothing ε assumes that a share ε of the pairs has its labels swapped (cDPO):
 
     L = −(1 − ε)·log σ(β·h) − ε·log σ(−β·h)                h: the brackets above
 
@@ -19,13 +22,15 @@ as means over each answer's tokens, as its authors advise and trl has it:
 --sft_weight α adds −α/|y_w| · log π(y_w|x), so that the chosen answer does not lose probability
 together with the rejected one (RPO, arXiv 2404.19733, eq. 1).
 
-Departures: π_ref's log-probabilities are computed once and kept on disk (reference.py). Pairs with
-a side longer than --max_seq_len are left out. With --use_lora 1 only an addition is trained
-(model_lora.py), and π_ref is the model without it.
+Departures from the paper:
+1. π_ref's log-probabilities are computed once, before training, and kept on disk (reference.py).
+2. Pairs with a side longer than --max_seq_len are left out, not truncated.
+3. With --use_lora 1 only an adapter is trained (model_lora.py), and π_ref is the model without it.
 
     python trainer/train_dpo.py --data_path dataset/dpo.jsonl
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -33,18 +38,22 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from dataset.pairs import Pairs, collate_pairs
+from dataset.pairs import PreferenceDataset, collate_pairs
 from model.command_line import option
 from model.errors import UserError
 from model.model_lora import add_lora, save_lora
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
-from trainer.common.command import run_stage
-from trainer.common.evaluation import answer, over_pairs, pair_figures
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.evaluation import map_pairs, sample_answer
+from trainer.common.metrics import mean_of, pair_metrics
 from trainer.common.optimizers import make_optimizer
-from trainer.rl.reference import add_reference, completion_log_probs
-from trainer.trainer_utils import Run, read_pairs, starting_model
+from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.rl.reference import completion_log_probs, precompute_ref_log_probs
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -96,79 +105,98 @@ def dpo_loss(
         reference: [N, 2] log π_ref(y|x).
         lengths: [N, 2] tokens of each answer.
     """
-    log_ratios = policy - reference  # [N, 2]
+    log_ratios = policy - reference  # [N, 2]; sums over tokens: log π(y|x) is the whole answer's
     if loss_type == "ipo":
-        log_ratios = log_ratios / lengths
+        log_ratios = log_ratios / lengths  # IPO's target margin is one size for all lengths
     chosen, rejected = log_ratios.unbind(1)
-    h = chosen - rejected  # [N]
+    h = chosen - rejected  # [N]; the prompt's partition function Z(x) cancels here
     if loss_type == "ipo":
-        losses = (h - 1 / (2 * beta)) ** 2
+        losses = (h - 1 / (2 * beta)) ** 2  # a margin beyond the target costs too
     else:
-        right, wrong = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
-        losses = -(1 - label_smoothing) * right - label_smoothing * wrong
+        # logsigmoid(−z) is log(1 − σ(z)), computed without the rounding of 1 − σ(z)
+        as_labelled, swapped = F.logsigmoid(beta * h), F.logsigmoid(-beta * h)
+        losses = -(1 - label_smoothing) * as_labelled - label_smoothing * swapped
     if sft_weight:
         losses = losses - sft_weight * policy[:, 0] / lengths[:, 0]
     return losses
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     if args.use_lora:
         add_lora(model, args.settings())
-    run = Run(args, "lora/dpo" if args.use_lora else "dpo", model.config, tokenizer)
-    pairs, held_out = read_pairs(run)
-    loader = run.loader(pairs, partial(collate_pairs, packing=args.packing))
-    run.announce(model, pairs, held_out)
+    train_data, val_data = load_pairs(ctx, tokenizer)
+    collate = partial(collate_pairs, packing=args.packing)
+    stage = "lora/dpo" if args.use_lora else "dpo"
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate)
 
-    model = run.distribute(model)
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
-    for some in (pairs, held_out) if held_out else (pairs,):
-        add_reference(run, model, some)
+    # The reference is the model as it is now: before --resume loads trained weights into it.
+    for data in (train_data, val_data) if val_data else (train_data,):
+        precompute_ref_log_probs(ctx, model, tokenizer, data)
     run.resume(model, optimizer)
-    loss_of = partial(
+    loss_function = partial(
         dpo_loss,
         beta=args.beta,
         loss_type=args.loss_type,
         label_smoothing=args.label_smoothing,
         sft_weight=args.sft_weight,
     )
-    no_margin = torch.zeros(1, 2)
-    first = loss_of(no_margin, no_margin, no_margin + 1).item()
-    run.print(f"loss: {first:.3f} at the start, when the policy is the reference; then it falls")
+    zeros = torch.zeros(1, 2)
+    initial_loss = loss_function(zeros, zeros, zeros + 1).item()
+    ctx.print(f"loss: {initial_loss:.3f} at the start, when policy and reference are equal")
     save = partial(save_lora, settings=args.settings()) if args.use_lora else None
 
-    for window in run.steps(loader):
+    for global_batch in run.steps():
+        # Forward and backward.
         rewards = []
-        for batch in window:
-            with run.forward(model, sync=batch is window[-1]):
+        for batch in global_batch:
+            with run.forward(model, sync=batch is global_batch[-1]):
+                # Both sides of a pair in one forward pass. The prompt's tokens have no label, so
+                # that only the answer's log-probs are summed.
                 outputs = model(**batch.inputs, labels=batch.labels, return_log_probs=True)
-                policy = batch.sums(outputs.log_probs)  # [N, 2]
-                losses = loss_of(policy, batch.reference, batch.completion)
-            run.backward(losses.sum() / window.rows, window.balance_loss(batch, outputs))
-            rewards.append(args.beta * (policy.detach() - batch.reference))
+                policy = batch.sum_log_probs(outputs.log_probs)  # [N, 2]
+                losses = loss_function(policy, batch.ref_log_probs, batch.completion_lengths)
+            # a mean over the pairs of all ranks, whatever their number in this micro-batch
+            aux_loss = global_batch.aux_loss(batch, outputs)
+            run.backward(losses.sum() / global_batch.num_samples, aux_loss)
+            # detached: the implicit reward is only logged
+            rewards.append(args.beta * (policy.detach() - batch.ref_log_probs))
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            figures = held_out_loss(run, model, held_out, loss_of)
-            run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
-        run.log(**pair_figures(torch.cat(rewards), window.rows))
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            metrics = evaluate_pairs(ctx, model, tokenizer, val_data, loss_function)
+            run.log_evaluation(sample_answer(ctx, model, tokenizer, args.sample_prompt), **metrics)
+        run.log(**pair_metrics(torch.cat(rewards), "rewards/"))
         run.save_every(model, optimizer, save=save)
     return run.finish()
 
 
-def held_out_loss(run: Run, model: nn.Module, pairs: Pairs, loss_of) -> dict[str, float]:
+def evaluate_pairs(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PreferenceDataset,
+    loss_function: Callable,
+) -> dict[str, float]:
     """Loss, accuracy and margin on held-out pairs."""
-    policy = over_pairs(run, model, pairs, completion_log_probs)
+    policy = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs)
     reference, lengths = (
-        torch.as_tensor(each, device=run.device) for each in (pairs.reference, pairs.completion)
+        torch.as_tensor(each, device=ctx.device)
+        for each in (pairs.ref_log_probs, pairs.completion_lengths)
     )
-    figures = pair_figures(run.args.beta * (policy - reference), len(pairs))
+    metrics = pair_metrics(ctx.args.beta * (policy - reference), "rewards/")
     return {
-        "val_loss": loss_of(policy, reference, lengths).mean().item(),
-        "val_accuracy": figures["accuracy"].item(),
-        "val_margin": figures["margin"].item(),
+        "eval_loss": loss_function(policy, reference, lengths).mean().item(),
+        "eval_rewards/accuracies": mean_of(metrics["rewards/accuracies"]),
+        "eval_rewards/margins": mean_of(metrics["rewards/margins"]),
     }
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

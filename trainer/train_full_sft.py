@@ -2,9 +2,9 @@
 
     L = −1/N · Σ m_t · log p(x_t | x_1 … x_{t−1})
 
-the loss of pretraining, but m_t is 1 only for the tokens that the assistant writes, the <|im_end|>
-that ends its turn included, and N counts those alone: the model learns to answer and to stop, not
-to ask. The mask comes from the chat template; `python scripts/show_batch.py` shows it.
+The loss of pretraining with a loss mask m: m_t is 1 for the tokens that the assistant writes, with
+the <|im_end|> that ends its turn, and 0 for all others; N = Σ m_t. The model learns to answer and
+to stop, not to ask. The mask comes from the chat template; `python scripts/show_batch.py` shows it.
 
     python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_mini_512.jsonl
 """
@@ -15,10 +15,12 @@ from typing import Any
 from model.command_line import option
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, TrainArgs
-from trainer.common.command import run_stage
-from trainer.common.evaluation import answer, held_out_loss
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss, sample_answer
 from trainer.common.optimizers import make_optimizer
-from trainer.trainer_utils import Run, read_rows, starting_model
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -33,35 +35,45 @@ class Args(TrainArgs):
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup. Every rank does the same: the data's order depends on the seed alone.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = starting_model(args, tokenizer)
-    run = Run(args, "full_sft", model.config, tokenizer)
-    rows, held_out = read_rows(run, "conversations")
-    loader = run.loader(rows)
-    run.announce(model, rows, held_out)
+    model = init_model(args, tokenizer)
+    train_data, val_data = load_packed(ctx, tokenizer, "conversations")
+    run = Run(ctx, "full_sft", model, tokenizer, train_data, val_data)
 
-    model = run.distribute(model)
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
-        for batch in window:
-            with run.forward(model, sync=batch is window[-1]):
+    for global_batch in run.steps():
+        # Forward and backward: gradients of the micro-batches add up to one step's gradient.
+        for batch in global_batch:
+            # ranks exchange gradients once a step, with the last micro-batch
+            with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(
                     **batch.inputs,
+                    # unshifted: the model compares logit t with label t + 1; -100 wherever the
+                    # token is not the assistant's, which is read but not learnt
                     labels=batch.labels,
-                    num_items_in_batch=window.labelled,
-                    return_logits=False,
+                    # Each micro-batch's loss is a sum over its tokens, divided by the number of
+                    # label tokens in the whole global batch. A mean per micro-batch would count a
+                    # token more in a micro-batch that has few of them.
+                    num_items_in_batch=global_batch.num_label_tokens,
+                    return_logits=False,  # [B, T, V] would be the largest tensor of the step
                 )
-            run.backward(outputs.loss, window.balance_loss(batch, outputs))
+            run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
+        # Update: clip the gradient, set the learning rate, step.
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            figures = held_out_loss(run, model, held_out)
-            run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample = sample_answer(ctx, model, tokenizer, args.sample_prompt)
+            run.log_evaluation(sample, **evaluate_loss(ctx, model, tokenizer, val_data))
         run.log()
         run.save_every(model, optimizer)
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

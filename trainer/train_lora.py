@@ -1,9 +1,10 @@
-"""LoRA: fine-tune a chat model for a persona or a domain by a small addition to its matrices.
+"""LoRA: fine-tune a chat model for a persona or a domain by low-rank adapters of its matrices.
 
-    W·x + alpha/r · B·A·x         (Hu et al. 2021, arXiv 2106.09685, eq. 3)
+    h = W·x + alpha/r · B·A·x         (Hu et al. 2021, arXiv 2106.09685, eq. 3)
 
-W is frozen; --lora_r rows of A and columns of B are trained, by the loss of train_full_sft.py. The
-layer is in model/model_lora.py. The additions alone are saved, out/lora/{name}_{hidden_size}.pth.
+W is frozen; A (--lora_r rows) and B (--lora_r columns) are trained with the loss of
+train_full_sft.py. The layer is in model/model_lora.py. Only the adapter is saved, as
+out/lora/{name}_{hidden_size}.pth.
 
     python trainer/train_lora.py --data_path dataset/lora_identity.jsonl
     python eval_llm.py --lora_weight lora_identity
@@ -19,10 +20,12 @@ from model.errors import UserError
 from model.model_lora import add_lora, lora_state, save_lora
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
-from trainer.common.command import run_stage
-from trainer.common.evaluation import answer, held_out_loss
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss, sample_answer
 from trainer.common.optimizers import make_optimizer
-from trainer.trainer_utils import Run, read_rows, starting_model
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -39,49 +42,56 @@ class Args(LoraArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.save_weight:
-            raise UserError("--save_weight: an addition has its name from --lora_name")
+            raise UserError("--save_weight is not for LoRA: --lora_name names the adapter")
 
     @property
     def stage(self) -> str:
-        """lora/ and the name: where the addition is saved under save_dir."""
+        """lora/ and the name: where the adapter is saved below save_dir."""
         data_file = Path(self.data_path[0]).name
         return "lora/" + (self.lora_name or data_file.removesuffix(".gz").removesuffix(".jsonl"))
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     settings = args.settings()
+    # Freezes all weights and adds A and B. B starts at 0, so that the first step sees the base
+    # model; with A at 0 too, neither would ever get a gradient.
     add_lora(model, settings)
-    run = Run(args, args.stage, model.config, tokenizer)
-    rows, held_out = read_rows(run, "conversations")
-    loader = run.loader(rows)
-    run.announce(model, rows, held_out)
-    trained = sum(weight.numel() for weight in lora_state(model).values())
-    run.print(f"LoRA: {trained:,} parameters are trained, rank {args.lora_r}")
+    train_data, val_data = load_packed(ctx, tokenizer, "conversations")
+    run = Run(ctx, args.stage, model, tokenizer, train_data, val_data)
+    trainable = sum(weight.numel() for weight in lora_state(model).values())
+    ctx.print(f"LoRA: {trainable:,} trainable parameters, rank {args.lora_r}")
 
-    model = run.distribute(model)
+    model = prepare_model(ctx, model)
+    # takes the trainable parameters only: no gradients and moments for frozen ones, which is what
+    # LoRA saves in memory
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
-        for batch in window:
-            with run.forward(model, sync=batch is window[-1]):
+    for global_batch in run.steps():
+        # Forward and backward, as in train_full_sft.py.
+        for batch in global_batch:
+            with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(
                     **batch.inputs,
-                    labels=batch.labels,
-                    num_items_in_batch=window.labelled,
+                    labels=batch.labels,  # -100 wherever the token is not the assistant's
+                    num_items_in_batch=global_batch.num_label_tokens,  # of all ranks
                     return_logits=False,
                 )
-            run.backward(outputs.loss, window.balance_loss(batch, outputs))
+            run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            figures = held_out_loss(run, model, held_out)
-            run.log_evaluation(answer(run, model, args.sample_prompt), **figures)
+
+        # Evaluate, log, and save the adapter alone.
+        if val_data and run.is_due(args.eval_interval):
+            sample = sample_answer(ctx, model, tokenizer, args.sample_prompt)
+            run.log_evaluation(sample, **evaluate_loss(ctx, model, tokenizer, val_data))
         run.log()
         run.save_every(model, optimizer, save=partial(save_lora, settings=settings))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -2,14 +2,13 @@
 
     L = −log σ( r(x, y_w) − r(x, y_l) )            (Bradley and Terry 1952; arXiv 2203.02155, eq. 1)
 
-x is the prompt, y_w the chosen and y_l the rejected answer. r is the language model with a head of
-one output in place of the vocabulary's, read at the last token of the answer, the <|im_end|> that
-ends it. Only differences are learnt: where r is 0 means nothing. At first r is 0 everywhere and the
-loss ln 2 = 0.693.
+x is the prompt, y_w the chosen and y_l the rejected answer. r is the language model with a scalar
+head instead of the language-model head, read at the last token of the answer, its <|im_end|>. The
+loss depends on differences only, so the zero point of r has no meaning. The head starts at 0, and
+the loss at ln 2 = 0.693.
 
-Saved as out/reward_{hidden_size}.pth; `load_scoring_model` (model/weights.py) reads it. Among the
-figures in its .json are the mean and the standard deviation of the scores of held-out answers, by
-which they can be brought to one scale.
+Saved as out/reward_{hidden_size}.pth, which `load_scoring_model` (model/weights.py) reads. The
+.json beside it holds mean and standard deviation of the scores of held-out answers.
 
     python trainer/train_reward.py --data_path dataset/dpo.jsonl
 """
@@ -21,16 +20,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from dataset.pairs import PairBatch, Pairs, collate_pairs
+from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
 from model.command_line import option
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.common.command import run_stage
-from trainer.common.evaluation import over_pairs, pair_figures
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.evaluation import map_pairs
+from trainer.common.metrics import mean_of, pair_metrics
 from trainer.common.optimizers import make_optimizer
-from trainer.trainer_utils import Run, read_pairs, starting_model
+from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -52,50 +55,61 @@ def bradley_terry_loss(scores: Tensor) -> Tensor:
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = MiniMindForScoring.on(starting_model(args, tokenizer))
-    run = Run(args, "reward", model.config, tokenizer)
-    pairs, held_out = read_pairs(run)
-    loader = run.loader(pairs, partial(collate_pairs, packing=args.packing))
-    run.announce(model, pairs, held_out)
+    model = MiniMindForScoring.on(init_model(args, tokenizer))
+    train_data, val_data = load_pairs(ctx, tokenizer)
+    collate = partial(collate_pairs, packing=args.packing)
+    run = Run(ctx, "reward", model, tokenizer, train_data, val_data, collate=collate)
 
-    model = run.distribute(model)
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
+    for global_batch in run.steps():
+        # Forward and backward.
         scores = []
-        for batch in window:
-            with run.forward(model, sync=batch is window[-1]):
+        for batch in global_batch:
+            with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(**batch.inputs)
-                scores.append(batch.at_the_ends(outputs.scores))  # [N, 2]
+                # Only the last token has seen the whole answer; a causal model's scores of earlier
+                # tokens would judge half of it.
+                scores.append(batch.gather_last(outputs.scores))  # [N, 2]
                 losses = bradley_terry_loss(scores[-1])
-            run.backward(losses.sum() / window.rows, window.balance_loss(batch, outputs))
+            # a mean over the pairs of all ranks
+            aux_loss = global_batch.aux_loss(batch, outputs)
+            run.backward(losses.sum() / global_batch.num_samples, aux_loss)
         run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            run.log_evaluation(**held_out_loss(run, model, held_out))
-        run.log(**pair_figures(torch.cat(scores).detach(), window.rows))
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            run.log_evaluation(**evaluate_pairs(ctx, model, tokenizer, val_data))
+        run.log(**pair_metrics(torch.cat(scores).detach()))
         run.save_every(model, optimizer)
     return run.finish()
 
 
-def end_scores(model: nn.Module, batch: PairBatch) -> Tensor:
-    """[N, 2] of both sides of each pair."""
-    return batch.at_the_ends(model(**batch.inputs).scores)
+def end_scores(model: nn.Module, batch: PreferenceBatch) -> Tensor:
+    """[N, 2] scores of both sides of each pair."""
+    return batch.gather_last(model(**batch.inputs).scores)
 
 
-def held_out_loss(run: Run, model: nn.Module, pairs: Pairs) -> dict[str, float]:
-    """Loss, accuracy and margin on held-out pairs, and how their scores are spread."""
-    scores = over_pairs(run, model, pairs, end_scores)
-    figures = pair_figures(scores, len(pairs))
+def evaluate_pairs(
+    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: PreferenceDataset
+) -> dict[str, float]:
+    """Loss, accuracy and margin on held-out pairs, with mean and standard deviation of the scores,
+    by which a user of the model can normalise them."""
+    scores = map_pairs(ctx, model, tokenizer, pairs, end_scores)
+    metrics = pair_metrics(scores)
     return {
-        "val_loss": bradley_terry_loss(scores).mean().item(),
-        "val_accuracy": figures["accuracy"].item(),
-        "val_margin": figures["margin"].item(),
+        "eval_loss": bradley_terry_loss(scores).mean().item(),
+        "eval_accuracy": mean_of(metrics["accuracy"]),
+        "eval_margin": mean_of(metrics["margin"]),
         "score_mean": scores.mean().item(),
         "score_std": scores.std(correction=0).item(),
     }
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -25,7 +25,7 @@ a GPU --batch_size rows), at most a full batch: while much is to learn, few rows
 class TrainArgs:
     """The arguments of every trainer. A stage's own class changes defaults and adds its own."""
 
-    rows_flag = "batch_size"  # no flag itself: the one that says how many rows go through at once
+    batch_size_flag = "batch_size"  # not a flag: names the one that limits a forward pass
 
     data_path: list[str] = option([], "JSONL file(s) to train on, .jsonl or .jsonl.gz")
     val_path: list[str] = option([], "held-out file(s); default: a share of data_path")

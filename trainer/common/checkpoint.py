@@ -1,13 +1,16 @@
-"""What a run must remember to go on as if it had never stopped: `checkpoints/`, for --resume.
+"""Checkpoints: what a run needs to go on as if it had never stopped (`checkpoints/`, --resume).
 
-A checkpoint holds weights and optimizer in float32, every random state, the place in the data, the
-log, and the identity of the run: its arguments, the model's config, and hashes of data and
-tokenizer, so that another run is not taken for this one.
+A checkpoint holds weights and optimizer in float32, the random states of all ranks, the position in
+the data, the log, and the run's fingerprint (arguments, model config, hashes of data and
+tokenizer), so that another run's checkpoint is refused.
 """
 
 import hashlib
+import os
 import random
-from dataclasses import asdict
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.packing import Rows
+from dataset.packing import TrainingData
 from model.errors import UserError
-from model.weights import halves, tokenizer_hash
+from model.weights import atomic_write, halves, tokenizer_hash
+from trainer.common.context import Context
+from trainer.common.metrics import MetricLog
 
-PARTS = set(
-    "model optimizer scaler random progress pending records identity rows_per_update".split()
+KEYS = set(
+    "model optimizer scaler rng_states progress metrics history fingerprint "
+    "global_batch_size".split()
 )
+MAX_SKIPPED_IN_A_ROW = 5  # non-finite updates that end a run
+SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
 # Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
 # cut into batches. Data, tokenizer and first weights are compared by what they hold.
 MAY_CHANGE = set(
@@ -34,19 +42,50 @@ MAY_CHANGE = set(
 )
 
 
-def identity_of(
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # optimizer steps
+    samples_seen: int = 0  # position in the data, all epochs together
+    tokens: int = 0  # trained, without padding
+    seconds: float = 0.0  # of training, without evaluation and saving
+    skipped: int = 0  # updates whose gradient was not finite
+    skipped_in_a_row: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)  # the latest
+    changed_fraction: float | None = None  # of the float16 weights, since the start
+    tracker_id: str | None = None  # under which wandb or SwanLab knows the run
+
+    def skip_update(self, scaled: bool, print: Callable[[str], None]) -> None:
+        """Count an update whose gradient is not finite; several in a row raise a UserError.
+
+        `scaled`: float16's loss scale starts at 2^16 and is halved at each overflow until it fits,
+        so that some skipped updates are normal.
+        """
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if not scaled:
+            print(f"step {self.step}: the gradient is not finite; this update is skipped")
+        allowed = MAX_SKIPPED_IN_A_ROW + 16 * scaled
+        if self.skipped_in_a_row == allowed:
+            raise UserError(
+                f"{allowed} updates in a row were not finite, the last at step {self.step}; try "
+                "a lower --learning_rate, more --warmup_steps, or --dtype float32"
+            )
+
+
+def fingerprint_of(
     args: Any,
     stage: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    data: TrainingData,
 ) -> dict[str, Any]:
-    """What makes a run this one and no other.
+    """What tells this run from any other.
 
     Args:
-        model: as it is before the first update. Only loaded weights count, since new ones follow
-            from the seed.
-        rows: what is trained: all of the data, or without a held-out share of it.
+        model: before its first update. Only loaded weights are hashed: new ones follow from the
+            seed.
     """
     arguments = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
     sizes = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
@@ -55,8 +94,8 @@ def identity_of(
         **arguments,
         **sizes,
         "stage": stage,
-        "data": rows.description,
-        "documents trained": hash_of(np.ascontiguousarray(rows.chosen)),
+        "data": data.fingerprint,
+        "documents trained": hash_of(np.ascontiguousarray(data.indices)),
         "tokenizer": tokenizer_hash(tokenizer),
         "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
     }
@@ -69,30 +108,130 @@ def hash_of(*arrays: np.ndarray | Tensor) -> str:
     return sha.hexdigest()[:16]
 
 
-def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The checkpoint of the run of that identity.
+# -- writing and reading ---------------------------------------------------------------------------
+
+
+def check_writable(directory: str) -> None:
+    """UserError now, rather than after hours of training."""
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: Any,
+    scaler: Any,
+    progress: Progress,
+    metrics: MetricLog,
+    extra_state: Any = None,
+    **plain: Any,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        extra_state: whatever else the algorithm must remember, with a state_dict().
+        plain: the other parts, as they are: rng_states, fingerprint, global_batch_size.
+    """
+    checkpoint = {
+        "model": trainable_state(model),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "progress": asdict(progress),
+        "metrics": metrics.state_dict(),
+        "history": metrics.history,
+        "extra_state": extra_state and extra_state.state_dict(),
+        **plain,
+    }
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint of the run with this fingerprint; `restore` puts it to use.
 
     Raises:
-        UserError: the file cannot be read or is no checkpoint, or is another run's (which names
-            the first thing that differs).
+        UserError: the file cannot be read or is no checkpoint, or is another run's (names the first
+            thing that differs).
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = PARTS - checkpoint.keys()
+        checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True))
+        missing = KEYS - checkpoint.keys()
     except (OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UserError(f"{path} is damaged; start anew without --resume") from error
     if missing:
         raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
-    for name, then in checkpoint["identity"].items():
-        now = identity.get(name, then)
+    for name, then in checkpoint["fingerprint"].items():
+        now = fingerprint.get(name, then)
         if now != then:
             raise UserError(
                 f"{path} was made with {name} {then!r}, and this run has {now!r}; give the same, "
                 "or start anew without --resume"
             )
     return checkpoint
+
+
+def restore(
+    checkpoint: dict[str, Any],
+    ctx: Context,
+    *,
+    model: nn.Module,
+    optimizer: Any,
+    scaler: Any,
+    metrics: MetricLog,
+    extra_state: Any = None,
+) -> Progress:
+    """Load a checkpoint's states; returns its progress. Frozen weights are not in it and stay."""
+    metrics.load_state_dict(checkpoint["metrics"])
+    metrics.history = checkpoint["history"]
+    if len(checkpoint["rng_states"]) == ctx.world_size:
+        restore_rng_state(checkpoint["rng_states"][ctx.rank], ctx.device)
+    frozen = model.state_dict().keys() - trainable_state(model).keys()
+    kept = {name: model.state_dict()[name] for name in frozen}
+    model.load_state_dict({**kept, **checkpoint["model"]})
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    if extra_state:
+        extra_state.load_state_dict(checkpoint["extra_state"])
+    if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was written without a scaler
+        scaler.load_state_dict(checkpoint["scaler"])
+    return Progress(**checkpoint["progress"])
+
+
+# Names of a checkpoint's parts until 2026-11: read for one version more.
+OLD_KEYS = {
+    "random": "rng_states",
+    "records": "history",
+    "identity": "fingerprint",
+    "rows_per_update": "global_batch_size",
+    "beside": "extra_state",
+}
+
+
+def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with today's names."""
+    if "identity" not in checkpoint:
+        return checkpoint
+    new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
+    names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
+    new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
+    pending = new.pop("pending")
+    new["metrics"] = {
+        **{name: pending[name] for name in ("steps", "tokens", "seconds", "expert_load")},
+        "sums": {name: (sum(v), len(v)) for name, v in pending["figures"].items()},
+        "loss_sum": pending["loss"],
+    }
+    for optimizer in new["optimizer"]:
+        for state in optimizer["state"].values():
+            if "average" in state:
+                state["momentum_buffer"] = state.pop("average")
+    return new
 
 
 # -- random states ---------------------------------------------------------------------------------
@@ -104,7 +243,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
+def rng_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator, in types that torch.load reads with weights_only."""
     version, numbers, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
@@ -112,36 +251,30 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "device": generator_of(device).get_rng_state() if device.type != "cpu" else None,
+        "device": device_rng(device).get_rng_state() if device.type != "cpu" else None,
     }
 
 
-def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["device"] is not None and device.type != "cpu":
-        generator_of(device).set_rng_state(state["device"])
+        device_rng(device).set_rng_state(state["device"])
 
 
-def generator_of(device: torch.device) -> Any:
-    """torch.cuda or torch.mps, which have the state of the current GPU's generator."""
+def device_rng(device: torch.device) -> Any:
+    """torch.cuda or torch.mps, which hold the state of the current GPU's generator."""
     return getattr(torch, device.type)
 
 
-# -- what rounding leaves of a training ------------------------------------------------------------
+# -- trainable weights -----------------------------------------------------------------------------
 
 
-def stored_values(model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters as a weight file holds them."""
-    parameters = model.named_parameters()
-    return halves({name: each for name, each in parameters if each.requires_grad})
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what is frozen."""
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen parameters."""
     return {
         name: each.detach()
         for name, each in model.state_dict(keep_vars=True).items()
@@ -149,11 +282,28 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def changed_share(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """The share of the stored values that are no longer what they were.
+def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters as a weight file holds them."""
+    parameters = model.named_parameters()
+    return halves({name: each for name, each in parameters if each.requires_grad})
 
-    Near a weight of 0.05 float16 knows steps of 3e-5: a training whose updates add up to less than
-    that leaves the file as it was, whatever its loss said.
+
+def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The share of float16 values that differ.
+
+    Near a weight of 0.05 the steps of float16 are 3e-5 wide: a training whose updates add up to
+    less leaves the weight file as it was, whatever its loss says.
     """
     changed = sum(int((after[name] != old).sum()) for name, old in before.items())
     return changed / max(1, sum(old.numel() for old in before.values()))
+
+
+def fp16_report(fraction: float) -> list[str]:
+    """Lines on how much of the training the float16 weights keep."""
+    lines = [f"{fraction:.1%} of the values stored in float16 differ from the start's"]
+    if fraction < SMALL_CHANGE:
+        lines.append(
+            "warning: most updates were too small for float16 and are lost in the saved weights; "
+            "raise --learning_rate, or train longer"
+        )
+    return lines

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from model.command_line import parse_arguments
 from model.errors import UserError, exit_on_user_error
-from trainer.report.recipes import with_recipe
+from trainer.common.hardware import is_oom
+from trainer.common.recipes import with_recipe
 
 WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 
 
-def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None:
+def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None) -> None:
     """The command line of a trainer: parse and train; a mistake or an accident ends it with one
     sentence and exit code 2, and no process group is left behind."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -28,7 +28,7 @@ def run_stage(main: Callable[[Any], Any], kind: type, about: str | None) -> None
     try:
         with exit_on_user_error():
             try:
-                main(parse_arguments(kind, about, with_recipe(sys.argv[1:], kind)))
+                main(parse_arguments(args_class, about, with_recipe(sys.argv[1:], args_class)))
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
                 forget_workers()
@@ -82,7 +82,7 @@ def accident(error: Exception) -> UserError | None:
                 f"the disk is full ({error.filename or error}); make room, and {go_on}"
             )
         return UserError(f"{error.filename or 'a file'}: {error.strerror or error}; {go_on}")
-    if out_of_memory(error):
+    if is_oom(error):
         return UserError(
             "out of memory; try a smaller --batch_size with more --accumulation_steps, "
             "--gradient_checkpointing 1, or a smaller model"
@@ -93,8 +93,3 @@ def accident(error: Exception) -> UserError | None:
             f"tells why, and {go_on}"
         )
     return None
-
-
-def out_of_memory(error: Exception) -> bool:
-    on_cpu = "can't allocate memory" in str(error)
-    return on_cpu or isinstance(error, torch.OutOfMemoryError)

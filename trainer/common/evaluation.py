@@ -10,47 +10,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, token_bytes
-from dataset.packing import IGNORED, Rows, collate
-from dataset.pairs import Pairs, collate_pairs
+from dataset.packing import IGNORED, PackedDataset, collate
+from dataset.pairs import PreferenceDataset, collate_pairs
 from model.inference.generation import generate
 from model.inference.sampling import Sampling
 from model.losses import cross_entropy_sum
-from trainer.common.hardware import autocast
-from trainer.trainer_utils import Run, unwrapped
+from trainer.common.context import Context, unwrap
+from trainer.common.hardware import oom_guard
 
 
-def uncompiled(evaluate: Callable) -> Callable:
-    """Blocks are compiled for training; caches and other shapes would each be compiled anew."""
+def eager(evaluate: Callable) -> Callable:
+    """Run without compiled blocks: they are compiled for the shapes of training, and a KV cache or
+    another shape would be compiled anew. The function's first argument is the context."""
 
     @wraps(evaluate)
-    def evaluate_eagerly(run: Run, *args, **settings) -> Any:
-        with run.compiler("force_eager"):
-            return evaluate(run, *args, **settings)
+    def evaluate_eagerly(ctx: Context, *args, **settings) -> Any:
+        with ctx.compiler_stance("force_eager"):
+            return evaluate(ctx, *args, **settings)
 
     return evaluate_eagerly
 
 
-@uncompiled
+@eager
 @torch.no_grad()
-def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
-    """Loss on held-out rows, which all ranks share out between them.
+def evaluate_loss(
+    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: PackedDataset
+) -> dict[str, float]:
+    """Loss on held-out sequences, which the ranks share out between them.
 
     Returns:
-        val_loss: nats per trained token.
-        val_bpb: bits per UTF-8 byte of the trained text, control tokens left out of both; unlike
-            the loss it can be compared between tokenizers.
+        eval_loss: nats per label token.
+        eval_bpb: bits per UTF-8 byte of the text that carries loss, without control tokens. Unlike
+            the loss, it can be compared between tokenizers.
     """
-    model = unwrapped(model)
-    sizes = token_bytes(run.tokenizer).to(run.device)
-    text_loss = control_loss = text_bytes = labelled = 0.0
+    model = unwrap(model)
+    sizes = token_bytes(tokenizer).to(ctx.device)  # [V], 0 for control tokens
+    text_loss = control_loss = text_bytes = num_label_tokens = 0.0
     model.eval()
-    mine = range(run.rank, len(rows), run.ranks)
-    for at in range(0, len(mine), run.args.batch_size):
-        chunk = mine[at : at + run.args.batch_size]
-        batch = collate([rows[row] for row in chunk], run.tokenizer.pad_token_id).to(run.device)
-        with autocast(run.device, run.dtype):
+    local = range(ctx.rank, len(data), ctx.world_size)
+    for at in range(0, len(local), ctx.args.batch_size):
+        sequences = [data[index] for index in local[at : at + ctx.args.batch_size]]
+        batch = collate(sequences, tokenizer.pad_token_id).to(ctx.device)
+        with ctx.autocast():
             hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
             is_text = (batch.labels != IGNORED) & (sizes[batch.labels.clamp(min=0)] > 0)
             text, control = (
@@ -59,51 +63,15 @@ def held_out_loss(run: Run, model: nn.Module, rows: Rows) -> dict[str, float]:
             )
         text_loss, control_loss = text_loss + text, control_loss + control
         text_bytes += sizes[batch.labels[is_text]].sum().item()
-        labelled += batch.labelled
+        num_label_tokens += batch.num_label_tokens
     model.train()
-    text_loss, control_loss, text_bytes, labelled = run.sum_over_ranks(
-        text_loss, control_loss, text_bytes, labelled
+    text_loss, control_loss, text_bytes, num_label_tokens = ctx.all_reduce_sum(
+        text_loss, control_loss, text_bytes, num_label_tokens
     )
     return {
-        "val_loss": (text_loss + control_loss) / max(1, labelled),
-        "val_bpb": text_loss / math.log(2) / max(1, text_bytes),
+        "eval_loss": (text_loss + control_loss) / max(1, num_label_tokens),
+        "eval_bpb": text_loss / math.log(2) / max(1, text_bytes),
     }
-
-
-@uncompiled
-@torch.no_grad()
-def over_pairs(
-    run: Run, model: nn.Module, pairs: Pairs, of_batch: Callable, title: str = ""
-) -> Tensor:
-    """What `of_batch(model, batch)` gives for both sides of every pair, [pairs, 2]; the ranks share
-    the pairs out between them. With a title, under a progress bar."""
-    model = unwrapped(model)
-    found = torch.zeros(len(pairs), 2, device=run.device)
-    order = np.argsort(pairs.lengths.max(1), kind="stable")  # little padding
-    starts = range(0, len(pairs), run.args.batch_size)[run.rank :: run.ranks]
-    model.eval()
-    for at in tqdm(starts, desc=title, leave=False, disable=not (title and run.is_main)):
-        some = order[at : at + run.args.batch_size]
-        batch = collate_pairs([pairs[pair] for pair in some], run.tokenizer.pad_token_id)
-        with run.memory_watched(), autocast(run.device, run.dtype):
-            found[some] = of_batch(model, batch.to(run.device)).float()
-    model.train()
-    if run.ranks > 1:
-        dist.all_reduce(found)
-    return found
-
-
-def pair_figures(values: Tensor, pairs: int) -> dict[str, Tensor]:
-    """How often and by how much the chosen side is valued higher.
-
-    Args:
-        values: [N, 2], such as rewards of chosen and rejected.
-        pairs: what sums are divided by: N, or how many pairs all ranks have.
-    """
-    chosen, rejected = values.unbind(1)
-    figures = dict(accuracy=chosen > rejected, margin=chosen - rejected)
-    figures |= dict(chosen_reward=chosen, rejected_reward=rejected)
-    return {name: figure.sum() / pairs for name, figure in figures.items()}
 
 
 def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
@@ -111,24 +79,64 @@ def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
     return loss.item()
 
 
-@uncompiled
-def continuation(run: Run, model: nn.Module, rows: Rows, length: int = 40) -> str:
-    """The beginning of the first held-out document, and how the model goes on from there."""
-    if not run.is_main:
+@eager
+@torch.no_grad()
+def map_pairs(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PreferenceDataset,
+    function: Callable,
+    title: str = "",
+) -> Tensor:
+    """`function(model, batch)` of both sides of every pair, [pairs, 2]; the ranks share the pairs
+    out between them. With a title, under a progress bar."""
+    model = unwrap(model)
+    values = torch.zeros(len(pairs), 2, device=ctx.device)
+    order = np.argsort(pairs.lengths.max(1), kind="stable")  # similar lengths: little padding
+    starts = range(0, len(pairs), ctx.args.batch_size)[ctx.rank :: ctx.world_size]
+    model.eval()
+    for at in tqdm(starts, desc=title, leave=False, disable=not (title and ctx.is_main)):
+        some = order[at : at + ctx.args.batch_size]
+        batch = collate_pairs([pairs[index] for index in some], tokenizer.pad_token_id)
+        with oom_guard(ctx.args), ctx.autocast():
+            values[some] = function(model, batch.to(ctx.device)).float()
+    model.train()
+    if ctx.world_size > 1:
+        dist.all_reduce(values)  # each pair is 0 on all ranks but one
+    return values
+
+
+@eager
+def sample_continuation(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PackedDataset,
+    length: int = 40,
+) -> str:
+    """The beginning of the first held-out document, and the model's greedy continuation."""
+    if not ctx.is_main:
         return ""
-    ids = rows[0][0]["input_ids"].tolist()
+    ids = data[0][0]["input_ids"].tolist()
     prompt = ids[: max(1, min(12, len(ids) // 2))]
-    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
-    shown = run.tokenizer.decode(prompt[1:])
-    return f"{shown} ▸{run.tokenizer.decode(reply, skip_special_tokens=True)}"
+    (reply,) = generate(unwrap(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    shown = tokenizer.decode(prompt[1:])
+    return f"{shown} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
 
 
-@uncompiled
-def answer(run: Run, model: nn.Module, question: str, length: int = 60) -> str:
-    """A question to the assistant, and its answer."""
-    if not run.is_main:
+@eager
+def sample_answer(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    length: int = 60,
+) -> str:
+    """A question to the assistant, and its greedy answer."""
+    if not ctx.is_main:
         return ""
     messages = [{"role": "user", "content": question}]
-    prompt = encode_chat(run.tokenizer, messages, add_generation_prompt=True).ids
-    (reply,) = generate(unwrapped(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
-    return f"{question} ▸ {run.tokenizer.decode(reply, skip_special_tokens=True)}"
+    prompt = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
+    (reply,) = generate(unwrap(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    return f"{question} ▸ {tokenizer.decode(reply, skip_special_tokens=True)}"

@@ -3,7 +3,9 @@
 import importlib.util
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import psutil
 import torch
@@ -114,6 +116,24 @@ def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
     return 6 * matrices + 6 * config.num_hidden_layers * C * row_length
 
 
+def is_oom(error: Exception) -> bool:
+    """Whether the error says that memory ran out, of a GPU or of the machine."""
+    on_cpu = "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def oom_guard(args: Any, hint: str = "try a smaller one") -> Iterator[None]:
+    """Turn running out of memory into a UserError that names the batch size and what would fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_oom(error):
+            raise
+        flag = args.batch_size_flag
+        raise UserError(f"out of memory with --{flag} {getattr(args, flag)}; {hint}") from error
+
+
 def memory_in_use(device: torch.device) -> float:
     """Bytes: the peak of PyTorch's allocations on CUDA, else this process's resident memory."""
     if device.type == "cuda":
@@ -128,7 +148,7 @@ def memory_available(device: torch.device) -> float:
     return psutil.virtual_memory().available
 
 
-def memory_in_all(device: torch.device) -> float:
+def total_memory(device: torch.device) -> float:
     """Bytes of the whole machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]

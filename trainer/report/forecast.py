@@ -1,100 +1,139 @@
-"""What to expect of a training, told before its first step: data, steps, memory, time, loss."""
+"""What to expect of a training, printed before its first step: data, steps, memory, time, loss."""
 
 import math
+from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from dataset.packing import Rows
-from dataset.pairs import Pairs
+from dataset.packing import PackedDataset, TrainingData
+from dataset.sampler import GlobalBatchSampler
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindModel
 from model.weights import count_parameters
 from trainer.common import hardware
+from trainer.common.checkpoint import Progress
+from trainer.common.context import Context
 
-if TYPE_CHECKING:
-    from trainer.trainer_utils import Run
+
+@dataclass
+class Plan:
+    """What a run is going to do."""
+
+    name: str
+    total_steps: int
+    total_samples: int  # all epochs together
+    first_batch: int  # samples of the first optimizer step, all ranks together
+    largest_batch: int
+    peak_flops: float | None
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sampler: GlobalBatchSampler,
+        progress: Progress,
+        max_steps: int,
+        peak_flops: float | None,
+    ) -> "Plan":
+        """The steps that are left from the current position. After resuming with another number of
+        ranks their batches may have another size than those before."""
+        sampler.start = progress.samples_seen
+        limit = max(0, max_steps - progress.step) if max_steps else None
+        bounds = list(islice(sampler.bounds(), limit))
+        sizes = [after - before for before, after in bounds] or [0]
+        return cls(
+            name,
+            total_steps=progress.step + len(bounds),
+            total_samples=bounds[-1][1] if bounds else progress.samples_seen,
+            first_batch=sizes[0],
+            largest_batch=max(sizes),
+            peak_flops=peak_flops,
+        )
 
 
 def forecast(
-    run: "Run", model: nn.Module, rows: Rows | Pairs, held_out: Rows | Pairs | None
+    ctx: Context,
+    plan: Plan,
+    model: nn.Module,
+    train_data: TrainingData,
+    val_data: TrainingData | None,
 ) -> tuple[list[str], str]:
     """Lines that tell what to expect, and what to try if memory runs out all the same.
 
     Raises:
-        UserError: a batch cannot fit this machine, with one that would.
+        UserError: a batch cannot fit this machine; it names one that would.
     """
-    args, parameters = run.args, count_parameters(model)
-    tokens = run.rows_in_all * rows.tokens / len(rows)
-    kind = str(run.dtype).removeprefix("torch.")
+    args, parameters = ctx.args, count_parameters(model)
+    num_tokens = plan.total_samples * train_data.num_tokens / len(train_data)
+    dtype = str(ctx.dtype).removeprefix("torch.")
+    held_out = f"; held out: {len(val_data.indices):,} {val_data.document_unit}" if val_data else ""
+    first, largest = plan.first_batch, plan.largest_batch
+    sizes = f"{first} to {largest}" if first < largest else f"{first}"
+    memory, oom_hint = memory_forecast(ctx, model, train_data)
     lines = [
-        f"{run.name}: {parameters / 1e6:.2f}M parameters, {run.origin['machine']}, {kind}, "
-        f"{run.ranks} process{'es' * (run.ranks > 1)}",
-        f"data: {rows.summary}"
-        + (f"; held out: {len(held_out.chosen):,} {rows.documents_name}" if held_out else ""),
-        f"training: {run.steps_in_all:,} steps of {window_sizes(run)} {rows.rows_name}, "
-        f"{tokens:,.0f} tokens",
+        f"{plan.name}: {parameters / 1e6:.2f}M parameters, "
+        f"{hardware.describe_machine(ctx.device)}, {dtype}, "
+        f"{ctx.world_size} process{'es' * (ctx.world_size > 1)}",
+        f"data: {train_data.summary}{held_out}",
+        f"training: {plan.total_steps:,} steps of {sizes} {train_data.sample_unit}, "
+        f"{num_tokens:,.0f} tokens",
+        memory,
     ]
-    told, smaller_batch = memory_forecast(run, model, rows)
-    lines.append(told)
-    if run.flops:
-        work = hardware.flops_per_token(run.config, args.max_seq_len) * tokens
+    if plan.peak_flops:
+        work = hardware.flops_per_token(model.config, args.max_seq_len) * num_tokens
+        seconds = work / (0.4 * plan.peak_flops * ctx.world_size)
         lines.append(
-            f"time: about {duration(work / (0.4 * run.flops * run.ranks))}, if 40% of the "
-            f"machine's {run.flops / 1e12:.2f} TFLOP/s are reached"
+            f"time: about {duration(seconds)}, if 40% of the machine's "
+            f"{plan.peak_flops / 1e12:.2f} TFLOP/s are reached"
         )
-    if args.from_weight == "none" and isinstance(rows, Rows):
-        size = run.config.vocab_size
+    if args.from_weight == "none" and isinstance(train_data, PackedDataset):
+        size = model.config.vocab_size
         lines.append(
-            f"loss: ln {size} = {math.log(size):.2f} at the start, which is guessing; it falls "
-            "fast at first"
+            f"loss: ln {size} = {math.log(size):.2f} at the start, a uniform guess; it falls fast "
+            "at first"
         )
-    if kind != args.dtype and run.device.type == "cuda":
-        lines.append(f"this GPU has no {args.dtype} of its own: computing in {kind}")
-    elif kind != args.dtype:
-        lines.append(f"{run.device.type} trains in float32; --dtype is for CUDA")
-    return lines, smaller_batch
+    if dtype != args.dtype and ctx.device.type == "cuda":
+        lines.append(f"this GPU has no native {args.dtype}: computing in {dtype}")
+    elif dtype != args.dtype:
+        lines.append(f"{ctx.device.type} trains in float32; --dtype is for CUDA")
+    return lines, oom_hint
 
 
-def window_sizes(run: "Run") -> str:
-    """Rows of an update: of the first, and of the largest."""
-    sizes = [after - before for before, after in islice(run.sampler.windows(), run.steps_in_all)]
-    return f"{sizes[0]} to {max(sizes)}" if sizes[0] < max(sizes) else f"{sizes[0]}"
+def memory_forecast(ctx: Context, model: nn.Module, train_data: TrainingData) -> tuple[str, str]:
+    """A line on memory, and which batch to try should it run out.
 
-
-def memory_forecast(run: "Run", model: nn.Module, rows: Rows | Pairs) -> tuple[str, str]:
-    """A line on memory, and which batch to try should it run out; UserError if the batch is far
-    beyond what the machine has."""
-    args, flag, most = run.args, run.args.rows_flag, rows.tokens_of_longest
+    Raises:
+        UserError: the batch needs far more than the machine has.
+    """
+    args, flag, longest = ctx.args, ctx.args.batch_size_flag, train_data.max_sample_tokens
     batch_size = getattr(args, flag)
-    at_once = batch_size if flag != "batch_size" else min(batch_size, len(rows))
+    samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
     fixed, per_token = training_memory(
-        run.config, model, run.dtype, args.optimizer, args.gradient_checkpointing
+        model.config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     if args.needs_reference:
         fixed += 4 * count_parameters(model)
-    need = fixed + per_token * at_once * most
-    free, whole = hardware.memory_available(run.device), hardware.memory_in_all(run.device)
-    if run.device.type != "cuda":  # all processes share it
-        free, whole = free / hardware.ranks_here(), whole / hardware.ranks_here()
-    fitting = int((free - fixed) / (per_token * most))
-    fitting = min(fitting, at_once // 2)
+    need = fixed + per_token * samples * longest
+    free, total = hardware.memory_available(ctx.device), hardware.total_memory(ctx.device)
+    if ctx.device.type != "cuda":  # all processes of the machine share it
+        free, total = free / hardware.ranks_here(), total / hardware.ranks_here()
+    fitting = min(int((free - fixed) / (per_token * longest)), samples // 2)
     if fitting < 1:
-        smaller = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
+        hint = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
     elif flag != "batch_size":  # the update is the same, in more parts
-        smaller = f"--{flag} {fitting} should fit"
+        hint = f"--{flag} {fitting} should fit"
     else:
         steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)
-        smaller = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
-    if need > 1.5 * whole:  # the estimate is not that far off: do not wait for the crash
+        hint = f"--batch_size {fitting} with --accumulation_steps {steps} should fit"
+    if need > 1.5 * total:  # the estimate is not that far off: do not wait for the crash
         raise UserError(
-            f"--{flag} {batch_size} with {rows.rows_name} of {most} tokens needs about "
-            f"{need / 1e9:.0f} GB a process, and there are {whole / 1e9:.0f} GB; {smaller}"
+            f"--{flag} {batch_size} with {train_data.sample_unit} of {longest} tokens needs about "
+            f"{need / 1e9:.0f} GB a process, and there are {total / 1e9:.0f} GB; {hint}"
         )
-    told = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
-    return told + (f"; warning: that may not fit; {smaller}" if need > free else ""), smaller
+    line = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
+    return line + (f"; warning: that may not fit; {hint}" if need > free else ""), hint
 
 
 def training_memory(
@@ -104,28 +143,28 @@ def training_memory(
     optimizer: str,
     gradient_checkpointing: bool,
 ) -> tuple[float, float]:
-    """An estimate of what training needs: bytes in any case, and bytes for each token of a batch.
+    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
 
-    In any case: weights, and of those that are trained gradients and the optimizer's averages
-    (AdamW keeps two, Muon one), in float32. For each token, what backward needs of every layer:
-    about 12 vectors of the hidden size and 4 of the intermediate size, or with gradient
-    checkpointing one vector a layer and one layer at a time; and logits, which float32 makes in
-    chunks and autocast as a whole, three times. A critic beside the actor doubles all that.
+    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
+    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
+    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
+    vector a layer and one whole layer at a time; and the logits, which float32 makes in chunks and
+    autocast as a whole, three times. A critic beside the actor doubles all that.
     """
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    fixed = 4 * (count_parameters(model) + trained * (3 if optimizer == "adamw" else 2))
-    whole = dtype == torch.float32
-    size = 4 if whole else 3  # under autocast part of it stays float32
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
+    is_float32 = dtype == torch.float32
+    size = 4 if is_float32 else 3  # under autocast part of it stays float32
     layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
     models = sum(isinstance(part, MiniMindModel) for part in model.modules())
-    return fixed, models * (size * kept + config.vocab_size * (1 if whole else 14))
+    return fixed, models * (size * kept + config.vocab_size * (1 if is_float32 else 14))
 
 
-def seconds_of_an_update(records: list[dict]) -> float:
-    """How long an update takes, by the log of a run; the first one is slow and does not count."""
-    _, first, *_, last = [record for record in records if "loss" in record]
+def seconds_per_step(history: list[dict]) -> float:
+    """Seconds of an optimizer step, from the log of a run; the first, slow one does not count."""
+    _, first, *_, last = [record for record in history if "loss" in record]
     return (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
 
 

@@ -13,34 +13,51 @@ from dataclasses import MISSING, fields
 from datetime import date
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
-from dataset.packing import Rows
-from model.weights import atomic_write
+from dataset.packing import TrainingData
+from model.weights import atomic_write, count_parameters
+from trainer.common import hardware
+from trainer.common.context import Context
+from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration
 from trainer.report.plots import curve_svg
 
-if TYPE_CHECKING:
-    from trainer.trainer_utils import Run
-
 Records = list[dict[str, Any]]
 
-# Figures of the log that have a curve, in this order; others that a trainer logs come after them.
+# Metrics that have a curve, in this order; others that a trainer logs come after them.
 CURVES = {
     "loss": ("training loss", "nats"),
-    "val_bpb": ("held-out text", "bits per byte"),
-    "lr": ("learning rate", ""),
+    "eval_bpb": ("held-out text", "bits per byte"),
+    "learning_rate": ("learning rate", ""),
     "grad_norm": ("norm of the gradient, before it is clipped", ""),
     "tokens_per_second": ("speed", "tokens per second"),
     "memory_gb": ("memory", "GB"),
     "mfu": ("share of the machine's peak (MFU)", ""),
 }
-UNSEEN = set("step tokens seconds val_loss skipped changed_share recipe_val_bpb".split())
+NO_CURVE = set("step num_tokens seconds eval_loss skipped changed_fraction recipe_eval_bpb".split())
 
 
-def data_manifest(args: Any, rows: Rows, held_out: Rows | None) -> dict[str, Any]:
+def run_metadata(
+    ctx: Context, model: nn.Module, train_data: TrainingData, val_data: TrainingData | None
+) -> dict[str, Any]:
+    """How weights are made, for the .json beside them and the report."""
+    return {
+        "data": train_data.fingerprint,
+        "packing_efficiency": round(train_data.packing_efficiency, 4),
+        "from_weight": ctx.args.from_weight,
+        "machine": hardware.describe_machine(ctx.device),
+        "parameters": count_parameters(model),
+        "manifest": data_manifest(ctx.args, train_data, val_data),
+    }
+
+
+def data_manifest(
+    args: Any, train_data: TrainingData, val_data: TrainingData | None
+) -> dict[str, Any]:
     """What a training reads, for its weights' .json, its report and recipes. The hashes are of
     tokens: the same for the same text, whatever its file is called. How a file was made is in
     FILE.manifest.json, if it is there."""
@@ -56,41 +73,48 @@ def data_manifest(args: Any, rows: Rows, held_out: Rows | None) -> dict[str, Any
 
     return {
         "files": files(args.data_path),
-        "hash": rows.description,
-        "documents": len(rows.chosen),
-        "tokens": rows.tokens,
-        "held_out": held_out
+        "hash": train_data.fingerprint,
+        "documents": len(train_data.indices),
+        "tokens": train_data.num_tokens,
+        "held_out": val_data
         and {
             "files": files(args.val_path or args.data_path),
-            "hash": held_out.description,
-            "documents": len(held_out.chosen),
-            "tokens": held_out.tokens,
+            "hash": val_data.fingerprint,
+            "documents": len(val_data.indices),
+            "tokens": val_data.num_tokens,
         },
     }
 
 
-def write_report(run: "Run", path: Path) -> None:
-    """The page of a run that has ended or was stopped."""
-    records, reference = run.records, run.reference
-    runs = {run.name: records}
-    if reference:
-        runs[f"recipe {reference.name}"] = reference.records
-    origin = run.origin
+def write_report(
+    path: Path,
+    ctx: Context,
+    *,
+    name: str,
+    stage: str,
+    state: str,
+    metadata: dict[str, Any],
+    history: Records,
+    recipe: RecipeComparison | None = None,
+) -> None:
+    """The page of a run that has finished or was stopped, which `state` says."""
+    runs = {name: history}
+    if recipe:
+        runs[f"recipe {recipe.name}"] = recipe.history
     parts = [
-        verdict(reference.verdict(records), reference.lines()) if reference else "",
-        tiles(records),
+        status(recipe.status(history), recipe.lines()) if recipe else "",
+        tiles(history),
         charts(runs),
-        section("What it wrote, over time", samples(records)),
-        section("Data", data(origin)),
-        section("Settings", settings(run.args)),
+        section("Samples over time", samples(history)),
+        section("Data", data(metadata)),
+        section("Settings", settings(ctx.args)),
     ]
-    state = f"stopped at step {run.step} of {run.steps_in_all}" if run.stopping else "finished"
     about = (
-        f"{run.stage}, {origin.get('parameters', 0) / 1e6:.2f}M parameters, {state} "
-        f"{date.today()}, {origin.get('machine', '')}, {run.ranks} process"
-        f"{'es' * (run.ranks > 1)}, torch {torch.__version__}"
+        f"{stage}, {metadata.get('parameters', 0) / 1e6:.2f}M parameters, {state} "
+        f"{date.today()}, {metadata.get('machine', '')}, {ctx.world_size} process"
+        f"{'es' * (ctx.world_size > 1)}, torch {torch.__version__}"
     )
-    write_page(path, run.name, about, parts)
+    write_page(path, name, about, parts)
 
 
 def write_page(path: Path, title: str, about: str, parts: Iterable[str]) -> None:
@@ -108,10 +132,10 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
 
 
-def verdict(told: str, lines: list[str]) -> str:
-    kind = told.split(":")[0].replace(" ", "-")  # on-track, behind or ahead
-    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in filter(None, [told, *lines]))
-    return f'<div class="verdict {kind}">{paragraphs}</div>'
+def status(line: str, lines: list[str]) -> str:
+    kind = line.split(":")[0].replace(" ", "-")  # on-track, behind or ahead
+    paragraphs = "".join(f"<p>{escape(line)}</p>" for line in filter(None, [line, *lines]))
+    return f'<div class="status {kind}">{paragraphs}</div>'
 
 
 def tiles(records: Records) -> str:
@@ -120,18 +144,22 @@ def tiles(records: Records) -> str:
     for record in records:
         last |= {name: value for name, value in record.items() if value is not None}
     memory = max((record.get("memory_gb") or 0 for record in records), default=0)
-    speed = last["tokens"] / max(1e-9, last.get("seconds", 0)) if "tokens" in last else 0
+    num_tokens = last.get("num_tokens", 0)
+    speed = num_tokens / max(1e-9, last.get("seconds", 0))
     shown = [
-        ("bits per byte, held out", f"{last['val_bpb']:.4f}" if "val_bpb" in last else ""),
-        ("loss, held out", f"{last['val_loss']:.4f}" if "val_loss" in last else ""),
+        ("bits per byte, held out", f"{last['eval_bpb']:.4f}" if "eval_bpb" in last else ""),
+        ("loss, held out", f"{last['eval_loss']:.4f}" if "eval_loss" in last else ""),
         ("training loss", f"{last['loss']:.4f}" if "loss" in last else ""),
         ("steps", f"{last.get('step', 0):,}"),
-        ("tokens", f"{last.get('tokens', 0):,}"),
+        ("tokens", f"{num_tokens:,}"),
         ("training time", duration(last.get("seconds", 0))),
         ("tokens per second", f"{speed:,.0f}"),
         ("memory at most, GB", f"{memory:.2f}"),
         ("updates skipped", f"{last.get('skipped', 0):,}"),
-        ("values changed", f"{last['changed_share']:.1%}" if "changed_share" in last else ""),
+        (
+            "float16 weights changed",
+            f"{last['changed_fraction']:.1%}" if "changed_fraction" in last else "",
+        ),
     ]
     cells = (f"<div><b>{value}</b><span>{name}</span></div>" for name, value in shown if value)
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -142,7 +170,7 @@ def charts(runs: dict[str, Records]) -> str:
     known = dict(CURVES)
     for record in (record for records in runs.values() for record in records):
         for name, value in record.items():
-            if name not in UNSEEN and isinstance(value, int | float | list):
+            if name not in NO_CURVE and isinstance(value, int | float | list):
                 known.setdefault(name, (name.replace("_", " "), ""))
     drawn, from_zero = [], ("tokens_per_second", "memory_gb", "mfu")
     for name, (title, unit) in known.items():
@@ -154,7 +182,7 @@ def charts(runs: dict[str, Records]) -> str:
 
 def points(records: Records, name: str) -> list[tuple[int, float]]:
     """(tokens, figure); of a figure for each layer the largest."""
-    found = [(record.get("tokens"), record.get(name)) for record in records]
+    found = [(record.get("num_tokens"), record.get(name)) for record in records]
     return [
         (tokens, max(value) if isinstance(value, list) else value)
         for tokens, value in found
@@ -165,7 +193,7 @@ def points(records: Records, name: str) -> list[tuple[int, float]]:
 def samples(records: Records) -> str:
     rows = []
     for record in (record for record in records if "sample" in record):
-        bits = f"\n{record['val_bpb']:.3f} bpb" if "val_bpb" in record else ""
+        bits = f"\n{record['eval_bpb']:.3f} bpb" if "eval_bpb" in record else ""
         rows.append((f"step {record['step']:,}{bits}", record["sample"]))
     return table(rows) if rows else ""
 
@@ -177,16 +205,17 @@ def table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     return f'<div class="table"><table>{lines}</table></div>'
 
 
-def data(origin: dict[str, Any]) -> str:
-    manifest = origin.get("manifest", {})
-    rows, made = [("from weights", origin.get("from_weight", ""))], {}
+def data(metadata: dict[str, Any]) -> str:
+    manifest = metadata.get("manifest", {})
+    rows, made = [("from weights", metadata.get("from_weight", ""))], {}
     for title, part in (("trained", manifest), ("held out", manifest.get("held_out") or {})):
         if part:
             files = ", ".join(f"{f['file']} ({f['bytes'] / 1e6:,.1f} MB)" for f in part["files"])
             amount = f"{part['documents']:,} documents, {part['tokens']:,} tokens"
             rows.append((title, f"{files}: {amount}, hash {part['hash']}"))
             made |= {f["file"]: f["made"] for f in part["files"] if "made" in f}
-    rows.append(("places in rows filled", f"{origin.get('row_fill', 0):.1%}"))
+    efficiency = metadata.get("packing_efficiency", 0)
+    rows.append(("packing efficiency", f"{efficiency:.1%}"))
     return table(rows) + "".join(
         folded(f"how {name} was made", json.dumps(how, indent=1, ensure_ascii=False))
         for name, how in made.items()
@@ -247,10 +276,10 @@ body { margin: 0 auto; max-width: 1200px; padding: 1.2rem; color: var(--ink);
 h1 { margin: 0; font-size: 1.6rem; }
 h2 { margin: 2rem 0 .6rem; font-size: 1.15rem; }
 .about { margin: .2rem 0 1.2rem; color: var(--soft); }
-.verdict { margin: 1rem 0; padding: .6rem 1rem; border-left: 5px solid var(--soft);
+.status { margin: 1rem 0; padding: .6rem 1rem; border-left: 5px solid var(--soft);
   background: var(--card); border-radius: 4px; }
-.verdict p { margin: .2rem 0; }
-.verdict p:first-child { font-weight: 600; }
+.status p { margin: .2rem 0; }
+.status p:first-child { font-weight: 600; }
 .on-track, .ahead { border-color: var(--good); }
 .behind { border-color: var(--bad); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; }

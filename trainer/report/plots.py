@@ -13,30 +13,32 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None:
-    """Training loss and held-out bits per byte over the tokens trained, one colour a run; of
-    preferences accuracy instead of these, of mixtures also the load of each layer's busiest expert.
+    """Training loss and held-out bits per byte (of preferences: accuracy) over the tokens trained,
+    one colour a run; of mixtures of experts also the load of each layer's busiest expert.
 
     Args:
         runs: name → the records of its metrics.jsonl.
         path: the PNG.
     """
     moe = any("expert_load" in record for records in runs.values() for record in records)
-    of_pairs = any("val_accuracy" in record for records in runs.values() for record in records)
-    what, unit = ("val_accuracy", "accuracy") if of_pairs else ("val_bpb", "bits per byte")
+    keys = {key for records in runs.values() for record in records for key in record}
+    accuracy = next((key for key in ("rewards/accuracies", "accuracy") if key in keys), "")
+    of_pairs = f"eval_{accuracy}" in keys
+    what, unit = (f"eval_{accuracy}", "accuracy") if of_pairs else ("eval_bpb", "bits per byte")
     figure, (left, right, *more) = plt.subplots(
         1, 2 + moe, figsize=(11 + 4 * moe, 4), layout="constrained"
     )
     for name, records in runs.items():
-        losses = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
-        held_out = [(r["tokens"], r[what]) for r in records if what in r]
-        seen = [(r["tokens"], r["accuracy"]) for r in records if "accuracy" in r]
+        losses = [(r["num_tokens"], r["loss"]) for r in records if "loss" in r]
+        held_out = [(r["num_tokens"], r[what]) for r in records if what in r]
+        seen = [(r["num_tokens"], r[accuracy]) for r in records if accuracy in r]
         if losses:
             left.plot(*zip(*losses, strict=True), label=name)
         if held_out:
             right.plot(*zip(*held_out, strict=True), "o-", markersize=4, label=name)
         if of_pairs and seen:
             right.plot(*zip(*seen, strict=True), alpha=0.4, label=f"{name}, pairs trained on")
-        loads = [(r["tokens"], r["expert_load"]) for r in records if "expert_load" in r]
+        loads = [(r["num_tokens"], r["expert_load"]) for r in records if "expert_load" in r]
         if loads:
             tokens, layers = zip(*loads, strict=True)
             for layer, load in enumerate(zip(*layers, strict=True)):

@@ -1,7 +1,7 @@
-"""What the reference model says of preference pairs: computed once, and kept on disk.
+"""The reference model's log-probabilities of preference pairs: computed once, and kept on disk.
 
-The reference never changes, so neither do its log-probabilities: DPO needs no second model beside
-the one that it trains, and the next run on the same data and weights finds them there.
+The reference never changes, so neither do its log-probabilities: DPO needs no second model in
+memory, and the next run with the same data and weights reads them from the file.
 """
 
 import hashlib
@@ -10,56 +10,59 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import CACHE_VERSION
-from dataset.pairs import PairBatch, Pairs
+from dataset.pairs import PreferenceBatch, PreferenceDataset
 from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
-from trainer.common.evaluation import over_pairs
-from trainer.trainer_utils import Run, unwrapped
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import map_pairs
 
 
-def completion_log_probs(model: nn.Module, batch: PairBatch) -> Tensor:
+def completion_log_probs(model: nn.Module, batch: PreferenceBatch) -> Tensor:
     """log p(completion | prompt) of both sides of each pair, [N, 2]."""
     outputs = model(**batch.inputs, labels=batch.labels, return_log_probs=True)
-    return batch.sums(outputs.log_probs)
+    return batch.sum_log_probs(outputs.log_probs)
 
 
-def add_reference(run: Run, model: nn.Module, pairs: Pairs) -> None:
-    """Give each pair its log-probabilities by the model as it is now; LoRA's additions must still
-    be nothing."""
-    path = reference_file(run, model, pairs)
-    known = read_reference(path, pairs)
-    if run.sum_over_ranks(known is not None)[0] < run.ranks:
-        found = over_pairs(run, model, pairs, completion_log_probs, "log-probs of the reference")
-        known = found.cpu().numpy()
-        if run.is_main:
+def precompute_ref_log_probs(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PreferenceDataset,
+) -> None:
+    """Give each pair its log-probabilities by the model as it is now. A LoRA adapter must still be
+    0."""
+    path = cache_file(ctx, model, pairs)
+    log_probs = read_cache(path, pairs)
+    if ctx.all_reduce_sum(log_probs is not None)[0] < ctx.world_size:  # missing on some rank
+        title = "log-probs of the reference"
+        values = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs, title)
+        log_probs = values.cpu().numpy()
+        if ctx.is_main:
             with atomic_write(path) as file:
-                np.save(file, known)
-    pairs.reference = known
+                np.save(file, log_probs)
+    pairs.ref_log_probs = log_probs
 
 
-def reference_file(run: Run, model: nn.Module, pairs: Pairs) -> Path:
+def cache_file(ctx: Context, model: nn.Module, pairs: PreferenceDataset) -> Path:
     """Beside the cached tokens, named after all that the log-probabilities depend on."""
-    model = unwrapped(model)
+    model = unwrap(model)
     state = {name: w for name, w in model.state_dict().items() if ".lora_" not in name}
     depends = [
-        *(
-            CACHE_VERSION,
-            pairs.documents.info.description,
-            hash_of(np.ascontiguousarray(pairs.chosen)),
-        ),
+        *(CACHE_VERSION, pairs.fingerprint, hash_of(np.ascontiguousarray(pairs.indices))),
         *(hash_of(*(weight.cpu() for weight in state.values())), model.config.to_dict()),
-        *(run.device.type, str(run.dtype)),
+        *(ctx.device.type, str(ctx.dtype)),
     ]
     key = hashlib.sha256(json.dumps(depends, default=str).encode()).hexdigest()[:24]
     return Path(pairs.documents.cache_files[0]["filename"]).with_name(f"{key}.reference.npy")
 
 
-def read_reference(path: Path, pairs: Pairs) -> np.ndarray | None:
+def read_cache(path: Path, pairs: PreferenceDataset) -> np.ndarray | None:
     """None where there is no file, or a damaged one."""
     try:
-        known = np.load(path, allow_pickle=False)
+        log_probs = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return known if known.shape == pairs.reference.shape else None
+    return log_probs if log_probs.shape == pairs.ref_log_probs.shape else None

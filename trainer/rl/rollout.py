@@ -47,7 +47,7 @@ from trainer.trainer_utils import Run, Window, unwrapped
 class RolloutArgs(LoraArgs):
     """What PPO, GRPO and SPO have in common beyond the flags of every trainer."""
 
-    rows_flag = "update_batch_size"
+    batch_size_flag = "update_batch_size"
     reference_flag = "beta"  # the weight of the KL to the starting model; 0: no reference
 
     data_path: list[str] = option(

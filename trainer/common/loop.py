@@ -1,0 +1,136 @@
+"""What `Run` is made of: global batches and their loader, the stop signal, expert balancing."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dataset.packing import Batch, TrainingData
+from dataset.pairs import PreferenceBatch
+from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
+from model.feed_forward import mixtures, nudge_bias
+from model.model_minimind import CausalLMOutput
+from trainer.common.context import Context
+
+INITIAL_BATCH_TOKENS = 1024  # of the first optimizer step, with --batch_ramp
+
+
+class GlobalBatch(list[Batch | PreferenceBatch]):
+    """This rank's micro-batches of one optimizer step, and the totals over all ranks."""
+
+    num_label_tokens: int  # tokens that carry loss: what the summed loss is divided by
+    num_tokens: int  # without padding
+    num_samples: int  # sequences, pairs or prompts
+
+    @classmethod
+    def of(cls, ctx: Context, micro_batches: Iterable[Any]) -> "GlobalBatch":
+        global_batch = cls(micro_batches)
+        names = ("num_label_tokens", "num_tokens", "num_samples")
+        local = (sum(getattr(batch, name) for batch in global_batch) for name in names)
+        labels, tokens, samples = map(int, ctx.all_reduce_sum(*local))
+        global_batch.num_label_tokens = max(1, labels)  # no division by 0 where nothing is trained
+        global_batch.num_tokens, global_batch.num_samples = tokens, samples
+        return global_batch
+
+    def aux_loss(self, batch: Batch | PreferenceBatch, outputs: CausalLMOutput) -> Tensor | float:
+        """The micro-batch's share of the load-balancing loss of experts, which is a mean over the
+        samples of the global batch."""
+        if outputs.aux_loss is None:
+            return 0.0
+        return outputs.aux_loss * batch.num_samples / self.num_samples
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM let the step in progress end, save it and leave; a second one is
+    immediate."""
+
+    requested = False  # this rank got a signal
+    agreed = False  # all ranks know of it: this step is the last
+
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        before = {}
+
+        def request(number: int, frame: Any) -> None:
+            self.requested = True
+            for each in before:
+                signal.signal(each, before[each])
+
+        if threading.current_thread() is threading.main_thread():
+            before = {
+                each: signal.signal(each, request) for each in (signal.SIGINT, signal.SIGTERM)
+            }
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+
+def make_loader(
+    ctx: Context, train_data: TrainingData, pad_id: int, collate: Callable
+) -> DataLoader:
+    """Global batches as lists of this rank's micro-batches; their order depends on seed and epoch
+    alone."""
+    args = ctx.args
+    sampler = GlobalBatchSampler(
+        len(train_data),
+        batch_size=args.batch_size,
+        accumulation_steps=args.accumulation_steps,
+        epochs=args.epochs,
+        seed=args.seed,
+        rank=ctx.rank,
+        world_size=ctx.world_size,
+        batch_ramp=args.batch_ramp,
+        initial_batch_size=initial_batch_size(ctx, train_data.num_tokens / len(train_data)),
+    )
+    return DataLoader(
+        train_data,
+        batch_sampler=sampler,
+        collate_fn=GlobalBatchCollator(args.batch_size, pad_id, collate),
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # not the global one, whose state a resumed run restores
+        prefetch_factor=4 if args.num_workers else None,
+        pin_memory=ctx.device.type == "cuda",
+    )
+
+
+def initial_batch_size(ctx: Context, tokens_per_sample: float = 0.0) -> int:
+    """Samples of the first step with --batch_ramp: 1,024 tokens. On a GPU a full micro-batch of
+    each rank, which takes it no longer than a few samples."""
+    if ctx.device.type == "cuda":
+        return ctx.args.batch_size * ctx.world_size
+    return max(1, round(INITIAL_BATCH_TOKENS / (tokens_per_sample or ctx.args.max_seq_len)))
+
+
+def ignore_signals(worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the run has saved."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+
+def update_router_bias(ctx: Context, model: nn.Module) -> Tensor | None:
+    """Balance the experts after an optimizer step: with --scoring_func sigmoid, move each router
+    bias by the load of its expert.
+
+    Returns:
+        [layers, experts] tokens that each expert got in this step on all ranks; None without
+        experts.
+    """
+    layers = mixtures(model)
+    if not layers:
+        return None
+    load = torch.stack([layer.load for layer in layers])
+    if ctx.world_size > 1:
+        dist.all_reduce(load)
+    for layer, of_layer in zip(layers, load, strict=True):
+        nudge_bias(layer, of_layer)
+        layer.load.zero_()
+    return load

@@ -1,0 +1,213 @@
+"""The log of a run: metrics accumulated between log lines, metrics.jsonl, the progress bar and the
+tracker."""
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.weights import atomic_write
+from trainer.common import hardware
+from trainer.common.context import Context
+from trainer.common.trackers import start_tracker
+
+# What a rank knows of a metric: a sum and the number of things summed. The ranks' sums and counts
+# are added up, and divided once.
+Metric = tuple[float | Tensor, float]
+IN_BAR = ("reward", "accuracy", "margin", "rewards/accuracies", "rewards/margins")
+
+# Keys of logs until 2026-11 → today's, which trl and transformers use too. `read_log` and recipes
+# read old logs by them.
+OLD_KEYS = {
+    "lr": "learning_rate",
+    "tokens": "num_tokens",
+    "changed_share": "changed_fraction",
+}
+
+
+class MetricLog:
+    """Metrics since the last log line, and all lines so far."""
+
+    def __init__(self, ctx: Context, path: Path, flops_per_token: float):
+        """`flops_per_token`: for the share of the machine's peak that a run reaches (MFU)."""
+        self.ctx, self.path = ctx, path
+        self.flops_per_token = flops_per_token
+        self.peak_flops = hardware.peak_flops(ctx.device, ctx.dtype)
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+        self.tracker: Any = None
+        self.step_loss = torch.zeros((), device=ctx.device)  # of this step, summed by backward
+        self.loss = self.learning_rate = self.grad_norm = 0.0  # of the last optimizer step
+        self.clock = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty accumulator for metrics since the last log line."""
+        self.steps, self.tokens, self.seconds, self.loss_sum = 0, 0, 0.0, 0.0
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.expert_load: Tensor | None = None  # [layers, experts], tokens of each expert
+
+    def state_dict(self) -> dict[str, Any]:
+        names = "steps tokens seconds loss_sum sums expert_load".split()
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    # -- accumulating
+
+    def start_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def end_step(self, loss: float) -> None:
+        """Add the loss over all ranks and the time of an optimizer step. A loss that is NaN or
+        infinite is left out of the mean."""
+        self.loss = loss
+        self.step_loss.zero_()
+        if math.isfinite(loss):
+            self.steps += 1
+            self.loss_sum += loss
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.clock = now  # PPO makes several steps of one global batch
+
+    def add(self, metrics: dict[str, Metric]) -> dict[str, float]:
+        """Add this update's metrics over all ranks; returns their values in this update."""
+        flat = [float(number) for pair in metrics.values() for number in pair]
+        totals = iter(self.ctx.all_reduce_sum(*flat) if flat else [])
+        values = {}
+        for name in metrics:
+            total, count = next(totals), next(totals)
+            before, counted = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = before + total, counted + count
+            values[name] = total / count if count else math.nan
+        return values
+
+    def add_tokens(self, count: int) -> None:
+        """Count tokens that this rank generated."""
+        self.tokens += int(self.ctx.all_reduce_sum(count)[0])
+
+    def add_expert_load(self, load: Tensor | None) -> None:
+        if load is None:
+            return
+        load = load.cpu()
+        self.expert_load = load if self.expert_load is None else self.expert_load + load
+
+    # -- reading
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(1e-9, self.seconds)
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: the share of the peak of all ranks; None if it is unknown."""
+        if not self.peak_flops:
+            return None
+        achieved = self.flops_per_token * self.tokens_per_second
+        return achieved / (self.peak_flops * self.ctx.world_size)
+
+    def in_bar(self, values: dict[str, float]) -> dict[str, str]:
+        """What the progress bar shows of the last step."""
+        shown = {
+            "loss": f"{self.loss:.3f}",
+            **{name: f"{value:.3f}" for name, value in values.items() if name in IN_BAR},
+            "lr": f"{self.learning_rate:.1e}",
+            "tok/s": f"{self.tokens_per_second:,.0f}",
+            "GB": f"{hardware.memory_in_use(self.ctx.device) / 1e9:.1f}",
+        }
+        return shown | ({"mfu": f"{self.mfu:.0%}"} if self.mfu is not None else {})
+
+    def means(self) -> dict[str, Any]:
+        """Metrics since the last log line."""
+        means = {
+            "loss": finite(self.loss_sum / self.steps) if self.steps else None,
+            "learning_rate": self.learning_rate,
+            "grad_norm": finite(self.grad_norm),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "mfu": self.mfu and round(self.mfu, 4),
+            "memory_gb": round(hardware.memory_in_use(self.ctx.device) / 1e9, 2),
+        }
+        for name, (total, count) in self.sums.items():
+            means[name] = finite(total / count) if count else None
+        if self.expert_load is not None:  # per layer, the busiest expert as a multiple of the mean
+            busiest = self.expert_load.amax(1) / self.expert_load.mean(1).clamp(min=1e-9)
+            means["expert_load"] = [round(load, 3) for load in busiest.tolist()]
+        return means
+
+    # -- writing
+
+    def open(self, name: str, tracker_id: str | None) -> str | None:
+        """Begin the log, or go on with `history`; returns the tracker's id of the run."""
+        if not self.ctx.is_main:
+            return tracker_id
+        with atomic_write(self.path) as file:
+            file.write("".join(map(as_line, self.history)).encode())
+        if self.ctx.args.use_wandb:
+            self.tracker, tracker_id = start_tracker(self.ctx.args, name, tracker_id)
+        return tracker_id
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to the tracker."""
+        self.history.append(record)
+        if not self.ctx.is_main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(as_line(record))
+        if self.tracker:
+            loads = {f"expert_load_{n}": v for n, v in enumerate(record.get("expert_load", []))}
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)} | loads
+            step = numbers.pop("step")
+            self.tracker.log(numbers, step=step)
+
+
+def pair_metrics(values: Tensor, prefix: str = "") -> dict[str, Metric]:
+    """How often and by how much the chosen side has the higher value.
+
+    Args:
+        values: [N, 2] rewards or scores of chosen and rejected.
+        prefix: "rewards/" gives trl's names of DPO's implicit rewards.
+    """
+    chosen, rejected = values.unbind(1)
+    each = {
+        "accuracies" if prefix else "accuracy": (chosen > rejected).float(),
+        "margins" if prefix else "margin": chosen - rejected,
+        "chosen" if prefix else "chosen_reward": chosen,
+        "rejected" if prefix else "rejected_reward": rejected,
+    }
+    return {f"{prefix}{name}": (value.sum(), len(value)) for name, value in each.items()}
+
+
+def mean_of(metric: Metric) -> float:
+    """A metric that one rank knows whole; NaN if it counts nothing."""
+    total, count = metric
+    return float(total) / count if count else math.nan
+
+
+def as_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def with_new_keys(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of a log, with today's keys."""
+    return [{new_key(key): value for key, value in record.items()} for record in records]
+
+
+def new_key(key: str) -> str:
+    """Today's name of a metric: val_loss → eval_loss, recipe_val_bpb → recipe_eval_bpb."""
+    key = OLD_KEYS.get(key, key)
+    for prefix in ("", "recipe_"):
+        if key.startswith(f"{prefix}val_"):
+            name = key.removeprefix(f"{prefix}val_")
+            return f"{prefix}eval_{OLD_KEYS.get(name, name)}"
+    return key
+
+
+def finite(number: float) -> float | None:
+    """Rounded for the log; None, which JSON knows, for NaN and infinity, which it does not."""
+    return round(number, 4) if math.isfinite(number) else None

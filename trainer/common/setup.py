@@ -1,0 +1,141 @@
+"""What a training starts from: the model, the data to train on, and the held-out data."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
+
+from dataset.lm_dataset import load_documents
+from dataset.packing import PackedDataset, document_lengths
+from dataset.pairs import PreferenceDataset
+from model.errors import UserError
+from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
+from model.weights import find_weights, load_model
+from trainer.common.arguments import EXPERTS, TrainArgs
+from trainer.common.context import Context
+
+SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
+
+
+def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
+    """The weights of `from_weight`, or random ones; on the CPU, in float32."""
+    torch.manual_seed(args.seed)
+    sizes = {name: getattr(args, name) for name in [*SIZES.split(), *EXPERTS]}
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    if not args.use_moe:  # loaded weights know whether they are a mixture
+        del sizes["use_moe"]
+    if args.from_weight == "none":
+        try:
+            config = MiniMindConfig(vocab_size=len(tokenizer), dropout=args.dropout, **sizes)
+        except ValueError as error:
+            raise UserError(f"these sizes do not make a model: {error}") from error
+        model = MiniMindForCausalLM(config)
+    else:
+        path = Path(args.from_weight)
+        if path.suffix != ".pth":
+            kind = dict(newest=False, use_moe=args.use_moe)
+            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
+        model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
+    if args.gradient_checkpointing:  # transformers 5.23 renamed the method
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)()
+    return model.train()
+
+
+def prepare_model(ctx: Context, model: nn.Module) -> nn.Module:
+    """The model on this rank's device, compiled where that pays, and with gradients averaged over
+    the ranks."""
+    model = model.to(ctx.device)
+    if ctx.compile:  # block by block: they share one compilation
+        for module in model.modules():
+            if isinstance(module, MiniMindBlock):
+                module.compile()
+    if ctx.world_size == 1:
+        return model
+    devices = [ctx.device] if ctx.device.type == "cuda" else None
+    # buffers stay apart: each rank counts the load of its own experts
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def load_packed(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Packed sequences to train on, and held-out ones (None if none are asked for)."""
+    args = ctx.args
+    documents, train_indices, val_documents, val_indices = load_split(ctx, tokenizer, kind)
+    shortest = document_lengths(documents)[train_indices].min()
+    if kind != "text" and shortest > args.max_seq_len:
+        raise UserError(
+            f"every conversation is longer than --max_seq_len {args.max_seq_len} (the shortest has "
+            f"{shortest} tokens), which would cut each answer from its question; raise it"
+        )
+    train_data = PackedDataset(documents, args.max_seq_len, train_indices, args.packing)
+    if len(train_data) == 0:
+        raise UserError("no document of the data has two tokens, so there is nothing to predict")
+    if len(val_indices) == 0:
+        return train_data, None
+    return train_data, PackedDataset(val_documents, args.max_seq_len, val_indices, args.packing)
+
+
+def load_pairs(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """Preference pairs to train on, and held-out ones (None if none are asked for)."""
+    args = ctx.args
+    documents, train_indices, val_documents, val_indices = load_split(ctx, tokenizer, "preferences")
+    train_data = PreferenceDataset(documents, args.max_seq_len, train_indices)
+    if len(train_data) == 0:
+        raise UserError(
+            f"every pair has a side longer than --max_seq_len {args.max_seq_len} (of the shortest "
+            f"pair it has {train_data.longer_side.min()} tokens); raise it"
+        )
+    val_data = (
+        PreferenceDataset(val_documents, args.max_seq_len, val_indices) if len(val_indices) else ()
+    )
+    return train_data, val_data if len(val_data) else None
+
+
+def load_split(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> tuple[Dataset, np.ndarray, Dataset, np.ndarray]:
+    """Documents and the indices to train on, documents and the indices held out. A preference pair
+    counts as one document."""
+    args = ctx.args
+    missing = "pad_token" if tokenizer.pad_token_id is None else ""
+    if kind != "text" and not tokenizer.chat_template:
+        missing = "chat_template"
+    if missing:
+        raise UserError(
+            f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
+            "tokenizer_config.json, or leave --tokenizer_path away"
+        )
+    documents = load_documents(args.data_path, kind, tokenizer)
+    val_documents = load_documents(args.val_path, kind, tokenizer) if args.val_path else None
+    each = 2 if kind == "preferences" else 1
+    val_count = None if val_documents is None else len(val_documents) // each
+    train_indices, val_indices = split_held_out(args, len(documents) // each, val_count)
+    return documents, train_indices, val_documents or documents, val_indices
+
+
+def split_held_out(
+    args: TrainArgs, count: int, val_count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted indices to train on, and held-out ones; the one split of every stage.
+
+    Held out are --val_documents of the `val_count` documents of --val_path, or (None) a share of
+    the `count` documents of --data_path. The split depends on these numbers alone, so that a later
+    run holds out the same documents.
+    """
+    order = np.random.default_rng(0).permutation(count)
+    held_out = 0 if val_count is not None else math.ceil(count * args.val_share)
+    if held_out >= count:
+        raise UserError("the data is one document only; hold nothing out with --val_share 0")
+    train_indices, val_indices = np.sort(order[held_out:]), order[:held_out]
+    if val_count is not None:
+        val_indices = np.random.default_rng(0).permutation(val_count)
+    return train_indices, np.sort(val_indices[: args.val_documents])
