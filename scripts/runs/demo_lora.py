@@ -81,7 +81,7 @@ def main(args: Args) -> dict[str, Any]:
     argv += ["--seed", str(args.seed)]
     argv += ["--max_steps", str(args.max_steps)] if args.max_steps else []
     console.print(f"$ python trainer/train_lora.py {shlex.join(argv)}\n", soft_wrap=True)
-    trained = train_lora.main(parse_arguments(train_lora.Args, arguments=argv))
+    trained = train_lora.main(parse_arguments(train_lora.Args, argv=argv))
 
     console.rule("2. before and after")
     report: dict[str, Any] = {

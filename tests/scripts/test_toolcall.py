@@ -85,7 +85,7 @@ def test_fine_tuning_learns_calls_and_answers_and_no_results(tmp_path, tokenizer
     chats = [each["conversations"] for each in ROWS if len(each["conversations"]) == 5][:2]
     settings = dict(max_seq_len=512, max_steps=1, from_weight="none", batch_size=2)
     train = Trainer(tmp_path, train_full_sft, (chat_file, chats, settings))
-    reported = train()["records"][0]["loss"]
+    reported = train()["history"][0]["loss"]
 
     torch.manual_seed(42)
     args = train_full_sft.Args(**train.settings())
@@ -352,7 +352,7 @@ def evaluate(save, monkeypatch):
         if says:
             monkeypatch.setattr(eval_toolcall, "generate_replies", says)
         words = ["--weight", str(path), "--device", "cpu"]
-        args = parse_arguments(eval_toolcall.Args, arguments=[*words, *map(str, flags)])
+        args = parse_arguments(eval_toolcall.Args, argv=[*words, *map(str, flags)])
         return eval_toolcall.main(args)
 
     return run
