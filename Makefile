@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check stages docs lint format clean
+.PHONY: demo test check stages docs lint types format clean help
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
@@ -21,17 +21,23 @@ docs: .venv/installed-docs  ## these texts as a site, out/site
 check: lint  ## what to run before each commit: style, notes and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev  ## style of code and notes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/check_notes.py
 
-format: .venv/installed-dev
+types: .venv/installed-dev  ## mypy over model, dataset, trainer: half a minute at first, then seconds
+	$(BIN)/mypy
+
+format: .venv/installed-dev  ## fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## what demo and tests made, and the environment; your own weights in out/ stay
-	rm -rf .venv out/demo out/demo_report.json dataset/.cache *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv out/demo out/demo_report.json dataset/.cache *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 # --no-compile: Python compiles what it imports by itself; to compile everything takes a minute
 .venv/installed: requirements.txt pyproject.toml
@@ -45,5 +51,5 @@ clean:  ## what demo and tests made, and the environment; your own weights in ou
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt requirements-eval.txt requirements-docs.txt .venv/installed
-	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -e '.[dev]'  # keeps the torch of requirements.txt
 	@touch $@

@@ -1,15 +1,14 @@
-"""Talk to a model in the terminal.
+"""Chat with a model in the terminal.
 
-python eval_llm.py --weight full_sft                    weights of your own, from out/
-python eval_llm.py --weight pretrain full_sft           several, side by side
+python eval_llm.py --weight full_sft                    your own weights, from out/
+python eval_llm.py --weight pretrain full_sft           several models, side by side
 python eval_llm.py --load_from ./MiniMind2              any transformers folder
-python eval_llm.py --weight reason --open_thinking 1    let it think first
-echo "Who are you?" | python eval_llm.py                prompts from a pipe, one a line
+python eval_llm.py --weight reason --open_thinking 1    with a chain of thought
+echo "Who are you?" | python eval_llm.py                prompts from a pipe, one per line
 
-While you talk: /clear, /save [FILE], /quit, /help.
+Commands during a chat: /clear, /save [FILE], /quit, /help.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,163 +20,122 @@ from dataset.reply_parser import parse_reply
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.generation import decode
-from model.inference.sampling import Sampling
 from model.inference.streaming import stream_text
 from model.weights import write_json
-from scripts.serving.chat_model import ChatModel, TalkArgs, load_chat_model
+from scripts.serving.arguments import ChatArgs
+from scripts.serving.loading import ChatModel, load_chat_model
+from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES, last_exchanges, read_prompts
 
-CHAT_PROMPTS = [
-    "Who are you?",
-    "你是谁？",
-    "What is 23 + 45?",
-    "把 3、1、4、2 从小到大排序。",
-    "What is attention in a Transformer?",
-    "什么是学习率？",
-    "Tell me something nice.",
-    "明天会下雨吗？",
-]
-TEXT_PROMPTS = ["The Transformer is", "人工智能是", "The weather today", "学习的方法是"]
-
-
-COMMANDS = """/clear        forget the conversation
-/save [FILE]  keep it as JSON, by default in chat.json
-/quit         end, as Ctrl-D does; Ctrl-C stops an answer"""
+HELP = """/clear        forget the conversation
+/save [FILE]  save it as JSON, by default to chat.json
+/quit         quit, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 @dataclass
-class Args(TalkArgs):
+class Args(ChatArgs):
     weight: list[str] = option(
-        ["full_sft"], "own weights: stages, such as pretrain, or .pth files; several answer in turn"
+        ["full_sft"], "own weights: stages, such as pretrain, or .pth files; each answers in turn"
     )
     prompts: Literal["ask", "auto", "type"] = option(
-        "ask", "auto: a list of examples; type: your own; ask: choose at the start"
+        "ask", "auto: example prompts; type: your own; ask: choose at the start"
     )
-    show_speed: bool = option(True, "tokens a second after each answer")
+    show_speed: bool = option(True, "print tokens per second after each answer")
 
 
 def main(args: Args) -> None:
-    chats = [Chat(load_chat_model(args, weight), args) for weight in args.weight]
-    examples = CHAT_PROMPTS if any(not chat.continues for chat in chats) else TEXT_PROMPTS
-    for prompt in prompts(args.prompts, examples):
-        word, _, rest = prompt.partition(" ")
-        if word == "/quit":
+    conversations = [Conversation(load_chat_model(args, weight), args) for weight in args.weight]
+    all_base = all(conversation.is_base_model for conversation in conversations)
+    for prompt in read_prompts(args.prompts, TEXT_EXAMPLES if all_base else CHAT_EXAMPLES):
+        command, _, argument = prompt.partition(" ")
+        if command == "/quit":
             return
-        if word == "/clear":
-            for chat in chats:
-                chat.history.clear()
-        elif word == "/save":
-            save(chats, Path(rest.strip() or "chat.json"))
-        elif word in ("/help", "/?"):
-            print(COMMANDS)
+        if command == "/clear":
+            for conversation in conversations:
+                conversation.history.clear()
+        elif command == "/save":
+            save(conversations, Path(argument.strip() or "chat.json"))
+        elif command in ("/help", "/?"):
+            print(HELP)
         else:
-            for chat in chats:
-                if len(chats) > 1:
-                    print(f"[{chat.name}]")
-                chat.answer(prompt)
+            for conversation in conversations:
+                if len(conversations) > 1:
+                    print(f"[{conversation.name}]")
+                conversation.answer(prompt)
 
 
-class Chat:
-    """A model, and what was said between it and the person."""
+class Conversation:
+    """A model and its chat history."""
 
     def __init__(self, loaded: ChatModel, args: Args):
-        self.model, self.tokenizer, stage, self.name, parameters = loaded
-        self.args = args
-        print(f"{self.name}: {parameters / 1e6:.2f}M parameters, {self.model.device}")
-        self.sampling = Sampling(
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-        )
-        self.room = self.model.config.max_position_embeddings - args.max_new_tokens
-        if self.room < 1:
+        self.model, self.tokenizer, self.name = loaded.model, loaded.tokenizer, loaded.name
+        self.is_base_model = loaded.is_base_model
+        self.args, self.sampling = args, args.sampling()
+        print(f"{self.name}: {loaded.num_parameters / 1e6:.2f}M parameters, {self.model.device}")
+        self.max_prompt_tokens = loaded.max_positions - args.max_new_tokens
+        if self.max_prompt_tokens < 1:
             raise UserError(
                 f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt: the model "
-                f"has {self.model.config.max_position_embeddings} positions"
+                f"has {loaded.max_positions} positions"
             )
         self.history: list[Message] = []
-        # What only learnt to go on writing has no idea of a conversation.
-        self.continues = stage == "pretrain" or not self.tokenizer.chat_template
 
     def answer(self, prompt: str) -> None:
-        """Print what the model says to a prompt, as it comes."""
+        """Print the model's answer to a prompt as it is generated."""
         self.history.append({"role": "user", "content": prompt})
-        thinking = self.args.open_thinking and not self.continues
-        if self.continues:
-            ids = encode_text(self.tokenizer, prompt).ids[:-1]
+        open_thinking = self.args.open_thinking and not self.is_base_model
+        if self.is_base_model:
+            ids = encode_text(self.tokenizer, prompt).ids[:-1]  # without EOS: the text goes on
         else:
-            recent = self.history[-1 - self.args.historys // 2 * 2 :]  # whole exchanges
+            messages = last_exchanges(self.history, self.args.historys)
             ids = encode_chat(
-                self.tokenizer, recent, add_generation_prompt=True, open_thinking=thinking
+                self.tokenizer, messages, add_generation_prompt=True, open_thinking=open_thinking
             ).ids
-        if len(ids) > self.room:
-            print(f"that is {len(ids)} tokens, and there is room for {self.room}; say it shorter\n")
+        if len(ids) > self.max_prompt_tokens:
+            print(
+                f"the prompt has {len(ids)} tokens, and at most {self.max_prompt_tokens} fit; the "
+                "conversation is cleared\n"
+            )
             self.history.clear()
             return
-        started, tokens, text = time.perf_counter(), 0, ""
+        start, num_tokens, text = time.perf_counter(), 0, ""
 
-        def counted() -> Iterator[int]:
-            nonlocal tokens
+        def generated_tokens() -> Iterator[int]:
+            nonlocal num_tokens
             for step in decode(self.model, [ids], self.sampling):
-                tokens += 1
+                num_tokens += 1
                 yield step[0]
 
-        print("<think>\n" if thinking else "", end="")  # stands in the prompt already
+        # With open_thinking the prompt ends with <think>, so the model does not write it.
+        print("<think>\n" if open_thinking else "", end="")
         try:
-            for piece in stream_text(self.tokenizer, counted()):
+            for piece in stream_text(self.tokenizer, generated_tokens()):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        self.history.append({"role": "assistant", **self.said(text, thinking)})
-        speed = f"[{tokens / (time.perf_counter() - started):.1f} tokens/s]"
+        self.history.append(self.to_message(text, open_thinking))
+        speed = f"[{num_tokens / (time.perf_counter() - start):.1f} tokens/s]"
         print(f"\n{speed}\n" if self.args.show_speed else "\n")
 
-    def said(self, text: str, thinking: bool) -> Message:
-        """What a reply says, its thoughts apart, as the chat template takes them."""
-        if self.continues:
-            return {"content": text}
-        reply = parse_reply(text, thinking)
-        more = {"reasoning_content": reply.reasoning, "tool_calls": reply.tool_calls}
-        return {"content": reply.content, **{key: each for key, each in more.items() if each}}
+    def to_message(self, text: str, open_thinking: bool) -> Message:
+        """An answer as a message of the chat template, with reasoning and tool calls apart."""
+        if self.is_base_model:
+            return {"role": "assistant", "content": text}
+        reply = parse_reply(text, open_thinking)
+        message = {"role": "assistant", "content": reply.content}
+        if reply.reasoning:
+            message["reasoning_content"] = reply.reasoning
+        if reply.tool_calls:
+            message["tool_calls"] = reply.tool_calls
+        return message
 
 
-def save(chats: list[Chat], path: Path) -> None:
+def save(conversations: list[Conversation], path: Path) -> None:
     try:
-        write_json(path, {chat.name: chat.history for chat in chats})
+        write_json(path, {each.name: each.history for each in conversations})
         print(f"saved as {path}")
-    except UserError as error:  # no reason to end a conversation
+    except UserError as error:  # not worth losing the conversation
         print(error)
-
-
-def prompts(source: str, examples: list[str]) -> Iterator[str]:
-    """The prompts, one at a time: examples, or what is typed or piped in until it ends."""
-    typed = sys.stdin.isatty()
-    sys.stdin.reconfigure(errors="replace")  # a pipe may bring anything
-    if source == "ask" and typed:
-        try:
-            choice = input("[0] examples  [1] type your own: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        source = "auto" if choice == "0" else "type"
-    if source == "auto":
-        for example in examples:
-            print(f"> {example}")
-            yield example
-        return
-    while True:
-        try:
-            line = input("> " if typed else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line:
-            if not typed:
-                print(f"> {line}")
-            yield line
 
 
 if __name__ == "__main__":

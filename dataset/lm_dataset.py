@@ -56,7 +56,8 @@ __all__ = [
     "token_bytes",
 ]
 
-CACHE = ROOT / "dataset" / ".cache"
+# Tokenised data. The variable is for a project on a disk that is small or may not be written.
+CACHE = Path(os.environ.get("MINIMIND_CACHE") or ROOT / "dataset" / ".cache")
 CACHE_VERSION = 3  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_CHUNK = 500
 CHUNKS_PER_BATCH = 20  # few record batches: the header of each costs a mapped file 64 kB or more
@@ -97,7 +98,10 @@ def load_documents(
                 tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
     except OSError as error:  # a full disk too
         why = error.strerror or error
-        raise UserError(f"cannot write to the cache folder {arrow.parent}: {why}") from error
+        raise UserError(
+            f"cannot write to the cache folder {arrow.parent}: {why}; "
+            "set MINIMIND_CACHE to a folder elsewhere"
+        ) from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
     documents.info.description = arrow.with_suffix(".sha256").read_text()
     if len(documents) == 0:

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 
 
 class TrainingData(Protocol):
@@ -231,7 +231,7 @@ def collate(sequences: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Ba
     """
     longest = max(2, max(sum(len(c["input_ids"]) for c in chunks) for chunks in sequences))
     input_ids = np.full((len(sequences), longest), pad_id, dtype=np.int64)
-    labels = np.full((len(sequences), longest), IGNORED, dtype=np.int64)
+    labels = np.full((len(sequences), longest), IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros((len(sequences), longest), dtype=np.int64)
     num_tokens = 0
     for b, chunks in enumerate(sequences):
@@ -239,12 +239,12 @@ def collate(sequences: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Ba
         for chunk in chunks:
             end = at + len(chunk["input_ids"])
             input_ids[b, at:end] = chunk["input_ids"]
-            labels[b, at:end] = np.where(chunk["loss_mask"], chunk["input_ids"], IGNORED)
-            labels[b, at] = IGNORED
+            labels[b, at:end] = np.where(chunk["loss_mask"], chunk["input_ids"], IGNORE_INDEX)
+            labels[b, at] = IGNORE_INDEX
             position_ids[b, at:end] = np.arange(end - at)
             at = end
         position_ids[b, at:] = np.arange(longest - at)
         num_tokens += at
     tensors = map(torch.from_numpy, (input_ids, labels, position_ids))
-    num_label_tokens = int((labels != IGNORED).sum())
+    num_label_tokens = int((labels != IGNORE_INDEX).sum())
     return Batch(*tensors, num_tokens, num_label_tokens, sum(map(bool, sequences)))

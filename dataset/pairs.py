@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dataset.packing import IGNORED, document_lengths
+from dataset.packing import IGNORE_INDEX, document_lengths
 
 # A token of a sequence this long costs twice as much as one of a short sequence, since attention
 # compares all pairs of a sequence, masked ones too (measured with --hidden_size 512 on a CPU).
@@ -152,7 +152,7 @@ def collate_pairs(
 
     shape = (num_sequences, longest)
     input_ids = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     document_ids = np.full(shape, len(ids), dtype=np.int64)
     last_index = np.zeros(len(ids), dtype=np.int64)
@@ -160,7 +160,7 @@ def collate_pairs(
     for number, b in enumerate(sequence_of):
         span = slice(used[b], used[b] + lengths[number])
         input_ids[b, span] = ids[number]
-        labels[b, span] = np.where(loss_mask[number], ids[number], IGNORED)
+        labels[b, span] = np.where(loss_mask[number], ids[number], IGNORE_INDEX)
         position_ids[b, span] = np.arange(lengths[number])
         document_ids[b, span] = number
         last_index[number] = b * longest + span.stop - 1

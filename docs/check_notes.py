@@ -27,7 +27,9 @@ from model.weights import ROOT
 
 NOTES = """README.md README_zh.md CLAUDE.md notes.md learning_log.md knowledge_base.md
     knowledge_base_en.md NOTE_UPDATE_GUIDE.md learning_materials/README.md
-    learning_materials/README_zh.md benchmarks/README.md benchmarks/RECIPE_LOG.md""".split()
+    learning_materials/README_zh.md benchmarks/README.md benchmarks/RECIPE_LOG.md
+    docs/training.md docs/fine_tuning.md docs/rl.md docs/data.md docs/models.md docs/export.md
+    docs/serving.md docs/evaluation.md docs/code.md""".split()
 ENTRY_PARTS = ["做了什么", "问题与解决", "反思", "下一步"]
 FENCE = re.compile(r"^ *```")
 HEADING = re.compile(r"^(#+) +(.+?) *$")

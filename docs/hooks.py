@@ -13,8 +13,8 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = ["*.md", "learning_materials/*.md", "benchmarks/*.md"]
-PICTURES = ["learning_materials/figures/*.png", "benchmarks/figures/*.png"]
+TEXTS = ["*.md", "docs/*.md", "learning_materials/*.md", "benchmarks/*.md"]
+PICTURES = [f"{room}/figures/*.*" for room in ("docs", "learning_materials", "benchmarks")]
 ROOMS = ("model", "dataset", "trainer", "scripts", "benchmarks", "tests")
 CODE = ["eval_llm.py", "learning_materials/*.py", *(f"{room}/**/*.py" for room in ROOMS)]
 LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")

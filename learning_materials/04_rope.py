@@ -17,15 +17,15 @@ from lesson import Lesson, small_model, teach
 from torch import Tensor
 
 from model.model_minimind import MiniMindConfig
-from model.rope import rope_rotation, rotate
+from model.rope import apply_rotary_emb, rope_cos_sin
 
 CONFIG = MiniMindConfig()  # the 26M model: heads of 64, theta 1e6
 
 
 def turned(vector: Tensor, position: int, config: MiniMindConfig = CONFIG) -> Tensor:
     """[D] at a position, as the model turns it."""
-    rotation = rope_rotation(config, torch.tensor([[position]]))
-    return rotate(vector[None, None, None], *rotation)[0, 0, 0]
+    rotation = rope_cos_sin(config, torch.tensor([[position]]))
+    return apply_rotary_emb(vector[None, None, None], *rotation)[0, 0, 0]
 
 
 def score(query: Tensor, at: int, key: Tensor, there: int, config=CONFIG) -> float:
@@ -79,8 +79,8 @@ def main(lesson: Lesson) -> None:
     figure, (left, right) = lesson.figure(2)
     decay = {}
     for theta in (1e4, 1e6):
-        cos, sin = rope_rotation(MiniMindConfig(rope_theta=theta), distances[None])
-        scores = (rotate(ones.expand(1, 1, len(distances), D), cos, sin)[0, 0] @ ones) / D
+        cos, sin = rope_cos_sin(MiniMindConfig(rope_theta=theta), distances[None])
+        scores = (apply_rotary_emb(ones.expand(1, 1, len(distances), D), cos, sin)[0, 0] @ ones) / D
         decay[theta] = scores
         right.plot(distances, scores, linewidth=0.8, label=f"theta {theta:.0e}")
     rows = [(n, decay[1e4][n].item(), decay[1e6][n].item()) for n in (0, 1, 16, 128, 1024)]
@@ -92,7 +92,7 @@ def main(lesson: Lesson) -> None:
         f"around distance 1,000 the mean is {decay[1e4][window].mean():.2f} for 1e4 and "
         f"{decay[1e6][window].mean():.2f} for 1e6."
     )
-    cos, _ = rope_rotation(CONFIG, torch.arange(128)[None])
+    cos, _ = rope_cos_sin(CONFIG, torch.arange(128)[None])
     image = left.imshow(cos[0, 0, :, : D // 2].T, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     left.set(title="cos of each pair's angle", xlabel="position", ylabel="pair")
     left.grid(False)
@@ -108,7 +108,7 @@ def main(lesson: Lesson) -> None:
     steps = torch.arange(8)[None]
     no_turn = torch.ones(1, 1, 8, 16), torch.zeros(1, 1, 8, 16)
     moved = {}
-    for name, rotation in (("none", no_turn), ("RoPE", rope_rotation(model.config, steps))):
+    for name, rotation in (("none", no_turn), ("RoPE", rope_cos_sin(model.config, steps))):
         outs = [attention(x, rotation, None, None, 8)[0, -1] for x in (tokens, shuffled)]
         moved[name] = (outs[0] - outs[1]).abs().max().item()
     lesson.table("rotation", "a shuffle changes the output by", rows=moved.items())

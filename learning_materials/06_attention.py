@@ -13,8 +13,8 @@ import torch
 from lesson import Lesson, small_model, teach
 from transformers import DynamicCache
 
-from model.attention import for_each_query_head, scaled_dot_product, scaled_dot_product_by_hand
-from model.model_minimind import CACHE, MiniMindConfig
+from model.attention import eager_attention, repeat_kv, sdpa_attention
+from model.model_minimind import CACHE_ARGUMENT, MiniMindConfig
 
 
 def main(lesson: Lesson) -> None:
@@ -28,7 +28,7 @@ def main(lesson: Lesson) -> None:
     weights = scores.exp() / scores.exp().sum()
     answer = (weights @ values).item()
     shaped = query[None, None, None], keys[None, None], values[None, None]
-    ours = scaled_dot_product(*shaped, None, 0)
+    ours = sdpa_attention(*shaped, None, 0)
     rows = zip(*(x.flatten().tolist() for x in (scores, weights, values)), strict=True)
     headers = ("q . k / sqrt(2)", "weight", "value")
     lesson.table(*headers, rows=rows)
@@ -55,9 +55,9 @@ def main(lesson: Lesson) -> None:
     lesson.predict("8 query heads, 2 key/value heads. Which query heads read which?")
     query, key, value = torch.randn(1, 8, 5, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
     number = torch.arange(2.0).view(1, 2, 1, 1)
-    shares = for_each_query_head(number, query).flatten().int().tolist()
-    by_hand = scaled_dot_product_by_hand(query, key, value, None, 0)
-    fused = scaled_dot_product(query, key, value, None, 0)
+    shares = repeat_kv(number, query.shape[1] // number.shape[1]).flatten().int().tolist()
+    by_hand = eager_attention(query, key, value, None, 0)
+    fused = sdpa_attention(query, key, value, None, 0)
     difference = (by_hand - fused).abs().max().item()
     lesson.table("query head", "reads head", rows=enumerate(shares))
     assert shares == [0, 0, 0, 0, 1, 1, 1, 1] and difference < 1e-5
@@ -71,7 +71,7 @@ def main(lesson: Lesson) -> None:
     with torch.no_grad():
         whole = model(ids).logits
         for t in range(24):
-            parts.append(model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits)
+            parts.append(model(ids[:, t : t + 1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits)
     difference = (torch.cat(parts, 1) - whole).abs().max().item()
     again = sum(range(1, 25))  # without a cache every new token reads everything before it anew
     rows = [("with a cache", 24, difference), ("without", again, 0.0)]
@@ -101,7 +101,7 @@ def main(lesson: Lesson) -> None:
     middle.set(title="the KV cache of the 26M model", xlabel="tokens", ylabel="MiB")
     # where values are the rows of the identity, what comes out are the weights themselves
     query, key, one = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 16, 16), torch.eye(16)
-    weights = scaled_dot_product_by_hand(query, key, one[None, None], None, 0)[0, 0]
+    weights = eager_attention(query, key, one[None, None], None, 0)[0, 0]
     assert torch.allclose(weights.sum(-1), torch.ones(16)) and weights.triu(1).abs().max() == 0
     figure.colorbar(right.imshow(weights))
     right.set(title="weights: only backwards", xlabel="key", ylabel="query")

@@ -16,9 +16,9 @@ from lesson import Lesson, small_model, teach, textbook
 from torch import Tensor
 
 from dataset.lm_dataset import Encoded, encode_chat, encode_text
-from dataset.packing import Rows, collate
-from model.attention import visible_keys
-from model.losses import IGNORED
+from dataset.packing import PackedDataset, collate
+from model.attention import make_attention_mask
+from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 
 ROW = 256
@@ -38,7 +38,9 @@ def documents(count: int) -> list[Encoded]:
 
 def mask_of(position_ids: Tensor) -> Tensor:
     """[T, T], as the model makes it from the positions of a row."""
-    return visible_keys(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[0, 0]
+    return make_attention_mask(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[
+        0, 0
+    ]
 
 
 def main(lesson: Lesson) -> None:
@@ -46,11 +48,12 @@ def main(lesson: Lesson) -> None:
     some = dataset_of(documents(300))
 
     lesson.predict(f"300 documents in rows of {ROW} tokens, padded or packed: how many rows?")
-    rows = {name: Rows(some, ROW, packing=name == "packed") for name in ("padded", "packed")}
-    figures = [(name, len(some), some.fill) for name, some in rows.items()]
+    rows = {how: PackedDataset(some, ROW, packing=how == "packed") for how in ("padded", "packed")}
+    figures = [(how, len(some), some.packing_efficiency) for how, some in rows.items()]
     lesson.table("how", "rows", "share of real tokens", rows=figures)
     padded, packed = rows["padded"], rows["packed"]
-    assert packed.tokens == padded.tokens and packed.fill > 0.95 > 0.5 > padded.fill
+    assert packed.num_tokens == padded.num_tokens
+    assert packed.packing_efficiency > 0.95 > 0.5 > padded.packing_efficiency
     lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer rows.")
 
     lesson.predict("Three documents of 4, 3 and 5 tokens in one row: which keys does a token see?")
@@ -61,7 +64,7 @@ def main(lesson: Lesson) -> None:
     columns = batch.position_ids[0].tolist(), batch.labels[0].tolist(), shown
     lesson.table("position", "label", "visible keys", rows=zip(*columns, strict=True))
     assert mask.sum() == sum(size * (size + 1) // 2 for size in (4, 3, 5))
-    assert (batch.labels[0] == IGNORED).nonzero().flatten().tolist() == [0, 4, 7]
+    assert (batch.labels[0] == IGNORE_INDEX).nonzero().flatten().tolist() == [0, 4, 7]
     lesson.conclude(
         "Triangles along the diagonal. Positions restart, which tells the model all this; and "
         "the first token of a document has no label, for nothing in its document could predict "
@@ -84,8 +87,8 @@ def main(lesson: Lesson) -> None:
     with torch.no_grad():
         together = model(**batch.inputs, labels=batch.labels).loss.item()
         each = [collate([[piece]]) for piece in row]
-        alone = [model(**one.inputs, labels=one.labels).loss * one.labelled for one in each]
-    separate = sum(alone).item() / batch.labelled
+        alone = [model(**one.inputs, labels=one.labels).loss * one.num_label_tokens for one in each]
+    separate = sum(alone).item() / batch.num_label_tokens
     assert abs(together - separate) < 1e-5
     lesson.conclude(
         f"Packed {together:.6f}, one by one {separate:.6f}: packing changes only the speed."
@@ -110,7 +113,8 @@ def main(lesson: Lesson) -> None:
     left.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
     left.grid(False)
     right.barh(list(rows), [len(r) for r in rows.values()], color="lightgrey", label="padding")
-    right.barh(list(rows), [len(r) * r.fill for r in rows.values()], label="real tokens")
+    filled = [len(r) * r.packing_efficiency for r in rows.values()]
+    right.barh(list(rows), filled, label="real tokens")
     right.set(title="the same 300 documents", xlabel=f"rows of {ROW} tokens")
     lesson.save(figure)
 
@@ -123,7 +127,7 @@ def main(lesson: Lesson) -> None:
 
 
 def solution_1(lesson: Lesson) -> None:
-    rows = Rows(dataset_of(documents(300)), ROW)
+    rows = PackedDataset(dataset_of(documents(300)), ROW)
     shares = [
         mask_of(collate([rows[n]]).position_ids).float().mean().item() for n in range(len(rows))
     ]
@@ -133,9 +137,9 @@ def solution_1(lesson: Lesson) -> None:
 
 
 def solution_2(lesson: Lesson) -> None:
-    rows = Rows(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
+    rows = PackedDataset(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
     batches = [collate([rows[n]]) for n in range(len(rows))]
-    labels = torch.cat([b.labels[b.labels != IGNORED] for b in batches]).sort().values
+    labels = torch.cat([b.labels[b.labels != IGNORE_INDEX] for b in batches]).sort().values
     lesson.print(f"{len(rows)} rows, {len(labels)} predictions, of tokens 1 to {labels[-1]}")
     assert torch.equal(labels, torch.arange(1, 1000))  # pieces overlap by one token
 

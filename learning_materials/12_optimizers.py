@@ -16,7 +16,7 @@ import torch
 from lesson import Lesson, crops, small_model, teach, textbook, train
 from torch import Tensor, nn
 
-from trainer.common.optimizers import Muon, orthogonal
+from trainer.common.optimizers import Muon, orthogonalize
 
 STEPS = 100
 OPTIMIZERS: dict[str, Callable] = {
@@ -73,7 +73,7 @@ def main(lesson: Lesson) -> None:
     lesson.predict("A gradient of singular values 1, 0.3, 0.1, 0.03. What does Muon make of it?")
     u, v = (torch.linalg.qr(torch.randn(4, 4)).Q for _ in "uv")
     strengths = torch.tensor([1.0, 0.3, 0.1, 0.03])
-    after = torch.linalg.svdvals(orthogonal((u * strengths @ v)[None])[0])
+    after = torch.linalg.svdvals(orthogonalize((u * strengths @ v)[None])[0])
     lesson.table("before", "after", rows=zip(strengths.tolist(), after.tolist(), strict=True))
     assert ((after - 1).abs() < 0.3).all()
     lesson.conclude("All near 1: weak directions are learnt as fast as strong ones.")

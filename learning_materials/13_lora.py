@@ -15,7 +15,7 @@ import torch
 from lesson import Language, Lesson, small_model, teach, train
 from torch import Tensor, nn
 
-from model.model_lora import LoraLinear, LoraSettings, add_lora, lora_layers, merge, unmerge
+from model.model_lora import LoraConfig, LoraLinear, add_lora, lora_layers, merge, unmerge
 from model.weights import count_parameters
 
 WIDTH = 32
@@ -31,11 +31,11 @@ def learn_change(target: Tensor, rank: int, steps: int = 200) -> float:
     """Squared error that is left when LoRA of this rank learns to add `target` to a matrix."""
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    layer = LoraLinear(linear, LoraSettings(r=rank, alpha=rank))
+    layer = LoraLinear(linear, LoraConfig(r=rank, alpha=rank))
     optimizer = torch.optim.Adam([layer.lora_A.weight, layer.lora_B.weight], 0.03)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / steps)
-        error = (layer.addition - target).pow(2).sum()
+        error = (layer.delta_weight - target).pow(2).sum()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
@@ -51,7 +51,7 @@ def main(lesson: Lesson) -> None:
     with torch.no_grad():
         before = base(start).logits
         tuned = copy.deepcopy(base)
-        add_lora(tuned, LoraSettings(r=8))
+        add_lora(tuned, LoraConfig(r=8))
         after = tuned(start).logits
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     rows = [("logits moved by", (after - before).abs().max().item())]
@@ -86,7 +86,7 @@ def main(lesson: Lesson) -> None:
     for rank in (1, 4, 16, None):
         model, language = copy.deepcopy(base), copy.deepcopy(moved)
         if rank:
-            add_lora(model, LoraSettings(r=rank, alpha=2 * rank, target_modules=everywhere))
+            add_lora(model, LoraConfig(r=rank, alpha=2 * rank, target_modules=everywhere))
         curve = train(model, (language.batch(8) for _ in range(40)), 5e-3, "adamw")
         name = f"rank {rank}" if rank else "all weights"
         losses[rank] = sum(curve[-15:]) / 15
@@ -138,7 +138,7 @@ def solution_1(lesson: Lesson) -> None:
 
 
 def solution_2(lesson: Lesson) -> None:
-    layer = LoraLinear(nn.Linear(WIDTH, WIDTH, bias=False), LoraSettings(r=4))
+    layer = LoraLinear(nn.Linear(WIDTH, WIDTH, bias=False), LoraConfig(r=4))
     nn.init.zeros_(layer.lora_A.weight)
     layer(torch.randn(8, WIDTH)).pow(2).sum().backward()
     grads = [layer.lora_A.weight.grad.norm().item(), layer.lora_B.weight.grad.norm().item()]

@@ -13,7 +13,7 @@ Predict    What is L_balance when all tokens go to the same 2 of 4 experts?
 import torch
 from lesson import Language, Lesson, small_model, teach
 
-from model.feed_forward import Routing, balance_loss, mixtures, nudge_bias
+from model.feed_forward import Routing, load_balancing_loss, moe_layers, update_bias
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters
 from trainer.common.optimizers import make_optimizer
@@ -33,16 +33,16 @@ def learn(model: MiniMindForCausalLM, steps: int = 60) -> tuple[list[float], lis
     """The loss, and how many times the mean load the busiest expert has, at each update."""
     language, losses, busiest = Language(), [], []
     optimizer = make_optimizer(model.train(), "muon", 5e-3, 0.0)
-    (mixture,) = mixtures(model)
+    (mixture,) = moe_layers(model)
     for _ in range(steps):
         outputs = model(**language.batch(8), return_logits=False)
         (outputs.loss + outputs.aux_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(outputs.loss.item())
-        busiest.append((mixture.load.max() / mixture.load.mean()).item())
-        nudge_bias(mixture, mixture.load)  # as a trainer does after every update
-        mixture.load.zero_()
+        busiest.append((mixture.tokens_per_expert.max() / mixture.tokens_per_expert.mean()).item())
+        update_bias(mixture, mixture.tokens_per_expert)  # as a trainer does after every update
+        mixture.tokens_per_expert.zero_()
     return losses, busiest
 
 
@@ -51,7 +51,7 @@ def main(lesson: Lesson) -> None:
     logits = torch.tensor([2.0, 1, 0, -1])
     chances = logits.softmax(-1)
     weights = chances[:2] / chances[:2].sum()
-    mixture = mixtures(small_model(use_moe=True))[0].eval()
+    mixture = moe_layers(small_model(use_moe=True))[0].eval()
     with torch.no_grad():
         mixture.gate.weight.zero_()[:, 0] = logits
         token = torch.zeros(1, 1, 64)
@@ -72,7 +72,7 @@ def main(lesson: Lesson) -> None:
     even = Routing(torch.full((1, 6, 4), 0.25), torch.tensor([[[0, 1], [2, 3]] * 3]), None)
     favoured = torch.tensor([0.5, 0.5, 0, 0]).expand(1, 6, 4)
     collapsed = Routing(favoured, torch.tensor([[[0, 1]] * 6]), None)
-    values = [balance_loss(r, torch.ones(1, 6), True).item() for r in (even, collapsed)]
+    values = [load_balancing_loss(r, torch.ones(1, 6), True).item() for r in (even, collapsed)]
     lesson.table("choices", "L_balance", rows=zip(("even", "collapsed"), values, strict=True))
     assert values == [1.0, 2.0]
     lesson.conclude(
@@ -98,12 +98,12 @@ def main(lesson: Lesson) -> None:
 
     lesson.predict("Does an expert become one for certain words?")
     model, inputs = models["a loss, alpha 0.1"].eval(), []
-    (mixture,) = mixtures(model)
+    (mixture,) = moe_layers(model)
     mixture.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     ids = Language().batch(64)["input_ids"]
     with torch.no_grad():
         model(ids)
-        chosen = mixture.route(inputs[0]).chosen[..., 0]  # [B, T]
+        chosen = mixture.route(inputs[0]).experts[..., 0]  # [B, T]
     counts = torch.zeros(64, 8).index_put_((ids, chosen), torch.tensor(1.0), accumulate=True)
     shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)  # [words, experts]
     favourite = shares.amax(-1).mean().item()
@@ -126,7 +126,7 @@ def main(lesson: Lesson) -> None:
 
 def solution_1(lesson: Lesson) -> None:
     model = small_model(use_moe=True, num_experts_per_tok=4, n_shared_experts=0)
-    mixture, x = mixtures(model)[0].eval(), torch.randn(1, 5, 64)
+    mixture, x = moe_layers(model)[0].eval(), torch.randn(1, 5, 64)
     with torch.no_grad():
         g = mixture.gate(x).softmax(-1)
         dense = sum(g[..., e : e + 1] * mixture.experts[e](x) for e in range(4))
@@ -138,7 +138,7 @@ def solution_1(lesson: Lesson) -> None:
 def solution_2(lesson: Lesson) -> None:
     with torch.device("meta"):  # shapes without numbers
         model = MiniMindForCausalLM(MiniMindConfig(hidden_size=640, use_moe=True))
-    idle = sum(2 * count_parameters(mixture.experts[0]) for mixture in mixtures(model))
+    idle = sum(2 * count_parameters(mixture.experts[0]) for mixture in moe_layers(model))
     whole = count_parameters(model)
     lesson.print(f"{whole:,} in all, {whole - idle:,} ({1 - idle / whole:.0%}) for a token")
     assert round(whole / 1e6) == 145 and round((whole - idle) / 1e6) == 92

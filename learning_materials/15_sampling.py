@@ -14,14 +14,14 @@ from lesson import Language, Lesson, small_model, teach, train
 from torch import Tensor
 
 from model.inference.generation import generate
-from model.inference.sampling import Sampling, filter_logits, sample
+from model.inference.sampling import SamplingParams, filter_logits, sample
 
 CHANCES = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 
 
 def after(**settings) -> Tensor:
     """The chances that are left of CHANCES."""
-    return filter_logits(CHANCES.log()[None], Sampling(**settings)).softmax(-1)[0]
+    return filter_logits(CHANCES.log()[None], SamplingParams(**settings)).softmax(-1)[0]
 
 
 def entropy(p: Tensor) -> float:
@@ -56,7 +56,7 @@ def main(lesson: Lesson) -> None:
     )
     noise, draws = torch.Generator().manual_seed(0), 20_000
     logits = CHANCES.log().expand(draws, -1)
-    taken = sample(logits, Sampling(), [], [], [noise] * draws)
+    taken = sample(logits, SamplingParams(), [], [], [noise] * draws)
     often = taken.bincount(minlength=5) / draws
     rows = zip(CHANCES.tolist(), often.tolist(), strict=True)
     lesson.table("p", "share of the draws", rows=rows)
@@ -82,7 +82,7 @@ def main(lesson: Lesson) -> None:
     rows = []
     for name, setting in settings.items():
         fixed = dict(max_new_tokens=24, seed=0, stop_ids=())
-        replies = torch.tensor(generate(model, prompts, Sampling(**setting, **fixed)))
+        replies = torch.tensor(generate(model, prompts, SamplingParams(**setting, **fixed)))
         text = torch.cat((torch.tensor(prompts), replies), dim=1)
         pairs = torch.stack((text[:, :-1], text[:, 1:]), dim=-1).reshape(-1, 2)
         legal = (language.next[pairs[:, 0], pairs[:, 1]] > 0).float().mean().item()
@@ -117,7 +117,7 @@ def main(lesson: Lesson) -> None:
 def solution_1(lesson: Lesson) -> None:
     language, model = Language(), small_model()
     train(model, (language.batch(8) for _ in range(40)))
-    greedy = Sampling(max_new_tokens=200, temperature=0.0, stop_ids=())
+    greedy = SamplingParams(max_new_tokens=200, temperature=0.0, stop_ids=())
     text = generate(model, [[0]], greedy)[0]
     last = text[-1]
     circle = next(

@@ -18,10 +18,13 @@ import torch
 from lesson import Language, Lesson, small_model, teach, train
 
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForScoring
 from trainer import train_grpo, train_ppo, train_spo
-from trainer.rl.rollout import Completion, Prompt, Sums, micro_batches, policy_inputs
+from trainer.rl.batches import UpdateStats, micro_batches
+from trainer.rl.policy import policy_inputs
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import Completion
 
 CHANCES = torch.tensor([0.95, 0.85, 0.75, 0.65])  # of a reward of 1, for the bandit's four arms
 TRUE = (CHANCES - CHANCES.mean()) / 4  # the gradient of E[r] for the logits, where all are 0
@@ -34,10 +37,10 @@ def main(lesson: Lesson) -> None:
     arms = torch.randint(4, (4000, G))
     rewards = (torch.rand(4000, G) < CHANCES[arms]).float()
     tracker = train_spo.ValueTracker(1, train_spo.Args())
-    tracker.learn(np.zeros(40, int), rewards[:5].flatten().numpy())  # one after the other
+    tracker.update(np.zeros(40, int), rewards[:5].flatten().numpy())  # one after the other
     advantages = {
         "none": rewards,
-        "mean of the group (GRPO)": train_grpo.group_advantages(rewards, scaled=False),
+        "mean of the group (GRPO)": train_grpo.group_advantages(rewards, scale=False),
         "earlier answers (SPO)": rewards - float(tracker.values[0]),
         "a perfect critic (PPO)": rewards - CHANCES.mean(),
     }
@@ -52,7 +55,8 @@ def main(lesson: Lesson) -> None:
 
     lesson.predict("8 answers, each right with chance p. Which share of groups teaches nothing?")
     p = torch.tensor([0.02, 0.1, 0.5, 0.9, 0.98])
-    flat = [train_grpo.flat((torch.rand(4000, G) < x).float()).float().mean() for x in p]
+    groups = [(torch.rand(4000, G) < x).float() for x in p]
+    flat = [train_grpo.zero_variance_groups(rewards).float().mean() for rewards in groups]
     rows = torch.stack([p, torch.stack(flat), p**G + (1 - p) ** G], 1)
     lesson.table("p", "flat groups", "p^8 + (1 - p)^8", rows=rows.tolist())
     assert torch.allclose(rows[:, 1], rows[:, 2], atol=0.03)
@@ -86,7 +90,12 @@ def main(lesson: Lesson) -> None:
 def pushed(ratios: torch.Tensor, advantage: float = 1.0) -> torch.Tensor:
     """Minus the gradient for log pi at each pi / pi_old, of GRPO's and of SPO's loss, [N, 2]."""
     log_pi = ratios.log()[:, None].repeat(1, 2).requires_grad_()
-    batch = SimpleNamespace(old=0, advantages=torch.tensor(advantage), reference=None, mask=1)
+    batch = SimpleNamespace(
+        old_log_probs=0,
+        ref_log_probs=None,
+        advantages=torch.tensor(advantage),
+        completion_mask=1,
+    )
     for column, trainer in enumerate((train_grpo, train_spo)):
         trainer.policy_loss(log_pi[:, column], batch, trainer.Args()).sum().backward()
     return 0 - log_pi.grad
@@ -100,33 +109,36 @@ def learn(name: str, updates: int = 20) -> list[float]:
     run = SimpleNamespace(args=args, device="cpu", tokenizer=SimpleNamespace(pad_token_id=0))
     run.forward, run.sum_over_ranks = lambda *_, **__: nullcontext(), lambda *own: list(own)
     tracker = train_spo.ValueTracker(64, train_spo.Args())
-    both = train_ppo.ActorCritic(model, MiniMindForScoring.on(copy.deepcopy(model)))
+    both = train_ppo.ActorCritic(
+        model, MiniMindForScoring.from_language_model(copy.deepcopy(model))
+    )
     optimizer, curve = torch.optim.AdamW(both.parameters(), 2e-3), []
     for update in range(updates):
         asked = torch.randint(64, (64 // G,)).repeat_interleave(G).numpy()
-        settings = Sampling(max_new_tokens=8, stop_ids=(), seed=update)
+        settings = SamplingParams(max_new_tokens=8, stop_ids=(), seed=update)
         texts = torch.tensor(generate(model, asked[:, None].tolist(), settings))
         before = torch.cat([torch.from_numpy(asked)[:, None], texts[:, :-1]], 1)
         scores = (language.next[before, texts] > 0).float().mean(1)
         pairs = zip(asked.tolist(), texts.tolist(), strict=True)
         answers = [Completion(Prompt(0, [], [a], None), text, "", True) for a, text in pairs]
-        (batch,) = micro_batches(run, answers)
+        (batch,) = micro_batches(answers, len(answers), 0, "cpu")
         if name == "PPO":
-            train_ppo.judge(run, both, None, [batch], scores)
+            train_ppo.compute_advantages(run, both, None, [batch], scores)
         elif name == "GRPO":
             batch.advantages = train_grpo.group_advantages(scores.view(-1, G), True).view(-1, 1)
         else:
             unexpected = scores - torch.from_numpy(tracker.values[asked])
-            batch.advantages = train_spo.normalised(run, unexpected).float()[:, None]
-            tracker.learn(asked, scores.numpy())
+            batch.advantages = train_spo.normalize(run, unexpected).float()[:, None]
+            tracker.update(asked, scores.numpy())
         for _ in range(args.update_epochs):
-            log_pi, values, _ = both(**policy_inputs(run, batch))
+            log_pi, values, _ = both(**policy_inputs(batch, args.temperature))
+            batch.set_old_log_probs(log_pi)
             if name == "PPO":
                 actor, critic = train_ppo.ppo_loss(log_pi, values, batch, args)
                 loss = actor + args.vf_coef * critic
             else:
                 loss = TRAINERS[name].policy_loss(log_pi, batch, args).sum()
-            (loss / Sums(run, [batch]).tokens).backward()
+            (loss / UpdateStats(run, [batch]).num_tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
         curve.append(scores.mean().item())
@@ -141,7 +153,7 @@ def solution_1(lesson: Lesson) -> None:
 
 def solution_2(lesson: Lesson) -> None:
     rewards, values = torch.tensor([[0.0, 0, 1]]), torch.rand(1, 3)
-    advantages = train_ppo.advantage_estimates(rewards, values, torch.ones(1, 3), 1.0, 1.0)
+    advantages = train_ppo.compute_gae(rewards, values, torch.ones(1, 3), 1.0, 1.0)
     lesson.print(f"{advantages.tolist()}: the final reward, less the critic's {values.tolist()}")
     assert torch.allclose(advantages, 1 - values)
 

@@ -1,4 +1,4 @@
-"""Attention: which keys a query may see, and softmax(QKᵀ/√D)V in three ways.
+"""Attention: the mask, and softmax(QKᵀ/√D)V in three ways: SDPA, varlen, and written out.
 
 Letters in the shape comments, as in model_minimind.py:
     B batch   T tokens fed now   S tokens attended to (cached + T)
@@ -14,118 +14,144 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 
-class Documents(NamedTuple):
-    """The documents of packed rows, all rows laid end to end: what varlen attention takes instead
-    of a mask, so that it computes nothing between documents."""
+class VarlenMetadata(NamedTuple):
+    """The documents of packed rows, all rows laid end to end (FlashAttention's arguments).
 
-    edges: Tensor  # [documents + 1], int32: where each begins, and where the last ends
-    longest: int  # no document has more tokens
+    Varlen attention takes these instead of a mask and skips the pairs of tokens of two different
+    documents, which a mask would compute and throw away.
+    """
+
+    cu_seqlens: Tensor  # [documents + 1], int32: cumulative lengths, 0 first
+    max_seqlen: int  # at least the length of the longest document
 
 
-# -- which keys a query may see --------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
-def visible_keys(
+def make_attention_mask(
     hidden: Tensor,
     past: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     varlen: bool = False,
-) -> Tensor | Documents | None:
-    """Which keys each query may see, as a bool mask [B or 1, 1, T, S], True = visible.
+) -> Tensor | VarlenMetadata | None:
+    """The mask of a forward pass of T = hidden.shape[1] tokens: bool [B or 1, 1, T, S], True where
+    a query may attend to a key.
 
-    None, the fast path, means all earlier positions (causal). Beyond causality, padding is hidden
-    (attention_mask [B, S]), and so are the other documents of a packed row (position_ids, [B or 1,
-    T], that restart at 0; given when nothing is cached). With `varlen`, Documents say the latter.
+    Args:
+        hidden: [B, T, C], for its shape and device.
+        past: number of cached tokens, so that S = past + T.
+        attention_mask: [B, S], 0 hides padding; or [B, 1, T, S], returned as it is.
+        position_ids: [B or 1, T]; each 0 starts a document, and documents of a packed row do not
+            attend to each other. None: one document a row. Only without a cache.
+        varlen: return packed documents as VarlenMetadata instead of a mask.
+
+    Returns:
+        None where the mask is causal and nothing more: kernels have a fast path for that.
     """
     T = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask[..., : past + T]  # transformers prepared it already
+        return attention_mask[..., : past + T]  # prepared by the caller (engine.py, transformers)
     packed = position_ids is not None
+    # A single new token may attend to everything that is cached. Several tokens behind a cache
+    # need a mask: is_causal would align the first query with the first key.
     if attention_mask is None and not packed and (past == 0 or T == 1):
         return None
     if packed and attention_mask is None and varlen:
-        return documents_of(position_ids.expand(len(hidden), T))
-    steps = torch.arange(past + T, device=hidden.device)
-    mask = (steps <= steps[past:, None])[None]  # [1, T, S]
+        return varlen_metadata(position_ids.expand(len(hidden), T))
+    mask = causal_mask(torch.arange(past, past + T, device=hidden.device)[None], past + T)
     if attention_mask is not None:
-        mask = mask & attention_mask[:, None, : past + T].bool()
+        mask = mask & attention_mask[:, None, None, : past + T].bool()
     if packed:
-        document = (position_ids == 0).cumsum(-1)
-        mask = mask & (document[:, None, :] == document[:, :, None])
-    return mask[:, None]
+        document = (position_ids == 0).cumsum(-1)  # [B or 1, T]: number of each token's document
+        mask = mask & (document[:, None, None, :] == document[:, None, :, None])
+    return mask
 
 
-def documents_of(position_ids: Tensor) -> Documents:
-    """Positions [B, T] that restart at 0 with each document; a row begins one in any case."""
+def causal_mask(positions: Tensor, num_keys: int) -> Tensor:
+    """Queries at `positions` [B or 1, T] of rows of S keys → bool [B or 1, 1, T, S]: a query sees
+    its own key and those before it. The model, the engine and the microscope all use this."""
+    keys = torch.arange(num_keys, device=positions.device)
+    return (keys <= positions[..., None])[:, None]
+
+
+def varlen_metadata(position_ids: Tensor) -> VarlenMetadata:
+    """The documents of positions [B, T], each of which starts at 0."""
     starts = position_ids == 0
-    starts[:, 0] = True
-    edges = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
-    return Documents(edges.int(), position_ids.shape[1])
+    starts[:, 0] = True  # a row never continues the document of the row before it
+    cu_seqlens = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
+    return VarlenMetadata(cu_seqlens.int(), position_ids.shape[1])
 
 
-def varlen_runs(hidden: Tensor, head_dim: int) -> bool:
-    """Whether PyTorch's varlen attention, which is FlashAttention, can compute this."""
+def supports_varlen(hidden: Tensor, head_dim: int) -> bool:
+    """Whether PyTorch's varlen_attn (FlashAttention: Ampere or newer, half precision) can run."""
     if not hidden.is_cuda or torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return False
     half = torch.is_autocast_enabled("cuda") or hidden.dtype != torch.float32
     return half and head_dim % 8 == 0 and head_dim <= 256
 
 
-# -- the three ways --------------------------------------------------------------------------------
+# -- softmax(QKᵀ/√D)V ------------------------------------------------------------------------------
 
 
-def scaled_dot_product(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Documents | None, dropout: float
+def sdpa_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | VarlenMetadata | None, dropout: float
 ) -> Tensor:
     """softmax(QKᵀ/√D)V by PyTorch's fused kernels. [B, H, T, D], [B, K, S, D] → [B, H, T, D]."""
-    if isinstance(mask, Documents):
-        return within_documents(query, key, value, mask)
-    # A query that stands alone sees all keys; is_causal would align it with the first of them.
+    if isinstance(mask, VarlenMetadata):
+        return varlen_attention(query, key, value, mask)
+    # A single query sees all keys; is_causal would align it with the first key and hide the rest.
     causal = mask is None and query.shape[2] > 1
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.shape[2] == 1:
-        # A new token: the query heads of a group are to the kernel so many queries of one head,
-        # and it reads each key once for all of them.
+        # Decoding is bound by reading the cache. As H / K queries of one head, the query heads of
+        # a group share one read of their keys.
         queries = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, K, H / K, D]
         out = F.scaled_dot_product_attention(queries, key, value, mask, dropout)
         return out.reshape(query.shape)
     if grouped and mask is not None and query.is_cuda:
-        # CUDA's kernels know groups (flash) or masks (memory-efficient), but not both
-        key, value = (for_each_query_head(x, query) for x in (key, value))
+        # CUDA kernels take groups (flash) or a mask (memory-efficient), but not both
+        key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
         grouped = False
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=causal, enable_gqa=grouped
     )
 
 
-def within_documents(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-    """The same for documents end to end, each of which sees itself alone. Shapes as above."""
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, documents: VarlenMetadata
+) -> Tensor:
+    """Causal attention within each document, rows laid end to end. Shapes as above."""
     B, H, T, D = query.shape
-    # varlen_attn knows groups since torch 2.12 only
-    key, value = (for_each_query_head(x, query) for x in (key, value))
+    # varlen_attn has grouped queries only since torch 2.12
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
     query, key, value = (x.transpose(1, 2).reshape(B * T, H, D) for x in (query, key, value))
-    edges, longest = documents
-    causal = (-1, 0)  # a window: all keys before, none after
-    out = varlen_attn(query, key, value, edges, edges, longest, longest, window_size=causal)
+    cu_seqlens, max_seqlen = documents
+    causal = (-1, 0)  # window to the left: unlimited; to the right: none
+    out = varlen_attn(
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal
+    )
     return out.view(B, T, H, D).transpose(1, 2)
 
 
-def for_each_query_head(grouped: Tensor, query: Tensor) -> Tensor:
-    """[B, K, S, D] → [B, H, S, D]: query head h reads key/value head h // (H / K)."""
-    return grouped.repeat_interleave(query.shape[1] // grouped.shape[1], dim=1)
+def repeat_kv(heads: Tensor, n_rep: int) -> Tensor:
+    """[B, K, S, D] → [B, K · n_rep, S, D]: query head h uses key/value head h // n_rep."""
+    return heads.repeat_interleave(n_rep, dim=1)
 
 
-def scaled_dot_product_by_hand(
+def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
-    """The same, written out: the reference that the tests compare the fused kernels with."""
-    key, value = (for_each_query_head(x, query) for x in (key, value))
+    """The same, written out. The tests compare the fused kernels with it."""
+    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    # A dot product of D terms of variance 1 has variance D. Divided by √D, logits stay near 1 and
+    # the softmax does not saturate, where it would have no gradient.
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [B, H, T, S]
     if mask is None and query.shape[2] > 1:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        mask = causal_mask(torch.arange(query.shape[2], device=scores.device)[None], key.shape[2])
     if mask is not None and mask.dtype == torch.bool:
-        # not -inf: a padding row sees nothing at all, and softmax of only -inf is NaN
+        # The smallest number instead of -inf: a padding query has no visible key, and a softmax
+        # over -inf alone is NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask

@@ -1,12 +1,12 @@
-"""Feed-forward layers: SwiGLU, and a mixture of many of them of which each token uses a few.
+"""Feed-forward layers: SwiGLU, and a mixture of experts (MoE), of which each token uses a few.
 
-The mixture is DeepSeek's (arXiv 2401.06066, V3: 2412.19437): routed experts, of which a gate picks
-`num_experts_per_tok` for each token, and shared experts that every token uses. With a
-`moe_intermediate_size` below the dense size and more experts it becomes fine-grained.
+The mixture is DeepSeek's (arXiv 2401.06066, V3: 2412.19437): routed experts, of which a router
+selects `num_experts_per_tok` for each token, and shared experts that every token uses. With more
+experts and a `moe_intermediate_size` below the dense size it is fine-grained.
 
 Letters in the shape comments:
     B batch   T tokens   N tokens of all rows   C hidden size   I intermediate size
-    E routed experts   k experts that a token uses
+    E routed experts   k selected experts of a token
 """
 
 from typing import NamedTuple
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 
 class SwiGLU(nn.Module):
-    """down(SiLU(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+    """down(SiLU(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202): the gate scales each hidden
+    dimension by the input itself, where a plain MLP applies one fixed nonlinearity."""
 
     def __init__(self, config, intermediate_size: int | None = None):
         super().__init__()
@@ -33,42 +34,46 @@ class SwiGLU(nn.Module):
 
 
 class Routing(NamedTuple):
-    """Where the tokens go, as a gate decides it."""
+    """Which experts each token goes to, as the router (gate) decides it."""
 
-    scores: Tensor  # [B, T, E], float32: how well each expert suits
-    chosen: Tensor  # [B, T, k]: the experts that are used
-    weights: Tensor  # [B, T, k]: what their outputs are multiplied with
+    scores: Tensor  # [B, T, E], float32: affinity of each token for each expert
+    experts: Tensor  # [B, T, k]: indices of the selected experts
+    weights: Tensor  # [B, T, k]: factors of their outputs
 
 
 class MixtureOfExperts(nn.Module):
-    """Σ weight · expert(x) over the chosen experts, plus Σ expert(x) over the shared ones.
+    """Σ weight · expert(x) over the selected experts, plus Σ expert(x) over the shared ones.
 
-    `scoring_func` decides how the experts are kept in balance, for a gate left to itself soon sends
-    all tokens to the same few, and the others learn nothing:
+    Left alone, a router collapses: experts that are selected learn, become better and are selected
+    more often, until a few get all tokens. `scoring_func` decides what keeps the balance:
 
-    - "softmax": scores compete, and `balance_loss` draws them towards equal shares.
-    - "sigmoid" (DeepSeek-V3): a bias for each expert is added to the scores for the selection only,
-      and after every update it is nudged up where too few tokens came (`nudge_bias`). No loss pulls
-      at what the gate learns (V3 keeps a very small one for each row).
+    - "softmax": `load_balancing_loss` draws all experts towards equal shares of the tokens.
+    - "sigmoid" (DeepSeek-V3): a bias per expert is added to the scores for the selection only, and
+      after every optimizer step raised for experts with too few tokens (`update_bias`). So
+      no auxiliary loss disturbs the gradient (V3 keeps a very small one per sequence).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.may_group = True  # False: always one by one, to compare
+        self.use_grouped_mm = True  # False: always loop over the experts, for comparison
         size = config.moe_intermediate_size
         routed, shared = config.n_routed_experts, config.n_shared_experts
         self.gate = nn.Linear(config.hidden_size, routed, bias=False)
         if config.scoring_func == "sigmoid":
+            # A buffer and no parameter: no gradient and no optimizer moves it.
             self.register_buffer("e_score_correction_bias", torch.zeros(routed))
         self.experts = nn.ModuleList(SwiGLU(config, size) for _ in range(routed))
         self.shared_experts = nn.ModuleList(SwiGLU(config, size) for _ in range(shared))
-        # tokens that each expert had since the last update
-        self.register_buffer("load", torch.zeros(routed), persistent=False)
+        # Counted since the last optimizer step; a trainer reads it and sets it back to 0.
+        self.register_buffer("tokens_per_expert", torch.zeros(routed), persistent=False)
 
-    def forward(self, hidden: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[B, T, C] → the same, and in training the balance loss (0 with "sigmoid"), for which only
-        the `real` tokens [B, T] count (default: all)."""
+    def forward(self, hidden: Tensor, token_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[B, T, C] → [B, T, C], and in training the load-balancing loss (0 with "sigmoid").
+
+        Args:
+            token_mask: [B, T], 1 for tokens that count in the balance; default: all.
+        """
         routing = self.route(hidden)
         tokens = hidden.flatten(0, 1)  # [N, C]
         out = self.routed(tokens, routing)
@@ -76,58 +81,72 @@ class MixtureOfExperts(nn.Module):
             out = out + expert(tokens)
         loss = hidden.new_zeros((), dtype=torch.float32)
         if self.training:
-            real = torch.ones_like(routing.scores[..., 0]) if real is None else real.float()
-            if torch.is_grad_enabled():  # to look at log-probs is not to train on them
+            if token_mask is None:
+                token_mask = torch.ones_like(routing.scores[..., 0])
+            token_mask = token_mask.float()
+            if torch.is_grad_enabled():  # computing log-probs in RL is not a training step
                 with torch.no_grad():
-                    self.load += count_tokens(routing.chosen, real, len(self.experts)).sum(0)
+                    counts = count_tokens(routing.experts, token_mask, len(self.experts))
+                    self.tokens_per_expert += counts.sum(0)
             if self.config.scoring_func == "softmax":
-                loss = self.config.aux_loss_alpha * balance_loss(routing, real, self.config.seq_aux)
+                loss = load_balancing_loss(routing, token_mask, self.config.seq_aux)
+                loss = self.config.aux_loss_alpha * loss
         return out.view_as(hidden), loss
 
     def route(self, hidden: Tensor) -> Routing:
-        with torch.autocast(hidden.device.type, enabled=False):  # rounding would flip choices
+        """Score all experts for each token of [B, T, C] and select k of them."""
+        # float32 also under autocast: two scores are often nearly equal, and rounding would select
+        # another expert, which changes the output by a whole expert and not by a rounding error.
+        with torch.autocast(hidden.device.type, enabled=False):
             logits = self.gate(hidden).float()
         if self.config.scoring_func == "sigmoid":
             scores = logits.sigmoid()
-            preferred = scores + self.e_score_correction_bias
+            selection_scores = scores + self.e_score_correction_bias
         else:
-            scores = preferred = logits.softmax(-1)
-        chosen = preferred.topk(self.config.num_experts_per_tok, dim=-1).indices
-        weights = scores.gather(-1, chosen)
+            scores = selection_scores = logits.softmax(-1)
+        experts = selection_scores.topk(self.config.num_experts_per_tok, dim=-1).indices
+        # The weights are the unbiased scores: the bias steers who is selected, not the output. They
+        # are the only path of the gradient to the gate, since topk has none.
+        weights = scores.gather(-1, experts)
         if self.config.norm_topk_prob:
+            # The scores of k out of E sum to less than 1, by an amount that differs from token to
+            # token. Renormalised, every token has a whole feed-forward output.
             weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
-        return Routing(scores, chosen, weights)
+        return Routing(scores, experts, weights)
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
-        """[N, C] → [N, C]: the weighted sum of each token's chosen experts."""
+        """[N, C] → [N, C]: the weighted sum of the selected experts of each token."""
         k = self.config.num_experts_per_tok
-        chosen = routing.chosen.flatten()  # [N · k]
-        order = chosen.argsort(stable=True)  # the tokens of expert 0, of expert 1, …
-        count = chosen.new_zeros(len(self.experts)).scatter_add_(0, chosen, torch.ones_like(chosen))
-        # a few tokens, as in decoding, need a few experts, and stacking reads them all
+        selected = routing.experts.flatten()  # [N · k]
+        # Sorted by expert, each expert's tokens are one slice of one tensor.
+        order = selected.argsort(stable=True)
+        count = selected.new_zeros(len(self.experts))
+        count = count.scatter_add_(0, selected, torch.ones_like(selected))  # [E]
+        # Grouped products read the weights of all experts. The few tokens of a decoding step need
+        # the weights of a few only.
         many = torch.is_grad_enabled() or len(tokens) > 256
-        group = self.may_group and many and grouping_runs(tokens, self.experts[0])
-        run = grouped if group else one_by_one
+        group = self.use_grouped_mm and many and supports_grouped_mm(tokens, self.experts[0])
+        run = grouped_experts if group else loop_experts
         out = run(self.experts, tokens[order // k], count)  # [N · k, C]
-        out = out[order.argsort()].view(len(tokens), k, -1)
+        out = out[order.argsort()].view(len(tokens), k, -1)  # back in the order of the tokens
         return (out * routing.weights.view(len(tokens), k, 1).to(out.dtype)).sum(1)
 
 
-# -- experts at work -------------------------------------------------------------------------------
+# -- running the experts ---------------------------------------------------------------------------
 
 
-def one_by_one(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
-    """Each expert on its own tokens, which stand behind each other: [N · k, C] → the same.
-
-    In training an expert without tokens computes nothing of nothing, for a gradient of 0.
-    """
+def loop_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+    """One expert after the other: tokens [N · k, C], sorted by expert, of which expert e has
+    count[e] → [N · k, C]."""
+    # In training an expert without tokens runs on an empty slice: its gradient is 0 and not None,
+    # which DDP would wait for.
     parts = zip(experts, tokens.split(count.tolist()), strict=True)
     needed = [(expert, part) for expert, part in parts if len(part) or torch.is_grad_enabled()]
     return torch.cat([expert(part) for expert, part in needed])
 
 
-def grouped(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
-    """The same in three large products, each for all experts at once (F.grouped_mm)."""
+def grouped_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+    """The same as three grouped matrix products, each over all experts at once (F.grouped_mm)."""
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if autocasts(tokens) else tokens.dtype
     ends = count.cumsum(0).int()
@@ -141,9 +160,9 @@ def grouped(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
     return experts[0].dropout(product(inner, "down_proj"))
 
 
-def grouping_runs(tokens: Tensor, expert: SwiGLU) -> bool:
-    """Whether F.grouped_mm can compute this: on a CPU, or in bfloat16 on a GPU since Ampere, with
-    rows that are whole multiples of 16 bytes, and layers that are their weights (no LoRA)."""
+def supports_grouped_mm(tokens: Tensor, expert: SwiGLU) -> bool:
+    """Whether F.grouped_mm can run: on a CPU, or in bfloat16 on a GPU since Ampere, with rows that
+    are multiples of 16 bytes. LoRA layers cannot: grouped products read their base weights only."""
     layers = (expert.gate_proj, expert.up_proj, expert.down_proj)
     if any(type(layer) is not nn.Linear for layer in layers):
         return False
@@ -161,41 +180,49 @@ def autocasts(tokens: Tensor) -> bool:
     return torch.is_autocast_enabled(tokens.device.type)
 
 
-# -- balance ---------------------------------------------------------------------------------------
+# -- load balancing --------------------------------------------------------------------------------
 
 
-def count_tokens(chosen: Tensor, real: Tensor, experts: int) -> Tensor:
-    """[B, T, k], [B, T] → [B, E]: how many real tokens chose each expert, row by row."""
-    ones = real[..., None].expand_as(chosen).flatten(1)
-    return real.new_zeros(len(chosen), experts).scatter_add_(1, chosen.flatten(1), ones)
+def count_tokens(selected: Tensor, token_mask: Tensor, num_experts: int) -> Tensor:
+    """[B, T, k], [B, T] → [B, E]: tokens of each row that go to each expert."""
+    ones = token_mask[..., None].expand_as(selected).flatten(1)
+    zeros = token_mask.new_zeros(len(selected), num_experts)
+    return zeros.scatter_add_(1, selected.flatten(1), ones)
 
 
-def balance_loss(routing: Routing, real: Tensor, per_sequence: bool) -> Tensor:
-    """E · Σ share of the choices · mean score, over the experts (DeepSeek-V2, eq. 23–25).
+def load_balancing_loss(routing: Routing, token_mask: Tensor, per_sequence: bool) -> Tensor:
+    """E · Σ f · P over the experts (DeepSeek-V2, arXiv 2405.04434, eq. 23–25): f is the share of
+    selections that an expert gets, P its mean score. 1 in perfect balance, more the more uneven.
 
-    It is 1 where all experts have equal shares, and larger the more tokens the favoured ones have.
-    Of the tokens those that are `real` (1, not 0) count, [B, T]. `per_sequence`: for each row of
-    the batch, then the mean; else over all tokens of the (micro-)batch together.
+    f is a count and has no gradient; the gradient flows through P and lowers the scores of those
+    experts that get more than their share.
+
+    Args:
+        token_mask: [B, T], 1 for tokens that count, 0 for padding.
+        per_sequence: balance each row of the batch and take the mean; else balance all tokens of
+            the micro-batch together.
     """
-    scores, chosen = routing.scores, routing.chosen
+    scores, selected = routing.scores, routing.experts
     if not per_sequence:
-        scores, chosen, real = (x.flatten(0, 1)[None] for x in (scores, chosen, real))
-    experts, k = scores.shape[-1], chosen.shape[-1]
-    tokens = real.sum(1, keepdim=True)  # [B, 1]
-    share = count_tokens(chosen, real, experts) / (k * tokens.clamp(min=1))  # [B, E]
-    score = (scores * real[..., None]).sum(1) / tokens.clamp(min=1)
-    return experts * (share * score).sum() / (tokens > 0).sum().clamp(min=1)
+        scores, selected, token_mask = (
+            x.flatten(0, 1)[None] for x in (scores, selected, token_mask)
+        )
+    num_experts, k = scores.shape[-1], selected.shape[-1]
+    tokens = token_mask.sum(1, keepdim=True)  # [B, 1]
+    share = count_tokens(selected, token_mask, num_experts) / (k * tokens.clamp(min=1))  # [B, E]
+    score = (scores * token_mask[..., None]).sum(1) / tokens.clamp(min=1)  # [B, E]
+    return num_experts * (share * score).sum() / (tokens > 0).sum().clamp(min=1)
 
 
-def mixtures(model: nn.Module) -> list[MixtureOfExperts]:
-    """The mixtures of a model, layer by layer; none in a dense one."""
+def moe_layers(model: nn.Module) -> list[MixtureOfExperts]:
+    """The MoE layers of a model in order; none in a dense one."""
     return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
 
 
 @torch.no_grad()
-def nudge_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
-    """Towards balance, with "sigmoid": up for an expert with less than the mean load [E], down for
-    one with more (arXiv 2408.15664). A gate that is frozen keeps its bias too."""
+def update_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
+    """With "sigmoid": raise the bias of experts whose load [E] is below the mean, lower that of the
+    others, by a fixed step (arXiv 2408.15664). The bias of a frozen router stays."""
     if mixture.config.scoring_func == "sigmoid" and mixture.gate.weight.requires_grad:
         step = mixture.config.bias_update_speed * (load.mean() - load).sign()
         mixture.e_score_correction_bias += step

@@ -1,4 +1,5 @@
-"""From the last hidden states to a loss or to log-probabilities, without all logits in memory.
+"""From the last hidden states to a loss or to log-probabilities, a chunk of positions at a time:
+the logits [B, T, V] of a batch would be the largest tensor of a training step.
 
 Letters in the shape comments: B batch   T tokens   C hidden size   V vocabulary
 """
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a label that carries no loss, as everywhere in PyTorch
-CHUNK = 512  # positions whose logits stand in memory at a time
+IGNORE_INDEX = -100  # label without loss: the default of F.cross_entropy
+CHUNK_SIZE = 512  # positions whose logits are in memory at a time
 
 
 def cross_entropy_sum(
@@ -19,44 +20,49 @@ def cross_entropy_sum(
 ) -> tuple[Tensor, Tensor]:
     """Σ −w[label] · log softmax(head · h)[label] over the positions that have a label, and Σ w.
 
+    A sum and not a mean: only the caller knows the count over all micro-batches and ranks.
+
     Args:
         hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
         label_weights: w, [V], float32. Default: 1 each, so that Σ w is the number of labels.
     """
-    chosen = labels != IGNORED
-    total = chosen.sum() if label_weights is None else sum_of_weights(labels, label_weights)
-    if hidden.is_cuda:  # to pick positions out, the CPU would have to wait for the GPU
+    has_label = labels != IGNORE_INDEX
+    total = has_label.sum() if label_weights is None else sum_label_weights(labels, label_weights)
+    if hidden.is_cuda:  # boolean indexing would make the CPU wait for the GPU
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    else:
-        hidden, labels = hidden[chosen], labels[chosen]  # no logits for what carries no loss
+    else:  # no logits for prompts and padding
+        hidden, labels = hidden[has_label], labels[has_label]
     fused = (
-        len(labels) > hidden.shape[-1]  # where PyTorch says that chunking pays
-        and hidden.dtype == torch.float32  # it would sum in half precision
+        len(labels) > hidden.shape[-1]  # chunking pays from here on (PyTorch's documentation)
+        and hidden.dtype == torch.float32  # in half precision it would also sum in half precision
         and hasattr(F, "linear_cross_entropy")  # since torch 2.13
-        and not torch.is_autocast_enabled(hidden.device.type)  # it knows nothing of autocast
+        and not torch.is_autocast_enabled(hidden.device.type)  # it does not support autocast
     )
-    if fused:  # in chunks, so that [B·T, V] never stands in memory as a whole
-        # on a CPU, larger chunks than PyTorch's choice make faster matrix products (RECIPE_LOG.md)
-        rows = CHUNK if hidden.device.type == "cpu" else None
+    if fused:  # in chunks: [B·T, V] is never in memory as a whole
+        # on a CPU, larger chunks than PyTorch's default make faster matrix products (RECIPE_LOG.md)
+        rows = CHUNK_SIZE if hidden.device.type == "cpu" else None
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
         loss = F.linear_cross_entropy(
             hidden, head, labels, weight=label_weights, reduction="sum", options=options
         )
     else:
+        # The softmax needs float32: in bfloat16 a sum of 6,400 exponentials loses the small ones.
         logits = F.linear(hidden, head).float()
         loss = F.cross_entropy(logits, labels, weight=label_weights, reduction="sum")
     return loss, total
 
 
-def sum_of_weights(labels: Tensor, label_weights: Tensor) -> Tensor:
+def sum_label_weights(labels: Tensor, label_weights: Tensor) -> Tensor:
     """Σ w[label] over the positions that have a label."""
-    return (label_weights[labels.clamp(min=0)] * (labels != IGNORED)).sum()
+    return (label_weights[labels.clamp(min=0)] * (labels != IGNORE_INDEX)).sum()
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """log softmax(head · h / temperature)[label] at each position, 0 where there is no label.
 
-    The logits of a chunk are made anew for its gradient: [B, T, V] never stands in memory.
+    Each chunk's logits are recomputed in the backward pass: [B, T, V] is never in memory. The
+    logits are divided by the temperature of sampling, so that these are the log-probs of the
+    distribution that the tokens were drawn from.
 
     Args:
         hidden: [B, T, C]. head: [V, C]. labels: [B, T], -100 where there is none.
@@ -65,15 +71,16 @@ def token_log_probs(hidden: Tensor, head: Tensor, labels: Tensor, temperature: f
         [B, T], float32.
     """
 
-    def of_chunk(states: Tensor, targets: Tensor) -> Tensor:
+    def chunk_log_probs(states: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(states, head).float() / temperature
         return -F.cross_entropy(logits, targets, reduction="none")
 
-    chosen = labels != IGNORED
-    chunks = zip(hidden[chosen].split(CHUNK), labels[chosen].split(CHUNK), strict=True)
-    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+    has_label = labels != IGNORE_INDEX
+    states, targets = hidden[has_label].split(CHUNK_SIZE), labels[has_label].split(CHUNK_SIZE)
+    chunks = zip(states, targets, strict=True)
+    parts = [checkpoint(chunk_log_probs, *chunk, use_reentrant=False) for chunk in chunks]
     zeros = torch.zeros(labels.shape, device=labels.device)
-    return zeros.masked_scatter(chosen, torch.cat(parts))
+    return zeros.masked_scatter(has_label, torch.cat(parts))
 
 
 def divergence_sum(
@@ -88,16 +95,16 @@ def divergence_sum(
     """Σ divergence(log p_teacher, log p_student) over the positions that have a label, where p is
     softmax(head · h / temperature).
 
-    The logits of both are made a chunk at a time, and anew for the chunk's gradient: [B, T, V]
-    never stands in memory, let alone twice.
+    The logits of both models are computed in chunks, and again in the backward pass: [B, T, V] is
+    never in memory, let alone twice.
 
     Args:
-        hidden: [B, T, C]. head: [V, C]. The teacher's may have another C, and get no gradient.
+        hidden: [B, T, C]. head: [V, C]. The teacher's may have another C and get no gradient.
         labels: [B, T], -100 where there is none.
-        divergence: of two [N, V], summed over both.
+        divergence: of two log-probs [N, V], summed over positions and vocabulary.
     """
 
-    def of_chunk(states: Tensor, teacher_states: Tensor) -> Tensor:
+    def chunk_divergence(states: Tensor, teacher_states: Tensor) -> Tensor:
         with torch.no_grad():
             teacher = log_probs(teacher_states, teacher_head)
         return divergence(teacher, log_probs(states, head))
@@ -105,8 +112,9 @@ def divergence_sum(
     def log_probs(states: Tensor, head: Tensor) -> Tensor:
         return (F.linear(states, head).float() / temperature).log_softmax(-1)  # [N, V]
 
-    chosen = labels != IGNORED
-    chunks = zip(hidden[chosen].split(CHUNK), teacher_hidden[chosen].split(CHUNK), strict=True)
+    has_label = labels != IGNORE_INDEX
+    states, teacher_states = (x[has_label].split(CHUNK_SIZE) for x in (hidden, teacher_hidden))
+    chunks = zip(states, teacher_states, strict=True)
     return torch.stack(
-        [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        [checkpoint(chunk_divergence, *chunk, use_reentrant=False) for chunk in chunks]
     ).sum()

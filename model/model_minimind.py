@@ -1,9 +1,9 @@
-"""The MiniMind language model, from the outside in: config, causal LM, stack, block, parts.
+"""The MiniMind language model, from the outside in: causal LM, stack of blocks, block, parts.
 
 A decoder-only transformer in the layout of Llama: pre-RMSNorm, rotary positions (rotate-half),
 grouped-query attention, SwiGLU, tied embeddings, no biases; with `qk_norm` the layout of Qwen3.
-With `use_moe` each block's feed-forward layer is a mixture of experts. Names of the weights are
-those of transformers, so that conversion is a change of labels.
+With `use_moe` the feed-forward layer of each block is a mixture of experts. The weights have the
+names that they have in transformers, so conversion only renames.
 
 Letters in the shape comments:
     B batch   T tokens fed now   S tokens attended to (cached + T)   V vocabulary
@@ -11,7 +11,7 @@ Letters in the shape comments:
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -30,120 +29,33 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import (
-    Documents,
-    scaled_dot_product,
-    scaled_dot_product_by_hand,
-    varlen_runs,
-    visible_keys,
+    VarlenMetadata,
+    eager_attention,
+    make_attention_mask,
+    sdpa_attention,
+    supports_varlen,
 )
+from .config import CACHE_ARGUMENT, MiniMindConfig
 from .feed_forward import MixtureOfExperts, SwiGLU
 from .losses import cross_entropy_sum, token_log_probs
-from .rope import rope_rotation, rotate
-
-# What transformers calls the cache: "past_key_values", since 5.24 "cache"; its second output.
-CACHE = fields(BaseModelOutputWithPast)[1].name
-
-
-class MiniMindConfig(PreTrainedConfig):
-    """Sizes and switches of a model. The defaults are MiniMind-small, 25.83M parameters."""
-
-    model_type = "minimind"
-    keys_to_ignore_at_inference = [CACHE]
-
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    intermediate_size: int | None = None  # None: 8/3 of hidden_size, rounded up to 64s
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    max_position_embeddings: int = 32768
-    rope_theta: float = 1e6
-    # YaRN, for texts beyond the trained length (rope.py)
-    inference_rope_scaling: bool = False
-    yarn_factor: float = 4.0
-    yarn_original_length: int = 2048
-    yarn_beta_fast: float = 32.0
-    yarn_beta_slow: float = 1.0
-    yarn_attention_factor: float | None = None  # None: 0.1 · ln(factor) + 1
-    rms_norm_eps: float = 1e-5
-    dropout: float = 0.0
-    qk_norm: bool = False
-    # a mixture of experts (feed_forward.py)
-    use_moe: bool = False
-    n_routed_experts: int = 4
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None  # None: as intermediate_size
-    scoring_func: str = "softmax"  # or "sigmoid", which balances by a bias
-    aux_loss_alpha: float = 0.1  # weight of the balance loss
-    seq_aux: bool = True  # balance within each row; False: over the batch
-    norm_topk_prob: bool = True  # weights of the chosen experts add up to 1
-    bias_update_speed: float = 0.001  # with "sigmoid"
-    flash_attn: bool = True  # False: the hand-written attention, slower but readable
-    initializer_range: float = 0.02
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    pad_token_id: int | None = 0
-
-    def __post_init__(self, **kwargs):
-        if self.intermediate_size is None:
-            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
-        if self.use_moe and not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
-            raise ValueError(
-                f"a token cannot use {self.num_experts_per_tok} of {self.n_routed_experts} experts"
-            )
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ValueError(f'scoring_func is "softmax" or "sigmoid", not "{self.scoring_func}"')
-        for name in "hidden_size num_hidden_layers num_attention_heads num_key_value_heads".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"RoPE turns pairs of numbers, but a head has {self.head_dim}")
-        if kwargs.pop("head_dim", None) not in (None, self.head_dim):
-            raise ValueError(f"heads are {self.head_dim} wide here: hidden_size / heads")
-        super().__post_init__(**kwargs)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def active_intermediate_size(self) -> int:
-        """What a token uses of a layer's feed-forward part."""
-        if not self.use_moe:
-            return self.intermediate_size
-        return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size
+from .rope import apply_rotary_emb, rope_cos_sin
 
 
 @dataclass
-class ModelOutput(BaseModelOutputWithPast):
-    aux_loss: Tensor | None = None
+class MiniMindModelOutput(BaseModelOutputWithPast):
+    aux_loss: Tensor | None = None  # load-balancing loss of all MoE layers
 
 
 @dataclass
 class CausalLMOutput(CausalLMOutputWithPast):
-    """What transformers' models return, and the mixtures' balance loss (None in a dense model)."""
+    """The output of transformers with the load-balancing loss (None in a dense model)."""
 
     aux_loss: Tensor | None = None
-    log_probs: Tensor | None = None  # [B, T − 1], of the labels
+    log_probs: Tensor | None = None  # [B, T − 1], log p of each label
 
 
 @dataclass
-class ScoreOutput(ModelOutput):
+class ScoreOutput(MiniMindModelOutput):
     scores: Tensor | None = None  # [B, T]
 
 
@@ -156,8 +68,9 @@ class MiniMindPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02²); what writes to the residual stream is smaller by √(2·layers) (GPT-2), so
-        that the stream's variance does not grow with depth."""
+        """N(0, 0.02²). Layers that write to the residual stream are divided by √(2 · layers), as in
+        GPT-2: the stream is the sum of 2 · layers outputs, and its variance at the start of
+        training should not grow with depth."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             if getattr(module, "writes_to_residual", False):
@@ -168,12 +81,15 @@ class MiniMindPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, MixtureOfExperts):
-            init.zeros_(module.load)  # not in the files, so that loading leaves it undefined
+            init.zeros_(
+                module.tokens_per_expert
+            )  # not in the files, so that loading leaves it undefined
 
 
 class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
-    """The language model: a stack of blocks and a linear map from its output to the vocabulary."""
+    """The language model: a stack of blocks, and a linear head that gives logits."""
 
+    # One matrix both reads and predicts tokens: at 512 × 6400 a second one would add 13%.
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MiniMindConfig):
@@ -199,7 +115,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return_log_probs: bool = False,
         temperature: float = 1.0,
         cache: object | None = None,
-        **kwargs,  # transformers hands over more settings than this model has a use for
+        **kwargs,  # transformers passes arguments that this model does not use
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss if labels are given.
 
@@ -212,13 +128,14 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
                 `get_seq_length()`; since transformers 5.24 its name is `cache`.
             labels: [B, T], the input_ids themselves with -100 where no loss is wanted; they are
                 shifted here (position t predicts label t+1).
-            label_weights: [V], how much each token counts as a label; default: 1.
+            label_weights: [V], weight of each token id as a label; default: 1.
             logits_to_keep: only the last n positions (0: all), or the positions in a tensor.
-            num_items_in_batch: what the summed token loss is divided by. Default: the labels in
-                this call, or their weights. Trainers give that of the whole window over all ranks.
-            return_logits: False saves the memory of [B, T, V] where only the loss is wanted.
-            return_log_probs: log p of each label instead of the loss, for preferences and
-                reinforcement learning; `temperature` is what the tokens were sampled with.
+            num_items_in_batch: divisor of the summed token loss. Default: the number of labels in
+                this call, or the sum of their weights. Trainers pass the count of the whole
+                global batch over all ranks.
+            return_logits: False saves the memory of [B, T, V] where only the loss is needed.
+            return_log_probs: return log p of each label instead of the loss, for DPO and RL;
+                `temperature` is the one that the tokens were sampled with.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -233,12 +150,16 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state  # [B, T, C]
 
         loss = log_probs = None
+        # The shift: the state at position t predicts token t + 1, so the last state and the first
+        # label have no partner.
         if return_log_probs:
             states, targets = hidden[:, :-1], labels[:, 1:]
             log_probs = token_log_probs(states, self.lm_head.weight, targets, temperature)
         elif labels is not None:
             states, targets = hidden[:, :-1], labels[:, 1:]
             loss, count = cross_entropy_sum(states, self.lm_head.weight, targets, label_weights)
+            # The sum is divided once, by a count that a trainer may take over all micro-batches: a
+            # mean of each would weigh tokens of short micro-batches more.
             loss = loss / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
         logits = None
@@ -246,6 +167,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             kept = (
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
+            # Sampling needs one position; logits of all would be V / C times the hidden states.
             logits = self.lm_head(hidden[:, kept])  # [B, kept, V]; slice(-0, None) keeps all
 
         return CausalLMOutput(
@@ -254,13 +176,13 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             log_probs=log_probs,
-            **{CACHE: getattr(outputs, CACHE)},
+            **{CACHE_ARGUMENT: getattr(outputs, CACHE_ARGUMENT)},
         )
 
 
 class MiniMindForScoring(MiniMindPreTrainedModel):
-    """The same stack with one number for each position instead of logits: how good is the text up
-    to here (a reward model, read at the last token) or what will come of it (PPO's critic)."""
+    """The same stack with a scalar head: the score of the text up to each position (a reward model,
+    read at the last token) or the expected return from it (PPO's critic)."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
@@ -269,22 +191,25 @@ class MiniMindForScoring(MiniMindPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def on(cls, language_model: MiniMindForCausalLM) -> "MiniMindForScoring":
-        """The stack of a language model (the same tensors) with a head that scores everything 0."""
+    def from_language_model(cls, language_model: MiniMindForCausalLM) -> "MiniMindForScoring":
+        """Share the stack of a language model (the same tensors) under a new head.
+
+        The head starts at 0: a critic's first values are 0 and not noise in the advantages.
+        """
         model = cls(language_model.config)
         model.model = language_model.model
         nn.init.zeros_(model.score.weight)
         return model.train(language_model.training)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> ScoreOutput:
-        """[B, T] tokens → scores [B, T]; position_ids as in `MiniMindForCausalLM.forward`."""
+        """[B, T] token ids → scores [B, T]; position_ids as in `MiniMindForCausalLM.forward`."""
         outputs = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         scores = self.score(outputs.last_hidden_state).squeeze(-1).float()
         return ScoreOutput(scores=scores, aux_loss=outputs.aux_loss)
 
 
 class MiniMindModel(MiniMindPreTrainedModel):
-    """Embedding, blocks, final norm."""
+    """Token embedding, blocks, final norm."""
 
     def __init__(self, config: MiniMindConfig):
         super().__init__(config)
@@ -308,52 +233,69 @@ class MiniMindModel(MiniMindPreTrainedModel):
         output_hidden_states: bool = False,
         cache: object | None = None,
         **kwargs,
-    ) -> ModelOutput:
+    ) -> MiniMindModelOutput:
         """The arguments of `MiniMindForCausalLM.forward`; returns last_hidden_state [B, T, C]."""
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = cache if past_key_values is None else past_key_values
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # running a layer twice would fill it twice
+            # The backward pass runs each block again, which would append its keys a second time.
+            use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         length = past + hidden.shape[1]
 
+        # A 0 in position_ids starts a document only while nothing is cached.
         documents = position_ids if past == 0 else None
-        mask = visible_keys(hidden, past, attention_mask, documents, self.uses_varlen(hidden))
+        mask = make_attention_mask(
+            hidden, past, attention_mask, documents, self.uses_varlen(hidden)
+        )
         if position_ids is None:
             position_ids = torch.arange(past, length, device=hidden.device)[None]
-        rotation = rope_rotation(self.config, position_ids)
+        # Computed anew in each forward pass and shared by all layers: nothing of it is saved, so
+        # the state dict is that of Llama, and YaRN or a longer context needs no new weights.
+        cos_sin = rope_cos_sin(self.config, position_ids)
 
         hidden = self.dropout(hidden)
-        real = None  # tokens that count for the balance of experts
+        # Padding does not count in the load-balancing loss: all pad tokens are alike and would be
+        # routed to the same experts.
+        token_mask = None
         pad = self.config.pad_token_id
         if self.config.use_moe and self.training and input_ids is not None and pad is not None:
-            real = input_ids != pad
+            token_mask = input_ids != pad
         all_hidden, aux_losses = [hidden], []
         for layer in self.layers:
-            hidden, aux_loss = layer(hidden, rotation, mask, past_key_values, length, real=real)
+            hidden, aux_loss = layer(
+                hidden, cos_sin, mask, past_key_values, length, token_mask=token_mask
+            )
             all_hidden.append(hidden)
             aux_losses.append(aux_loss)
+        # The blocks never normalise the stream itself, so the head needs one last norm.
         hidden = self.norm(hidden)
-        all_hidden[-1] = hidden  # as transformers: the last one is normalised
+        all_hidden[-1] = hidden  # as in transformers, the last of hidden_states is normalised
 
-        return ModelOutput(
+        return MiniMindModelOutput(
             last_hidden_state=hidden,
             aux_loss=torch.stack(aux_losses).sum() if self.config.use_moe else None,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
-            **{CACHE: past_key_values},
+            **{CACHE_ARGUMENT: past_key_values},
         )
 
     def uses_varlen(self, hidden: Tensor) -> bool:
-        dropout = self.training and self.config.dropout > 0  # varlen has none
-        return self.config.flash_attn and not dropout and varlen_runs(hidden, self.config.head_dim)
+        dropout = self.training and self.config.dropout > 0  # varlen_attn has no dropout
+        return (
+            self.config.flash_attn and not dropout and supports_varlen(hidden, self.config.head_dim)
+        )
 
 
 class MiniMindBlock(GradientCheckpointingLayer):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Pre-norm: the norm is on the branch and never on the stream x, so the gradient reaches every
+    layer through an unbroken sum, and deep stacks train without a delicate warmup.
+    """
 
     def __init__(self, config: MiniMindConfig, layer: int):
         super().__init__()
@@ -363,27 +305,28 @@ class MiniMindBlock(GradientCheckpointingLayer):
         self.mlp = MixtureOfExperts(config) if config.use_moe else SwiGLU(config)
 
     def forward(
-        self, hidden: Tensor, *context, real: Tensor | None = None
+        self, hidden: Tensor, *context, token_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] → the same, and the balance loss of a mixture."""
+        """[B, T, C] → [B, T, C], and the load-balancing loss of an MoE layer (else None)."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), *context)
         inputs, aux_loss = self.post_attention_layernorm(hidden), None
         if isinstance(self.mlp, MixtureOfExperts):
-            out, aux_loss = self.mlp(inputs, real)
+            out, aux_loss = self.mlp(inputs, token_mask)
         else:
             out = self.mlp(inputs)
         return hidden + out, aux_loss
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: H query heads share K key/value heads."""
+    """Causal self-attention with grouped queries (GQA): H query heads share K key/value heads, so
+    the KV cache is H / K times smaller."""
 
     def __init__(self, config: MiniMindConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         self.dropout = config.dropout
-        self.attend = scaled_dot_product if config.flash_attn else scaled_dot_product_by_hand
+        self.attention_fn = sdpa_attention if config.flash_attn else eager_attention
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -400,28 +343,38 @@ class Attention(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
+        cos_sin: tuple[Tensor, Tensor],
+        mask: Tensor | VarlenMetadata | None,
         past_key_values: object | None,
         length: int,
     ) -> Tensor:
-        """[B, T, C] → [B, T, C]; of what the cache holds, the first `length` positions count."""
+        """[B, T, C] → [B, T, C]. Only the first `length` positions of the cache are used."""
         B, T, _ = hidden.shape
+        # q/k norm comes before RoPE and over each head: rotation keeps lengths, so the logits
+        # QKᵀ/√D stay bounded whatever q_proj and k_proj grow to. Without qk_norm: identity.
         query = self.q_norm(self.q_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden).view(B, T, -1, self.head_dim)).transpose(1, 2)
         value = self.v_proj(hidden).view(B, T, -1, self.head_dim).transpose(1, 2)
-        query = rotate(query, *rotation)  # [B, H, T, D]
-        key = rotate(key, *rotation)  # [B, K, T, D]
+        # Positions enter queries and keys only, not values: a score depends on the distance, the
+        # content that is summed does not.
+        query = apply_rotary_emb(query, *cos_sin)  # [B, H, T, D]
+        key = apply_rotary_emb(key, *cos_sin)  # [B, K, T, D]
         if past_key_values is not None:
+            # Keys are cached after rotation: scores depend on distances alone, so that old keys
+            # never have to be rotated again.
             key, value = past_key_values.update(key, value, self.layer)  # [B, K, S, D]
-            key, value = key[:, :, :length], value[:, :, :length]  # caches of fixed size have more
-        out = self.attend(query, key, value, mask, self.dropout if self.training else 0.0)
+            key, value = key[:, :, :length], value[:, :, :length]  # a static cache is longer
+        out = self.attention_fn(query, key, value, mask, self.dropout if self.training else 0.0)
         out = self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(out, self.dropout, self.training)
 
 
 class RMSNorm(nn.Module):
-    """weight · x / √(mean(x²) + eps) over the last dimension (arXiv 1910.07467)."""
+    """weight · x / √(mean(x²) + eps) over the last dimension (arXiv 1910.07467).
+
+    Unlike LayerNorm it subtracts no mean and has no bias. F.rms_norm takes the mean in float32
+    even where x is half precision.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -429,7 +382,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.weight.to(hidden.dtype)  # under autocast queries and keys come in half
+        weight = self.weight.to(hidden.dtype)  # under autocast, q and k are half precision here
         return F.rms_norm(hidden, weight.shape, weight, self.eps)
 
 

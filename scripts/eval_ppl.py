@@ -31,9 +31,10 @@ from dataset.jsonl import Row, error_at, open_data, read_rows
 from dataset.text import count_chinese
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORED
+from model.losses import IGNORE_INDEX
 from model.weights import write_json
-from scripts.serving.chat_model import ModelArgs, load_chat_model
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
 LONGEST = 2048  # tokens that a model sees at once
@@ -162,13 +163,13 @@ def document_bits(
         some = pieces[at : at + batch_size]
         # padding stands behind the text, where causal attention does not see it
         ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
+        labels = torch.full_like(ids, IGNORE_INDEX)
         for row, piece in enumerate(some):
             ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
             labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        chosen = labels != IGNORED
+        chosen = labels != IGNORE_INDEX
         nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
         of_piece = nats.double().split(chosen.sum(1).tolist())
         for piece, losses in zip(some, of_piece, strict=True):
@@ -221,13 +222,13 @@ def main(args: Args) -> dict[str, float]:
     texts = read_texts(args.data, args.documents, args.characters)
     if not texts:
         raise UserError(f"{args.data} holds no text")
-    loaded = load_chat_model(args, args.weight, decode_only=False)
+    loaded = load_chat_model(args, decode_only=False)
     documents = encode(loaded.tokenizer, texts)
     bits = document_bits(loaded.model, documents, args.batch_size)
     tokens = sum(map(len, documents)) - len(documents)
     result = {
         "model": loaded.name,
-        "parameters": loaded.parameters,
+        "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
         **figures(texts, bits),

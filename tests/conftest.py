@@ -1,36 +1,82 @@
 """What several test files share."""
 
+import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import isolation  # before what reads its settings when it is imported
+
+# isort: split
 import psutil
 import pytest
 import torch
 from toy import STAGES, Trainer, name_of
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import CACHE, load_documents
+from dataset.lm_dataset import load_documents
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_tokenizer, save_weights
 from trainer import trainer_utils
 from trainer.common import hardware
+from trainer.common.context import unwrap
 from trainer.trainer_utils import Run
+
+# -- no test writes outside its own folder ---------------------------------------------------------
+
+BEFORE, WRITTEN = pytest.StashKey[dict](), pytest.StashKey[list]()
+
+
+def pytest_sessionstart(session) -> None:
+    if not isolation.is_worker():
+        session.config.stash[BEFORE] = isolation.project_files()
+
+
+def pytest_sessionfinish(session) -> None:
+    """At the end, for processes side by side share the project: none knows whose file it is."""
+    if not isolation.is_worker():
+        session.config.stash[WRITTEN] = isolation.written(session.config.stash[BEFORE])
+        if session.config.stash[WRITTEN] and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    if config.stash.get(WRITTEN, []):
+        terminalreporter.section("written into the project", red=True)
+        for path in config.stash[WRITTEN]:
+            terminalreporter.line(str(path))
+        terminalreporter.line("A test wrote these; it may write into tmp_path only. If another")
+        terminalreporter.line("program did it meanwhile, run the tests again.")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch) -> None:
+    """Each test tokenises its data anew, in this process or in one that it starts."""
+    monkeypatch.setitem(load_documents.__kwdefaults__, "cache", tmp_path / "cache")
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def closed_port():
+    """A port of this machine that nobody listens on, and that nobody else is given meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+# -- models ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """So that results are the same on every machine, and tiny models fast."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch) -> None:
-    """No test reads or fills the project's cache of tokenised data."""
-    monkeypatch.setitem(load_documents.__kwdefaults__, "cache", tmp_path / "cache")
+    # Where workers are not forked (macOS), they know nothing of what a test has replaced.
+    multiprocessing.set_start_method("fork", force=True)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +128,7 @@ def in_a_hurry(monkeypatch) -> None:
     """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
     monkeypatch.setattr(trainer_utils, "plot_losses", lambda runs, path: None)
-    monkeypatch.setattr(trainer_utils, "write_report", lambda run, path: None)
+    monkeypatch.setattr(trainer_utils, "write_report", lambda *args, **about: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
@@ -105,7 +151,7 @@ def trajectory(monkeypatch):
     def remember(run, model, optimizer, save=None):
         if run.step == 1:
             states.clear()
-        state = trainer_utils.unwrapped(model).state_dict()
+        state = unwrap(model).state_dict()
         states.append({name: tensor.clone() for name, tensor in state.items()})
 
     monkeypatch.setattr(Run, "save_every", remember)
@@ -156,12 +202,11 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
-def shell(tokenizer):
-    """Start a program as a person does. What it put into the project's cache is removed."""
-    started, used = [], []
+def shell():
+    """Start a program as a person does."""
+    started = []
 
-    def start(*words, reads, kind="text", cwd=ROOT) -> subprocess.Popen:
-        used.extend((path, kind) for path in reads)
+    def start(*words, cwd=ROOT) -> subprocess.Popen:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen([sys.executable, *words], cwd=cwd, env=env, **pipe))
@@ -174,7 +219,3 @@ def shell(tokenizer):
                 each.kill()
             process.kill()
             process.wait()
-    for path, kind in set(used):
-        for file in load_documents(path, kind, tokenizer, cache=CACHE).cache_files:
-            Path(file["filename"]).unlink()
-            Path(file["filename"]).with_suffix(".sha256").unlink()

@@ -1,23 +1,24 @@
 """Tool use, learnt from its success: GRPO over whole conversations with tools.
 
-An answer o_i to a question is now an episode: replies of the policy and results of tools in turn
-(dataset/tools/loop.py), until it calls no more tool. With rewards r_i for the G episodes of a
-question, A_i and the loss are those of train_grpo.py, from which they are imported:
+A completion o_i of a question is now an episode: replies of the policy and results of tools in turn
+(dataset/tools/loop.py), until a reply calls no more tool. With rewards r_i for the G episodes of a
+question, advantages and loss are those of train_grpo.py, from which they are imported:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)
     L   = −1/G · Σ_i 1/|o_i| · Σ_t [ min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i) − β·k_t ]
 
-where t goes over the tokens that the policy drew. Those that the tools wrote are read, but carry
-no loss: they are no choice of the policy (as in Search-R1, arXiv 2503.09516, §3.1). The ids that
-were drawn are kept, never tokenised again, so that ρ is exactly 1 before the first update.
+where t goes over the tokens that the policy sampled (action_mask). Those of the tools' results are
+context without loss: they are no action of the policy (as in Search-R1, arXiv 2503.09516, §3.1).
 
 --reward takes what train_grpo.py takes (answer: the final answer is the row's), and
 
     name        1 if the right tools were called, in the right order
-    arguments   1 if the arguments were right, too
+    arguments   1 if their arguments were right, too
 
-An episode in which anything goes wrong (a call that is no JSON, an unknown tool, wrong arguments,
-a reply that does not end, still calling after --max_turns replies) has the reward 0.
+Departures from train_grpo.py:
+1. An episode in which anything goes wrong (a call that is no JSON, an unknown tool, wrong
+   arguments, a reply that does not end, still calling after --max_turns replies) has the reward 0.
+2. --max_gen_len limits a reply, and --max_turns the replies.
 
     python trainer/train_agent.py --data_path out/demo/data/tools.jsonl --beta 0
 
@@ -25,47 +26,47 @@ The data are SFT's conversations with tools: their calls and answers are the tru
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
 from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
 from model.command_line import option
-from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
+from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
-from trainer.common.command import run_stage
-from trainer.common.evaluation import uncompiled
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager
+from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.rl.rewards import Rewards, answer_in, mean
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import UpdateStats, micro_batches
+from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.prompts import (
+    GenerationRequest,
+    Prompt,
+    PromptDataset,
+    collate_prompts,
+    read_prompts,
+)
+from trainer.rl.rewards import Rewards, answer_in, sum_count
 from trainer.rl.rollout import (
     Completion,
-    Prompt,
-    Prompts,
-    Reference,
-    Sums,
+    completion_stats,
     evaluate_policy,
-    lengths_and_ends,
-    log_probs,
-    micro_batches,
-    policy_inputs,
-    prompt_batch,
-    prompts_of,
-    read_prompts,
-    row_seed,
-    saver,
-    shares,
-    with_addition,
-    writer,
+    make_generate_fn,
+    make_seed,
 )
-from trainer.train_grpo import answer_groups, group_advantages, policy_loss, total
-from trainer.trainer_utils import Run, starting_model, unwrapped
+from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -73,163 +74,205 @@ class Args(train_grpo.Args):
     data_path: list[str] = option(
         [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
     )
-    from_weight: str = option("full_sft", "stage to start from")
+    from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
-    max_seq_len: int = option(1024, "tokens of a prompt at most; longer ones are left out")
-    max_gen_len: int = option(256, "tokens of a reply at most")
-    max_turns: int = option(MAX_TURNS, "replies to a question at most; the tools work between them")
+    max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
+    max_gen_len: int = option(256, "most tokens of a reply")
+    max_turns: int = option(
+        MAX_TURNS,
+        "most replies of an episode; tools are run between them",
+        group=ROLLOUT,
+        at_least=1,
+    )
     reward: list[str] = option(
         ["answer:0.6", "arguments:0.2", "name:0.2"],
         "parts with weights: name, arguments, and what rewards.py lists",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_turns < 1:
-            raise UserError(f"--max_turns must be at least 1, not {self.max_turns}")
 
 
 # -- episodes --------------------------------------------------------------------------------------
 
 
 @dataclass
-class Play(Completion):
-    """An episode in the place of a completion: its tokens are all that follow the prompt."""
+class EpisodeCompletion(Completion):
+    """An episode as a completion: its tokens are all that follow the prompt, tool results too."""
 
     episode: Episode | None = None
 
 
-def read_task(row: dict) -> tuple:
-    """The messages up to the question, the answer, and the task itself."""
+def parse_task_row(row: dict) -> tuple:
+    """A row → its messages up to the question, the answer, and the task itself."""
     task = task_of(row)
     return task.messages, task.answer, task
 
 
-def begin(run: Run, prompt: Prompt) -> Episode:
-    return Episode(prompt.task, run.tokenizer, open_thinking=run.args.reasoning)
+def new_episode(ctx: Context, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Episode:
+    return Episode(prompt.task, tokenizer, open_thinking=ctx.args.reasoning)
 
 
-def finished(prompt: Prompt, episode: Episode) -> Play:
+def to_completion(prompt: Prompt, episode: Episode) -> EpisodeCompletion:
     tokens = episode.ids[episode.prompt_length :]
-    ended = not {"unfinished", "endless", "too_long"} & set(episode.errors)
-    return Play(prompt, tokens, episode.text, ended, episode.action_mask, episode)
+    terminated = not {"unfinished", "endless", "too_long"} & set(episode.errors)
+    return EpisodeCompletion(prompt, tokens, episode.text, terminated, episode.action_mask, episode)
 
 
-@uncompiled
-def roll_out(
-    run: Run, model: nn.Module, prompts: list[Prompt], copies: int = 1, attempt: int = 0
-) -> list[Play]:
-    """`copies` episodes of each prompt, neighbours in the list."""
-    args, draw = run.args, writer(run.args, run, model)
-    begun = [(prompt, begin(run, prompt), n) for prompt in prompts for n in range(copies)]
-    places = {id(episode): (prompt, n) for prompt, episode, n in begun}
+@eager
+def generate_episodes(
+    ctx: Context,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    num_generations: int = 1,
+    *,
+    step: int,
+    attempt: int = 0,
+) -> list[EpisodeCompletion]:
+    """`num_generations` episodes of each prompt, neighbours in the list. As `generate_completions`,
+    of whose completions these are the kind with tools."""
+    args, generate_fn = ctx.args, make_generate_fn(ctx, ctx.args, model, tokenizer)
+    started = [
+        (prompt, new_episode(ctx, tokenizer, prompt), n)
+        for prompt in prompts
+        for n in range(num_generations)
+    ]
+    origin = {id(episode): (prompt, n) for prompt, episode, n in started}
 
     def write(waiting: list[Episode]) -> list[list[int]]:
-        chosen = []
+        requests = []
         for episode in waiting:
-            prompt, n = places[id(episode)]
-            turn = [episode.turns] if episode.turns else []  # the first is drawn as GRPO's
-            seed = row_seed(args.seed, run.step, prompt.row, attempt, *turn)
-            chosen.append((replace(prompt, ids=episode.ids), seed, n))
-        return draw(chosen)
+            prompt, n = origin[id(episode)]
+            turn = [episode.turns] if episode.turns else []  # the first reply is sampled as GRPO's
+            seed = make_seed(args.seed, step, prompt.index, attempt, *turn)
+            # The ids so far are those that were sampled, and not their text tokenised again: that
+            # may give other tokens, whose log-probs are not those of the policy's choices.
+            requests.append(GenerationRequest(episode.ids, seed, n))
+        return generate_fn(requests)
 
-    episodes = [episode for _, episode, _ in begun]
-    run_episodes(episodes, write, args.max_turns, room(run))
-    drawn = sum(sum(episode.action_mask) for episode in episodes)
-    run.pending["tokens"] += int(run.sum_over_ranks(drawn)[0])
-    return [finished(prompt, episode) for prompt, episode, _ in begun]
+    episodes = [episode for _, episode, _ in started]
+    run_episodes(episodes, write, args.max_turns, token_budget(args, unwrap(model).config))
+    return [to_completion(prompt, episode) for prompt, episode, _ in started]
 
 
-def greedy(run: Run, model: nn.Module, prompts: list[Prompt]) -> list[Play]:
-    """The same with the likeliest tokens."""
-    settings = Sampling(run.args.max_gen_len, temperature=0)
-    episodes = [begin(run, prompt) for prompt in prompts]
+def generate_greedy(
+    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+) -> list[EpisodeCompletion]:
+    """Episodes of the likeliest tokens, one a prompt."""
+    args, sampling = ctx.args, SamplingParams(ctx.args.max_gen_len, temperature=0)
+    episodes = [new_episode(ctx, tokenizer, prompt) for prompt in prompts]
 
     def write(waiting: list[Episode]) -> list[list[int]]:
-        return generate(unwrapped(model), [episode.ids for episode in waiting], settings)
+        return generate(unwrap(model), [episode.ids for episode in waiting], sampling)
 
-    run_episodes(episodes, write, run.args.max_turns, room(run))
-    return [finished(*pair) for pair in zip(prompts, episodes, strict=True)]
+    run_episodes(episodes, write, args.max_turns, token_budget(args, unwrap(model).config))
+    return [to_completion(*pair) for pair in zip(prompts, episodes, strict=True)]
 
 
-def room(run: Run) -> int:
-    """Tokens of an episode after which another reply might not fit the model, or the memory."""
-    args = run.args
-    most = args.max_seq_len + args.max_turns * args.max_gen_len
-    return min(most, run.config.max_position_embeddings) - args.max_gen_len
+def token_budget(args: Args, config: MiniMindConfig) -> int:
+    """Tokens of an episode beyond which another reply might not fit the model, or the memory."""
+    longest = args.max_seq_len + args.max_turns * args.max_gen_len
+    return min(longest, config.max_position_embeddings) - args.max_gen_len
+
+
+# -- rewards ---------------------------------------------------------------------------------------
 
 
 class ToolRewards:
     """Rewards of episodes; 0 where anything went wrong."""
 
-    def __init__(self, run: Run, prompts: Prompts):
-        own = {name: lambda each, name=name: score(each.episode)[name] for name in OWN}
-        self.parts = Rewards(run, prompts, own)
+    def __init__(
+        self,
+        ctx: Context,
+        tokenizer: PreTrainedTokenizerBase,
+        hidden_size: int,
+        prompts: PromptDataset,
+    ):
+        tool_rules = {
+            "name": lambda each, args: score(each.episode)["name"],
+            "arguments": lambda each, args: score(each.episode)["arguments"],
+        }
+        self.args = ctx.args
+        self.rewards = Rewards(ctx, tokenizer, hidden_size, prompts, tool_rules)
 
-    def __call__(self, plays: list[Play]) -> tuple[Tensor, dict[str, float]]:
-        """[N] rewards; for the log their parts, how many answers are right (success), calls in
-        an episode, and how many errors of each kind."""
-        rewards, figures = self.parts(plays)
-        episodes, args = [each.episode for each in plays], self.parts.run.args
-        wrong = [bool(episode.errors) for episode in episodes]
-        rewards = rewards.masked_fill(torch.tensor(wrong, dtype=torch.bool), 0.0)
-        right = [grade(answer_in(each, args), each.prompt.answer) for each in plays]
+    def __call__(self, completions: list[EpisodeCompletion]) -> tuple[Tensor, dict[str, Metric]]:
+        """[N] rewards; and metrics: their parts, right answers (success), calls, and each kind of
+        error."""
+        rewards, metrics = self.rewards(completions)
+        episodes, count = [each.episode for each in completions], len(completions)
+        failed = [bool(episode.errors) for episode in episodes]
+        # An answer that is right after a broken call was guessed. A reward for it would teach that
+        # calls need not be right.
+        rewards = rewards.masked_fill(torch.tensor(failed, dtype=torch.bool), 0.0)
+        correct = [grade(answer_in(each, self.args), each.prompt.answer) for each in completions]
         errors = Counter(error for episode in episodes for error in episode.errors)
         sums = {
-            "success": sum(yes and not no for yes, no in zip(right, wrong, strict=True)),
-            "calls": sum(len(episode.calls) for episode in episodes),
+            "success": sum(yes and not no for yes, no in zip(correct, failed, strict=True)),
+            "tools/call_frequency": sum(len(episode.calls) for episode in episodes),
             **{f"error_{kind}": errors[kind] for kind in ERRORS},
         }
-        means = {name: number / max(1, len(plays)) for name, number in sums.items()}
-        return rewards, {**figures, "reward": mean(rewards), **means}
+        per_episode = {name: (number, count) for name, number in sums.items()}
+        return rewards, {**metrics, "reward": sum_count(rewards), **per_episode}
 
 
-OWN = ("name", "arguments")
+# -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup: policy, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = with_addition(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("agent"), model.config, tokenizer)
-    prompts, held_out = read_prompts(run, read_task)
-    rewards = ToolRewards(run, prompts)
-    loader = run.loader(prompts, prompt_batch)
-    run.announce(model, prompts, held_out)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer, parse_task_row)
+    rewards_of = ToolRewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    stage = args.stage("agent")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    reference = Reference(run, model) if args.beta else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
-        asked = prompts_of(window)
-        plays, scores, figures = answer_groups(run, model, rewards, asked, prompts, roll_out)
-        advantages = group_advantages(scores, args.loss_type != "dr_grpo").view(-1, 1)
-        batches = micro_batches(run, plays)  # loss on what the policy drew alone
-        sums = Sums(run, batches)
+    for global_batch in run.steps():
+        # Rollout and rewards: G episodes of each question, by the policy as it is now.
+        prompts = [prompt for batch in global_batch for prompt in batch.prompts]
+        completions, rewards, metrics = generate_groups(
+            run, model, rewards_of, prompts, train_data, generate_episodes
+        )
+
+        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
+        pad_id = tokenizer.pad_token_id
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         for batch in batches:
-            batch.advantages = advantages[batch.members.cpu()].to(run.device)
-            if args.update_epochs > 1:  # else they are those of the update itself
-                batch.old = log_probs(run, model, batch)
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
             if reference:
-                batch.reference = reference.log_probs(model, batch)
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
+
+        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
                 with run.forward(model, sync=batch is batches[-1]):
-                    outputs = model(**policy_inputs(run, batch))
-                    loss = policy_loss(outputs.log_probs, batch, args)
-                    loss = total(loss, batch, args, sums)
-                run.backward(loss, sums.balance_loss(batch, outputs.aux_loss))
-                sums.watch(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
+                    outputs = model(**policy_inputs(batch, args.temperature))
+                    # in the first epoch the policy is still the one that sampled
+                    batch.set_old_log_probs(outputs.log_probs)
+                    token_losses = policy_loss(outputs.log_probs, batch, args)
+                    loss = aggregate_loss(token_losses, batch, args, stats)
+                run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
+                stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
             run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            sample, val_figures = evaluate_policy(run, model, held_out, rewards, greedy)
-            run.log_evaluation(sample, **val_figures)
-        figures |= lengths_and_ends(plays)
-        run.log(**shares(run, len(plays), figures), **sums.figures())
-        run.save_every(model, optimizer, save=saver(args))
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(
+                ctx, model, tokenizer, val_data, rewards_of, generate_greedy
+            )
+            run.log_evaluation(sample, **val_metrics)
+        metrics |= completion_stats(completions) | stats.metrics()
+        run.log(**metrics)
+        run.save_every(model, optimizer, save=make_save_fn(args))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -3,9 +3,9 @@
 
     L = −1/N · Σ w_t · m_t · log p(x_t | x_1 … x_{t−1})            N = Σ w_t · m_t
 
-The loss of train_full_sft.py with a weight: w_t is --tag_weight where x_t is one of the four tags of
-<think>…</think><answer>…</answer>, which are rare and decide the format, and 1 elsewhere. N is the
-sum over the global batch, all ranks together.
+The loss of train_full_sft.py with a weight: w_t is --tag_weight where x_t is one of the four tags
+of <think>…</think><answer>…</answer>, which are rare and decide the format, and 1 elsewhere. N is
+the sum over the global batch, all ranks together.
 
 At every evaluation the model answers held-out questions greedily: eval_format is the share of
 replies that have exactly this format and end by themselves, eval_answer the share that are right
@@ -30,10 +30,10 @@ from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from model.losses import sum_of_weights
+from model.inference.sampling import SamplingParams
+from model.losses import sum_label_weights
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager, evaluate_loss
@@ -51,19 +51,16 @@ class Args(TrainArgs):
         [str(DATASET / "r1_mix_1024.jsonl")],
         'JSONL of {"conversations": [messages]}, answers as <think>…</think><answer>…</answer>',
     )
-    from_weight: str = option("dpo", "stage to start from")
-    batch_size: int = option(8, "rows a device takes at once")
+    from_weight: str = option("dpo", "stage to initialise from")
+    batch_size: int = option(8, "sequences in a forward pass of a device")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
-    max_seq_len: int = option(1024, "tokens in a row")
-    tag_weight: float = option(10.0, "how much each of the four tags counts in the loss; others: 1")
-    max_gen_len: int = option(512, "tokens of an answer to a held-out question at most")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tag_weight <= 0:
-            raise UserError(f"--tag_weight must be more than 0, not {self.tag_weight}")
-        if self.max_gen_len < 1:
-            raise UserError(f"--max_gen_len must be at least 1, not {self.max_gen_len}")
+    max_seq_len: int = option(1024, "tokens of a packed sequence")
+    tag_weight: float = option(
+        10.0, "weight of each of the four tags in the loss; others: 1", group=STAGE, above=0
+    )
+    max_gen_len: int = option(
+        512, "most tokens of an answer to a held-out question", group=STAGE, at_least=1
+    )
 
 
 def make_label_weights(
@@ -81,7 +78,7 @@ def make_label_weights(
 
 def total_label_weight(ctx: Context, global_batch: GlobalBatch, label_weights: Tensor) -> float:
     """Σ w_t · m_t over a global batch, all ranks together."""
-    local = sum(sum_of_weights(batch.labels, label_weights) for batch in global_batch)
+    local = sum(sum_label_weights(batch.labels, label_weights) for batch in global_batch)
     return max(1.0, *ctx.all_reduce_sum(float(local)))
 
 
@@ -160,7 +157,7 @@ def answer_questions(
     """The first question with the model's reply, and the shares of replies that have the format and
     that are right besides. The ranks share the questions out between them."""
     local = questions[ctx.rank :: ctx.world_size]
-    settings = Sampling(ctx.args.max_gen_len, temperature=0)
+    settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []
     for at in range(0, len(local), EVAL_BATCH_SIZE):
         prompts = [prompt for prompt, _ in local[at : at + EVAL_BATCH_SIZE]]

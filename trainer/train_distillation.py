@@ -46,21 +46,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from dataset.packing import IGNORED, Batch, PackedDataset, collate
+from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_folder
+from model.formats.hf_format import load_hf_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     count_parameters,
     find_weights,
-    halves,
     load_model,
     load_tokenizer,
+    to_fp16_cpu,
     tokenizer_hash,
 )
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import (
+    DATASET,
+    LEARNING_RATE_HELP,
+    LOG,
+    MODEL,
+    ROLLOUT,
+    STAGE,
+    WEIGHTS,
+    TrainArgs,
+)
 from trainer.common.checkpoint import hash_of
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
@@ -83,32 +92,76 @@ class Args(TrainArgs):
     data_path: list[str] = option(
         [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
-    from_weight: str = option("full_sft", "stage that the student starts from; none: from nothing")
-    teacher_weight: str = option("full_sft", "the teacher: a stage, .pth or transformers folder")
-    epochs: int = option(6, "times to go through the data")
-    learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
-    alpha: float = option(0.5, "weight of the data's own loss; the teacher has the rest")
-    temperature: float = option(1.5, "that softens both distributions")
-    divergence: Literal["forward", "reverse", "jsd", "skew"] = option(
-        "forward", "how the two are compared; see above"
+    from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
+    teacher_weight: str = option(
+        "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
     )
-    mixture: float = option(0.5, "jsd and skew: the teacher's share of what is compared with")
+    epochs: int = option(6, "passes through the data")
+    learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
+    alpha: float = option(
+        0.5,
+        "weight of the cross-entropy; the teacher has the rest",
+        group=STAGE,
+        at_least=0,
+        at_most=1,
+    )
+    temperature: float = option(1.5, "softens both distributions", group=STAGE, above=0)
+    divergence: Literal["forward", "reverse", "jsd", "skew"] = option(
+        "forward", "between teacher and student; see above", group=STAGE
+    )
+    mixture: float = option(
+        0.5,
+        "the teacher's share of the mixture M",
+        group=STAGE,
+        needs="divergence=jsd|skew",
+        above=0,
+        below=1,
+    )
 
-    student_hidden_size: int | None = option(None, "as --hidden_size; default for a stage: 512")
-    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers")
-    student_use_moe: bool | None = option(None, "as --use_moe")
-    teacher_hidden_size: int | None = option(None, "width; default for a stage: 768")
-    teacher_num_hidden_layers: int | None = option(None, "depth; default: as its weights have it")
-    teacher_use_moe: bool = option(False, "whether the teacher of that stage is the mixture")
+    student_hidden_size: int | None = option(
+        None, "as --hidden_size; default for a stage: 512", group=MODEL
+    )
+    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers", group=MODEL)
+    student_use_moe: bool | None = option(None, "as --use_moe", group=MODEL)
+    teacher_hidden_size: int | None = option(None, "width; default for a stage: 768", group=MODEL)
+    teacher_num_hidden_layers: int | None = option(
+        None, "depth; default: that of its weights", group=MODEL
+    )
+    teacher_use_moe: bool = option(False, "the teacher of that stage is a mixture", group=MODEL)
 
-    on_policy: float = option(0.0, "share of updates that learn from the student's own answers")
-    max_gen_len: int = option(256, "on_policy: tokens of an answer at most")
-    rollout_batch_size: int = option(64, "on_policy: answers decoded side by side")
-    update_batch_size: int = option(32, "on_policy: answers in a forward pass of the update")
-    rollout_url: str = option("", "decode on a server: base URL, such as http://localhost:8000/v1")
-    rollout_folder: str = option("", "folder for the weights handed over to it")
-    rollout_reload: Literal["vllm", "sglang"] = option("vllm", "how it is told to read them anew")
-    sample_prompt: str = option("Who are you?", "asked at every evaluation")
+    on_policy: float = option(
+        0.0, "share of steps on the student's own answers", group=ROLLOUT, at_least=0, at_most=1
+    )
+    max_gen_len: int = option(
+        256, "most tokens of an answer", group=ROLLOUT, needs="on_policy", at_least=1
+    )
+    rollout_batch_size: int = option(
+        64, "answers decoded at once", group=ROLLOUT, needs="on_policy", at_least=1, may_differ=True
+    )
+    update_batch_size: int = option(
+        32,
+        "answers in a forward pass",
+        group=ROLLOUT,
+        needs="on_policy",
+        at_least=1,
+        may_differ=True,
+    )
+    rollout_url: str = option(
+        "",
+        "generate on a server: base URL, such as http://localhost:8000/v1",
+        group=ROLLOUT,
+        needs="on_policy",
+        may_differ=True,
+    )
+    rollout_folder: str = option(
+        "", "folder for the server's weights", group=ROLLOUT, needs="rollout_url", may_differ=True
+    )
+    rollout_reload: Literal["vllm", "sglang"] = option(
+        "vllm", "how it reloads them", group=ROLLOUT, needs="rollout_url", may_differ=True
+    )
+    sample_prompt: str = option(
+        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "use_moe"):
@@ -118,14 +171,6 @@ class Args(TrainArgs):
         if self.hidden_size is None and not self.from_weight.endswith(".pth"):
             self.hidden_size = STUDENT_SIZE
         super().__post_init__()
-        for name in ("temperature", "max_gen_len", "rollout_batch_size", "update_batch_size"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("alpha", "on_policy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}")
-        if not 0 < self.mixture < 1:
-            raise UserError(f"--mixture must be more than 0 and less than 1, not {self.mixture}")
         if self.rollout_url and not self.rollout_folder:
             raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
 
@@ -162,7 +207,7 @@ def load_teacher(
                 f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
                 f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
             )
-        teacher = load_folder(path)
+        teacher = load_hf_folder(path)
     else:
         if path.suffix != ".pth":
             width = args.teacher_hidden_size or TEACHER_SIZE
@@ -241,7 +286,7 @@ def prompts_of(batch: Batch) -> list[Prompt]:
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
     for ids, labels, positions in zip(*(each.cpu().numpy() for each in tensors), strict=True):
-        is_label = labels != IGNORED
+        is_label = labels != IGNORE_INDEX
         edges = [*np.flatnonzero(positions == 0).tolist(), len(ids)]
         for start, end in pairwise(edges):
             places = np.flatnonzero(is_label[start:end])
@@ -263,7 +308,7 @@ def generate_on_policy(
     completions = generate_completions(
         ctx, model, tokenizer, prompts, step=run.step, temperature=1.0
     )
-    run.metrics.add_tokens(sum(len(each.tokens) for each in completions))
+    run.metrics.add_tokens(sum(each.num_sampled for each in completions))
     size = ctx.args.update_batch_size
     batches = micro_batches(completions, size, tokenizer.pad_token_id, ctx.device)
     return GlobalBatch.of(ctx, batches), completion_stats(completions)
@@ -279,7 +324,7 @@ def main(args: Args) -> dict[str, Any]:
     model = init_model(args, tokenizer)
     teacher = load_teacher(args, tokenizer, model.config)
     train_data, val_data = load_packed(ctx, tokenizer, "conversations")
-    weights = hash_of(*halves(teacher.state_dict()).values())
+    weights = hash_of(*to_fp16_cpu(teacher.state_dict()).values())
     fingerprint = {"teacher": weights}  # a run with another teacher is another run
     run = Run(ctx, "full_dist", model, tokenizer, train_data, val_data, fingerprint=fingerprint)
     parameters = count_parameters(teacher) / 1e6

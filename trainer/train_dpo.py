@@ -42,10 +42,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
 from model.command_line import option
-from model.errors import UserError
 from model.model_lora import add_lora, save_lora
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import map_pairs, sample_answer
@@ -61,31 +60,33 @@ class Args(LoraArgs):
     data_path: list[str] = option(
         [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
-    from_weight: str = option("full_sft", "stage to start from; also the reference")
-    batch_size: int = option(4, "pairs a device takes at once")
+    from_weight: str = option("full_sft", "stage to initialise from; also the reference")
+    batch_size: int = option(4, "pairs in a forward pass of a device")
     learning_rate: float = option(1e-5, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
-    packing: bool = option(True, "short sides share a row; 0: each has one, padded to the longest")
-    beta: float = option(0.1, "how closely to stay to the reference; ipo: 1/(2β) is the margin")
-    loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO; ipo: IPO")
-    label_smoothing: float = option(0.0, "share of pairs thought to be the wrong way round (cDPO)")
-    sft_weight: float = option(0.0, "weight of the chosen answer's own loss (RPO)")
-    use_lora: bool = option(False, "train an addition only; saved as lora/dpo")
-    sample_prompt: str = option("Who are you?", "asked at every evaluation")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0:
-            raise UserError(f"--beta must be more than 0, not {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(
-                f"--label_smoothing must be at least 0 and less than 0.5, not "
-                f"{self.label_smoothing}"
-            )
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise UserError("--label_smoothing is for --loss_type sigmoid")
-        if self.sft_weight < 0:
-            raise UserError(f"--sft_weight must not be negative, as {self.sft_weight} is")
+    packing: bool = option(True, "short sides share a sequence; 0: each padded to the longest")
+    beta: float = option(
+        0.1,
+        "the higher, the closer to the reference; ipo: target margin 1/(2β)",
+        group=STAGE,
+        above=0,
+    )
+    loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO; ipo: IPO", group=STAGE)
+    label_smoothing: float = option(
+        0.0,
+        "assumed share of pairs with swapped labels (cDPO)",
+        group=STAGE,
+        needs="loss_type=sigmoid",
+        at_least=0,
+        below=0.5,
+    )
+    sft_weight: float = option(
+        0.0, "weight of the chosen answer's own loss (RPO)", group=STAGE, at_least=0
+    )
+    use_lora: bool = option(False, "train an adapter only, saved as lora/dpo", group=LORA)
+    sample_prompt: str = option(
+        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
 
 
 def dpo_loss(
@@ -127,7 +128,7 @@ def main(args: Args) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = init_model(args, tokenizer)
     if args.use_lora:
-        add_lora(model, args.settings())
+        add_lora(model, args.lora_config())
     train_data, val_data = load_pairs(ctx, tokenizer)
     collate = partial(collate_pairs, packing=args.packing)
     stage = "lora/dpo" if args.use_lora else "dpo"
@@ -149,7 +150,7 @@ def main(args: Args) -> dict[str, Any]:
     zeros = torch.zeros(1, 2)
     initial_loss = loss_function(zeros, zeros, zeros + 1).item()
     ctx.print(f"loss: {initial_loss:.3f} at the start, when policy and reference are equal")
-    save = partial(save_lora, settings=args.settings()) if args.use_lora else None
+    save = partial(save_lora, config=args.lora_config()) if args.use_lora else None
 
     for global_batch in run.steps():
         # Forward and backward.

@@ -14,7 +14,7 @@ from typing import Any
 
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, TrainArgs
+from trainer.common.arguments import DATASET, LOG, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -28,10 +28,12 @@ class Args(TrainArgs):
     data_path: list[str] = option(
         [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
-    from_weight: str = option("pretrain", "stage to start from; none: from nothing")
-    batch_size: int = option(16, "rows a device takes at once")
-    epochs: int = option(2, "times to go through the data")
-    sample_prompt: str = option("Who are you?", "asked at every evaluation")
+    from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
+    batch_size: int = option(16, "sequences in a forward pass of a device")
+    epochs: int = option(2, "passes through the data")
+    sample_prompt: str = option(
+        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
 
 
 def main(args: Args) -> dict[str, Any]:

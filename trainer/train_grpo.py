@@ -1,37 +1,42 @@
-"""GRPO: several answers to each prompt; those better than their group's mean become likelier.
+"""GRPO: several completions of each prompt; those better than their group's mean become likelier.
 
-Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3). For a group of G answers
-o_1 … o_G to one prompt, with rewards r_1 … r_G:
+Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3). For a group of G
+completions o_1 … o_G of one prompt, with rewards r_1 … r_G:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)          no critic: the group is the baseline
-    ρ_t = π(o_t) / π_old(o_t)                        1 before the first update from these answers
+    ρ_t = π(o_t) / π_old(o_t)                        1 before the first update from these samples
     k_t = π_ref(o_t) / π(o_t) − log(π_ref(o_t) / π(o_t)) − 1               an estimate of the KL
     L   = −1/G · Σ_i 1/|o_i| · Σ_t [ min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i) − β·k_t ]
 
-    ρ: exp(log_probs − old)   π_ref: reference   ε: --epsilon   β: --beta, 0: no reference   G:
-    --num_generations
+    log π: log_probs   log π_old: batch.old_log_probs   log π_ref: batch.ref_log_probs
+    A: advantages      ε: --epsilon                     β: --beta, 0: no reference
+    r: rewards         G: --num_generations
 
---loss_type: what became of it.
+--loss_type selects a later variant:
 
     grpo     as above
-    dr_grpo  no 1/|o_i|, which favours long wrong answers, and no 1/std, which favours easy and hard
-             prompts: Σ over all tokens / (answers · --max_gen_len)           (arXiv 2503.20783)
-    bnpo     Σ over all tokens / tokens of each micro-batch (and mean over these)     (in trl)
-    dapo     Σ over all tokens / tokens of the window; the upper clip is --epsilon_high; a group
-             whose rewards are all alike, from which nothing is learnt, gives its place to another
-             prompt                                                           (arXiv 2503.14476)
+    dr_grpo  without 1/|o_i|, which favours long wrong answers, and without 1/std, which favours
+             very easy and very hard prompts: Σ over all tokens / (completions · --max_gen_len)
+             (arXiv 2503.20783)
+    bnpo     Σ over all tokens / tokens of each micro-batch, and the mean over these (as in trl)
+    dapo     Σ over all tokens / tokens of all completions; the upper clip is --epsilon_high; a
+             group whose rewards are all the same, from which nothing is learnt, is replaced by
+             one of another prompt (arXiv 2503.14476)
     cispo    −min(ρ_t, --epsilon_high) · A_i · log π(o_t), the weight without gradient, so that no
-             token is left out; normalised as dapo                            (arXiv 2506.13585)
+             token is left out; normalised as dapo (arXiv 2506.13585)
 
-Departures from the paper: the reference is the starting model throughout, not renewed; by default
-one update from each set of answers, for which ρ is 1 and the clip never acts.
+Departures from the paper:
+1. The reference is the policy before training throughout, and is not renewed.
+2. By default one update from each set of completions, for which ρ is 1 and the clip never acts.
+3. A completion whose reward could not be computed has the advantage 0, and is left out of its
+   group's mean.
 
     python trainer/train_grpo.py --from_weight full_sft --reward answer --data_path FILE
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,49 +45,62 @@ from torch import Tensor, nn
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT, STAGE
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
+from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.arguments import RolloutArgs
+from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
+from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.prompts import (
+    Prompt,
+    PromptDataset,
+    collate_prompts,
+    read_prompts,
+    sample_prompts,
+)
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     Completion,
-    Prompt,
-    Prompts,
-    Reference,
-    RolloutArgs,
-    RolloutBatch,
-    Sums,
-    draw,
+    completion_stats,
     evaluate_policy,
-    kl_estimate,
-    lengths_and_ends,
-    log_probs,
-    micro_batches,
-    policy_inputs,
-    prompt_batch,
-    prompts_of,
-    read_prompts,
-    roll_out,
-    saver,
-    shares,
-    with_addition,
+    generate_completions,
 )
-from trainer.trainer_utils import Run, starting_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
 class Args(RolloutArgs):
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    num_generations: int = option(8, "answers to each prompt, a group")
-    beta: float = option(0.02, "weight of the KL to the starting model; 0: none, and no reference")
-    epsilon: float = option(0.2, "the ratio is clipped this far from 1")
-    epsilon_high: float | None = option(
-        None, "upward; default: as epsilon, with dapo 0.28, with cispo the largest weight, 5"
+    num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
+    beta: float = option(
+        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
     )
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = option(
-        "grpo", "see above; dapo and cispo weigh each token alike"
+        "grpo", "see above; dapo and cispo weigh all tokens equally", group=STAGE
     )
-    resample: int = option(2, "dapo: times to ask other prompts instead of groups without signal")
+    epsilon: float = option(
+        0.2,
+        "range of the ratio's clip around 1",
+        group=STAGE,
+        needs="loss_type=grpo|dr_grpo|bnpo|dapo",
+        at_least=0,
+    )
+    epsilon_high: float | None = option(
+        None,
+        "its upper side; default: epsilon; dapo: 0.28; cispo: the largest weight, 5",
+        group=STAGE,
+        at_least=0,
+    )
+    resample: int = option(
+        2,
+        "most times that groups without signal are replaced by other prompts'",
+        group=STAGE,
+        needs="loss_type=dapo",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,124 +108,173 @@ class Args(RolloutArgs):
             raise UserError("--num_generations must be at least 2: a group is its own baseline")
         if self.epsilon_high is None:
             self.epsilon_high = {"dapo": 0.28, "cispo": 5.0}.get(self.loss_type, self.epsilon)
-        for name in ("beta", "epsilon", "epsilon_high", "resample"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative")
 
 
-def group_advantages(rewards: Tensor, scaled: bool) -> Tensor:
-    """(r − mean) / std of each group; [groups, G] → the same. 0 where a group has no two rewards,
-    or all are alike, and for a reward that is NaN."""
+# -- advantages ------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
+    """(r − mean) / std of each group; [groups, G] → the same. 0 where a group has fewer than two
+    rewards, or all are the same, and for a reward that is NaN.
+
+    Args:
+        scale: divide by the standard deviation.
+    """
     count = (~rewards.isnan()).sum(1, keepdim=True)
-    centred = rewards - rewards.nanmean(1, keepdim=True)
-    if scaled:
-        variance = centred.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + 1e-4)
-    return centred.nan_to_num(0.0)
+    # Centred within the group and not over the batch: what is to be learnt is which answer to this
+    # prompt is better. Against the batch's mean, all answers to an easy prompt would look good,
+    # wrong ones too.
+    advantages = rewards - rewards.nanmean(1, keepdim=True)
+    if scale:
+        variance = advantages.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + 1e-4)
+    return advantages.nan_to_num(0.0)
+
+
+def zero_variance_groups(rewards: Tensor) -> Tensor:
+    """[groups], bool: whether all rewards of a group are the same. Its advantages are 0 then, and
+    nothing is learnt from it."""
+    return (group_advantages(rewards, scale=False).abs() < 1e-8).all(1)
+
+
+# -- loss ------------------------------------------------------------------------------------------
 
 
 def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
-    """The loss of each token; all [B, T − 1], but the advantages [B, 1]. 0 where there is none."""
-    old = log_probs.detach() if batch.old is None else batch.old
-    ratio, advantages = torch.exp(log_probs - old), batch.advantages
+    """The loss of each token, [B, T − 1]; 0 outside of completions.
+
+    Args:
+        log_probs: [B, T − 1], of the policy that is trained.
+        batch: old_log_probs and ref_log_probs (or None), [B, T − 1]; advantages, [B, 1].
+    """
+    # Every token of a completion has its advantage: the reward does not say which token earned it.
+    ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
+    # Minus, because the optimizer minimises and good completions are to become likelier. At ratio 1
+    # the gradient is that of −A · log π.
     if args.loss_type == "cispo":
+        # the ratio corrects for samples of π_old as a constant weight; clipped, it is not silenced
         loss = -ratio.clamp(max=args.epsilon_high).detach() * advantages * log_probs
     else:
+        # The minimum is the pessimistic choice: no gain beyond the clip, but what moved the wrong
+        # way is still pulled back.
         clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
         loss = -torch.min(ratio * advantages, clipped * advantages)
-    if batch.reference is not None:
-        loss = loss + args.beta * kl_estimate(log_probs, batch.reference)
-    return loss * batch.mask
+    if batch.ref_log_probs is not None:
+        loss = loss + args.beta * kl_estimate(log_probs, batch.ref_log_probs)
+    return loss * batch.completion_mask
 
 
-def total(loss: Tensor, batch: RolloutBatch, args: Args, sums: Sums) -> Tensor:
-    """A micro-batch's share of the window's loss, from its losses [B, T − 1]."""
-    mask = batch.mask
+def aggregate_loss(
+    token_losses: Tensor, batch: RolloutBatch, args: Args, stats: UpdateStats
+) -> Tensor:
+    """A micro-batch's part of the update's loss, from the losses of its tokens, [B, T − 1].
+
+    Divided by counts of all ranks' micro-batches and not by those of this one, so that the parts
+    add up to the same loss however completions are split into micro-batches and over ranks (bnpo,
+    whose definition is another, excepted).
+    """
+    mask = batch.completion_mask
     if args.loss_type == "grpo":
-        return (loss.sum(1) / mask.sum(1).clamp(min=1)).sum() / sums.answers
+        return (token_losses.sum(1) / mask.sum(1).clamp(min=1)).sum() / stats.num_completions
     if args.loss_type == "dr_grpo":
-        return loss.sum() / (sums.answers * args.max_gen_len)
+        return token_losses.sum() / (stats.num_completions * args.max_gen_len)
     if args.loss_type == "bnpo":
-        return loss.sum() / mask.sum().clamp(min=1) * len(mask) / sums.answers
-    return loss.sum() / sums.tokens
+        local_mean = token_losses.sum() / mask.sum().clamp(min=1)
+        return local_mean * len(mask) / stats.num_completions
+    return token_losses.sum() / stats.num_tokens
 
 
-def answer_groups(
+# -- rollout ---------------------------------------------------------------------------------------
+
+
+def generate_groups(
     run: Run,
     model: nn.Module,
-    rewards: Rewards,
+    rewards_of: Rewards,
     prompts: list[Prompt],
-    data: Prompts,
-    answer: Callable = roll_out,
-) -> tuple[list[Completion], Tensor, dict[str, float]]:
-    """Answers to each prompt, [groups, G] rewards, and figures for the log."""
-    args = run.args
-    completions = answer(run, model, prompts, args.num_generations)
-    scores, figures = rewards(completions)
-    scores = scores.view(-1, args.num_generations)
-    figures["flat_groups"] = flat(scores).float().mean().item() if len(scores) else math.nan
+    train_data: PromptDataset,
+    generate_fn: Callable = generate_completions,
+) -> tuple[list[Completion], Tensor, dict[str, Metric]]:
+    """G completions of each prompt, their rewards, [groups, G], and metrics."""
+    ctx, args, G = run.ctx, run.ctx.args, run.ctx.args.num_generations
+    generate = partial(generate_fn, ctx, model, run.tokenizer, num_generations=G, step=run.step)
+    completions = generate(prompts=prompts)
+    num_sampled = sum(each.num_sampled for each in completions)
+    rewards, metrics = rewards_of(completions)
+    rewards = rewards.view(-1, G)  # the completions of a prompt are neighbours
+    is_flat = zero_variance_groups(rewards)
+    metrics["frac_reward_zero_std"] = (is_flat.sum().item(), len(is_flat))
+    # DAPO's dynamic sampling. The log shows the rewards before it, of the prompts as they came.
     for attempt in range(args.resample if args.loss_type == "dapo" else 0):
-        places = flat(scores).nonzero().flatten().tolist()
-        others = draw(data, len(places), args.seed, run.step, run.rank, attempt)
-        new = answer(run, model, others, args.num_generations, attempt + 1)
-        theirs, _ = rewards(new)
-        for n, place in enumerate(places):
-            group = slice(n * args.num_generations, (n + 1) * args.num_generations)
-            at = place * args.num_generations
-            completions[at : at + args.num_generations] = new[group]
-            scores[place] = theirs[group]
-    return completions, scores, figures
+        groups = zero_variance_groups(rewards).nonzero().flatten().tolist()
+        others = sample_prompts(train_data, len(groups), args.seed, run.step, ctx.rank, attempt)
+        new_completions = generate(prompts=others, attempt=attempt + 1)
+        num_sampled += sum(each.num_sampled for each in new_completions)
+        new_rewards, _ = rewards_of(new_completions)
+        for n, group in enumerate(groups):
+            own = slice(n * G, (n + 1) * G)
+            completions[group * G : (group + 1) * G] = new_completions[own]
+            rewards[group] = new_rewards[own]
+    run.metrics.add_tokens(num_sampled)
+    return completions, rewards, metrics
 
 
-def flat(scores: Tensor) -> Tensor:
-    """[groups]: whether all rewards of a group are alike, so that it teaches nothing."""
-    return (group_advantages(scores, scaled=False).abs() < 1e-8).all(1)
+# -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup: policy, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = with_addition(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("grpo"), model.config, tokenizer)
-    prompts, held_out = read_prompts(run)
-    rewards = Rewards(run, prompts)
-    loader = run.loader(prompts, prompt_batch)
-    run.announce(model, prompts, held_out)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    stage = args.stage("grpo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    reference = Reference(run, model) if args.beta else None
-    model = run.distribute(model)
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
-        completions, scores, figures = answer_groups(
-            run, model, rewards, prompts_of(window), prompts
-        )
-        advantages = group_advantages(scores, args.loss_type != "dr_grpo").view(-1, 1)
-        batches = micro_batches(run, completions)
-        sums = Sums(run, batches)
+    for global_batch in run.steps():
+        # Rollout and rewards: G completions of each prompt, by the policy as it is now.
+        prompts = [prompt for batch in global_batch for prompt in batch.prompts]
+        completions, rewards, metrics = generate_groups(run, model, rewards_of, prompts, train_data)
+
+        # Advantages and π_ref: fixed for all updates from these completions.
+        advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
+        pad_id = tokenizer.pad_token_id
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         for batch in batches:
-            batch.advantages = advantages[batch.members.cpu()].to(run.device)
-            if args.update_epochs > 1:  # else they are those of the update itself
-                batch.old = log_probs(run, model, batch)
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
             if reference:
-                batch.reference = reference.log_probs(model, batch)
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
+
+        # Updates: one an epoch, from all completions.
+        stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
                 with run.forward(model, sync=batch is batches[-1]):
-                    outputs = model(**policy_inputs(run, batch))
-                    loss = policy_loss(outputs.log_probs, batch, args)
-                    loss = total(loss, batch, args, sums)
-                run.backward(loss, sums.balance_loss(batch, outputs.aux_loss))
-                sums.watch(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
+                    outputs = model(**policy_inputs(batch, args.temperature))
+                    # in the first epoch the policy is still the one that sampled
+                    batch.set_old_log_probs(outputs.log_probs)
+                    token_losses = policy_loss(outputs.log_probs, batch, args)
+                    loss = aggregate_loss(token_losses, batch, args, stats)
+                run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
+                stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
             run.update(model, optimizer)
-        if held_out and run.due(args.eval_interval):
-            sample, val_figures = evaluate_policy(run, model, held_out, rewards)
-            run.log_evaluation(sample, **val_figures)
-        figures |= lengths_and_ends(completions)
-        run.log(**shares(run, len(completions), figures), **sums.figures())
-        run.save_every(model, optimizer, save=saver(args))
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, model, tokenizer, val_data, rewards_of)
+            run.log_evaluation(sample, **val_metrics)
+        metrics |= completion_stats(completions) | stats.metrics()
+        run.log(**metrics)
+        run.save_every(model, optimizer, save=make_save_fn(args))
     return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -19,7 +19,7 @@ from model.command_line import option
 from model.errors import UserError
 from model.model_lora import add_lora, lora_state, save_lora
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LoraArgs
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -33,11 +33,13 @@ class Args(LoraArgs):
     data_path: list[str] = option(
         [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
-    from_weight: str = option("full_sft", "stage that the addition is for")
+    from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
-    epochs: int = option(50, "times to go through the data")
-    lora_name: str = option("", "name of the addition; default: that of the data file")
-    sample_prompt: str = option("Who are you?", "asked at every evaluation")
+    epochs: int = option(50, "passes through the data")
+    lora_name: str = option("", "the adapter's; default: that of the data file", group=LORA)
+    sample_prompt: str = option(
+        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,10 +58,10 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = init_model(args, tokenizer)
-    settings = args.settings()
+    config = args.lora_config()
     # Freezes all weights and adds A and B. B starts at 0, so that the first step sees the base
     # model; with A at 0 too, neither would ever get a gradient.
-    add_lora(model, settings)
+    add_lora(model, config)
     train_data, val_data = load_packed(ctx, tokenizer, "conversations")
     run = Run(ctx, args.stage, model, tokenizer, train_data, val_data)
     trainable = sum(weight.numel() for weight in lora_state(model).values())
@@ -89,7 +91,7 @@ def main(args: Args) -> dict[str, Any]:
             sample = sample_answer(ctx, model, tokenizer, args.sample_prompt)
             run.log_evaluation(sample, **evaluate_loss(ctx, model, tokenizer, val_data))
         run.log()
-        run.save_every(model, optimizer, save=partial(save_lora, settings=settings))
+        run.save_every(model, optimizer, save=partial(save_lora, config=config))
     return run.finish()
 
 

@@ -1,26 +1,32 @@
-"""PPO: a critic foretells the reward, and what beats its forecast becomes likelier.
+"""PPO: policy gradient with a learned value baseline and a clipped ratio.
 
 Proximal Policy Optimization (arXiv 1707.06347) with generalised advantage estimation (GAE, arXiv
-1506.02438), as it is used for language models (arXiv 2203.02155). A token is an action, the tokens
-before it the state s_t; the reward comes with the last token of an answer, and each token costs
-what it departs from the reference:
+1506.02438), as it is used for language models (arXiv 2203.02155). A token o_t is an action, and the
+tokens before it are the state s_t. The reward of a completion comes with its last token, and each
+token pays for its distance from the reference:
 
     r_t = −kl_coef · (log π_old(o_t) − log π_ref(o_t)) + [t is the last] · reward
     δ_t = r_t + γ · V(s_t+1) − V(s_t)                    V after the last token is 0
-    A_t = δ_t + γλ · δ_t+1 + (γλ)² · δ_t+2 + …           GAE; A then whitened over the window
-    R_t = A_t + V_old(s_t)                               what the critic is to learn
-    ρ_t = π(o_t) / π_old(o_t)
+    A_t = δ_t + γλ · δ_t+1 + (γλ)² · δ_t+2 + …           GAE; A is then whitened
+    R_t = A_t + V_old(s_t)                               the critic's target, before whitening
+    ρ_t = π(o_t) / π_old(o_t)                            1 before the first update
 
     L = −mean_t min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t)                                  (eq. 7)
         + vf_coef · ½ · mean_t max((V − R_t)², (clip(V, V_old−ε_v, V_old+ε_v) − R_t)²)
 
-    ε: --clip_epsilon   ε_v: --value_clip   γ: --gamma   λ: --gae_lambda
+    log π: log_probs     log π_old: batch.old_log_probs   log π_ref: batch.ref_log_probs
+    V: values            V_old: batch.values              R: batch.returns   A: batch.advantages
+    ε: --clip_epsilon    ε_v: --value_clip                γ: --gamma         λ: --gae_lambda
 
-Each set of answers is gone through --update_epochs times in --num_minibatches updates, and left as
-soon as the policy has moved by more than --target_kl from the one that wrote them.
+Each set of completions is used in --update_epochs epochs of --num_minibatches updates, but no
+longer once KL(π ‖ π_old) exceeds --target_kl.
 
-Departures from the paper: actor and critic share no weights; the critic starts as the same blocks
-with a head of zeros; no entropy bonus; gradients of both are clipped together.
+Departures from the paper:
+1. Actor and critic share no weights. The critic starts as a copy of the policy's blocks with a head
+   of zeros, so V = 0 at first.
+2. No entropy bonus.
+3. The gradients of both models are clipped by their common norm.
+4. Values are clipped too, as in OpenAI's code (arXiv 2005.12729, §3).
 
     python trainer/train_ppo.py --from_weight full_sft --reward answer --data_path FILE
 """
@@ -35,33 +41,31 @@ import torch
 from torch import Tensor, nn
 
 from model.command_line import option
-from model.errors import UserError
 from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
-from trainer.common.optimizers import Together, make_optimizer
+from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
+from trainer.common.command import run_trainer
+from trainer.common.context import Context, unwrap
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import MultiOptimizer, make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.arguments import RolloutArgs
+from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
+from trainer.rl.policy import (
+    ReferenceModel,
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import collate_prompts, read_prompts
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
-    Reference,
-    RolloutArgs,
-    RolloutBatch,
-    Sums,
+    completion_stats,
     evaluate_policy,
-    lengths_and_ends,
-    log_probs,
-    mean_and_deviation,
-    micro_batches,
-    policy_inputs,
-    prompt_batch,
-    prompts_of,
-    read_prompts,
-    roll_out,
-    saver,
-    shares,
-    with_addition,
+    generate_completions,
 )
-from trainer.trainer_utils import Run, starting_model, unwrapped
+from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -69,33 +73,34 @@ class Args(RolloutArgs):
     reference_flag = "kl_coef"
 
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    critic_learning_rate: float = option(8e-8, "the same, of the critic")
-    num_generations: int = option(1, "answers to each prompt")
-    update_epochs: int = option(2, "times to learn from the same answers")
-    num_minibatches: int = option(1, "updates in each of these times")
-    clip_epsilon: float = option(0.1, "the ratio is clipped this far from 1")
-    value_clip: float = option(0.2, "the critic's values, this far from those before")
-    vf_coef: float = option(0.5, "weight of the critic's loss")
-    kl_coef: float = option(0.02, "what a nat of departure from the starting model costs; 0: none")
-    gamma: float = option(1.0, "discount of what comes later")
-    gae_lambda: float = option(0.95, "1: whole returns, unbiased; 0: the critic's word alone")
-    target_kl: float = option(0.1, "leave these answers when the policy has moved so far; 0: never")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_generations", "num_minibatches", "critic_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("clip_epsilon", "value_clip", "vf_coef", "kl_coef", "target_kl"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}")
+    critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
+    num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
+    update_epochs: int = option(2, "passes through the same completions")
+    num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
+    clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
+    value_clip: float = option(
+        0.2, "range of the value clip around the old value", group=STAGE, at_least=0
+    )
+    vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
+    kl_coef: float = option(
+        0.02, "weight of the KL to the reference in the reward; 0: none", group=STAGE, at_least=0
+    )
+    gamma: float = option(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
+    gae_lambda: float = option(
+        0.95,
+        "1: whole returns, unbiased; 0: one step, then the critic",
+        group=STAGE,
+        at_least=0,
+        at_most=1,
+    )
+    target_kl: float = option(
+        0.1, "KL to the old policy that ends the passes early; 0: never", group=STAGE, at_least=0
+    )
 
 
 class ActorCritic(nn.Module):
-    """Both models as one, so that a forward pass, an update and a checkpoint are of both."""
+    """Both models in one module, so that one forward pass, one update and one checkpoint cover
+    both, and DistributedDataParallel exchanges the gradients of both."""
 
     def __init__(self, actor: MiniMindForCausalLM, critic: MiniMindForScoring):
         super().__init__()
@@ -103,115 +108,172 @@ class ActorCritic(nn.Module):
         self.config = actor.config
 
     def forward(self, **inputs) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log-probs and values [B, T − 1], and the balance loss of experts."""
+        """Log-probs and values, [B, T − 1], and the experts' balance loss."""
         actor = self.actor(**inputs)
         critic = self.critic(inputs["input_ids"], inputs["position_ids"])
-        aux = None if actor.aux_loss is None else actor.aux_loss + critic.aux_loss
-        return actor.log_probs, critic.scores[:, :-1], aux
+        aux_loss = None if actor.aux_loss is None else actor.aux_loss + critic.aux_loss
+        # The last position predicts nothing. Position t has read the tokens up to t, so its score
+        # is the value of the state in which token t + 1 is chosen.
+        return actor.log_probs, critic.scores[:, :-1], aux_loss
 
 
-def token_rewards(batch: RolloutBatch, scores: Tensor, kl_coef: float) -> Tensor:
-    """r_t, [B, T − 1], from the rewards of whole answers [B]."""
-    mask = batch.mask
-    rewards = torch.zeros_like(batch.old)
-    if batch.reference is not None:
-        rewards = -kl_coef * (batch.old - batch.reference) * mask
+# -- rewards and advantages ------------------------------------------------------------------------
+
+
+def token_rewards(batch: RolloutBatch, rewards: Tensor, kl_coef: float) -> Tensor:
+    """r_t, [B, T − 1], from the rewards of completions, [B]."""
+    mask = batch.completion_mask
+    r = torch.zeros_like(batch.old_log_probs)
+    if batch.ref_log_probs is not None:
+        # The KL is a cost of each token, because each token's distribution may drift, and γ and λ
+        # then charge it to the tokens that led there.
+        r = -kl_coef * (batch.old_log_probs - batch.ref_log_probs) * mask
+    # The completion is judged as a whole, so its reward is paid when it is complete: with the last
+    # token. GAE carries it back to the earlier ones.
     steps = torch.arange(mask.shape[1], device=mask.device)
-    last = (mask * steps).argmax(1)  # the answer's last token
-    has_any = mask.any(1)
-    rewards[has_any, last[has_any]] += scores[has_any]
-    return rewards
+    last = (mask * steps).argmax(1)  # [B]
+    has_tokens = mask.any(1)
+    r[has_tokens, last[has_tokens]] += rewards[has_tokens]
+    return r
 
 
-def advantage_estimates(
+def compute_gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> Tensor:
-    """GAE, all [B, T − 1]; from the end backwards: A_t = δ_t + γλ·A_t+1."""
+    """Advantages of GAE; all [B, T − 1]. From the end backwards: A_t = δ_t + γλ · A_t+1."""
     advantages = torch.zeros_like(rewards)
-    after = value_after = torch.zeros_like(rewards[:, 0])
+    next_advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * value_after - values[:, t]
-        after = (delta + gamma * gae_lambda * after) * mask[:, t]
-        value_after = values[:, t] * mask[:, t]
-        advantages[:, t] = after
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        # The mask stops the recursion at the completion's end: neither advantage nor value flows
+        # back from the padding behind it.
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        advantages[:, t] = next_advantage
     return advantages
+
+
+def whiten(ctx: Context, batches: list[RolloutBatch]) -> None:
+    """Shift and scale the advantages to mean 0 and standard deviation 1.
+
+    Over the tokens of all ranks and batches: with a mean of its own, each batch would be told that
+    half of its tokens were bad, and the update would depend on how completions are batched.
+    """
+    own = torch.cat([batch.advantages[batch.completion_mask] for batch in batches])
+    mean, std = mean_std(ctx, own)
+    for batch in batches:
+        batch.advantages = (batch.advantages - mean) / (std + 1e-8) * batch.completion_mask
+
+
+def compute_advantages(
+    run: Run,
+    model: ActorCritic,
+    reference: ReferenceModel | None,
+    batches: list[RolloutBatch],
+    rewards: Tensor,
+) -> dict[str, Metric]:
+    """Give each batch log π_old, log π_ref, V_old, returns and advantages. Returns metrics.
+
+    Args:
+        rewards: [N], of the completions.
+    """
+    args = run.ctx.args
+    for batch in batches:
+        batch.set_old_log_probs(log_probs(run, model.actor, batch))
+        if reference:
+            batch.ref_log_probs = reference.log_probs(run, model.actor, batch)
+        with torch.no_grad(), run.forward(model, sync=False):
+            values = model.critic(batch.input_ids, batch.position_ids).scores
+        batch.values = values[:, :-1] * batch.completion_mask
+        own_rewards = rewards[batch.indices.cpu()].to(run.ctx.device)
+        batch.advantages = compute_gae(
+            token_rewards(batch, own_rewards, args.kl_coef),
+            batch.values,
+            batch.completion_mask,
+            args.gamma,
+            args.gae_lambda,
+        )
+        # before whitening: the critic predicts rewards, in their own units
+        batch.returns = batch.advantages + batch.values
+    whiten(run.ctx, batches)
+    returns = torch.cat([batch.returns[batch.completion_mask] for batch in batches])
+    values = torch.cat([batch.values[batch.completion_mask] for batch in batches])
+    # 1: the critic predicts the returns exactly; 0: no better than their mean would
+    explained = 1 - ((returns - values).var() / returns.var()).item() if len(returns) > 1 else 0.0
+    count = len(rewards) if math.isfinite(explained) else 0  # not so where all returns are alike
+    return {
+        "critic_value": (values.double().sum().item(), len(values)),
+        "explained_variance": (explained * count if count else 0.0, count),
+    }
+
+
+def impute_failed_rewards(rewards: Tensor) -> Tensor:
+    """[N] rewards, NaN (the reward could not be computed) replaced by the mean of the others, which
+    neither praises nor blames the completion. PPO cannot leave it out, as GRPO does: the critic
+    would learn that it ends with no reward."""
+    return rewards.nan_to_num(rewards.nanmean().item() if len(rewards) else 0.0)
+
+
+# -- loss ------------------------------------------------------------------------------------------
 
 
 def ppo_loss(
     log_probs: Tensor, values: Tensor, batch: RolloutBatch, args: Args
 ) -> tuple[Tensor, Tensor]:
-    """Sums over the tokens of the actor's and the critic's loss; inputs [B, T − 1]."""
-    mask, advantages = batch.mask, batch.advantages
-    ratio = torch.exp(log_probs - batch.old)
+    """Losses of actor and critic, each a sum over tokens.
+
+    Args:
+        log_probs, values: [B, T − 1], of the models that are trained.
+        batch: old_log_probs, advantages, values and returns, [B, T − 1].
+    """
+    mask, advantages = batch.completion_mask, batch.advantages
+    ratio = torch.exp(log_probs - batch.old_log_probs)
     clipped = ratio.clamp(1 - args.clip_epsilon, 1 + args.clip_epsilon)
-    actor = -torch.min(ratio * advantages, clipped * advantages)
-    near = batch.values + (values - batch.values).clamp(-args.value_clip, args.value_clip)
-    critic = torch.max((values - batch.returns).square(), (near - batch.returns).square()) / 2
-    return (actor * mask).sum(), (critic * mask).sum()
-
-
-def judge(
-    run: Run,
-    model: ActorCritic,
-    reference: Reference | None,
-    batches: list[RolloutBatch],
-    scores: Tensor,
-) -> dict[str, float]:
-    """Give each batch what the update needs: old log-probs, values, returns and advantages, these
-    whitened over the tokens of all ranks. Returns figures for the log."""
-    args = run.args
-    for batch in batches:
-        batch.old = log_probs(run, model.actor, batch)
-        if reference:
-            batch.reference = reference.log_probs(model.actor, batch)
-        with torch.no_grad(), run.forward(model, sync=False):
-            values = model.critic(batch.input_ids, batch.position_ids).scores
-        batch.values = values[:, :-1] * batch.mask
-        own = scores[batch.members.cpu()].to(run.device)
-        rewards = token_rewards(batch, own, args.kl_coef)
-        batch.advantages = advantage_estimates(
-            rewards, batch.values, batch.mask, args.gamma, args.gae_lambda
-        )
-        batch.returns = batch.advantages + batch.values
-    whiten(run, batches)
-    returns = torch.cat([batch.returns[batch.mask] for batch in batches])
-    errors = returns - torch.cat([batch.values[batch.mask] for batch in batches])
-    explained = 1 - (errors.var() / returns.var()).item() if len(returns) > 1 else math.nan
-    return {"explained_variance": explained, "value": (returns - errors).mean().item()}
-
-
-def whiten(run: Run, batches: list[RolloutBatch]) -> None:
-    """Advantages of mean 0 and deviation 1 over the tokens of all ranks."""
-    own = torch.cat([batch.advantages[batch.mask] for batch in batches])
-    mean, deviation = mean_and_deviation(run, own)
-    for batch in batches:
-        batch.advantages = (batch.advantages - mean) / (deviation + 1e-8) * batch.mask
+    # Minus, because the optimizer minimises and the expected advantage is to grow. The minimum
+    # takes the pessimistic one: beyond the clip nothing more can be gained, so the gradient is 0,
+    # but what moved the wrong way is still pulled back.
+    actor_loss = -torch.min(ratio * advantages, clipped * advantages)
+    clipped_values = batch.values + (values - batch.values).clamp(-args.value_clip, args.value_clip)
+    critic_loss = 0.5 * torch.max(
+        (values - batch.returns).square(), (clipped_values - batch.returns).square()
+    )
+    return (actor_loss * mask).sum(), (critic_loss * mask).sum()
 
 
 def minibatches(run: Run, batches: list[RolloutBatch]) -> Iterator[list[RolloutBatch]]:
-    """The batches of each update, in another order each time; on every rank as many."""
-    for epoch in range(run.args.update_epochs):
-        order = torch.Generator().manual_seed(run.args.seed * 1000 + run.step * 10 + epoch)
-        places = torch.randperm(len(batches), generator=order).tolist()
-        for n in range(run.args.num_minibatches):
-            some = [batches[place] for place in places[n :: run.args.num_minibatches]]
-            yield some or micro_batches(run, [])
+    """The batches of each update. Each epoch has another order, the same on all ranks; and on every
+    rank there are as many updates, if need be of a batch without tokens."""
+    args = run.ctx.args
+    for epoch in range(args.update_epochs):
+        generator = torch.Generator().manual_seed(args.seed * 1000 + run.step * 10 + epoch)
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for n in range(args.num_minibatches):
+            minibatch = [batches[index] for index in order[n :: args.num_minibatches]]
+            yield minibatch or micro_batches([], 1, run.tokenizer.pad_token_id, run.ctx.device)
+
+
+# -- training --------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Setup: actor, critic, data, rewards, reference.
+    ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    policy = starting_model(args, tokenizer)
-    critic = MiniMindForScoring.on(copy.deepcopy(policy))  # at first it foretells nothing
-    model = ActorCritic(with_addition(args, policy), critic)
-    run = Run(args, args.stage("ppo"), policy.config, tokenizer)
-    prompts, held_out = read_prompts(run)
-    rewards = Rewards(run, prompts)
-    loader = run.loader(prompts, prompt_batch)
-    run.announce(model, prompts, held_out)
+    policy = init_model(args, tokenizer)
+    critic = MiniMindForScoring.from_language_model(
+        copy.deepcopy(policy)
+    )  # head of zeros: V = 0 at first
+    model = ActorCritic(add_lora_if_asked(args, policy), critic)
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
+    stage = args.stage("ppo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
-    reference = Reference(run, policy) if args.kl_coef else None
-    model = run.distribute(model)
-    optimizer = Together(
+    # The policy as it is now; without a KL in the rewards there is no use for it.
+    reference = ReferenceModel(ctx, policy) if args.kl_coef else None
+    model = prepare_model(ctx, model)
+    # Two learning rates: a critic is trained from nothing, a policy only adjusted.
+    optimizer = MultiOptimizer(
         *make_optimizer(policy, args.optimizer, args.learning_rate, args.weight_decay).optimizers,
         *make_optimizer(
             critic, args.optimizer, args.critic_learning_rate, args.weight_decay
@@ -219,37 +281,51 @@ def main(args: Args) -> dict[str, Any]:
     )
     run.resume(model, optimizer)
 
-    for window in run.steps(loader):
-        completions = roll_out(run, policy, prompts_of(window), args.num_generations)
-        scores, figures = rewards(completions)
-        batches = micro_batches(run, completions)
-        figures |= judge(run, unwrapped(model), reference, batches, known(scores))
+    for global_batch in run.steps():
+        # Rollout: the policy as it is now completes each prompt.
+        prompts = [prompt for batch in global_batch for prompt in batch.prompts]
+        completions = generate_completions(
+            ctx, policy, tokenizer, prompts, args.num_generations, step=run.step
+        )
+        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
+
+        # Rewards and advantages: fixed for all updates from these completions.
+        rewards, metrics = rewards_of(completions)  # [N]
+        rewards = impute_failed_rewards(rewards)
+        pad_id = tokenizer.pad_token_id
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
+        metrics |= compute_advantages(run, unwrap(model), reference, batches, rewards)
+
+        # Updates.
         for minibatch in minibatches(run, batches):
-            sums = Sums(run, minibatch)
+            stats = UpdateStats(ctx, minibatch)
             for batch in minibatch:
                 with run.forward(model, sync=batch is minibatch[-1]):
-                    new, values, aux_loss = model(**policy_inputs(run, batch))
-                    actor_loss, critic_loss = ppo_loss(new, values, batch, args)
-                loss = (actor_loss + args.vf_coef * critic_loss) / sums.tokens
-                run.backward(loss, sums.balance_loss(batch, aux_loss))
-                sums.watch(new, batch, args.clip_epsilon, args.clip_epsilon)
-                sums.watched["critic_loss"] += critic_loss.item()
+                    new_log_probs, values, aux_loss = model(
+                        **policy_inputs(batch, args.temperature)
+                    )
+                    actor_loss, critic_loss = ppo_loss(new_log_probs, values, batch, args)
+                # Divided by the tokens of all ranks' batches, so that each token counts the same.
+                # A mean over each micro-batch would give tokens of short completions more weight.
+                loss = (actor_loss + args.vf_coef * critic_loss) / stats.num_tokens
+                run.backward(loss, stats.aux_loss(batch, aux_loss))
+                stats.accumulate(new_log_probs, batch, args.clip_epsilon, args.clip_epsilon)
+                stats.sums["critic_loss"] += critic_loss.item()
             run.update(model, optimizer)
-            if args.target_kl and sums.moved() > args.target_kl:
+            # The advantages are those of π_old. The further π is from it, the less they say about
+            # π, and the clip acts only on tokens, not on their sum: so better ask anew.
+            if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
-        if held_out and run.due(args.eval_interval):
-            sample, val_figures = evaluate_policy(run, policy, held_out, rewards)
-            run.log_evaluation(sample, **val_figures)
-        figures |= lengths_and_ends(completions)
-        run.log(**shares(run, len(completions), figures), **sums.figures())
-        run.save_every(model, optimizer, save=saver(args, lambda both: both.actor))
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, policy, tokenizer, val_data, rewards_of)
+            run.log_evaluation(sample, **val_metrics)
+        metrics |= completion_stats(completions) | stats.metrics()
+        run.log(**metrics)
+        run.save_every(model, optimizer, save=make_save_fn(args, lambda both: both.actor))
     return run.finish()
 
 
-def known(scores: Tensor) -> Tensor:
-    """Rewards [N], with the mean of the others in the place of those that failed."""
-    return scores.nan_to_num(scores.nanmean().item() if len(scores) else 0.0)
-
-
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -28,7 +28,7 @@ from trainer.trainer_utils import Run
 @dataclass
 class Args(TrainArgs):
     data_path: list[str] = option([str(DATASET / "pretrain_hq.jsonl")], 'JSONL of {"text": …}')
-    accumulation_steps: int = option(8, "batches added up for one update")
+    accumulation_steps: int = option(8, "forward passes of an optimizer step")
     batch_ramp: int = option(200, BATCH_RAMP_HELP)
 
 

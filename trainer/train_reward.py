@@ -41,11 +41,11 @@ class Args(TrainArgs):
     data_path: list[str] = option(
         [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
-    from_weight: str = option("full_sft", "language model to start from")
-    batch_size: int = option(8, "pairs a device takes at once")
+    from_weight: str = option("full_sft", "language model to initialise from")
+    batch_size: int = option(8, "pairs in a forward pass of a device")
     learning_rate: float = option(3e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
-    packing: bool = option(True, "short sides share a row; 0: each has one, padded to the longest")
+    packing: bool = option(True, "short sides share a sequence; 0: each padded to the longest")
 
 
 def bradley_terry_loss(scores: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def main(args: Args) -> dict[str, Any]:
     # Setup.
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = MiniMindForScoring.on(init_model(args, tokenizer))
+    model = MiniMindForScoring.from_language_model(init_model(args, tokenizer))
     train_data, val_data = load_pairs(ctx, tokenizer)
     collate = partial(collate_pairs, packing=args.packing)
     run = Run(ctx, "reward", model, tokenizer, train_data, val_data, collate=collate)

@@ -1,29 +1,35 @@
-"""SPO: one answer to each prompt; the baseline is what this prompt has brought before.
+"""SPO: one completion of each prompt; the baseline is the prompt's own success rate so far.
 
-Single-stream Policy Optimization (arXiv 2509.13232). Groups waste answers on prompts that always or
-never succeed. Instead a tracker keeps, for each prompt, a Beta distribution of its success:
+Single-stream Policy Optimization (arXiv 2509.13232). A group of completions is wasted on prompts
+that always or never succeed. Instead a tracker keeps a Beta distribution of success for each
+prompt:
 
-    v = a / (a + b)                                      the tracker's value, before the answer
-    A = (r − v),  then (A − mean(A)) / std(A)            over the batch
+    v = a / (a + b)                                      the tracker's value, before the completion
+    A = r − v,  then (A − mean(A)) / std(A)              over the batch
     a ← ρ·a + r,  b ← ρ·b + (1 − r)                      after it
     ρ = 2^(−D / --kl_half_life)  within [--rho_min, --rho_max]
 
-D is how far the policy has moved (KL) since the prompt was last asked: what was learnt of an old
-policy is forgotten. New values begin with --first_value, worth 1/(1 − ρ_min) answers. Prompts are
-drawn with probability ∝ √(v·(1 − v)) + --exploration: most often those that succeed now and then.
+D is the KL by which the policy has moved since the prompt was last sampled: what was observed of an
+old policy is forgotten. Values start at --first_value, with the weight of 1/(1 − ρ_min)
+completions. Prompts are sampled with probability ∝ √(v·(1 − v)) + --exploration: mostly those that
+succeed now and then.
 
---loss_type, with ρ_t = π(o_t) / π_old(o_t), per token:
+--loss_type, for each token, with ρ_t = π(o_t) / π_old(o_t):
 
     simple   −(ρ_t·A − |A| / (2ε) · (ρ_t − 1)²)       Simple Policy Optimization, arXiv 2401.16025
     clip     −min(ρ_t·A, clip(ρ_t, 1−ε, 1+ε)·A)       PPO's
     plain    −A · log π(o_t)                          REINFORCE
 
-and --beta · KL to the starting model (k3) is added.
+plus --beta · KL to the policy before training (k3), summed over tokens and divided by their number.
 
-Departures from the papers: D is the mean KL per token of the updates since, added up, and measured
-on each update's own answers, for the paper's needs the old policy; rewards beyond [0, 1] (those of
-reward models) go through the logistic function for the tracker; the first values are not estimated
-from answers drawn beforehand.
+    v: tracker.values   a, b: successes, failures   log π: log_probs   ε: --epsilon
+    r: scores in [0, 1] A: advantages               log π_old: batch.old_log_probs
+
+Departures from the papers:
+1. D is the sum over the updates since of the mean KL per token, measured on each update's own
+   completions; the paper's needs the old policy.
+2. Rewards outside [0, 1] (reward models) go through the logistic function for the tracker.
+3. The first values are not estimated from completions sampled beforehand.
 
     python trainer/train_spo.py --from_weight full_sft --reward answer --data_path FILE
 """
@@ -33,115 +39,154 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
-from trainer.common.command import run_stage
+from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
+from trainer.common.command import run_trainer
+from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.arguments import RolloutArgs
+from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
+from trainer.rl.policy import (
+    ReferenceModel,
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import collate_prompts, read_prompts
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
-    Reference,
-    RolloutArgs,
-    RolloutBatch,
-    Sums,
+    completion_stats,
     evaluate_policy,
-    kl_estimate,
-    lengths_and_ends,
-    log_probs,
-    mean_and_deviation,
-    micro_batches,
-    policy_inputs,
-    prompt_batch,
-    prompts_of,
-    read_prompts,
-    roll_out,
-    saver,
-    shares,
-    with_addition,
+    generate_completions,
 )
-from trainer.trainer_utils import Run, Window, starting_model
+from trainer.trainer_utils import Run
 
 
 @dataclass
 class Args(RolloutArgs):
     learning_rate: float = option(1e-7, LEARNING_RATE_HELP)
-    accumulation_steps: int = option(4, "batches of prompts added up for one update")
-    beta: float = option(0.02, "weight of the KL to the starting model; 0: none, and no reference")
-    epsilon: float = option(0.2, "how far from 1 the ratio may go, for simple and clip")
-    loss_type: Literal["simple", "clip", "plain"] = option("simple", "see above")
-    first_value: float = option(0.5, "what a prompt is thought to bring at first")
-    kl_half_life: float = option(0.06, "nats of movement after which half of the past is forgotten")
-    rho_min: float = option(0.875, "the most that is forgotten at a time is 1 less this")
-    rho_max: float = option(0.96, "the least, likewise")
-    exploration: float = option(0.05, "chance that certain prompts have too; 0.5: nearly all alike")
+    accumulation_steps: int = option(4, "batches of prompts of an optimizer step")
+    beta: float = option(
+        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
+    )
+    loss_type: Literal["simple", "clip", "plain"] = option("simple", "see above", group=STAGE)
+    epsilon: float = option(
+        0.2,
+        "range of the ratio around 1",
+        group=STAGE,
+        needs="loss_type=simple|clip",
+        above=0,
+    )
+    first_value: float = option(
+        0.5, "prior success rate of a prompt", group=STAGE, at_least=0, at_most=1
+    )
+    kl_half_life: float = option(
+        0.06, "KL of the policy, in nats, that halves the evidence", group=STAGE, above=0
+    )
+    rho_min: float = option(0.875, "lower bound of the decay ρ", group=STAGE, above=0, below=1)
+    rho_max: float = option(0.96, "upper bound of the decay ρ", group=STAGE, above=0, below=1)
+    exploration: float = option(
+        0.05, "added to every prompt's sampling weight", group=STAGE, at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta", "exploration"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
-        for name in ("epsilon", "kl_half_life"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        if not 0 <= self.first_value <= 1:
-            raise UserError(f"--first_value must be from 0 to 1, not {self.first_value}")
-        if not 0 < self.rho_min <= self.rho_max < 1:
-            raise UserError("--rho_min and --rho_max must be between 0 and 1, the first not larger")
+        if self.rho_min > self.rho_max:
+            raise UserError("--rho_min must not be larger than --rho_max")
+
+
+# -- baseline --------------------------------------------------------------------------------------
 
 
 class ValueTracker:
-    """For each prompt the evidence of success and failure, a and b, which fades as the policy
+    """For each prompt the evidence of success and of failure, a and b, which fades as the policy
     moves."""
 
-    def __init__(self, prompts: int, args: Args):
+    def __init__(self, num_prompts: int, args: Args):
         self.args = args
-        worth = 1 / (1 - args.rho_min)  # so many answers are remembered if the most is forgotten
-        self.successes = np.full(prompts, worth * args.first_value)
-        self.failures = worth - self.successes
-        self.moved = 0.0  # how far the policy has come
-        self.asked_at = np.zeros(prompts)  # where it was when each prompt was last asked
+        # If each update keeps the share ρ_min, evidence sums to at most Σ ρ_min^n = 1/(1 − ρ_min)
+        # completions. The prior has just this weight.
+        evidence = 1 / (1 - args.rho_min)
+        self.successes = np.full(num_prompts, evidence * args.first_value)
+        self.failures = evidence - self.successes
+        self.total_kl = 0.0  # how far the policy has moved since the start
+        self.kl_at_sampling = np.zeros(num_prompts)  # total_kl when each prompt was last sampled
 
     @property
     def values(self) -> np.ndarray:
+        """v of each prompt, [prompts]."""
         return self.successes / (self.successes + self.failures)
 
-    def draw(self, count: int, seed: list[int]) -> np.ndarray:
-        """Places of prompts, none twice as long as there are enough."""
+    def sample(self, count: int, seed: list[int]) -> np.ndarray:
+        """Indices of prompts; none twice, unless there are too few."""
         values = self.values
+        # √(v·(1 − v)) is the standard deviation of a success: where it is 0, the outcome is known
+        # beforehand and the advantage is 0.
         chances = np.sqrt(values * (1 - values)) + self.args.exploration
         chances = chances / chances.sum()
-        again = count > np.count_nonzero(chances)
-        return np.random.default_rng(seed).choice(len(chances), count, again, chances)
+        replace = count > np.count_nonzero(chances)
+        return np.random.default_rng(seed).choice(len(chances), count, replace, chances)
 
-    def learn(self, places: np.ndarray, rewards: np.ndarray) -> None:
-        """Take note of the rewards, from 0 to 1, of some prompts' answers."""
+    def update(self, indices: np.ndarray, scores: np.ndarray) -> None:
+        """Add the scores, from 0 to 1, of completions of these prompts."""
         args = self.args
-        kept = 2 ** (-(self.moved - self.asked_at[places]) / args.kl_half_life)
-        kept = np.clip(kept, args.rho_min, args.rho_max)
-        for place, reward, rho in zip(places, rewards, kept, strict=True):
-            self.successes[place] = rho * self.successes[place] + reward
-            self.failures[place] = rho * self.failures[place] + 1 - reward
-        self.asked_at[places] = self.moved
+        moved = self.total_kl - self.kl_at_sampling[indices]
+        rhos = np.clip(2 ** (-moved / args.kl_half_life), args.rho_min, args.rho_max)
+        for index, score, rho in zip(indices, scores, rhos, strict=True):
+            self.successes[index] = rho * self.successes[index] + score
+            self.failures[index] = rho * self.failures[index] + 1 - score
+        self.kl_at_sampling[indices] = self.total_kl
+
+    # The keys are those of the first version, so that its checkpoints still load.
+    KEYS = {"successes": "successes", "failures": "failures", "asked_at": "kl_at_sampling"}
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = ("successes", "failures", "asked_at")
-        return {"moved": self.moved, **{n: torch.from_numpy(getattr(self, n)) for n in arrays}}
+        arrays = {key: torch.from_numpy(getattr(self, name)) for key, name in self.KEYS.items()}
+        return {"moved": self.total_kl, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moved = state["moved"]
-        for name in ("successes", "failures", "asked_at"):
-            setattr(self, name, state[name].numpy().copy())
+        self.total_kl = state["moved"]
+        for key, name in self.KEYS.items():
+            setattr(self, name, state[key].numpy().copy())
+
+
+def local_prompts(ctx: Context, num_prompts: int, tracker: ValueTracker, step: int) -> np.ndarray:
+    """Indices of this rank's `num_prompts` prompts. All ranks make the same draw of as many as they
+    need together, and each takes its stretch of it, so that no prompt is sampled twice."""
+    counts = ctx.all_gather(num_prompts)
+    drawn = tracker.sample(sum(counts), [ctx.args.seed, step])
+    start = sum(counts[: ctx.rank])
+    return drawn[start : start + num_prompts]
+
+
+def normalize(ctx: Context, advantages: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the completions of all ranks; [N] → the same. NaN
+    becomes 0 and does not count."""
+    mean, std = mean_std(ctx, advantages[~advantages.isnan()])
+    return ((advantages - mean) / (std + 1e-8)).nan_to_num(0.0)
+
+
+# -- loss ------------------------------------------------------------------------------------------
 
 
 def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
-    """The loss of each token; all [B, T − 1], but the advantages [B, 1]. 0 where there is none."""
-    old = log_probs.detach() if batch.old is None else batch.old
-    ratio, advantages = torch.exp(log_probs - old), batch.advantages
+    """The loss of each token, [B, T − 1]; 0 outside of completions.
+
+    Args:
+        log_probs: [B, T − 1], of the policy that is trained.
+        batch: old_log_probs and ref_log_probs (or None), [B, T − 1]; advantages, [B, 1].
+    """
+    # Minus in each of them, because the optimizer minimises and completions with A > 0 are to
+    # become likelier. At ratio 1 all three have the gradient of −A · log π.
+    ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
     if args.loss_type == "simple":
+        # beyond 1 ± ε, where the clip has no gradient, the penalty pulls the ratio back
         penalty = advantages.abs() / (2 * args.epsilon) * (ratio - 1).square()
         loss = -(ratio * advantages - penalty)
     elif args.loss_type == "clip":
@@ -149,95 +194,99 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
         loss = -torch.min(ratio * advantages, clipped * advantages)
     else:
         loss = -advantages * log_probs
-    if batch.reference is not None:
-        loss = loss + args.beta * kl_estimate(log_probs, batch.reference)
-    return loss * batch.mask
-
-
-def normalised(run: Run, advantages: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the answers of all ranks; what is NaN becomes 0 and does not
-    count."""
-    mean, deviation = mean_and_deviation(run, advantages[~advantages.isnan()])
-    return ((advantages - mean) / (deviation + 1e-8)).nan_to_num(0.0)
-
-
-def share_of(run: Run, window: Window, tracker: ValueTracker) -> np.ndarray:
-    """Places of as many prompts as this rank's part of the window has, drawn by the tracker's
-    chances: the same draw on all ranks, each with its stretch of it."""
-    counts = gathered(run, len(prompts_of(window)))
-    drawn = tracker.draw(sum(counts), [run.args.seed, run.step])
-    first = sum(counts[: run.rank])
-    return drawn[first : first + counts[run.rank]]
-
-
-def gathered(run: Run, own: Any) -> list[Any]:
-    """What each rank has."""
-    if run.ranks == 1:
-        return [own]
-    every: list[Any] = [None] * run.ranks
-    dist.all_gather_object(every, own)
-    return every
-
-
-def main(args: Args) -> dict[str, Any]:
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    model = with_addition(args, starting_model(args, tokenizer))
-    run = Run(args, args.stage("spo"), model.config, tokenizer)
-    prompts, held_out = read_prompts(run)
-    rewards = Rewards(run, prompts)
-    tracker = ValueTracker(len(prompts), args)
-    loader = run.loader(prompts, prompt_batch)
-    run.announce(model, prompts, held_out)
-
-    reference = Reference(run, model) if args.beta else None
-    model = run.distribute(model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
-    run.resume(model, optimizer, beside=tracker)
-
-    for window in run.steps(loader):
-        places = share_of(run, window, tracker)
-        completions = roll_out(run, model, [prompts.prompts[place] for place in places])
-        scores, figures = rewards(completions)
-        values = torch.from_numpy(tracker.values[places])
-        unit = scores.clamp(0, 1) if rewards.of_rules else scores.sigmoid()
-        advantages = normalised(run, unit - values).float()[:, None]
-        batches = micro_batches(run, completions)
-        sums = Sums(run, batches)
-        for batch in batches:
-            batch.advantages = advantages[batch.members.cpu()].to(run.device)
-            if reference:
-                batch.reference = reference.log_probs(model, batch)
-        for _ in range(args.update_epochs):
-            for batch in batches:
-                with run.forward(model, sync=batch is batches[-1]):
-                    outputs = model(**policy_inputs(run, batch))
-                    loss = policy_loss(outputs.log_probs, batch, args).sum() / sums.tokens
-                run.backward(loss, sums.balance_loss(batch, outputs.aux_loss))
-                if batch.old is None:  # the first update is made from the policy that sampled
-                    batch.old = outputs.log_probs.detach()
-                sums.watch(outputs.log_probs, batch, args.epsilon, args.epsilon)
-            run.update(model, optimizer)
-        for theirs, rewarded in gathered(run, (places, unit.numpy())):
-            tracker.learn(theirs[~np.isnan(rewarded)], rewarded[~np.isnan(rewarded)])
-        tracker.moved += distance(run, model, batches, sums)
-        if held_out and run.due(args.eval_interval):
-            sample, val_figures = evaluate_policy(run, model, held_out, rewards)
-            run.log_evaluation(sample, **val_figures)
-        figures |= {"value": values.mean().item(), **lengths_and_ends(completions)}
-        run.log(**shares(run, len(completions), figures), **sums.figures())
-        run.save_every(model, optimizer, save=saver(args), beside=tracker)
-    return run.finish()
+    if batch.ref_log_probs is not None:
+        loss = loss + args.beta * kl_estimate(log_probs, batch.ref_log_probs)
+    return loss * batch.completion_mask
 
 
 @torch.no_grad()
-def distance(run: Run, model, batches: list[RolloutBatch], sums: Sums) -> float:
-    """How far the update has moved the policy, as a KL per token of its own answers."""
+def update_kl(run: Run, model: nn.Module, batches: list[RolloutBatch], stats: UpdateStats) -> float:
+    """D of this update: KL(π ‖ π_old) per token of its completions, over all ranks."""
     own = sum(
-        (kl_estimate(log_probs(run, model, batch), batch.old) * batch.mask).sum().item()
+        (kl_estimate(log_probs(run, model, batch), batch.old_log_probs) * batch.completion_mask)
+        .sum()
+        .item()
         for batch in batches
     )
-    return run.sum_over_ranks(own)[0] / sums.tokens
+    return run.ctx.all_reduce_sum(own)[0] / stats.num_tokens
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def main(args: Args) -> dict[str, Any]:
+    # Setup: policy, data, rewards, value tracker, reference.
+    ctx = Context.create(args)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
+    train_data, val_data = read_prompts(ctx, tokenizer)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    tracker = ValueTracker(len(train_data), args)
+    stage = args.stage("spo")
+    run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
+
+    # The policy as it is now; without a KL in the loss there is no use for it.
+    reference = ReferenceModel(ctx, model) if args.beta else None
+    model = prepare_model(ctx, model)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    run.resume(model, optimizer, extra_state=tracker)
+
+    for global_batch in run.steps():
+        # Rollout: one completion of each prompt. Of the loader's prompts only the number counts;
+        # the tracker chooses which ones to sample.
+        num_prompts = sum(len(batch.prompts) for batch in global_batch)
+        indices = local_prompts(ctx, num_prompts, tracker, run.step)
+        prompts = [train_data.prompts[index] for index in indices]
+        completions = generate_completions(ctx, model, tokenizer, prompts, step=run.step)
+        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
+
+        # Rewards and advantages.
+        rewards, metrics = rewards_of(completions)  # [N]
+        scores = rewards.clamp(0, 1) if rewards_of.are_bounded else rewards.sigmoid()
+        # The value of before this completion: with its own reward in it, the baseline would depend
+        # on the action, and the gradient would be biased.
+        values = torch.from_numpy(tracker.values[indices])
+        # Over the batch of all ranks, and not over a group: the baseline took the prompt's part
+        # away already, so the rest is comparable between prompts.
+        advantages = normalize(ctx, scores - values).float()[:, None]
+        pad_id = tokenizer.pad_token_id
+        batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
+        for batch in batches:
+            batch.advantages = advantages[batch.indices.cpu()].to(ctx.device)  # [B, 1]
+            if reference:
+                batch.ref_log_probs = reference.log_probs(run, model, batch)
+
+        # Updates: one an epoch, from all completions.
+        stats = UpdateStats(ctx, batches)
+        for _ in range(args.update_epochs):
+            for batch in batches:
+                with run.forward(model, sync=batch is batches[-1]):
+                    outputs = model(**policy_inputs(batch, args.temperature))
+                    # in the first epoch the policy is still the one that sampled
+                    batch.set_old_log_probs(outputs.log_probs)
+                    token_losses = policy_loss(outputs.log_probs, batch, args)
+                    # all ranks' tokens: a local mean would weigh tokens by their rank's number
+                    loss = token_losses.sum() / stats.num_tokens
+                run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
+                stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon)
+            run.update(model, optimizer)
+
+        # Value tracker: every rank adds all ranks' scores, so that all draw the same prompts.
+        for rank_indices, rank_scores in ctx.all_gather((indices, scores.numpy())):
+            known = ~np.isnan(rank_scores)
+            tracker.update(rank_indices[known], rank_scores[known])
+        tracker.total_kl += update_kl(run, model, batches, stats)
+
+        # Evaluate, log, save.
+        if val_data and run.is_due(args.eval_interval):
+            sample, val_metrics = evaluate_policy(ctx, model, tokenizer, val_data, rewards_of)
+            run.log_evaluation(sample, **val_metrics)
+        metrics["tracker_value"] = (values.sum().item(), len(values))
+        metrics |= completion_stats(completions) | stats.metrics()
+        run.log(**metrics)
+        run.save_every(model, optimizer, save=make_save_fn(args), extra_state=tracker)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_stage(main, Args, __doc__)
+    run_trainer(main, Args, __doc__)

@@ -44,7 +44,7 @@ from trainer.common.checkpoint import (
     trainable_fp16,
 )
 from trainer.common.context import Context, unwrap
-from trainer.common.loop import GlobalBatch, StopSignal, make_loader, update_router_bias
+from trainer.common.loop import GlobalBatch, StopSignal, make_loader, update_router_biases
 from trainer.common.metrics import Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
 from trainer.common.recipes import RecipeComparison
@@ -232,7 +232,7 @@ class Run:
             done.skip_update(scaled=self.scaler.is_enabled(), print=self.ctx.print)
         self.scaler.update()
         optimizer.zero_grad()
-        self.metrics.add_expert_load(update_router_bias(self.ctx, unwrap(model)))
+        self.metrics.add_expert_load(update_router_biases(self.ctx, unwrap(model)))
         loss, stop = self.ctx.all_reduce_sum(metrics.step_loss.item(), self.stop.requested)
         self.stop.agreed = bool(stop)
         metrics.end_step(loss)

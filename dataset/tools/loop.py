@@ -1,4 +1,5 @@
-"""The loop of tool use: the model writes, its calls are answered, it reads on, until it has done.
+"""The loop of tool use: the model replies, its tool calls are executed, and it goes on from the
+results until a reply calls no tool.
 
     model → <tool_call> → execute → <tool_response> → model → … → answer
 
@@ -8,15 +9,15 @@
     scores = [score(episode) for episode in episodes]
 
 Evaluation (scripts/eval_toolcall.py) and reinforcement learning (trainer/train_agent.py) run this
-loop; the web page, whose user looks on, answers calls by the same `answer_calls`.
+loop; the web page, which shows each step to its user, executes calls by the same `answer_calls`.
 
-A task is a row of SPEC's conversations: the messages up to the last question, and the truth, which
-is what follows: calls, results and answer. A call that the truth makes too is given the truth's
-result, so that a clock tells the time of the row; any other clock tells CLOCK.
+A task is a row of conversations: the messages up to the last question, and the truth, which is what
+follows: calls, results and answer. A call that the truth makes too gets the result recorded there,
+so that a clock tells the time of the row; any other call of the clock gets CLOCK.
 
-What the model wrote is never tokenised again: an episode keeps the ids that were drawn, and puts
-those of results behind them, as the chat template writes them. Their log-probs are then those of
-the policy that drew them.
+What the model wrote is never tokenised again: an episode keeps the ids that were sampled and
+appends those of the results, as the chat template writes them. Text tokenised again may give other
+tokens, and their log-probs are not those of the policy's choices.
 """
 
 import json
@@ -34,9 +35,9 @@ from dataset.reply_parser import Reply, parse_reply
 from dataset.tools.builtin import Result, call_tool
 from model.errors import UserError
 
-MAX_TURNS = 4  # replies to one question; a model may call tools for ever
+MAX_TURNS = 4  # replies to one question; without a limit a model may call tools for ever
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
-# What can go wrong. An episode in which anything does is scored 0.
+# What can go wrong. An episode with any of these is scored 0.
 ERRORS = {
     "malformed": "a call that is no JSON with a name and arguments",
     "unknown_tool": "a call of a tool that is not on offer",
@@ -130,7 +131,8 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 
 def call_key(call: Call) -> tuple:
-    """Calls are the same when this is: but for case, space, and numbers in quotes."""
+    """Equal for calls that count as the same: case, space, and quotes around numbers are
+    ignored."""
 
     def simple(value: Any) -> float | str:
         try:
@@ -152,11 +154,11 @@ def call_key(call: Call) -> tuple:
 def answer_calls(
     reply: Reply, offered: Iterable[str], recorded_results: dict[tuple, str] | None = None
 ) -> list[Result]:
-    """The results of a reply's calls, in their order; none if it calls nothing.
+    """The results of a reply's calls, in their order; [] if it calls nothing.
 
     Args:
         offered: the tools that may be called.
-        recorded_results: results of calls (by `call_key`) for which no tool is run.
+        recorded_results: by `call_key`; these calls are not executed.
     """
     results = []
     for call in reply.tool_calls:
@@ -166,8 +168,8 @@ def answer_calls(
         else:
             results.append(call_tool(call["name"], call["arguments"], offered))
     if "<tool_call>" in reply.content:  # the parser could not read it
-        told = {"error": "a tool call is JSON with a name and arguments"}
-        results.append(Result(json.dumps(told), "malformed"))
+        message = {"error": "a tool call is JSON with a name and arguments"}
+        results.append(Result(json.dumps(message), "malformed"))
     return results
 
 
@@ -185,14 +187,14 @@ def tokens_of_results(
 
 
 class Episode:
-    """A task, and what the model has made of it so far.
+    """A task, and the conversation about it so far.
 
     Attributes:
-        ids: all tokens up to now: the prompt, and replies and results in turn.
+        ids: all tokens up to now: the prompt, then replies and results in turn.
         action_mask: for each token after the prompt, whether the model sampled it.
-        calls: what it called, in order.
-        errors: kinds of ERRORS, one for each thing that went wrong.
-        transcript: replies and results as text, to look at: (role, text).
+        calls: the model's tool calls, in order.
+        errors: keys of ERRORS, one for each thing that went wrong.
+        transcript: replies and results as text, (role, text).
     """
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
@@ -208,10 +210,11 @@ class Episode:
         self.transcript: list[tuple[str, str]] = []
         self.turns, self.done = 0, False
         self.text = ""  # of the last reply
-        self.answer = ""  # what it says, where that was the final one
+        self.answer = ""  # the content of the final reply, once there is one
 
     def add_reply(self, tokens: list[int], last: bool) -> None:
-        """A reply of the model, a final EOS included; `last`: no other may follow."""
+        """Append a reply of the model, a final EOS included, and the results of its calls; `last`:
+        no other reply may follow."""
         self.turns += 1
         self.extend(tokens, sampled=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -246,18 +249,19 @@ def run_episodes(
     episodes: list[Episode],
     write: Callable[[list[Episode]], list[list[int]]],
     max_turns: int = MAX_TURNS,
-    longest: int | None = None,
+    token_budget: int | None = None,
 ) -> None:
-    """Go on with episodes, all side by side, until each is done.
+    """Continue episodes, all side by side, until each is done.
 
     Args:
         write: the model: new tokens, at least one, for the `ids` of each episode.
         max_turns: replies to a question at most.
-        longest: tokens of an episode after which there is no room for another reply.
+        token_budget: an episode with more tokens than this gets no further reply.
     """
     for turn in range(1, max_turns + 1):
         for episode in episodes:
-            if not episode.done and longest is not None and len(episode.ids) > longest:
+            too_long = token_budget is not None and len(episode.ids) > token_budget
+            if too_long and not episode.done:
                 episode.end("too_long")
         waiting = [episode for episode in episodes if not episode.done]
         if not waiting:

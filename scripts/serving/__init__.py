@@ -1,1 +1,1 @@
-"""What chat, server and web page share: loading a model, and the types of OpenAI's API."""
+"""What chat, server, web page and evaluation share: flags, loading a model, and OpenAI's API."""

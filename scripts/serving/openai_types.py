@@ -1,36 +1,20 @@
-"""The requests of OpenAI's API as far as this server knows them, and its errors."""
+"""The request bodies of OpenAI's API, as far as this server supports them (pydantic models)."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Text = Annotated[str, Field(min_length=1)]
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
-class ApiError(Exception):
-    """What the client is told: OpenAI's error object, with an HTTP status."""
-
-    def __init__(
-        self,
-        message: str,
-        status: int = 400,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ):
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class Strict(BaseModel):
-    """A wrong name is an error, and not ignored."""
+class StrictModel(BaseModel):
+    """An unknown field is an error, so that a typo is not silently ignored."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-class Ignored(Strict):
-    """What clients send along and a small model has no use for."""
+class IgnoredFields(StrictModel):
+    """Fields that clients send and that have no effect here."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -41,47 +25,59 @@ class Ignored(Strict):
     prompt_cache_key: str | None = None
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Settings(Ignored):
-    """What chat and completions share."""
+class BaseRequest(IgnoredFields):
+    """What chat completions and text completions share."""
 
     model: str
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
-    stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
-    # not OpenAI's, but vLLM's and others'
+    # extensions that vLLM and others have too
     top_k: Annotated[int, Field(ge=0)] | None = 0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
 
     @property
-    def stops(self) -> list[str]:
+    def stop_strings(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
-class Function(Strict):
+# -- tools -----------------------------------------------------------------------------------------
+
+
+class FunctionDefinition(StrictModel):
     name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class Tool(Strict):
+class Tool(StrictModel):
     type: Literal["function"]
-    function: Function
+    function: FunctionDefinition
 
 
-class CalledFunction(BaseModel):
+class FunctionName(StrictModel):
+    name: str
+
+
+class NamedToolChoice(StrictModel):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FunctionCall(BaseModel):
     name: str
     arguments: str = "{}"
 
@@ -89,7 +85,10 @@ class CalledFunction(BaseModel):
 class ToolCall(BaseModel):
     id: str | None = None
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: FunctionCall
+
+
+# -- messages --------------------------------------------------------------------------------------
 
 
 class ContentPart(BaseModel):
@@ -97,7 +96,7 @@ class ContentPart(BaseModel):
     text: str
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[ContentPart] | None = None
     reasoning_content: str | None = None
@@ -106,65 +105,70 @@ class Message(BaseModel):
     name: str | None = None
 
     @model_validator(mode="after")
-    def says_something(self) -> "Message":
+    def check_content(self) -> "ChatMessage":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError(f"a message of role {self.role} needs content")
         return self
 
 
-class JsonSchema(Strict):
+# -- structured output -----------------------------------------------------------------------------
+
+
+class JsonSchema(StrictModel):
     name: str
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
-    def has_its_schema(self) -> "ResponseFormat":
+    def check_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise ValueError("json_schema goes with type json_schema")
         return self
 
 
-class FunctionName(Strict):
-    name: str
+# -- requests --------------------------------------------------------------------------------------
 
 
-class ChosenTool(Strict):
-    type: Literal["function"]
-    function: FunctionName
-
-
-class TemplateSettings(Strict):
+class ChatTemplateKwargs(StrictModel):
     open_thinking: bool | None = None
     enable_thinking: bool | None = None
 
 
-class ChatRequest(Settings):
-    messages: Annotated[list[Message], Field(min_length=1)]
+class ChatRequest(BaseRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: TemplateSettings | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
 
     @property
-    def thinking(self) -> bool | None:
-        """None if the request does not say."""
-        given = self.chat_template_kwargs or TemplateSettings()
-        said = [given.open_thinking, given.enable_thinking]
-        return None if said == [None, None] else any(said)
+    def open_thinking(self) -> bool | None:
+        """Whether to think; None: the request does not say."""
+        kwargs = self.chat_template_kwargs or ChatTemplateKwargs()
+        values = [kwargs.open_thinking, kwargs.enable_thinking]
+        return None if values == [None, None] else any(values)
+
+    @property
+    def wants_json(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def forces_tool_call(self) -> bool:
+        return self.tool_choice not in (None, "none", "auto")
 
 
-class CompletionRequest(Settings):
+class CompletionRequest(BaseRequest):
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[int] | list[list[int]]
     echo: bool | None = False
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

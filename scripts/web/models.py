@@ -1,4 +1,4 @@
-"""The models that the web page finds, loaded; and the demo's training where there is none."""
+"""The models that the web page offers, and the demo's training where there is none."""
 
 import re
 import subprocess
@@ -14,18 +14,20 @@ from model.errors import UserError
 from model.inference.engine import Engine
 from model.inference.engine_thread import EngineThread
 from model.weights import ROOT, TOKENIZER
-from scripts.serving.chat_model import ChatModel, ModelArgs, TalkArgs, load_chat_model
+from scripts.serving.arguments import ChatArgs, ModelArgs
+from scripts.serving.loading import ChatModel, is_hf_folder, load_chat_model
 
-SLOTS = 8  # answers that are written at a time
-NO_MODELS = {"lora", "trial"}  # folders of additions, and of what the demo tries first
-BYTES_SHOWN = 4000  # of the training's log
+MAX_BATCH = 8  # replies generated at a time
+MAX_QUEUE = 64
+SKIPPED_FOLDERS = {"lora", "trial"}  # adapters, and the demo's measurement of speed
+LOG_BYTES_SHOWN = 4000  # of the training's log
 
 
 # -- finding ---------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
-    """A model that can be chosen: own weights, or a folder of transformers."""
+class FoundModel(NamedTuple):
+    """A model to choose from: own weights, or a transformers folder."""
 
     label: str
     path: Path
@@ -35,50 +37,49 @@ class Found(NamedTuple):
         return self.path.is_dir()
 
     @property
-    def changed(self) -> float:
+    def modified(self) -> float:
         return (self.path / "config.json" if self.is_folder else self.path).stat().st_mtime
 
 
-def find_models(args: ModelArgs) -> list[Found]:
-    """Own weights and transformers folders: what --weight and --load_from name, and what is in
-    save_dir; the newest first."""
+def find_models(args: ModelArgs) -> list[FoundModel]:
+    """What --weight and --load_from name, and all models in save_dir; the newest first."""
     named = [path for path in (Path(args.weight),) if path.suffix == ".pth" and path.is_file()]
-    if (Path(args.load_from) / "config.json").is_file():
+    if is_hf_folder(args.load_from):
         named.append(Path(args.load_from))
     root = Path(args.save_dir)
-    inside = [path for path in root.rglob("*.pth") if not NO_MODELS & set(path.parts)]
+    inside = [path for path in root.rglob("*.pth") if not SKIPPED_FOLDERS & set(path.parts)]
     inside += [
         path.parent
         for path in root.rglob("config.json")
         if (path.parent / "tokenizer.json").is_file()
     ]
-    found = {path.resolve(): Found(label(path, root), path) for path in (*named, *inside)}
-    return sorted(found.values(), key=lambda each: each.changed, reverse=True)
+    found = {path.resolve(): FoundModel(make_label(path, root), path) for path in (*named, *inside)}
+    return sorted(found.values(), key=lambda model: model.modified, reverse=True)
 
 
-def label(path: Path, root: Path) -> str:
-    """The name of a model, with its folder where that is not save_dir itself."""
+def make_label(path: Path, root: Path) -> str:
+    """The name of a model, with its folder relative to save_dir."""
     try:
-        inside = path.resolve().relative_to(root.resolve())
+        relative = path.resolve().relative_to(root.resolve())
     except ValueError:
         return path.name
-    return str(inside.with_suffix("") if path.suffix == ".pth" else inside)
+    return str(relative.with_suffix("") if path.suffix == ".pth" else relative)
 
 
-def default_model(found: list[Found], args: ModelArgs) -> Found:
-    """The one that the flags name, or the newest."""
-    if (Path(args.load_from) / "config.json").is_file():
-        wanted = [each for each in found if each.path == Path(args.load_from)]
+def default_model(found: list[FoundModel], args: ModelArgs) -> FoundModel:
+    """The model that the flags name, or the newest."""
+    if is_hf_folder(args.load_from):
+        matches = [model for model in found if model.path == Path(args.load_from)]
     elif args.weight.endswith(".pth"):
-        wanted = [each for each in found if each.path == Path(args.weight)]
+        matches = [model for model in found if model.path == Path(args.weight)]
     else:
         name = re.compile(rf"{re.escape(args.weight)}_{args.hidden_size or '[0-9]+'}(_moe)?.pth")
-        wanted = [each for each in found if name.fullmatch(each.path.name)]
-    return (wanted or found)[0]
+        matches = [model for model in found if name.fullmatch(model.path.name)]
+    return (matches or found)[0]
 
 
-def find_lora(model: Found) -> list[Path]:
-    """The additions that lie beside own weights and have their size."""
+def find_lora(model: FoundModel) -> list[Path]:
+    """The LoRA adapters in lora/ next to own weights, of the same hidden size."""
     if model.is_folder:
         return []
     size = re.search(r"_[0-9]+(_moe)?$", model.path.stem)
@@ -89,65 +90,59 @@ def find_lora(model: Found) -> list[Path]:
 # -- loading ---------------------------------------------------------------------------------------
 
 
-class Loaded(NamedTuple):
-    """A model, and the thread that decodes for everybody who looks at the page."""
+class ServedModel(NamedTuple):
+    """A loaded model, and the engine thread that all visitors of the page share."""
 
-    key: tuple[str, str, float]  # which one it is, and of when
-    chat: ChatModel
+    key: tuple[str, str, float]  # weights, adapter, time of modification
+    loaded: ChatModel
     thread: EngineThread
-    continues: bool  # it was only pretrained, or has no chat template
-
-    @property
-    def room(self) -> int:
-        return self.chat.model.config.max_position_embeddings
 
 
-def load(args: TalkArgs, model: Found, lora: Path | None) -> Loaded:
-    """UserError where it cannot be loaded."""
-    source = dict(load_from=str(model.path)) if model.is_folder else {}
-    if not model.is_folder:
-        own = (Path(args.load_from) / "config.json").is_file()  # then it names another model
-        source = dict(load_from=str(TOKENIZER)) if own else {}
-    chosen = replace(
-        args, weight=str(model.path), lora_weight=str(lora or ""), hidden_size=None, **source
+def serve_model(args: ChatArgs, model: FoundModel, lora: Path | None) -> ServedModel:
+    """UserError if it cannot be loaded."""
+    changes: dict[str, str] = {}
+    if model.is_folder:
+        changes = {"load_from": str(model.path)}
+    elif is_hf_folder(args.load_from):  # the flag names another model: take our own tokenizer
+        changes = {"load_from": str(TOKENIZER)}
+    args = replace(
+        args, weight=str(model.path), lora_weight=str(lora or ""), hidden_size=None, **changes
     )
-    return load_once((str(model.path), str(lora), model.changed), chosen)
+    return serve_once((str(model.path), str(lora), model.modified), args)
 
 
 @st.cache_resource(
-    max_entries=2, show_spinner=False, on_release=lambda loaded: loaded.thread.stop(0)
+    max_entries=2, show_spinner=False, on_release=lambda served: served.thread.stop(0)
 )
-def load_once(key: tuple[str, str, float], _args: TalkArgs) -> Loaded:
-    """Everybody shares a model; one that was trained anew is loaded anew."""
-    chat = load_chat_model(_args, _args.weight)
-    thread = EngineThread(Engine(chat.model, slots=SLOTS, queue=64))
-    return Loaded(key, chat, thread, chat.stage == "pretrain" or not chat.tokenizer.chat_template)
+def serve_once(key: tuple[str, str, float], _args: ChatArgs) -> ServedModel:
+    """Cached by key, so that visitors share a model, and newly trained weights are loaded again."""
+    loaded = load_chat_model(_args)
+    engine = Engine(loaded.model, slots=MAX_BATCH, max_queue=MAX_QUEUE)
+    return ServedModel(key, loaded, EngineThread(engine))
 
 
 # -- the demo's training ---------------------------------------------------------------------------
 
 
 class DemoTraining:
-    """scripts/runs/demo.py as a process of its own, one for everybody who looks at the page."""
+    """scripts/runs/demo.py as a subprocess; all visitors of the page share one."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
     def start(self, save_dir: str, minutes: int) -> None:
-        """UserError where its log cannot be written."""
+        """UserError if its log cannot be written."""
         output = Path(save_dir) / "demo"
         self.minutes, self.started = minutes, time.time()
         self.log = output / "web_demo.log"
-        words = ["--minutes", str(minutes), "--output", str(output)]
-        words += ["--report", str(Path(save_dir) / "demo_report.json")]
+        command = [sys.executable, str(ROOT / "scripts" / "runs" / "demo.py")]
+        command += ["--minutes", str(minutes), "--output", str(output)]
+        command += ["--report", str(Path(save_dir) / "demo_report.json")]
         try:
             output.mkdir(parents=True, exist_ok=True)
             with open(self.log, "wb") as log:
                 self.process = subprocess.Popen(
-                    [sys.executable, str(ROOT / "scripts" / "demo.py"), *words],
-                    cwd=ROOT,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
+                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
                 )
         except OSError as error:
             raise UserError(f"cannot write {self.log}: {error.strerror}") from error
@@ -161,15 +156,15 @@ class DemoTraining:
         return self.process is not None and self.process.poll() not in (None, 0)
 
     def stop(self) -> None:
-        """End it at once; files that it wrote are whole. There is nothing more to tell of it."""
+        """Kill it. Files that it has written are complete: they are written atomically."""
         if self.process:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def last_lines(self, count: int = 8) -> str:
-        """The end of its log. A progress bar writes over its line: only the last state counts."""
-        text = self.log.read_bytes()[-BYTES_SHOWN:].decode(errors="replace")
+        """The end of its log; of a progress bar, which overwrites its line, the last state."""
+        text = self.log.read_bytes()[-LOG_BYTES_SHOWN:].decode(errors="replace")
         lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n")]
         return "\n".join([line for line in lines if line][-count:])
 

@@ -26,11 +26,9 @@ from dataset.lm_dataset import (
     token_bytes,
 )
 from dataset.packing import (
-    IGNORED,
-    Rows,
-    WindowCollator,
-    WindowSampler,
-    best_fit_rows,
+    IGNORE_INDEX,
+    PackedDataset,
+    best_fit_pack,
     collate,
     split_documents,
 )
@@ -566,7 +564,7 @@ def length_tables():
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("lengths", "row_length"), length_tables())
 def test_every_token_is_read_once_and_predicted_once(lengths, row_length, packing):
-    rows = Rows(documents_of(lengths), row_length, packing=packing)
+    rows = PackedDataset(documents_of(lengths), row_length, packing=packing)
     batch = collate([rows[r] for r in range(len(rows))])
     assert batch.input_ids.shape[1] <= max(2, row_length)
     starts = np.concatenate(([1], 1 + np.cumsum(lengths)))[:-1]
@@ -582,7 +580,7 @@ def test_every_token_is_read_once_and_predicted_once(lengths, row_length, packin
         read.update(token for token in ids if token)
         assert all(at == 0 for at, token in zip(positions, ids, strict=True) if token in starts)
         for place, label in enumerate(labels):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 predicted[label] += 1
                 assert ids[place] == label and ids[place - 1] == label - 1
                 assert positions[place] == positions[place - 1] + 1
@@ -590,18 +588,18 @@ def test_every_token_is_read_once_and_predicted_once(lengths, row_length, packin
     tokens = [t for n in kept for t in range(starts[n], starts[n] + lengths[n])]
     assert read == Counter(tokens) + Counter(overlap)
     assert predicted == Counter(set(tokens) - {starts[n] for n in kept})
-    assert batch.tokens == rows.tokens == len(tokens) + len(overlap)
-    assert rows.fill == pytest.approx(batch.tokens / (len(rows) * row_length))
+    assert batch.num_tokens == rows.num_tokens == len(tokens) + len(overlap)
+    assert rows.packing_efficiency == pytest.approx(batch.num_tokens / (len(rows) * row_length))
 
 
 def test_rows_know_only_the_chosen_documents():
-    rows = Rows(documents_of([3, 4, 5, 6]), 8, chosen=np.array([1, 3]))
+    rows = PackedDataset(documents_of([3, 4, 5, 6]), 8, chosen=np.array([1, 3]))
     batch = collate([rows[r] for r in range(len(rows))])
     assert sorted(batch.input_ids[batch.input_ids > 0].tolist()) == [4, 5, 6, 7, *range(13, 19)]
 
 
 def test_unpacked_rows_hold_one_piece_each():
-    rows = Rows(documents_of([3, 2, 20, 4]), 8, packing=False)
+    rows = PackedDataset(documents_of([3, 2, 20, 4]), 8, packing=False)
     assert [len(rows[r]) for r in range(len(rows))] == [1] * 6
     assert [len(rows[r][0]["input_ids"]) for r in range(len(rows))] == [3, 2, 8, 8, 6, 4]
 
@@ -625,7 +623,7 @@ def slow_best_fit(lengths: list[int], row_length: int) -> list[int]:
 def test_pieces_go_where_they_fit_best(row_length):
     for seed in range(5):
         lengths = np.random.default_rng(seed).integers(1, row_length + 1, 400)
-        row_of = best_fit_rows(lengths, row_length)
+        row_of = best_fit_pack(lengths, row_length)
         filled = np.bincount(row_of, weights=lengths)
         assert filled.min() > 0 and filled.max() <= row_length
         assert sorted(row_length - filled) == slow_best_fit(lengths.tolist(), row_length)
@@ -635,27 +633,27 @@ def test_pieces_go_where_they_fit_best(row_length):
 def test_rows_are_full_for_lengths_as_people_write(row_length):
     lengths = np.exp(np.random.default_rng(0).normal(4.6, 0.8, 4000)).astype(int) + 2
     pieces = split_documents(lengths, row_length)
-    rows = best_fit_rows(pieces.length, row_length).max() + 1
+    rows = best_fit_pack(pieces.length, row_length).max() + 1
     assert pieces.length.sum() / (rows * row_length) >= 0.98
 
 
 def test_the_mask_of_the_data_decides_what_carries_loss():
     documents = documents_of([3, 4], [[True, False, True], [False, True, True, False]])
-    batch = collate([Rows(documents, 7)[0]], pad_id=9)
+    batch = collate([PackedDataset(documents, 7)[0]], pad_id=9)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert batch.labels.tolist() == [[-100, -100, 3, -100, 5, 6, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert (batch.tokens, batch.labelled) == (7, 3)
+    assert (batch.num_tokens, batch.num_label_tokens) == (7, 3)
 
 
 def test_padding_is_a_document_of_its_own_without_loss():
-    rows = Rows(documents_of([3, 6]), 6, packing=False)
+    rows = PackedDataset(documents_of([3, 6]), 6, packing=False)
     batch = collate([rows[0], rows[1], rows[None]], pad_id=99)
     assert batch.input_ids.tolist() == [[1, 2, 3, 99, 99, 99], [4, 5, 6, 7, 8, 9], [99] * 6]
     assert batch.labels.tolist()[0] == [-100, 2, 3, -100, -100, -100]
     assert batch.labels.tolist()[2] == [-100] * 6
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2], [*range(6)], [*range(6)]]
-    assert (batch.tokens, batch.labelled) == (9, 7)
+    assert (batch.num_tokens, batch.num_label_tokens) == (9, 7)
 
 
 # -- packing and the model -------------------------------------------------------------------------
@@ -668,7 +666,7 @@ def tiny_model(request, make_model):
 
 def test_the_loss_of_packed_rows_is_that_of_the_documents_alone(tiny_model):
     documents = documents_of([7, 12, 30, 2, 9, 1, 20, 5])
-    rows = Rows(documents, 32)
+    rows = PackedDataset(documents, 32)
     batch = collate([rows[r] for r in range(len(rows))])
     assert len(rows) < 5
     packed = tiny_model(**batch.inputs, labels=batch.labels, num_items_in_batch=1).loss
@@ -713,7 +711,7 @@ SETTINGS = [
 
 
 def windows(rank=0, start=0, **setting) -> list[list[int | None]]:
-    sampler = WindowSampler(setting.pop("rows"), rank=rank, **setting)
+    sampler = GlobalBatchSampler(setting.pop("rows"), rank=rank, **setting)
     sampler.start = start
     return list(sampler)
 
@@ -768,7 +766,7 @@ def test_a_rank_gets_a_filler_only_where_rows_run_out():
 def test_going_on_from_any_window_gives_the_rest():
     for setting in SETTINGS:
         whole = windows(**setting)
-        sampler = WindowSampler(**setting)
+        sampler = GlobalBatchSampler(**setting)
         place = 0
         for done in range(len(whole) + 1):
             sampler.start = place
@@ -805,17 +803,17 @@ def test_small_windows_are_shared_out_evenly():
 
 
 def test_the_number_of_windows_left_is_right_after_windows_of_another_size():
-    sampler = WindowSampler(10, batch_size=4)
+    sampler = GlobalBatchSampler(10, batch_size=4)
     sampler.start = 1
     assert len(sampler) == len(list(sampler))
 
 
 def test_windows_are_cut_into_their_micro_batches():
-    rows = Rows(documents_of([3, 3, 3, 3, 3]), 3)
-    collator = WindowCollator(2)
+    rows = PackedDataset(documents_of([3, 3, 3, 3, 3]), 3)
+    collator = GlobalBatchCollator(2)
     assert [len(b.input_ids) for b in collator([rows[r] for r in range(5)])] == [2, 2, 1]
     (filler,) = collator([rows[None]])
-    assert (filler.tokens, filler.labelled) == (0, 0)
+    assert (filler.tokens, filler.num_label_tokens) == (0, 0)
 
 
 # -- showing a batch -------------------------------------------------------------------------------
@@ -870,7 +868,7 @@ def test_show_batch_tells_in_a_table_what_is_trained(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--first", "9"], "there is no row 9; the data makes 1 rows"),
+        (["--first", "9"], "there is no row 9; the data has 1 rows"),
         (["--rows", "0"], "--rows must be at least 1"),
         (["--kind", "text"], 'line 1 of .* has no "text"'),
         (["--kind", "dpo"], "invalid choice"),

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -760,10 +759,8 @@ def test_mistakes_in_downloading(tmp_path, hub, words, sentence):
         fetch(hub, tmp_path, *words)
 
 
-def test_offline(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+def test_offline(tmp_path, closed_port):
+    address = f"http://127.0.0.1:{closed_port}"
     with pytest.raises(UserError, match="cannot be reached.*without a network.*--endpoint"):
         main(["download", "--set", "mini", "--endpoint", address, "--output", str(tmp_path)])
     assert list(tmp_path.iterdir()) == []

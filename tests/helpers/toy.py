@@ -2,13 +2,17 @@
 
 import json
 import os
+import resource
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, save_weights
@@ -150,7 +154,7 @@ class Trainer:
 
 def logged(metrics: dict) -> list[dict]:
     """The log of a run, without the line on what its weight file keeps."""
-    return [record for record in metrics["records"] if "changed_share" not in record]
+    return [record for record in metrics["history"] if "changed_fraction" not in record]
 
 
 # -- comparing -------------------------------------------------------------------------------------
@@ -167,8 +171,8 @@ def everything(train: Trainer, name="a") -> list:
     saved = train.saved(name)
     return [
         *(saved[key] for key in ("model", "optimizer")),
-        *(saved["progress"][key] for key in ("step", "rows_seen", "tokens", "evaluation")),
-        timeless(saved["records"]),
+        *(saved["progress"][key] for key in ("step", "samples_seen", "tokens", "evaluation")),
+        timeless(saved["history"]),
         timeless(train.log(name, kind="step")),
     ]
 
@@ -200,6 +204,8 @@ def fork(call: Callable[[], object], log: Path | None = None) -> int:
     if process:
         return process
     code = 70
+    # The lock of progress bars is one for all forked processes, and one that is killed keeps it.
+    tqdm.set_lock(threading.RLock())
     try:
         if log is not None:
             with open(log, "wb") as file:
@@ -221,6 +227,12 @@ def fork(call: Callable[[], object], log: Path | None = None) -> int:
 def ended(process: int) -> int:
     """Wait for a forked process: its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def no_file_grows_beyond(size: int) -> None:
+    """From now on, in this process: what a full disk does, made without one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the signal ends the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def flags(settings: dict) -> list[str]:

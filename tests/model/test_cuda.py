@@ -7,12 +7,12 @@ import torch
 from torch.testing import assert_close
 from toy import logged
 
-from model.attention import Documents, documents_of, varlen_runs, visible_keys
+from model.attention import VarlenMetadata, make_attention_mask, supports_varlen, varlen_metadata
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
-from trainer import trainer_utils
+from model.inference.sampling import SamplingParams
+from trainer.common import loop
 from trainer.common.hardware import autocast
-from trainer.trainer_utils import COMPILING
+from trainer.trainer_utils import COMPILE_STEPS
 
 CUDA = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -27,38 +27,40 @@ def ids():
     return torch.randint(128, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
 
 
-# -- documents instead of a mask -------------------------------------------------------------------
+# -- varlen attention ------------------------------------------------------------------------------
 
 
-def test_edges_are_where_documents_begin():
-    edges, longest = documents_of(POSITIONS)
-    assert edges.tolist() == [0, 40, 41, 64, 128, 135, 185, 192]
-    assert (edges.dtype, longest) == (torch.int32, 64)
+def test_cu_seqlens_are_where_documents_start():
+    cu_seqlens, max_seqlen = varlen_metadata(POSITIONS)
+    assert cu_seqlens.tolist() == [0, 40, 41, 64, 128, 135, 185, 192]
+    assert (cu_seqlens.dtype, max_seqlen) == (torch.int32, 64)
 
 
 def test_a_row_begins_a_document_whatever_its_first_position():
-    assert documents_of(torch.tensor([[5, 6, 0], [0, 1, 2]])).edges.tolist() == [0, 2, 3, 6]
+    assert varlen_metadata(torch.tensor([[5, 6, 0], [0, 1, 2]])).cu_seqlens.tolist() == [0, 2, 3, 6]
 
 
 @pytest.mark.parametrize(
     ("past", "attention_mask", "position_ids", "kind"),
     [
-        (0, None, POSITIONS, Documents),
-        (0, None, POSITIONS[:1], Documents),
+        (0, None, POSITIONS, VarlenMetadata),
+        (0, None, POSITIONS[:1], VarlenMetadata),
         (0, torch.ones(3, 64), POSITIONS, torch.Tensor),
         (0, None, None, type(None)),
         (6, None, None, torch.Tensor),
     ],
 )
-def test_documents_are_for_packed_rows_alone(past, attention_mask, position_ids, kind):
-    visible = visible_keys(torch.zeros(3, 64, 8), past, attention_mask, position_ids, varlen=True)
+def test_varlen_metadata_is_for_packed_rows_only(past, attention_mask, position_ids, kind):
+    visible = make_attention_mask(
+        torch.zeros(3, 64, 8), past, attention_mask, position_ids, varlen=True
+    )
     assert isinstance(visible, kind)
-    if kind is Documents:
-        assert visible.edges[-1] == 3 * 64
+    if kind is VarlenMetadata:
+        assert visible.cu_seqlens[-1] == 3 * 64
 
 
 def test_a_cpu_has_no_varlen_attention():
-    assert not varlen_runs(torch.zeros(1, 2, 64, dtype=torch.bfloat16), 64)
+    assert not supports_varlen(torch.zeros(1, 2, 64, dtype=torch.bfloat16), 64)
 
 
 @on_gpu
@@ -141,16 +143,16 @@ def test_a_gpu_goes_on_where_it_was_stopped(train, killed):
 )
 def test_a_gpu_begins_with_full_batches(train, monkeypatch, device, rows):
     """It takes one in the time of a single row."""
-    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 1)
+    monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 1)
     train(batch_ramp=9, batch_size=3, accumulation_steps=2, max_steps=1, device=device)
-    assert train.saved()["progress"]["rows_seen"] == rows
+    assert train.saved()["progress"]["samples_seen"] == rows
 
 
 @on_gpu
 @torch.no_grad()
 def test_a_gpu_says_what_a_cpu_says(make_model, ids):
     prompts = [ids[0, :9].tolist(), ids[1, :4].tolist()]
-    model, sampling = make_model(), Sampling(max_new_tokens=20, temperature=0)
+    model, sampling = make_model(), SamplingParams(max_new_tokens=20, temperature=0)
     slow = list(generate(model, prompts, sampling))
     assert list(generate(model.to(CUDA), prompts, sampling)) == slow
 
@@ -176,8 +178,8 @@ def test_compiled_blocks_change_nothing(train):
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_resumed_run_is_compiled_too(train, killed):
     """Its first updates are not the run's."""
-    settings = dict(packing=True, epochs=99, max_steps=COMPILING + 3, save_interval=1)
-    killed(COMPILING + 1, train, "a", **settings)
+    settings = dict(packing=True, epochs=99, max_steps=COMPILE_STEPS + 3, save_interval=1)
+    killed(COMPILE_STEPS + 1, train, "a", **settings)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     train("a", resume=True, compile=True, **settings)

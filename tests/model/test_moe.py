@@ -10,11 +10,11 @@ from toy import everything, logged, same
 from model.feed_forward import (
     MixtureOfExperts,
     Routing,
-    balance_loss,
-    grouped,
-    grouping_runs,
-    nudge_bias,
-    one_by_one,
+    grouped_experts,
+    load_balancing_loss,
+    loop_experts,
+    supports_grouped_mm,
+    update_bias,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, load_scoring_model
@@ -43,7 +43,7 @@ def hidden():
     return torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(1))
 
 
-# -- the sum ---------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def hidden():
     [{}, dict(norm_topk_prob=False), dict(n_shared_experts=0), dict(scoring_func="sigmoid")],
     ids=str,
 )
-def test_each_token_has_the_weighted_sum_of_its_experts(make_mixture, hidden, fields):
+def test_output_is_the_weighted_sum_of_the_selected_experts(make_mixture, hidden, fields):
     mixture = make_mixture(**fields)
     out, _ = mixture(hidden)
     for token, found in zip(hidden.flatten(0, 1), out.flatten(0, 1), strict=True):
@@ -77,9 +77,9 @@ def test_all_experts_together_are_the_dense_weighted_sum(make_mixture, hidden):
 def test_grouped_products_equal_the_loop(make_mixture, count):
     """Also where experts have no token; their gradients are 0 then and not missing."""
     mixture, tokens = make_mixture(), torch.randn(20, 16, requires_grad=True)
-    assert grouping_runs(tokens, mixture.experts[0])
+    assert supports_grouped_mm(tokens, mixture.experts[0])
     results = []
-    for way in (grouped, one_by_one):
+    for way in (grouped_experts, loop_experts):
         out = way(mixture.experts, tokens, torch.tensor(count))
         inputs = [tokens, *mixture.experts.parameters()]
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
@@ -89,7 +89,7 @@ def test_grouped_products_equal_the_loop(make_mixture, count):
 @pytest.mark.parametrize(("size", "runs"), [(24, True), (25, False), (26, False)])
 def test_odd_sizes_are_left_to_the_loop(make_mixture, hidden, size, runs):
     mixture = make_mixture(moe_intermediate_size=size)
-    assert grouping_runs(hidden, mixture.experts[0]) == runs
+    assert supports_grouped_mm(hidden, mixture.experts[0]) == runs
     out, loss = mixture(hidden)
     (out.sum() + loss).backward()
 
@@ -98,7 +98,7 @@ def test_the_bias_selects_and_does_not_weigh(make_mixture, hidden):
     mixture = make_mixture(scoring_func="sigmoid", num_experts_per_tok=1, norm_topk_prob=False)
     mixture.e_score_correction_bias += torch.tensor([0.0, 0.0, 9.0, 0.0])
     routing = mixture.route(hidden)
-    assert (routing.chosen == 2).all()
+    assert (routing.experts == 2).all()
     assert_close(routing.weights, mixture.gate(hidden).sigmoid()[..., 2:3])
 
 
@@ -115,19 +115,19 @@ def test_balance_loss_by_hand():
     routing = routing_of(
         [[[0.8, 0.2], [0.6, 0.4]], [[0.9, 0.1], [0.1, 0.9]]], [[[0], [0]], [[0], [1]]]
     )
-    assert_close(balance_loss(routing, torch.ones(2, 2), True), torch.tensor(1.2))
+    assert_close(load_balancing_loss(routing, torch.ones(2, 2), True), torch.tensor(1.2))
     # together: shares 3/4 and 1/4, mean scores 0.6 and 0.4: 2 · (0.45 + 0.1) = 1.1
-    assert_close(balance_loss(routing, torch.ones(2, 2), False), torch.tensor(1.1))
+    assert_close(load_balancing_loss(routing, torch.ones(2, 2), False), torch.tensor(1.1))
 
 
 def test_padding_does_not_count():
     """The first row without its second token: 2 · 0.8 = 1.6; an empty row has no balance at all."""
     scores = [[[0.8, 0.2], [0.6, 0.4]], [[0.9, 0.1], [0.1, 0.9]]]
     routing = routing_of(scores, [[[0], [0]], [[0], [1]]])
-    real = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert_close(balance_loss(routing, real, True), torch.tensor(1.6))
-    assert_close(balance_loss(routing, real, False), torch.tensor(1.6))
-    assert balance_loss(routing, torch.zeros(2, 2), True) == 0
+    token_mask = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert_close(load_balancing_loss(routing, token_mask, True), torch.tensor(1.6))
+    assert_close(load_balancing_loss(routing, token_mask, False), torch.tensor(1.6))
+    assert load_balancing_loss(routing, torch.zeros(2, 2), True) == 0
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -135,7 +135,7 @@ def test_padding_does_not_count():
 def test_balance_is_a_loss_of_one(k, per_sequence):
     chosen = [[[(n + i) % 4 for i in range(k)] for n in range(8)]]
     routing = routing_of([[[0.25] * 4] * 8], chosen)
-    assert_close(balance_loss(routing, torch.ones(1, 8), per_sequence), torch.tensor(1.0))
+    assert_close(load_balancing_loss(routing, torch.ones(1, 8), per_sequence), torch.tensor(1.0))
 
 
 def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
@@ -151,11 +151,11 @@ def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
     assert_close((plain.loss, plain.aux_loss), (outputs.loss, torch.tensor(0.0)))
 
 
-def test_the_bias_is_nudged_towards_balance(make_mixture):
+def test_router_bias_moves_towards_balance(make_mixture):
     mixture = make_mixture(scoring_func="sigmoid", bias_update_speed=0.01)
-    nudge_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
+    update_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
     assert_close(mixture.e_score_correction_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
-    nudge_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax: nothing to nudge
+    update_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax: nothing to nudge
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -173,9 +173,9 @@ def test_balance_comes_about(make_mixture, scoring_func):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        busiest.append((mixture.load.max() / mixture.load.mean()).item())
-        nudge_bias(mixture, mixture.load)
-        mixture.load.zero_()
+        busiest.append((mixture.tokens_per_expert.max() / mixture.tokens_per_expert.mean()).item())
+        update_bias(mixture, mixture.tokens_per_expert)
+        mixture.tokens_per_expert.zero_()
     assert busiest[0] > 1.6 and np.mean(busiest[-5:]) < 1.2, (busiest[0], busiest[-5:])
 
 
@@ -209,7 +209,7 @@ def test_settings_that_do_not_fit_are_refused(fields):
 
 
 @pytest.mark.parametrize("settings", [MOE, SIGMOID], ids=["softmax", "sigmoid"])
-def test_a_mixture_is_trained_logged_and_saved(any_stage, settings):
+def test_moe_is_trained_logged_and_saved(any_stage, settings):
     if any_stage.stage is train_lora:
         settings = {**settings, "lora_targets": ["gate_proj", "down_proj"]}
     metrics = any_stage(**settings, epochs=3)
@@ -217,7 +217,7 @@ def test_a_mixture_is_trained_logged_and_saved(any_stage, settings):
     assert all(len(record["expert_load"]) == 2 for record in records)  # a figure a layer
     assert all(1 <= figure <= 4 for record in records for figure in record["expert_load"])
     (path,) = (any_stage.folder / "a" / "out").rglob("*_32_moe.pth")
-    if any_stage.stage is train_lora:  # which saves additions alone
+    if any_stage.stage is train_lora:  # which saves the adapter only
         return
     load = load_scoring_model if any_stage.stage is train_reward else load_model
     saved = load(path)
@@ -242,7 +242,7 @@ def test_however_a_window_is_cut_the_training_is_the_same(train, settings):
 
 
 @pytest.mark.parametrize("settings", [MOE, SIGMOID], ids=["softmax", "sigmoid"])
-def test_a_resumed_mixture_is_one_that_was_never_stopped(train, killed, settings):
+def test_resumed_moe_training_equals_one_never_stopped(train, killed, settings):
     """Also where the checkpoint lies between two lines of the log."""
     common = dict(**settings, save_interval=1, log_interval=2, max_steps=4)
     train("whole", **common)
@@ -251,7 +251,7 @@ def test_a_resumed_mixture_is_one_that_was_never_stopped(train, killed, settings
     assert same(everything(train, "cut"), everything(train, "whole"))
 
 
-def test_a_mixture_starts_from_a_mixture(train):
+def test_moe_training_starts_from_an_moe_model(train):
     train("a", **MOE, max_steps=1)
     (path,) = (train.folder / "a" / "out").glob("*.pth")
     folder = dict(save_dir=str(path.parent), hidden_size=None, num_hidden_layers=None)

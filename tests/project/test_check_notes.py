@@ -120,7 +120,7 @@ def test_a_lesson_without_a_picture(notes):
 @pytest.mark.parametrize(
     "gone, code, line",
     [
-        (None, 0, "12 notes, no fault found\n"),
+        (None, 0, f"{len(NOTES)} notes, no fault found\n"),
         ("model/code.py", 1, "knowledge_base.md:2: model/code.py is not there\n"),
         ("notes.md", 2, "error: {}/notes.md cannot be read: No such file or directory\n"),
     ],

@@ -1,4 +1,4 @@
-"""Every command in README.md, README_zh.md and CLAUDE.md is tried as it is written there.
+"""Every command in README.md, README_zh.md, CLAUDE.md and docs/ is tried as it is written there.
 
 Commands of this project run in a copy of it, in the order of the texts, since one needs what others
 write; long ones with small settings added (RUN). Those that need a network, a service or a quarter
@@ -22,12 +22,13 @@ import pytest
 from streamlit.web.cli import main_run
 
 from dataset.demo.files import write_demo_data
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weights
 from scripts.serving.openai_types import ChatRequest
 
-TEXTS = ("README.md", "README_zh.md", "CLAUDE.md")
+PAGES = "training fine_tuning rl data models export serving evaluation code".split()
+TEXTS = ("README.md", "README_zh.md", "CLAUDE.md", *(f"docs/{page}.md" for page in PAGES))
 ONE_STEP = (
     "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 320 --val_documents 2 "
     "--num_workers 0 --device cpu"
@@ -62,9 +63,9 @@ PARSE = {
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",
     "scripts/runs/demo_lora.py": "needs the demo's model; tests/model/test_lora.py",
-    "scripts/serve_openai_api.py": "a service; tests/scripts/test_server.py",
-    "scripts/chat_openai_api.py": "needs the service; tests/scripts/test_server.py",
-    "scripts/web_demo.py": "a service; tests/scripts/test_web_demo.py",
+    "scripts/serve_openai_api.py": "a service; tests/scripts/server/",
+    "scripts/chat_openai_api.py": "needs the service; tests/scripts/server/",
+    "scripts/web_demo.py": "a service; tests/scripts/web/",
     "benchmarks/*.py": "long; tests/project/test_benchmarks.py",
     "*train_X.py": "stands for any trainer",
 }
@@ -81,6 +82,10 @@ def pip(install: str, *words: str) -> None:
     assert install == "install"
     if words[0] == "-r":
         assert (ROOT / words[1]).exists()
+
+
+def git(clone: str, address: str) -> None:
+    assert clone == "clone" and address.endswith("OWNER/minimind")
 
 
 def curl(address: str, *words: str) -> None:
@@ -122,6 +127,7 @@ def venv(folder: str) -> None:
 PROGRAMS = {
     "make": make,
     "pip": pip,
+    "git": git,
     "curl": curl,
     "streamlit": streamlit,
     "source": source,
@@ -239,14 +245,15 @@ def project(tmp_path_factory, tokenizer):
 
 def prepare(copy: Path, tokenizer) -> None:
     """Copy the project, with data and weights where a reader of the texts has them."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("git tells which files are the project's, and this is no clone of it")
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
         capture_output=True,
         text=True,
+        check=True,
     ).stdout.splitlines()
-    if not listed:
-        pytest.skip("git tells which files are the project's, and this is no clone of it")
     for name in listed:
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +278,7 @@ def prepare(copy: Path, tokenizer) -> None:
         for stage in stages.split():
             path = copy / folder / f"{stage}_{size}.pth"
             save_weights(model, path, stage=stage, tokenizer=tokenizer, origin={})
-    save_folder(model.eval(), tokenizer, copy / "MiniMind2")
+    save_hf_folder(model.eval(), tokenizer, copy / "MiniMind2")
 
 
 def few(source: Path, target: Path, lines: int = 12) -> None:
@@ -282,7 +289,7 @@ def few(source: Path, target: Path, lines: int = 12) -> None:
 def python(project):
     """A function that runs the words after `python`; its output. They must end with code 0."""
     runner = subprocess.Popen(
-        [sys.executable, ROOT / "tests/helpers/command_runner.py"],
+        [sys.executable, ROOT / "tests/helpers/command_runner.py", f"{project}.log"],
         env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
         cwd=project,
         stdin=subprocess.PIPE,

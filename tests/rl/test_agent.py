@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from rl_toy import ASKED, batches_of, prompt_file
 from test_ranks import together
-from test_rl import ASKED, prompt_file
 from torch.testing import assert_close
 from toy import Trainer, everything, same
 
@@ -16,7 +16,9 @@ from dataset.tools import loop
 from dataset.tools.loop import ERRORS, parse_reply
 from model.weights import load_model
 from trainer import train_agent, train_grpo
-from trainer.rl import rollout
+from trainer.common.context import Context
+from trainer.rl import policy, prompts
+from trainer.rl.prompts import Prompt
 from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -51,10 +53,16 @@ def calling(monkeypatch):
     monkeypatch.setattr(loop, "parse_reply", read_as_calls)
     add_reply = loop.Episode.add_reply
 
-    def add_as_ended(episode, tokens, last):
+    def add_ended_reply(episode, tokens, last):
         add_reply(episode, tokens[:-1] + [episode.tokenizer.eos_token_id], last)
 
-    monkeypatch.setattr(loop.Episode, "add_reply", add_as_ended)
+    monkeypatch.setattr(loop.Episode, "add_reply", add_ended_reply)
+
+
+def sample(run: Run, model, data: list[Prompt], count: int = 1) -> list:
+    """Episodes of each prompt."""
+    ctx, step = run.ctx, run.step
+    return train_agent.generate_episodes(ctx, model, run.tokenizer, data, count, step=step)
 
 
 def read_as_calls(text: str, thinking: bool = False) -> Reply:
@@ -81,8 +89,10 @@ def make_run(save, tmp_path, tokenizer):
             **{**settings, "max_gen_len": 6},
         )
         model = load_model(args.from_weight, tokenizer=tokenizer)
-        run = Run(args, "agent", model.config, tokenizer)
-        return run, model.train(), rollout.read_prompts(run, train_agent.read_task)[0]
+        ctx = Context.create(args)
+        data, _ = prompts.read_prompts(ctx, tokenizer, train_agent.parse_task_row)
+        run = Run(ctx, "agent", model, tokenizer, data, collate=prompts.collate_prompts)
+        return run, model.train(), data
 
     return make
 
@@ -94,13 +104,13 @@ def test_loss_is_on_what_the_policy_drew_alone(make_run, calling, tokenizer):
     """Token by token: nothing of the prompt, nothing of <tool_response> turns; and the log-probs
     are those of a whole forward pass."""
     run, model, prompts = make_run(update_batch_size=4)
-    plays = train_agent.roll_out(run, model, prompts.prompts[:4], copies=2)
-    assert max(each.episode.turns for each in plays) > 1
+    completions = sample(run, model, prompts.prompts[:4], 2)
+    assert max(each.episode.turns for each in completions) > 1
     seen = 0
-    for batch in rollout.micro_batches(run, plays):
-        found = rollout.log_probs(run, model, batch)
-        for row, member in enumerate(batch.members.tolist()):
-            episode = plays[member].episode
+    for batch in batches_of(run, completions):
+        found = policy.log_probs(run, model, batch)
+        for row, index in enumerate(batch.indices.tolist()):
+            episode = completions[index].episode
             drawn, ids = [], episode.ids
             at = episode.prompt_length
             for role, text in episode.transcript:  # walk through it by its texts
@@ -115,20 +125,22 @@ def test_loss_is_on_what_the_policy_drew_alone(make_run, calling, tokenizer):
                     at += len(tokenizer("\n<|im_start|>assistant\n").input_ids)
                     assert text in tokenizer.decode(ids[:at])
             assert at == len(ids)
-            assert [place + 1 for place in batch.mask[row].nonzero().flatten().tolist()] == drawn
+            assert [
+                place + 1 for place in batch.completion_mask[row].nonzero().flatten().tolist()
+            ] == drawn
             whole = model(torch.tensor([ids])).logits.log_softmax(-1)[0]
             expected = torch.stack([whole[place - 1, ids[place]] for place in drawn])
-            assert_close(found[row, batch.mask[row]], expected, atol=1e-5, rtol=0)
+            assert_close(found[row, batch.completion_mask[row]], expected, atol=1e-5, rtol=0)
             seen += len(drawn)
-    assert seen == sum(sum(each.written) for each in plays)
+    assert seen == sum(sum(each.action_mask) for each in completions)
 
 
 def test_the_ratio_is_exactly_one_until_there_was_an_update(make_run, calling):
     run, model, prompts = make_run(update_batch_size=4)
-    plays = train_agent.roll_out(run, model, prompts.prompts[:4], copies=2)
-    for batch in rollout.micro_batches(run, plays):
-        old = rollout.log_probs(run, model, batch)
-        new = model(**rollout.policy_inputs(run, batch)).log_probs
+    completions = sample(run, model, prompts.prompts[:4], 2)
+    for batch in batches_of(run, completions):
+        old = policy.log_probs(run, model, batch)
+        new = model(**policy.policy_inputs(batch, 1.0)).log_probs
         assert torch.equal(torch.exp(new - old), torch.ones_like(old))
 
 
@@ -136,24 +148,24 @@ def test_the_sampled_ids_are_kept(make_run, calling, tokenizer, monkeypatch):
     """Tokens that no tokenizer would write so come back as they were drawn."""
     run, model, prompts = make_run()
     odd = [tokenizer(letter).input_ids[0] for letter in "the"]
-    draw = lambda chosen: [[*odd, tokenizer.eos_token_id] for _ in chosen]  # noqa: E731
-    monkeypatch.setattr(train_agent, "writer", lambda args, run, model: draw)
+    draw = lambda requests: [[*odd, tokenizer.eos_token_id] for _ in requests]  # noqa: E731
+    monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
     assert tokenizer(tokenizer.decode(odd)).input_ids != odd
-    for each in train_agent.roll_out(run, model, prompts.prompts[:3]):
-        drawn = [t for t, own in zip(each.tokens, each.written, strict=True) if own]
+    for each in sample(run, model, prompts.prompts[:3]):
+        drawn = [t for t, own in zip(each.tokens, each.action_mask, strict=True) if own]
         assert drawn == [*odd, tokenizer.eos_token_id] * each.episode.turns
 
 
 def test_episodes_are_the_same_in_any_company(make_run, calling):
     run, model, prompts = make_run()
-    side_by_side = train_agent.roll_out(run, model, prompts.prompts[:4], copies=3)
-    alone = train_agent.roll_out(run, model, prompts.prompts[1:2], copies=3)
+    side_by_side = sample(run, model, prompts.prompts[:4], 3)
+    alone = sample(run, model, prompts.prompts[1:2], 3)
     assert [each.tokens for each in alone] == [each.tokens for each in side_by_side[3:6]]
     assert len({tuple(each.tokens) for each in alone}) == 3
     assert {each.episode.turns for each in side_by_side} > {1}
 
 
-def test_rewards_and_figures_by_hand(make_run, tokenizer, monkeypatch):
+def test_rewards_and_metrics_by_hand(make_run, tokenizer, monkeypatch):
     """A right episode, one with wrong arguments, one that calls what is not there, one endless."""
     reward = ["answer:0.5", "arguments:0.3", "name:0.2"]
     run, model, prompts = make_run(reward=reward, max_turns=2)
@@ -162,21 +174,21 @@ def test_rewards_and_figures_by_hand(make_run, tokenizer, monkeypatch):
     worse = {**call, "arguments": {"expression": "1 + 1"}}
     says = [(call, prompt.answer), (worse, prompt.answer), ({**call, "name": "x"}, ""), (call,) * 2]
 
-    def draw(chosen):
+    def draw(requests):
         texts = []
-        for own, _, n in chosen:
-            said = says[n][int(len(own.ids) > len(prompt.ids))]
+        for request in requests:
+            said = says[request.sample][int(len(request.ids) > len(prompt.ids))]
             texts.append(said if isinstance(said, str) else f"<tool_call>\n{json.dumps(said)}")
         return [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
 
-    monkeypatch.setattr(train_agent, "writer", lambda args, run, model: draw)
-    plays = train_agent.roll_out(run, model, [prompt], copies=4)
-    rewards, figures = train_agent.ToolRewards(run, prompts)(plays)
+    monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
+    completions = sample(run, model, [prompt], 4)
+    rewards, metrics = train_agent.ToolRewards(run.ctx, tokenizer, 64, prompts)(completions)
     assert rewards.tolist() == pytest.approx([1.0, 0.7, 0.0, 0.0])
-    assert figures["success"] == 0.5 and figures["calls"] == 5 / 4
-    assert figures["reward"] == pytest.approx(1.7 / 4)
-    assert figures["error_unknown_tool"] == figures["error_endless"] == 1 / 4
-    assert {f"error_{kind}" for kind in ERRORS} <= figures.keys()
+    assert metrics["success"] == (2, 4) and metrics["tools/call_frequency"] == (5, 4)
+    assert metrics["reward"] == pytest.approx((1.7, 4))
+    assert metrics["error_unknown_tool"] == metrics["error_endless"] == (1, 4)
+    assert {f"error_{kind}" for kind in ERRORS} <= metrics.keys()
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -212,8 +224,8 @@ def test_training_goes_on_where_it_stopped_bit_by_bit(agent, calling, killed):
     assert same(everything(agent), everything(agent, "whole"))
     log = agent.log("a", "reward")
     assert len(log) == 6 and all(math.isfinite(line["success"]) for line in log)
-    assert max(line["calls"] for line in log) > 0.3 and "error_malformed" in log[0]
-    assert agent.log("a", "val_success")
+    assert max(line["tools/call_frequency"] for line in log) > 0.3 and "error_malformed" in log[0]
+    assert agent.log("a", "eval_success")
 
 
 @pytest.mark.slow
@@ -224,5 +236,11 @@ def test_two_processes_train_as_one(agent, calling):
     together(agent, 2, batch_size=2)
     assert_close(agent.saved()["model"], agent.saved("one")["model"], atol=1e-4, rtol=0)
     for ours, theirs in zip(agent.log("a", "reward"), agent.log("one", "reward"), strict=True):
-        for name in ("reward", "calls", "entropy", "length", "tokens", "loss"):
+        for name in (
+            "reward",
+            "tools/call_frequency",
+            "entropy",
+            "completions/mean_length",
+            "loss",
+        ):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name

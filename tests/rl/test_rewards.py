@@ -5,7 +5,6 @@ import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,12 @@ from dataset.lm_dataset import encode_chat
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import save_weights
-from trainer.rl import rewards, rollout, rollout_server
+from trainer.common.context import Context
+from trainer.rl import rewards, rollout_server
+from trainer.rl.arguments import RolloutArgs
+from trainer.rl.prompts import GenerationRequest, Prompt, PromptDataset
 from trainer.rl.rewards import Rewards
-from trainer.rl.rollout import Completion, Prompt, Prompts
+from trainer.rl.rollout import Completion
 
 
 @pytest.fixture
@@ -25,17 +27,15 @@ def make_rewards(tokenizer, tmp_path):
     """A function that makes Rewards for prompts whose answers are given."""
 
     def make(*names: str, answers=("4",), **settings) -> Rewards:
-        args = rollout.RolloutArgs(
-            reward=list(names) or ["auto"], save_dir=str(tmp_path), max_gen_len=10, **settings
+        args = RolloutArgs(
+            reward=list(names) or ["auto"],
+            save_dir=str(tmp_path),
+            max_gen_len=10,
+            device="cpu",
+            **settings,
         )
-        run = SimpleNamespace(
-            args=args,
-            tokenizer=tokenizer,
-            device=torch.device("cpu"),
-            config=SimpleNamespace(hidden_size=32),
-            print=print,
-        )
-        return Rewards(run, Prompts([prompt(answer) for answer in answers], 99))
+        prompts = PromptDataset([prompt(answer) for answer in answers], 99)
+        return Rewards(Context.create(args), tokenizer, 32, prompts)
 
     return make
 
@@ -73,11 +73,11 @@ def said(text: str, answer: str | None = "4", tokens=(8, 9, 10, 2), **more) -> C
     ],
 )
 def test_rules_by_hand(make_rewards, name, completion, expected):
-    total, figures = make_rewards(name)([completion])
+    total, metrics = make_rewards(name)([completion])
     assert total.item() == pytest.approx(expected)
-    assert figures == pytest.approx(
-        {"reward": expected, f"reward_{name}": expected, "reward_failed": 0}
-    )
+    for key in ("reward", f"rewards/{name}/mean"):
+        assert metrics.pop(key) == pytest.approx((expected, 1))
+    assert metrics == {"frac_reward_failed": (0, 1)}
 
 
 GOOD = "two and two\n</think>\n<answer>\n4\n</answer>"
@@ -105,11 +105,11 @@ def test_with_reasoning_the_answer_is_between_its_tags(make_rewards):
 
 
 def test_parts_are_weighted_and_logged_by_name(make_rewards):
-    total, figures = make_rewards("answer:2", "length:0.5")([said("4"), said("5")])
+    total, metrics = make_rewards("answer:2", "length:0.5")([said("4"), said("5")])
     assert total.tolist() == pytest.approx([2.3, 0.3])
-    assert figures == pytest.approx(
-        {"reward": 1.3, "reward_answer": 0.5, "reward_length": 0.6, "reward_failed": 0}
-    )
+    assert metrics["reward"] == pytest.approx((2.6, 2))
+    assert metrics["rewards/answer/mean"] == (1, 2)
+    assert metrics["rewards/length/mean"] == pytest.approx((1.2, 2))
 
 
 def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
@@ -119,9 +119,10 @@ def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
         return True
 
     monkeypatch.setattr(rewards, "grade", moody)
-    total, figures = make_rewards("answer")([said("4"), said("5")])
+    total, metrics = make_rewards("answer")([said("4"), said("5")])
     assert total[0] == 1 and math.isnan(total[1])
-    assert figures == {"reward": 1, "reward_answer": 1, "reward_failed": 1}
+    assert metrics["reward"] == metrics["rewards/answer/mean"] == (1, 1)
+    assert metrics["frac_reward_failed"] == (1, 2)
 
 
 def test_auto_takes_what_is_there(make_rewards, tokenizer, tmp_path):
@@ -178,12 +179,12 @@ def test_models_give_their_scores(make_rewards, tokenizer, tmp_path):
 
 def test_another_head_is_refused(make_rewards, tokenizer, tmp_path):
     their_model(tmp_path / "theirs", tokenizer, labels=3)
-    with pytest.raises(UserError, match="does not give one score: its head is another"):
+    with pytest.raises(UserError, match="does not give one score: it has another head"):
         make_rewards("transformers", reward_model_path=str(tmp_path / "theirs"))
     config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     about = dict(stage="reward", tokenizer=tokenizer, origin={})
     save_weights(MiniMindForCausalLM(config), tmp_path / "reward_32.pth", **about)
-    with pytest.raises(UserError, match="is no reward model"):
+    with pytest.raises(UserError, match="is not a reward model"):
         make_rewards("model")
 
 
@@ -215,7 +216,7 @@ def server():
                 pass
 
         started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
         return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
 
     yield start
@@ -239,14 +240,14 @@ def test_a_judge_gives_marks(make_rewards, server):
         return 200, chat_reply(f"{mark}/10" if mark.isdigit() else "hm")
 
     url, _ = server(answer)
-    total, figures = make_rewards("judge", judge_url=url)([said(t) for t in ("7", "x", "rude")])
+    total, metrics = make_rewards("judge", judge_url=url)([said(t) for t in ("7", "x", "rude")])
     assert total[0] == pytest.approx(0.7) and total[1:].isnan().all()
-    assert figures["reward_failed"] == 2
+    assert metrics["frac_reward_failed"] == (2, 3)
 
 
 def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
     """Weights are handed over, prompts go as ids, and what comes back are its tokens."""
-    monkeypatch.setattr(rollout_server, "PAUSE", 0.01)
+    monkeypatch.setattr(rollout_server, "FIRST_DELAY", 0.01)
     failures = iter([503, 503])
 
     def answer(path, body):
@@ -260,18 +261,17 @@ def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
         return 200, {"choices": [choice]}
 
     url, asked = server(answer)
-    args = rollout.RolloutArgs(
+    args = RolloutArgs(
         rollout_url=url, rollout_folder=str(tmp_path / "policy"), max_gen_len=9, temperature=0.7
     )
     config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    rollout_server.hand_over(args, MiniMindForCausalLM(config), tokenizer)
+    rollout_server.send_weights(args, MiniMindForCausalLM(config), tokenizer)
     assert asked == [("/collective_rpc", {"method": "reload_weights"})]
     assert (tmp_path / "policy" / "model.safetensors").exists()
 
-    prompts = [Prompt(n, [], [n], None) for n in (5, 6, 7)]
-    chosen = [(prompt, 11, 3) for prompt in prompts]
+    requests = [GenerationRequest([n], seed=11, sample=3) for n in (5, 6, 7)]
     ok = tokenizer("ok", add_special_tokens=False)["input_ids"]
-    tokens = rollout_server.complete_by_server(args, tokenizer, chosen)
+    tokens = rollout_server.generate_on_server(args, tokenizer, requests)
     assert tokens == [[*ok, tokenizer.eos_token_id], ok, [40, 41, 2]]
     path, body = asked[-1]
     assert path == "/v1/completions" and body["seed"] == 14 and body["temperature"] == 0.7
@@ -279,10 +279,12 @@ def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [None, 404])
-def test_a_server_that_does_not_answer_ends_with_one_sentence(server, status, monkeypatch):
-    monkeypatch.setattr(rollout_server, "PAUSE", 0.01)
+def test_a_server_that_does_not_answer_ends_with_one_sentence(
+    server, status, monkeypatch, closed_port
+):
+    monkeypatch.setattr(rollout_server, "FIRST_DELAY", 0.01)
     url, asked = server(lambda path, body: (404, {"error": "no such model"}))
-    url = url if status else "http://127.0.0.1:9/v1"
+    url = url if status else f"http://127.0.0.1:{closed_port}/v1"
     with pytest.raises(UserError, match="resume goes on from the last checkpoint"):
         rollout_server.post(url, {})
     assert len(asked) == (1 if status else 0)

@@ -21,10 +21,10 @@ def test_the_demo_leaves_a_model_curves_and_a_report(tmp_path, capsys):
     )
     demo.main(args)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {"seconds", "parameters", "val_bpb", "skills", "skills_mean"} <= report.keys()
+    assert {"seconds", "parameters", "eval_bpb", "skills", "skills_mean"} <= report.keys()
     assert len(report["skills"]) == 13
     assert report["skills_mean"] == pytest.approx(sum(report["skills"].values()) / 13)
-    assert 0 <= report["textbook_accuracy"] <= 1 and report["val_bpb"] > 1
+    assert 0 <= report["textbook_accuracy"] <= 1 and report["eval_bpb"] > 1
     made = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"pretrain_192.pth", "full_sft_192.pth", "demo_losses.png", "data"} <= made
     printed = capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_tests_are_grouped_by_skill(tmp_path):
     (tmp_path / "textbook_test.jsonl").write_text(lines)
     counts = {name: len(rows) for name, rows in demo.held_out_tests(tmp_path).items()}
     assert counts == {"x": 2, "y": 1, "textbook": 3}
-    assert len(demo.held_out_tests(tmp_path, most=1)["x"]) == 1
+    assert len(demo.held_out_tests(tmp_path, limit=1)["x"]) == 1
 
 
 def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypa
 
     def main(args):
         asked.append(args.max_steps)
-        return {"records": records, "stopped": False}
+        return {"history": records, "stopped": False}
 
     stage = SimpleNamespace(Args=train_pretrain.Args, main=main, __file__="train_toy.py")
     monkeypatch.setattr(demo.time, "time", lambda: 1000.0)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_llm import CHAT_PROMPTS, TEXT_PROMPTS, Args
+from eval_llm import Args
 from model.command_line import parse_arguments
 from model.errors import UserError
-from model.model_lora import LoraSettings, add_lora, lora_layers, save_lora
-from model.weights import ROOT, load_model, save_weights, weight_path, yarn_settings
+from model.inference.loading import yarn_settings
+from model.model_lora import LoraConfig, add_lora, lora_layers, save_lora
+from model.weights import ROOT, load_model, save_weights, weight_path
+from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def talk(*flags: object, typed: str = "", cwd: Path = ROOT) -> subprocess.Comple
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "examples"), [("full_sft", CHAT_PROMPTS), ("pretrain", TEXT_PROMPTS)]
+    ("stage", "examples"), [("full_sft", CHAT_EXAMPLES), ("pretrain", TEXT_EXAMPLES)]
 )
 def test_automatic_prompts_are_answered(weights, tmp_path, stage, examples):
     result = talk(
@@ -86,12 +88,12 @@ def test_several_models_answer_in_turn_and_the_conversation_is_kept(weights, tmp
 @pytest.mark.slow
 def test_an_addition_changes_the_answers(weights, tokenizer):
     model = load_model(weight_path("full_sft", 32, weights))
-    settings = LoraSettings(alpha=64.0)
+    settings = LoraConfig(alpha=64.0)
     add_lora(model, settings)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B.weight)
     path = weight_path("lora/persona", 32, weights)
-    save_lora(model, path, stage="lora", settings=settings, tokenizer=tokenizer, origin={})
+    save_lora(model, path, stage="lora", config=settings, tokenizer=tokenizer, origin={})
     flags = ["--save_dir", weights, "--temperature", 0, "--max_new_tokens", 8, "--no_show_speed"]
     answers = []
     for more in ([], ["--lora_weight", "persona"], ["--lora_weight", path]):
@@ -133,7 +135,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(weights, flags, words):
 )
 def test_bad_values_of_flags_are_named(flags):
     with pytest.raises(UserError, match=flags[0]):
-        parse_arguments(Args, arguments=flags)
+        parse_arguments(Args, argv=flags)
 
 
 def test_settings_of_yarn_need_yarn():

@@ -27,7 +27,7 @@ from dataset.tools.loop import (
 from model.command_line import parse_arguments
 from model.errors import UserError
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.weights import load_model
 from scripts import eval_toolcall
 from trainer import train_full_sft
@@ -85,7 +85,7 @@ def test_fine_tuning_learns_calls_and_answers_and_no_results(tmp_path, tokenizer
     chats = [each["conversations"] for each in ROWS if len(each["conversations"]) == 5][:2]
     settings = dict(max_seq_len=512, max_steps=1, from_weight="none", batch_size=2)
     train = Trainer(tmp_path, train_full_sft, (chat_file, chats, settings))
-    reported = train()["records"][0]["loss"]
+    reported = train()["history"][0]["loss"]
 
     torch.manual_seed(42)
     args = train_full_sft.Args(**train.settings())
@@ -198,9 +198,9 @@ def test_a_reply_that_does_not_end_calls_nothing(played):
 def test_an_episode_ends_before_the_models_last_position(played):
     task = task_of(row())
     start = played(task, "It is 42.").prompt_length
-    assert played(task, written(SUM), longest=10).errors == ["too_long"]
-    assert played(task, written(SUM), longest=10).turns == 0
-    assert played(task, written(SUM), longest=start + 20).errors == ["too_long"]
+    assert played(task, written(SUM), token_budget=10).errors == ["too_long"]
+    assert played(task, written(SUM), token_budget=10).turns == 0
+    assert played(task, written(SUM), token_budget=start + 20).errors == ["too_long"]
 
 
 def test_the_clock_tells_what_it_tells_in_the_row(tokenizer, played):
@@ -322,7 +322,7 @@ def test_no_reply_is_a_crash(tokenizer):
 def test_tasks_side_by_side_are_played_as_alone(tokenizer, save):
     """A random model, whose replies are of any kind, through the engine."""
     model = load_model(save(max_position_embeddings=2048), tokenizer=tokenizer)
-    sampling = Sampling(12, temperature=0)
+    sampling = SamplingParams(12, temperature=0)
 
     def write(episodes):
         found = generate(model, [episode.ids for episode in episodes], sampling)
@@ -350,9 +350,9 @@ def evaluate(save, monkeypatch):
     def run(*flags, says=None, **fields) -> dict:
         path = save(max_position_embeddings=2048, num_hidden_layers=1, **fields)
         if says:
-            monkeypatch.setattr(eval_toolcall, "replies", says)
+            monkeypatch.setattr(eval_toolcall, "generate_replies", says)
         words = ["--weight", str(path), "--device", "cpu"]
-        args = parse_arguments(eval_toolcall.Args, arguments=[*words, *map(str, flags)])
+        args = parse_arguments(eval_toolcall.Args, argv=[*words, *map(str, flags)])
         return eval_toolcall.main(args)
 
     return run
@@ -415,7 +415,7 @@ def test_the_command_on_the_demos_tasks(evaluate, capsys):
     "flags, sentence",
     [
         (["--max_turns", "0"], "--max_turns must be at least 1"),
-        (["--temperature", "-1"], "--temperature must not be negative"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--weight", "nothing"], "no weights"),
     ],

@@ -4,6 +4,7 @@ import ctypes
 import math
 import re
 import resource
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -14,16 +15,24 @@ from torch.testing import assert_close
 from toy import CHATS, Trainer, chat_file, ended, everything, flags, fork, same, saved_teacher
 
 from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from model import losses
 from model.errors import UserError
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
 from model.losses import divergence_sum
 from model.weights import TOKENIZER, load_model, load_tokenizer
 from trainer import train_distillation, train_full_sft
-from trainer.rl.rollout import Completion, Prompt, micro_batches
-from trainer.train_distillation import divergence, from_teacher, kl, own_turn, questions
-from trainer.trainer_utils import Run
+from trainer.common.context import Context
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import Completion
+from trainer.train_distillation import (
+    distillation_loss,
+    divergence,
+    is_on_policy_step,
+    kl,
+    prompts_of,
+)
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 KINDS = ("forward", "reverse", "jsd", "skew")
@@ -36,13 +45,13 @@ def train(tmp_path) -> Trainer:
 
 
 @pytest.fixture
-def make_run(train, tokenizer):
-    """A function that makes the run of some settings, and its teacher."""
+def make_context(train, tokenizer):
+    """A function that makes the context of some settings, and the teacher."""
 
     def make(**settings):
         args = train_distillation.Args(**train.settings(**settings))
         teacher = load_model(args.teacher_weight, tokenizer=tokenizer)
-        return Run(args, "full_dist", teacher.config, tokenizer), teacher
+        return Context.create(args), teacher
 
     return make
 
@@ -76,12 +85,12 @@ def test_the_same_as_trl(monkeypatch, kind, mixture):
     """Loss and gradients of hidden states and head, in chunks of 5 positions; trl has no skewed
     one, but it is the first half of its mixture."""
     gkd = pytest.importorskip("trl.experimental.gkd")
-    monkeypatch.setattr(losses, "CHUNK", 5)
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 5)
     g = torch.Generator().manual_seed(1)
     hidden, head = torch.randn(2, 9, 8, generator=g), torch.randn(V, 8, generator=g)
     taught, teacher_head = torch.randn(2, 9, 12, generator=g), torch.randn(V, 12, generator=g)
     labels = torch.randint(V, (2, 9), generator=g)
-    labels[0, :4] = labels[1, 7:] = IGNORED
+    labels[0, :4] = labels[1, 7:] = IGNORE_INDEX
     hidden.requires_grad_(), head.requires_grad_()
     how = partial(divergence, kind=kind, mixture=mixture)
     ours = divergence_sum(hidden, head, taught, teacher_head, labels, 1.5, how)
@@ -92,11 +101,11 @@ def test_the_same_as_trl(monkeypatch, kind, mixture):
     beta = {"forward": 0.0, "reverse": 1.0}.get(kind, mixture)
     theirs = trl(student, teacher, beta=beta, temperature=1.5)
     if kind == "skew":  # JSD(T ‖ S) = ½ skew(T ‖ S) + ½ skew(S ‖ T)
-        chosen = labels != IGNORED
+        chosen = labels != IGNORE_INDEX
         p, q = ((z[chosen] / 1.5).log_softmax(-1) for z in (student, teacher))
         theirs = 2 * theirs - kl(p, ((p.exp() + q.exp()) / 2).log())
     expected = torch.autograd.grad(theirs, (hidden, head))
-    count = (labels != IGNORED).sum()
+    count = (labels != IGNORE_INDEX).sum()
     assert_close(ours / count, theirs / count, atol=1e-5, rtol=0)
     for mine, other in zip(gradients, expected, strict=True):
         assert_close(mine / count, other / count, atol=1e-5, rtol=0)
@@ -120,7 +129,8 @@ def test_in_chunks_it_takes_less_memory(tmp_path):
 
     def peak(name: str, loss) -> int:
         def measure():
-            ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD: what is freed goes back
+            with suppress(AttributeError):  # only glibc keeps what is freed unless told otherwise
+                ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             loss().backward()
             after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -140,16 +150,16 @@ def test_in_chunks_it_takes_less_memory(tmp_path):
 # -- a batch ---------------------------------------------------------------------------------------
 
 
-def test_padding_and_neighbours_do_not_matter(make_run, make_model):
+def test_padding_and_neighbours_do_not_matter(make_context, make_model):
     """Answers padded to a batch: the sum over each of them alone, with all logits in memory."""
-    run, teacher = make_run()
+    ctx, teacher = make_context()
     student = make_model(seed=3, vocab_size=6400)
     prompts = [Prompt(0, [], [1, 5, 6], None), Prompt(1, [], [1, 7, 8, 9, 10], None)]
     answers = [Completion(prompts[0], [11, 12, 2], "", True), Completion(prompts[1], [13], "", 0)]
-    (batch,) = micro_batches(run, answers)
+    (batch,) = micro_batches(answers, 8, 0, ctx.device)
     inputs = dict(**batch.inputs, return_logits=False, output_hidden_states=True)
     how = dict(temperature=2.0, divergence=kl)
-    together = from_teacher(student, student(**inputs), teacher, batch, **how)
+    together = distillation_loss(student, student(**inputs), teacher, batch, **how)
     alone = 0.0
     for each in answers:
         ids = torch.tensor([each.prompt.ids + each.tokens])
@@ -166,10 +176,10 @@ def test_what_a_batch_asks(tmp_path, tokenizer):
     two_turns = [*CHATS[0], {"role": "user", "content": "more"}, *CHATS[1][1:]]
     chats = [two_turns, *CHATS[2:5]]
     documents = load_documents(chat_file(tmp_path / "a.jsonl", chats), "conversations", tokenizer)
-    rows = Rows(documents, 64)
+    rows = PackedDataset(documents, 64)
     assert len(rows) < len(chats)
     batch = collate([rows[n] for n in range(len(rows))] + [[]])
-    asked = {tokenizer.decode(prompt.ids) for prompt in questions(batch)}
+    asked = {tokenizer.decode(prompt.ids) for prompt in prompts_of(batch)}
     expected = {
         tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
         for chat in chats
@@ -178,9 +188,14 @@ def test_what_a_batch_asks(tmp_path, tokenizer):
 
 
 def test_turns_are_evenly_spread():
-    assert [own_turn(step, 0.25) for step in range(1, 9)] == [False, False, False, True] * 2
-    assert all(own_turn(step, 1.0) for step in range(1, 9))
-    assert not any(own_turn(step, 0.0) for step in range(1, 9))
+    assert [is_on_policy_step(step, 0.25) for step in range(1, 9)] == [
+        False,
+        False,
+        False,
+        True,
+    ] * 2
+    assert all(is_on_policy_step(step, 1.0) for step in range(1, 9))
+    assert not any(is_on_policy_step(step, 0.0) for step in range(1, 9))
 
 
 # -- whole trainings -------------------------------------------------------------------------------
@@ -198,13 +213,16 @@ def test_with_alpha_1_it_is_fine_tuning_bit_for_bit(tmp_path, train):
 
 @pytest.mark.parametrize(("on_policy", "use_moe"), [(0.0, False), (0.5, False), (0.0, True)])
 def test_the_student_comes_closer_and_the_teacher_stays(train, monkeypatch, on_policy, use_moe):
-    monkeypatch.setattr(train_distillation, "answer", lambda *args: "")  # which takes the time
+    monkeypatch.setattr(
+        train_distillation, "sample_answer", lambda *args: ""
+    )  # which takes the time
     path = saved_teacher(train.folder, "other", use_moe=use_moe)
     before = load_model(path, tokenizer=load_tokenizer()).state_dict()
-    settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4, max_gen_len=8)
+    settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4)
+    settings |= dict(max_gen_len=8) if on_policy else {}
     settings |= dict(teacher_weight=path, student_use_moe=use_moe, on_policy=on_policy)
     metrics = train(val_path=[train.data], eval_interval=1, **settings)
-    figures = [record["val_kl"] for record in train.log(kind="val_kl")]
+    figures = [record["eval_kl"] for record in train.log(kind="eval_kl")]
     assert figures[-1] < 0.5 * figures[0]
     assert metrics["name"] == "full_dist_32" + "_moe" * use_moe
     assert same(load_model(path, tokenizer=load_tokenizer()).state_dict(), before)
@@ -232,7 +250,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(train, use_moe):
 
 def test_a_transformers_folder_teaches_the_same(train, tmp_path, tokenizer):
     teacher = load_model(train.more["teacher_weight"], tokenizer=tokenizer)
-    save_folder(teacher, tokenizer, tmp_path / "folder")
+    save_hf_folder(teacher, tokenizer, tmp_path / "folder")
     train("a", max_steps=3)
     train("b", max_steps=3, teacher_weight=str(tmp_path / "folder"))
     assert_close(train.saved("a")["model"], train.saved("b")["model"], atol=1e-5, rtol=0)
@@ -252,7 +270,7 @@ def test_own_answers_are_resumed_and_shared_out(train, killed, ranks):
     killed(2, train, batch_size=2, **more)
     train(batch_size=2, resume=True, **more)
     assert same(everything(train), everything(train, "one"))
-    assert "length" in train.log()[1] and "ce" not in train.log()[1]
+    assert "completions/mean_length" in train.log()[1] and "ce" not in train.log()[1]
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -266,7 +284,7 @@ def other_words(folder, tokenizer) -> dict:
     """A folder whose tokenizer has another token in the place of one of ours."""
     path = folder / "words"
     teacher = load_model(saved_teacher(folder), tokenizer=tokenizer)
-    save_folder(teacher, tokenizer, path)
+    save_hf_folder(teacher, tokenizer, path)
     words = (TOKENIZER / "tokenizer.json").read_text().replace("<tool_call>", "<tool_kall>")
     (path / "tokenizer.json").write_text(words)
     return {"teacher_weight": str(path)}
@@ -282,7 +300,10 @@ MISTAKES = {
     "more than all": (dict(on_policy=2.0), "--on_policy must be from 0 to 1"),
     "frozen": (dict(temperature=0.0), "--temperature must be more than 0"),
     "no mixture": (dict(mixture=1.0), "--mixture must be more than 0 and less than 1"),
-    "no folder": (dict(rollout_url="http://localhost:9/v1"), "--rollout_url needs --rollout_fol"),
+    "no folder": (
+        dict(rollout_url="http://localhost:9/v1", on_policy=0.5),
+        "--rollout_url needs --rollout_fol",
+    ),
 }
 
 

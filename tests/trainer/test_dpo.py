@@ -12,8 +12,8 @@ from peers import peer_with_weights
 from toy import PAIRS, Trainer, logged, pair_file
 
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.packing import IGNORED
-from dataset.pairs import Pairs, collate_pairs
+from dataset.packing import IGNORE_INDEX
+from dataset.pairs import PreferenceDataset, collate_pairs
 from model.errors import UserError
 from model.weights import load_tokenizer
 from trainer import train_dpo
@@ -42,10 +42,10 @@ def train(tmp_path):
 @pytest.fixture
 def pairs(tmp_path, tokenizer):
     documents = load_documents(pair_file(tmp_path / "pairs.jsonl"), "preferences", tokenizer)
-    return Pairs(documents, 64)
+    return PreferenceDataset(documents, 64)
 
 
-def batch_of(pairs: Pairs, **settings):
+def batch_of(pairs: PreferenceDataset, **settings):
     return collate_pairs([pairs[n] for n in range(len(pairs))], **settings)
 
 
@@ -76,21 +76,21 @@ def test_only_what_comes_after_the_shared_prompt_is_trained(tmp_path, tokenizer)
 def test_a_batch_holds_each_side_once_and_says_where_it_ends(pairs, packing):
     batch = batch_of(pairs, packing=packing)
     sides = [side for pair in range(len(pairs)) for side in pairs[pair]["input_ids"]]
-    assert batch.rows == 10 and batch.tokens == sum(map(len, sides))
+    assert batch.num_samples == 10 and batch.num_tokens == sum(map(len, sides))
     assert (batch.input_ids.shape[0] == 20) == (not packing)
     if packing:
-        assert batch.input_ids.numel() < 1.1 * batch.tokens
+        assert batch.input_ids.numel() < 1.1 * batch.num_tokens
     else:
         assert batch.input_ids.shape[1] == max(map(len, sides))
-    ends, ids = batch.ends.flatten(), batch.input_ids.flatten()
+    ends, ids = batch.last_index.flatten(), batch.input_ids.flatten()
     for number, side in enumerate(sides):
         place = slice(ends[number] - len(side) + 1, ends[number] + 1)
         assert ids[place].tolist() == side.tolist()
         assert batch.position_ids.flatten()[place].tolist() == list(range(len(side)))
-        assert set(batch.document.flatten()[place].tolist()) == {number}
-    of_each = batch.document[batch.labels != IGNORED].bincount(minlength=20).view(-1, 2)
-    assert torch.equal(of_each.float(), batch.completion)
-    assert batch.labelled == batch.completion.sum()
+        assert set(batch.document_ids.flatten()[place].tolist()) == {number}
+    of_each = batch.document_ids[batch.labels != IGNORE_INDEX].bincount(minlength=20).view(-1, 2)
+    assert torch.equal(of_each.float(), batch.completion_lengths)
+    assert batch.num_label_tokens == batch.completion_lengths.sum()
 
 
 @torch.no_grad()
@@ -110,8 +110,8 @@ def test_sides_in_one_row_do_not_see_each_other(pairs, make_model):
 
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(pairs):
-    few = Pairs(pairs.documents, int(np.median(pairs.longer_side)))
-    assert 0 < len(few) < len(pairs) and few.lengths.max() <= few.row_length
+    few = PreferenceDataset(pairs.documents, int(np.median(pairs.longer_side)))
+    assert 0 < len(few) < len(pairs) and few.lengths.max() <= few.seq_len
     assert f"{len(pairs) - len(few)} pairs with a longer one are left out" in few.summary
     assert "left out" not in pairs.summary
 
@@ -152,8 +152,10 @@ def test_the_loss_and_its_gradient_equal_trl(
 ):
     """Theirs on sides padded to the longest, ours on rows that hold several."""
     model = make_model(vocab_size=6400, initializer_range=0.05).train()
-    pairs = Pairs(pairs.documents, 64, np.arange(count))
-    pairs.reference = np.random.default_rng(0).normal(-40, 5, (len(pairs), 2)).astype(np.float32)
+    pairs = PreferenceDataset(pairs.documents, 64, np.arange(count))
+    pairs.ref_log_probs = (
+        np.random.default_rng(0).normal(-40, 5, (len(pairs), 2)).astype(np.float32)
+    )
     trainer = trl_trainer(model, **{**settings, "loss_type": theirs})
     padded = batch_of(pairs, packing=False)
     sides = torch.arange(2 * count).view(-1, 2).T.flatten()  # chosen, then rejected
@@ -161,8 +163,8 @@ def test_the_loss_and_its_gradient_equal_trl(
         trainer.model,
         {
             "input_ids": padded.input_ids[sides],
-            "attention_mask": (padded.document < 2 * count)[sides].long(),
-            "completion_mask": (padded.labels != IGNORED)[sides].long(),
+            "attention_mask": (padded.document_ids < 2 * count)[sides].long(),
+            "completion_mask": (padded.labels != IGNORE_INDEX)[sides].long(),
             "ref_chosen_logps": padded.reference[:, 0],
             "ref_rejected_logps": padded.reference[:, 1],
         },
@@ -170,7 +172,7 @@ def test_the_loss_and_its_gradient_equal_trl(
     )
     batch = batch_of(pairs)
     policy = completion_log_probs(model, batch)
-    ours = dpo_loss(policy, batch.reference, batch.completion, **settings).mean()
+    ours = dpo_loss(policy, batch.ref_log_probs, batch.completion_lengths, **settings).mean()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     ours.backward()
     theirs.backward()
@@ -221,12 +223,12 @@ def test_losses_by_hand():
 def test_it_begins_with_ln_2(train, changes):
     """All of it, held-out pairs too, at an update that changes nothing."""
     metrics = train(val_share=0.3, max_steps=1, learning_rate=1e-12, **changes)
-    first = metrics["records"][1]
+    first = metrics["history"][1]
     if not changes.get("dropout"):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
-        assert first["margin"] == pytest.approx(0, abs=1e-4)
-    assert metrics["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert metrics["val_margin"] == pytest.approx(0, abs=1e-4)
+        assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["eval_rewards/margins"] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -241,10 +243,10 @@ def test_it_begins_with_ln_2(train, changes):
 )
 def test_it_learns_what_is_preferred(train, changes, target):
     metrics = train(val_share=0.3, epochs=10, **changes)
-    assert metrics["val_accuracy"] == 1 and metrics["val_loss"] < target
+    assert metrics["eval_rewards/accuracies"] == 1 and metrics["eval_loss"] < target
     last = logged(metrics)[-1]
-    assert last["chosen_reward"] - last["rejected_reward"] == pytest.approx(
-        last["margin"], abs=2e-4
+    assert last["rewards/chosen"] - last["rewards/rejected"] == pytest.approx(
+        last["rewards/margins"], abs=2e-4
     )
 
 
@@ -253,15 +255,15 @@ def test_the_chosen_answer_becomes_likelier_with_an_sft_term(train):
     settings = dict(epochs=6, max_steps=30, val_share=0.0)
     without = logged(train("without", **settings))[-1]
     with_it = logged(train("with", sft_weight=1.0, **settings))[-1]
-    assert with_it["chosen_reward"] > without["chosen_reward"]
+    assert with_it["rewards/chosen"] > without["rewards/chosen"]
 
 
 def test_the_reference_of_an_addition_is_the_model_without_it(train, monkeypatch):
     """Its log-probabilities are those of a run that trains everything, found in the same file."""
     train("whole", max_steps=1, from_weight="none")
-    monkeypatch.setattr(reference, "over_pairs", None)  # not to be computed again
+    monkeypatch.setattr(reference, "map_pairs", None)  # not to be computed again
     metrics = train("addition", max_steps=1, from_weight="none", use_lora=True)
-    assert metrics["records"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     saved = torch.load(train.folder / "addition" / "out" / "lora" / "dpo_32.pth")
     assert all(".lora_" in name for name in saved)
 
@@ -271,9 +273,9 @@ def reference_files(train) -> list[Path]:
 
 
 def test_log_probs_of_the_reference_are_computed_once(train, monkeypatch):
-    calls, over_pairs = [], reference.over_pairs
+    calls, map_pairs = [], reference.map_pairs
     monkeypatch.setattr(
-        reference, "over_pairs", lambda *a, **k: calls.append(1) or over_pairs(*a, **k)
+        reference, "map_pairs", lambda *a, **k: calls.append(1) or map_pairs(*a, **k)
     )
     train("a", max_steps=2)
     (file,) = reference_files(train)
@@ -291,7 +293,7 @@ def test_a_side_of_a_pair_that_is_equal_moves_nothing(train):
     """Swapping chosen and rejected turns the gradient round: what is learnt is the difference."""
     swapped = [(question, bad, good) for question, good, bad in PAIRS]
     train.data = pair_file(train.folder / "swapped.jsonl", swapped)
-    accuracy = train(epochs=10)["records"][-2]["accuracy"]
+    accuracy = train(epochs=10)["history"][-2]["rewards/accuracies"]
     assert accuracy == 1
 
 
@@ -331,7 +333,7 @@ def test_rows_that_are_no_preferences_are_named(tmp_path, tokenizer, row, compla
     [
         (dict(beta=0.0), "--beta must be more than 0"),
         (dict(label_smoothing=0.5), "--label_smoothing must be at least 0 and less than 0.5"),
-        (dict(label_smoothing=0.1, loss_type="ipo"), "is for --loss_type sigmoid"),
+        (dict(label_smoothing=0.1, loss_type="ipo"), "has no effect without --loss_type sigmoid"),
         (dict(sft_weight=-1.0), "--sft_weight must not be negative"),
         (dict(max_seq_len=8), r"every pair has a side longer than --max_seq_len 8 .* 1\d tokens"),
     ],

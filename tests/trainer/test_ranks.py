@@ -1,5 +1,6 @@
 """Several processes train as one, and end as one."""
 
+import errno
 import json
 import os
 import re
@@ -23,8 +24,9 @@ from toy import (
     wait_for_steps,
 )
 
-from trainer import train_full_sft, train_pretrain, trainer_utils
-from trainer.common.command import run_stage
+from trainer import train_full_sft, train_pretrain
+from trainer.common import checkpoint, context, loop
+from trainer.common.command import run_trainer
 from trainer.trainer_utils import Run
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
@@ -44,7 +46,7 @@ def start_ranks(train: Trainer, ranks: int, **settings) -> list[int]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
         sys.argv = ["train", *flags(train.settings(**settings))]
-        run_stage(train.stage.main, train.stage.Args, "")
+        run_trainer(train.stage.main, train.stage.Args, "")
 
     logs = [train.folder / f"log{rank}" for rank in range(ranks)]
     return [fork(lambda rank=rank: start(rank), log) for rank, log in enumerate(logs)]
@@ -65,7 +67,9 @@ def errors(train: Trainer, rank: int) -> list[str]:
 
 def figures(train: Trainer, name: str) -> list[tuple]:
     return [
-        tuple(record.get(key, 0.0) for key in ("step", "tokens", "loss", "grad_norm", "val_bpb"))
+        tuple(
+            record.get(key, 0.0) for key in ("step", "num_tokens", "loss", "grad_norm", "eval_bpb")
+        )
         for record in train.log(name, "step")
     ]
 
@@ -86,14 +90,14 @@ def test_however_a_window_is_shared_out_the_training_is_the_same(
     any_stage, windows, monkeypatch, ranks, batch_size, accumulation_steps, batch_ramp
 ):
     train, window = any_stage, ranks * batch_size * accumulation_steps
-    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 2)  # tokens, so a row
+    monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 2)  # tokens, so a row
     windows["batch_ramp"] = batch_ramp
     train("one", batch_size=window, **windows)
     shape = dict(batch_size=batch_size, accumulation_steps=accumulation_steps)
     together(train, ranks, **windows, **shape)
     assert_close(train.saved()["model"], train.saved("one")["model"])
     np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
-    assert len(train.saved()["random"]) == ranks
+    assert len(train.saved()["rng_states"]) == ranks
 
 
 @pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
@@ -129,7 +133,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     together(train, then, **shape[then], **windows, resume=True)
     assert_close(train.saved()["model"], train.saved("one")["model"])
     np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
-    assert train.saved()["progress"]["rows_seen"] == train.saved("one")["progress"]["rows_seen"]
+    assert (
+        train.saved()["progress"]["samples_seen"] == train.saved("one")["progress"]["samples_seen"]
+    )
 
 
 def test_gradients_travel_once_an_update(any_stage, windows, monkeypatch):
@@ -141,7 +147,7 @@ def test_gradients_travel_once_an_update(any_stage, windows, monkeypatch):
         return forward(model, *args, **more)
 
     def tell(run):
-        (any_stage.folder / f"travel{run.rank}").write_text(json.dumps(travel))
+        (any_stage.folder / f"travel{run.ctx.rank}").write_text(json.dumps(travel))
         return finish(run)
 
     monkeypatch.setattr(DistributedDataParallel, "forward", watched)
@@ -152,7 +158,7 @@ def test_gradients_travel_once_an_update(any_stage, windows, monkeypatch):
         assert seen == [False, False, True, True]
 
 
-DEATHS = ("update", "backward", "sum_over_ranks", "log_evaluation", "save_every")
+DEATHS = ("update", "backward", "log", "log_evaluation", "save_every")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -163,7 +169,7 @@ def test_a_rank_that_dies_ends_the_others_with_one_clear_error(
     train, method = any_stage, getattr(Run, death)
 
     def deadly(run, *args, **more):
-        if run.rank == rank and run.step == 3:
+        if run.ctx.rank == rank and run.step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return method(run, *args, **more)
 
@@ -187,7 +193,7 @@ def test_a_bug_in_one_rank_does_not_hang_the_others(any_stage, windows, monkeypa
     update = Run.update
 
     def faulty(run, *args):
-        if run.rank == rank and run.step == 2:
+        if run.ctx.rank == rank and run.step == 2:
             raise bug("a bug")
         update(run, *args)
 
@@ -205,7 +211,7 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(
     backward = Run.backward
 
     def poisoned(run, loss, *more):
-        backward(run, loss * float("nan") if run.rank == 1 and run.step == 2 else loss, *more)
+        backward(run, loss * float("nan") if run.ctx.rank == 1 and run.step == 2 else loss, *more)
 
     monkeypatch.setattr(Run, "backward", poisoned)
     together(any_stage, 2, **windows)
@@ -214,16 +220,22 @@ def test_an_update_that_is_not_finite_on_one_rank_is_skipped_on_all(
     assert all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
-@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
-def test_processes_that_cannot_meet_are_told_to_use_torchrun(any_stage, monkeypatch, address):
-    for variable in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(trainer_utils, "timedelta", lambda minutes: timedelta(seconds=1))
+@pytest.mark.parametrize("with_address", [False, True])
+def test_processes_that_cannot_meet_are_told_to_use_torchrun(
+    any_stage, monkeypatch, closed_port, with_address
+):
+    monkeypatch.setattr(context, "timedelta", lambda minutes: timedelta(seconds=1))
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(closed_port)}
     for variable, value in {"RANK": "1", "WORLD_SIZE": "2", **address}.items():
         monkeypatch.setenv(variable, value)
+    if not with_address:
+        for variable in address:
+            monkeypatch.delenv(variable)
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log0"
-    assert ended(fork(lambda: run_stage(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+    assert (
+        ended(fork(lambda: run_trainer(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+    )
     assert "the 2 processes cannot find each other" in errors(any_stage, 0)[0]
 
 
@@ -231,9 +243,9 @@ def test_a_rank_that_cannot_save_says_so_and_takes_the_others_along(
     any_stage, windows, monkeypatch
 ):
     def no_room(path):
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(trainer_utils, "atomic_write", no_room)
+    monkeypatch.setattr(checkpoint, "atomic_write", no_room)
     codes = [ended(process) for process in start_ranks(any_stage, 2, **windows)]
     assert codes == [2, 2]
     assert "the disk is full" in errors(any_stage, 0)[0]
@@ -258,7 +270,7 @@ TORCHRUN = (
 
 def test_all_ranks_end_together_when_one_is_told_to(train, shell):
     settings = train.settings("a", epochs=5000)
-    process = shell(*TORCHRUN, *flags(settings), reads=[train.data])
+    process = shell(*TORCHRUN, *flags(settings))
     wait_for_steps(process, settings)
     psutil.Process(process.pid).children()[1].send_signal(signal.SIGTERM)
     step = int(re.search(r"stopped at step (\d+); --resume", output(process))[1])
@@ -267,7 +279,7 @@ def test_all_ranks_end_together_when_one_is_told_to(train, shell):
 
 def test_torchrun_does_not_hang_when_a_rank_dies(train, shell):
     settings = train.settings("a", epochs=5000)
-    process = shell(*TORCHRUN, *flags(settings), reads=[train.data])
+    process = shell(*TORCHRUN, *flags(settings))
     wait_for_steps(process, settings)
     psutil.Process(process.pid).children()[1].kill()
     printed, _ = process.communicate(timeout=60)

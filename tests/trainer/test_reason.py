@@ -8,14 +8,15 @@ from toy import CHATS, REASONED, Trainer, assert_close, chat_file, logged, same
 
 import eval_llm
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.packing import IGNORED, Rows, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.errors import UserError
 from model.losses import cross_entropy_sum
 from trainer import train_distill_reason, train_full_sft, train_grpo
-from trainer.rl.rollout import asked
-from trainer.train_distill_reason import ask, read_questions, weights_of_labels
-from trainer.trainer_utils import Run, read_rows, starting_model
+from trainer.common.context import Context
+from trainer.common.setup import init_model, load_packed
+from trainer.rl.prompts import parse_prompt_row, read_prompts
+from trainer.train_distill_reason import answer_questions, held_out_questions, make_label_weights
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -29,7 +30,7 @@ def train(tmp_path) -> Trainer:
 
 def batch_of(folder: Path, tokenizer, chats):
     documents = load_documents(chat_file(folder / "chats.jsonl", chats), "conversations", tokenizer)
-    rows = Rows(documents, 64)
+    rows = PackedDataset(documents, 64)
     return collate([rows[n] for n in range(len(rows))])
 
 
@@ -40,7 +41,7 @@ def by_hand(model, batch, tokenizer, weight: float) -> tuple[torch.Tensor, float
     log_p = model(**batch.inputs).logits.log_softmax(-1)
     for row, labels in enumerate(batch.labels.tolist()):
         for place, label in enumerate(labels[1:]):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 w = weight if label in tags else 1.0
                 loss, total = loss - w * log_p[row, place, label], total + w
     return loss, total
@@ -55,15 +56,15 @@ def test_the_weighted_loss_is_the_sum_by_hand_with_its_gradients(
 ):
     model = make_model(vocab_size=len(tokenizer), hidden_size=32, initializer_range=0.05)
     batch = batch_of(tmp_path, tokenizer, REASONED[:rows])
-    assert (batch.labelled > 32) == (rows > 1)
+    assert (batch.num_label_tokens > 32) == (rows > 1)
     expected, total = by_hand(model, batch, tokenizer, 10.0)
     (expected / total).backward()
     wanted = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    weights = weights_of_labels(tokenizer, len(tokenizer), 10.0)
+    weights = make_label_weights(tokenizer, len(tokenizer), 10.0)
     loss = model(**batch.inputs, labels=batch.labels, label_weights=weights).loss
     loss.backward()
-    assert total == batch.labelled + 9 * 4 * rows
+    assert total == batch.num_label_tokens + 9 * 4 * rows
     assert loss.item() == pytest.approx(expected.item() / total, rel=1e-6)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         assert_close(parameter.grad, gradient, 1e-6)
@@ -74,7 +75,7 @@ def test_an_update_divides_by_the_weights_of_all_its_batches(train, tokenizer):
     args = train_distill_reason.Args(
         **train.settings(batch_size=1, accumulation_steps=12, tag_weight=7.0, epochs=1)
     )
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     batch = batch_of(train.folder, tokenizer, REASONED)
     loss, total = by_hand(model, batch, tokenizer, 7.0)
     (record,) = logged(train_distill_reason.main(args))
@@ -104,11 +105,11 @@ def test_with_weight_1_it_is_fine_tuning_bit_for_bit(train, tmp_path):
 
 
 def test_tags_outside_the_trained_span_have_no_weight(tokenizer, make_model):
-    weights = weights_of_labels(tokenizer, len(tokenizer), 10.0)
+    weights = make_label_weights(tokenizer, len(tokenizer), 10.0)
     ids = tokenizer.encode(GOOD + "yes")
     trained = torch.tensor([False] * (len(ids) - 1) + [True])
     ids = torch.tensor([ids])
-    labels = ids.masked_fill(~trained, IGNORED)
+    labels = ids.masked_fill(~trained, IGNORE_INDEX)
     model = make_model(vocab_size=len(tokenizer))
     hidden = model.model(ids).last_hidden_state[:, :-1]
     args = (hidden, model.lm_head.weight, labels[:, 1:])
@@ -157,9 +158,8 @@ def test_what_is_asked_are_the_last_turns_that_have_the_form(train, tokenizer, t
     several = [*CHATS[0], *REASONED[5]]
     path = chat_file(tmp_path / "val.jsonl", [CHATS[1], REASONED[3], several])
     args = train_distill_reason.Args(**train.settings(val_path=[path]))
-    run = Run(args, "reason", starting_model(args, tokenizer).config, tokenizer)
-    _, held_out = read_rows(run, "conversations")
-    assert read_questions(run, held_out) == [
+    _, val_data = load_packed(Context.create(args), tokenizer, "conversations")
+    assert held_out_questions(tokenizer, val_data) == [
         (encode_chat(tokenizer, chat[:-1], add_generation_prompt=True).ids, answer)
         for chat, answer in ((REASONED[3], "4"), (several, "6"))
     ]
@@ -167,8 +167,8 @@ def test_what_is_asked_are_the_last_turns_that_have_the_form(train, tokenizer, t
 
 def test_a_reply_counts_if_it_has_the_form_and_ends(train, tokenizer, monkeypatch):
     args = train_distill_reason.Args(**train.settings())
-    model = starting_model(args, tokenizer)
-    run = Run(args, "reason", model.config, tokenizer)
+    model = init_model(args, tokenizer)
+    ctx = Context.create(args)
     end = [tokenizer.eos_token_id]
     replies = [
         tokenizer.encode(GOOD) + end,  # right
@@ -177,10 +177,10 @@ def test_a_reply_counts_if_it_has_the_form_and_ends(train, tokenizer, monkeypatc
         tokenizer.encode("2") + end,  # right without thinking does not count
     ]
     monkeypatch.setattr(train_distill_reason, "generate", lambda model, prompts, how: replies)
-    sample, figures = ask(run, model, [([1], "2")] * 4)
-    assert figures == {"val_format": 0.5, "val_answer": 0.25}
+    sample, figures = answer_questions(ctx, model, tokenizer, [([1], "2")] * 4)
+    assert figures == {"eval_format": 0.5, "eval_answer": 0.25}
     assert sample.endswith(GOOD)
-    assert ask(run, model, []) == ("", {})
+    assert answer_questions(ctx, model, tokenizer, []) == ("", {})
 
 
 @pytest.mark.slow
@@ -189,9 +189,9 @@ def test_what_was_learnt_is_seen_in_the_log(train):
     path = chat_file(train.folder / "val.jsonl", REASONED[:4])
     settings = dict(epochs=100, eval_interval=60, max_gen_len=24, batch_size=12)
     metrics = train(**settings, val_path=[path], learning_rate=8e-3)
-    first, last = train.log(kind="val_format")[0], train.log(kind="val_format")[-1]
-    assert (metrics["val_format"], metrics["val_answer"]) == (1, 1)
-    assert last["val_loss"] < first["val_loss"] and "<think>" in last["sample"]
+    first, last = train.log(kind="eval_format")[0], train.log(kind="eval_format")[-1]
+    assert (metrics["eval_format"], metrics["eval_answer"]) == (1, 1)
+    assert last["eval_loss"] < first["eval_loss"] and "<think>" in last["sample"]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_setting_without_sense_is_refused(train, change, complaint):
 def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(train_distill_reason, "REASONING_TAGS", ("<think>", "<ponder>"))
     with pytest.raises(UserError, match="no token <ponder>"):
-        weights_of_labels(tokenizer, len(tokenizer), 10.0)
+        make_label_weights(tokenizer, len(tokenizer), 10.0)
 
 
 # -- rewards on top --------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
 def test_the_truth_of_a_row_may_stand_in_its_last_answer():
     def truth(reply: str, **more) -> str | None:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": reply}]
-        return asked({"conversations": turns, **more})[1]
+        return parse_prompt_row({"conversations": turns, **more})[1]
 
     assert truth(GOOD) == "2"
     assert truth("<answer>\n2\n</answer>") == "2"  # its thought in "reasoning_content"
@@ -228,15 +228,14 @@ def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
     rl = Trainer(tmp_path, train_grpo, (chat_file, REASONED, {"from_weight": "none"}))
     settings = dict(reasoning=True, max_gen_len=4, num_generations=2, max_steps=1, val_share=0.2)
     rl(**settings, max_seq_len=64)
-    (line,) = rl.log(kind="reward_format")
-    assert {"reward_answer", "reward"} <= line.keys()
+    (line,) = rl.log(kind="rewards/format/mean")
+    assert {"rewards/answer/mean", "reward"} <= line.keys()
     assert line["reward"] == pytest.approx(
-        line["reward_answer"] + line["reward_format"] / 2, abs=2e-4
+        line["rewards/answer/mean"] + line["rewards/format/mean"] / 2, abs=2e-4
     )
-    assert rl.log(kind="val_reward_format")
+    assert rl.log(kind="eval_rewards/format/mean")
     run_args = train_grpo.Args(**rl.settings(**settings))
-    run = Run(run_args, "grpo", starting_model(run_args, tokenizer).config, tokenizer)
-    prompts, _ = train_grpo.read_prompts(run)
+    prompts, _ = read_prompts(Context.create(run_args), tokenizer)
     assert all(tokenizer.decode(prompt.ids).endswith("<think>\n") for prompt in prompts.prompts)
     assert all(prompt.answer.isdigit() for prompt in prompts.prompts)
 
@@ -249,7 +248,7 @@ def test_thoughts_are_opened_shown_and_kept_apart(save, tokenizer, monkeypatch, 
     args = eval_llm.Args(
         weight=[str(save())], device="cpu", open_thinking=thinking, historys=4, max_new_tokens=99
     )
-    chat = eval_llm.Chat(eval_llm.load_chat_model(args, args.weight[0]), args)
+    chat = eval_llm.Conversation(eval_llm.load_chat_model(args, args.weight[0]), args)
     prompts = []
 
     def reply(model, ids, sampling):

@@ -14,7 +14,8 @@ from model.errors import UserError
 from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
-from trainer.report import pages, recipes
+from trainer.common import recipes
+from trainer.report import pages
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 COMMON = dict(max_steps=6, val_share=0.2, eval_interval=2)
@@ -55,15 +56,18 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
     text = page(any_stage)
     outside = re.findall(r'<script|<link|<img|@import|url\((?!#)|(?:src|href)="(?!#)', text)
     assert not outside and "<!DOCTYPE" not in text.replace("<!doctype", "")
-    held_out = "held-out text" if any_stage.log(kind="val_bpb") else "val accuracy"  # of pairs
+    kinds = {key for record in any_stage.log(kind="step") for key in record}
+    titles = {"eval_bpb": "held-out text", "eval_accuracy": "eval accuracy"}
+    titles |= {"eval_rewards/accuracies": "eval rewards/accuracies"}
+    (held_out,) = {title for kind, title in titles.items() if kind in kinds}
     for title in ("training loss", held_out, "learning rate", "norm of the gradient"):
         assert title in text
     for title in ("speed", "memory"):
         assert f">{title}</text>" in text
-    records = any_stage.log(kind="val_bpb")
+    records = any_stage.log(kind="eval_bpb")
     for record in records:
-        assert f"step {record['step']}\n{record['val_bpb']:.3f} bpb" in text
-    assert "data.jsonl" in text and any_stage.saved()["identity"]["data"] in text
+        assert f"step {record['step']}\n{record['eval_bpb']:.3f} bpb" in text
+    assert "data.jsonl" in text and any_stage.saved()["fingerprint"]["data"] in text
     assert f"--learning_rate</td><td>{any_stage.settings()['learning_rate']}" in text
     assert "how data.jsonl was made" in text and "&lt;dedup&gt;" in text
     assert len(text) < 300_000
@@ -81,7 +85,7 @@ def test_a_curve_has_a_point_for_each_record():
 
 
 def test_what_a_model_writes_cannot_break_the_page():
-    records = [{"step": 1, "tokens": 2, "sample": '<script>alert("x")</script>'}]
+    records = [{"step": 1, "num_tokens": 2, "sample": '<script>alert("x")</script>'}]
     assert "<script" not in pages.samples(records)
     assert "&lt;script&gt;" in pages.samples(records)
 
@@ -113,11 +117,11 @@ def test_a_run_that_was_killed_and_resumed_has_the_same_page(
 
 def test_the_run_of_a_recipe_is_on_track(train, recipe, page, capsys):
     metrics = train(recipe=recipe, **COMMON)
-    reference = train.log("reference", kind="val_bpb")
-    ours = [record for record in metrics["records"] if "val_bpb" in record]
-    assert [record["recipe_val_bpb"] for record in ours] == [r["val_bpb"] for r in reference]
+    reference = train.log("reference", kind="eval_bpb")
+    ours = [record for record in metrics["history"] if "eval_bpb" in record]
+    assert [record["recipe_eval_bpb"] for record in ours] == [r["eval_bpb"] for r in reference]
     assert "on track: " in capsys.readouterr().out
-    assert 'class="verdict on-track"' in page(train) and "recipe toy" in page(train)
+    assert 'class="status on-track"' in page(train) and "recipe toy" in page(train)
 
 
 @pytest.mark.parametrize(("learning_rate", "word"), [(1e-6, "behind"), (2e-2, "ahead")])
@@ -126,13 +130,13 @@ def test_a_run_that_learns_less_or_more_is_not(train, recipe, page, capsys, lear
     printed = capsys.readouterr().out
     assert f"but with --learning_rate {learning_rate} instead of 0.001" in printed
     assert f"    {word}: " in printed
-    assert f'class="verdict {word}"' in page(train)
+    assert f'class="status {word}"' in page(train)
 
 
-def test_the_reference_is_interpolated_over_tokens():
-    reference = recipes.Reference.__new__(recipes.Reference)
-    reference.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
-    figures = [reference.at(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
+def test_the_curve_of_a_recipe_is_interpolated_over_tokens():
+    recipe = recipes.RecipeComparison.__new__(recipes.RecipeComparison)
+    recipe.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
+    figures = [recipe.expected(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
     assert figures == [None, 4.0, 3.0, 1.25, 1.0, 1.0]
 
 
@@ -158,7 +162,7 @@ def test_other_data_are_refused_or_not_compared(train, recipe, capsys):
     other = text_file(train.folder / "other.jsonl", TEXTS[:-1])
     metrics = train(recipe=recipe, **COMMON, data_path=[other])
     assert "bits per byte of other data are not compared" in capsys.readouterr().out
-    assert not any("recipe_val_bpb" in record for record in metrics["records"])
+    assert not any("recipe_eval_bpb" in record for record in metrics["history"])
 
 
 @pytest.mark.parametrize(
@@ -187,7 +191,7 @@ def test_a_recipe_needs_a_run_that_was_evaluated(train, tmp_path):
     train("a", max_steps=2)
     with pytest.raises(UserError, match="has no evaluation on held-out data"):
         write_recipe(tmp_path, "a")
-    with pytest.raises(UserError, match="no log of a training"):
+    with pytest.raises(UserError, match="not a training log"):
         write_recipe(tmp_path, "b")
 
 
@@ -207,7 +211,7 @@ def test_the_recipes_of_the_project_fit_its_demo_data(tmp_path, tokenizer):
             found = load_documents(files, kind, tokenizer).info.description
             assert found == made[pinned], f"{name}: {pinned}"
         assert made["tokenizer"] == tokenizer_hash(tokenizer)
-        assert made["records"][-1]["step"] == args.max_steps
+        assert made["history"][-1]["step"] == args.max_steps
 
 
 # -- runs side by side -----------------------------------------------------------------------------
@@ -220,7 +224,7 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
     args = compare_runs.Args(runs=runs, recipe=[recipe], output=str(tmp_path / "c.html"))
     rows = compare_runs.main(args)
     for row, name in zip(rows, ("a", "b", "reference"), strict=True):
-        assert row[-1] == f"{train.log(name, kind='val_bpb')[-1]['val_bpb']:.4f}"
+        assert row[-1] == f"{train.log(name, kind='eval_bpb')[-1]['eval_bpb']:.4f}"
         assert row[-2] == f"{train.log(name)[-1]['loss']:.4f}"
         assert row[2] == "6"
     assert rows[0][-2:] == rows[2][-2:] != rows[1][-2:]
@@ -230,9 +234,9 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
 
 
 def test_mistakes_in_comparing(tmp_path):
-    with pytest.raises(UserError, match="--runs names what to compare"):
+    with pytest.raises(UserError, match="--runs needs the runs to compare"):
         compare_runs.Args()
-    with pytest.raises(UserError, match="no log of a training"):
+    with pytest.raises(UserError, match="not a training log"):
         compare_runs.main(compare_runs.Args(runs=[str(tmp_path / "x")]))
     with pytest.raises(UserError, match="the same run twice"):
-        compare_runs.names(["out/a", "out/a.pth"])
+        compare_runs.short_names(["out/a", "out/a.pth"])

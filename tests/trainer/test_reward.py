@@ -10,9 +10,9 @@ from toy import PAIRS, Trainer, logged
 from transformers import LlamaForSequenceClassification
 
 from dataset.lm_dataset import load_documents
-from dataset.pairs import Pairs, collate_pairs
+from dataset.pairs import PreferenceDataset, collate_pairs
 from model.errors import UserError
-from model.formats.hf_format import their_config
+from model.formats.hf_format import to_hf_config
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_model, load_scoring_model, save_weights
 from trainer import train_reward
@@ -32,7 +32,7 @@ def make_scoring(make_model):
     """A function that makes a tiny model with a random head."""
 
     def make(**fields) -> MiniMindForScoring:
-        model = MiniMindForScoring.on(make_model(**fields))
+        model = MiniMindForScoring.from_language_model(make_model(**fields))
         torch.nn.init.normal_(model.score.weight, std=0.5)
         return model
 
@@ -46,7 +46,7 @@ def make_scoring(make_model):
 def test_scores_equal_a_sequence_classifier_of_transformers(make_scoring):
     """LlamaForSequenceClassification with one label takes the weights as they are."""
     model = make_scoring()
-    config = their_config(model.config)
+    config = to_hf_config(model.config)
     config.num_labels, config.pad_token_id = 1, 0
     theirs = LlamaForSequenceClassification(config).eval()
     theirs.load_state_dict(model.state_dict(), strict=True)
@@ -60,7 +60,7 @@ def test_scores_equal_a_sequence_classifier_of_transformers(make_scoring):
 
 @torch.no_grad()
 def test_a_side_is_read_at_its_last_token_whatever_shares_its_row(train, tokenizer, make_scoring):
-    pairs = Pairs(load_documents(train.data, "preferences", tokenizer), 64)
+    pairs = PreferenceDataset(load_documents(train.data, "preferences", tokenizer), 64)
     model = make_scoring(vocab_size=6400)
     together = end_scores(model, collate_pairs([pairs[n] for n in range(len(pairs))]))
     for number in range(len(pairs)):
@@ -102,9 +102,9 @@ def test_the_wrong_head_is_told(make_scoring, save, tokenizer, tmp_path):
     reward = tmp_path / "reward_64.pth"
     scoring = make_scoring(vocab_size=len(tokenizer))
     save_weights(scoring, reward, stage="reward", tokenizer=tokenizer, origin={})
-    with pytest.raises(UserError, match="reward_64.pth is a reward model, which says how good"):
+    with pytest.raises(UserError, match="reward_64.pth is a reward model, which scores texts"):
         load_model(reward)
-    with pytest.raises(UserError, match="full_sft_64.pth is no reward model: it has no score.wei"):
+    with pytest.raises(UserError, match="full_sft_64.pth is not a reward model: it has no score"):
         load_scoring_model(save())
     state = torch.load(reward)
     del state["model.norm.weight"]
@@ -121,8 +121,8 @@ def test_the_wrong_head_is_told(make_scoring, save, tokenizer, tmp_path):
 )
 def test_it_begins_with_ln_2_and_learns_to_tell_the_better_answer(train, changes, target):
     metrics = train(val_share=0.3, epochs=10, learning_rate=1e-3, **changes)
-    assert metrics["records"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert metrics["val_accuracy"] == 1 and metrics["val_loss"] < target
+    assert metrics["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics["eval_accuracy"] == 1 and metrics["eval_loss"] < target
     assert logged(metrics)[-1]["accuracy"] == 1
 
 
@@ -133,11 +133,11 @@ def test_the_saved_model_scores_as_the_trained_one_did(train, tokenizer):
     model = load_scoring_model(path, tokenizer=tokenizer)
     documents = load_documents(train.data, "preferences", tokenizer)
     held_out = np.random.default_rng(0).permutation(len(PAIRS))[:3]
-    pairs = Pairs(documents, 32, np.sort(held_out))
+    pairs = PreferenceDataset(documents, 32, np.sort(held_out))
     with torch.no_grad():
         scores = end_scores(model, collate_pairs([pairs[n] for n in range(3)]))
     assert (scores[:, 0] - scores[:, 1]).mean().item() == pytest.approx(
-        metrics["val_margin"], abs=0.05
+        metrics["eval_margin"], abs=0.05
     )
     origin = json.loads(path.with_suffix(".json").read_text())["origin"]
     assert origin["score_mean"] == pytest.approx(scores.mean().item(), abs=0.05)

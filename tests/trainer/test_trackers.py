@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
     killed(3, any_stage, **common)
     importlib.import_module(tracker).finish()  # what the end of that process would have done
     time.sleep(1.1)  # wandb names a folder by id and second
-    records = any_stage(resume=True, **common)["records"]
+    records = any_stage(resume=True, **common)["history"]
 
     for _ in range(50):  # wandb's own process may still be writing
         ids, figures = read(tmp_path / "a" / "out")
@@ -99,9 +99,11 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
         if name != "step" and isinstance(value, int | float)
     }
     assert figures == pytest.approx(expected)
-    names = "loss lr grad_norm tokens_per_second memory_gb mfu changed_share".split()
+    names = "loss learning_rate grad_norm tokens_per_second memory_gb mfu changed_fraction".split()
     logged = {name for _, name in figures}
-    assert set(names) <= logged and {"val_bpb", "val_accuracy"} & logged
+    assert (
+        set(names) <= logged and {"eval_bpb", "eval_accuracy", "eval_rewards/accuracies"} & logged
+    )
     steps = [step for step, name in sorted(figures) if name == "loss"]
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] >= 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

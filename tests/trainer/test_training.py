@@ -22,25 +22,28 @@ from toy import (
 )
 
 from dataset.lm_dataset import encode_chat, encode_text, load_documents, token_bytes
-from dataset.packing import Rows
+from dataset.packing import PackedDataset
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
 from model.weights import ROOT
 from trainer import train_full_sft, train_pretrain, trainer_utils
-from trainer.common import hardware
+from trainer.common import hardware, loop
 from trainer.common.arguments import TrainArgs
-from trainer.common.evaluation import answer, continuation, held_out_loss
+from trainer.common.checkpoint import MAX_SKIPPED_IN_A_ROW
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss, sample_answer, sample_continuation
 from trainer.common.optimizers import (
-    VECTORS,
+    NORM_LR_SCALE,
     Muon,
-    embedding_multiple,
+    embedding_lr_scale,
     learning_rate_factor,
     make_optimizer,
-    orthogonal,
+    orthogonalize,
     split_parameters,
 )
+from trainer.common.setup import init_model, load_packed
 from trainer.report.plots import plot_losses
-from trainer.trainer_utils import BAD_STEPS, Run, read_rows, starting_model
+from trainer.trainer_utils import Run
 
 LN_V = math.log(6400)
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -68,7 +71,7 @@ def test_how_a_window_is_cut_into_batches_changes_nothing(tmp_path, trajectory, 
 def test_the_loss_of_an_update_is_the_mean_over_its_tokens(train, tokenizer):
     """Not over rows or micro-batches, which hold different numbers of them."""
     args = train_pretrain.Args(**train.settings("a", batch_size=1, accumulation_steps=24))
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     total = count = 0
     for text in TEXTS:
         ids = torch.tensor([encode_text(tokenizer, text).ids])
@@ -77,7 +80,7 @@ def test_the_loss_of_an_update_is_the_mean_over_its_tokens(train, tokenizer):
         count += ids.shape[1] - 1
     (record,) = logged(train_pretrain.main(args))
     assert record["loss"] == pytest.approx(total / count, abs=2e-4)
-    assert record["tokens"] == count + len(TEXTS)
+    assert record["num_tokens"] == count + len(TEXTS)
 
 
 def test_gradient_checkpointing_computes_twice_and_changes_nothing(train, trajectory, monkeypatch):
@@ -110,7 +113,7 @@ def test_the_defaults_learn(train):
     given = {name: settings[name] for name in [*sizes.split(), "checkpoint_dir"]}
     args = train_pretrain.Args(data_path=[data], epochs=4, log_interval=1, **given)
     records = [r for r in logged(train_pretrain.main(args)) if "loss" in r]
-    assert 1000 < records[0]["tokens"] < 1050
+    assert 1000 < records[0]["num_tokens"] < 1050
     assert records[0]["loss"] == pytest.approx(LN_V, abs=0.1)
     assert records[-1]["loss"] < 4 and records[-1]["step"] > 40
 
@@ -144,16 +147,18 @@ def test_every_group_follows_the_schedule(train, monkeypatch, optimizer):
     expected = [learning_rate_factor("cosine", step, step / 6, 2) for step in range(6)]
     for factors, factor in zip(rates, expected, strict=True):
         assert list(factors) == pytest.approx([factor] * len(factors))
-    assert [record["lr"] for record in records] == pytest.approx([1e-3 * f for f in expected])
+    assert [record["learning_rate"] for record in records] == pytest.approx(
+        [1e-3 * f for f in expected]
+    )
 
 
 def test_the_schedule_follows_the_rows_and_not_the_updates(train, monkeypatch):
     """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
-    monkeypatch.setattr(trainer_utils, "FIRST_WINDOW", 26)
+    monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, warmup_steps=0)
-    rates = [record["lr"] for record in logged(train(**common))]
+    rates = [record["learning_rate"] for record in logged(train(**common))]
     assert rates == pytest.approx([1e-3 * (1 - n / 24) for n in (0, 2, 4, 6, 8, 12, 18)])
-    rates = [record["lr"] for record in logged(train(**common, max_steps=5))]
+    rates = [record["learning_rate"] for record in logged(train(**common, max_steps=5))]
     assert rates == pytest.approx([1e-3 * (1 - n / 12) for n in (0, 2, 4, 6, 8)])
 
 
@@ -187,7 +192,7 @@ def test_every_parameter_is_in_one_group(make_model, fields):
     ids = [id(parameter) for group in groups.values() for parameter in group]
     assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
     assert len(groups["matrices"]) == 7 * 2
-    assert all(parameter.dim() == 1 for parameter in groups["vectors"])
+    assert all(parameter.dim() == 1 for parameter in groups["norms"])
     assert {parameter.shape for parameter in groups["embedding"]} == {(128, 64)}
 
 
@@ -195,7 +200,7 @@ def test_what_is_frozen_is_not_trained(make_model):
     model = make_model()
     model.model.layers[0].requires_grad_(False)
     groups = split_parameters(model)
-    assert len(groups["matrices"]) == 7 and len(groups["vectors"]) == 3
+    assert len(groups["matrices"]) == 7 and len(groups["norms"]) == 3
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -216,7 +221,7 @@ def test_one_learning_rate_maps_to_every_group(make_model, name):
     model = make_model()
     optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    multiples = {"matrices": 1, "embedding": 30, "vectors": VECTORS}
+    multiples = {"matrices": 1, "embedding": 30, "norms": NORM_LR_SCALE}
     for role, parameters in split_parameters(model).items():
         for parameter in parameters:
             assert rates[id(parameter)] == pytest.approx(0.1 * multiples[role])
@@ -224,7 +229,7 @@ def test_one_learning_rate_maps_to_every_group(make_model, name):
 
 def test_the_embedding_of_a_wide_model_learns_more_slowly():
     """The head's logits are sums over the width. RECIPE_LOG.md, series 13."""
-    multiples = [embedding_multiple(width) for width in (64, 256, 512, 768)]
+    multiples = [embedding_lr_scale(width) for width in (64, 256, 512, 768)]
     assert multiples == pytest.approx([30, 30, 10.61, 5.77], abs=0.01)
 
 
@@ -272,7 +277,7 @@ def test_muon_moves_a_matrix_by_its_rate(make_model):
 def test_orthogonal_is_the_polar_factor_nearly(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    ours = orthogonal(matrices)
+    ours = orthogonalize(matrices)
     mapped = (left.mT @ ours @ right.mT).diagonal(dim1=-2, dim2=-1)  # what became of each value
     assert_close(ours, left @ (mapped[..., None] * right), 1e-4)  # no direction has changed
     strong = values / values.square().sum(-1, keepdim=True).sqrt() > 0.01
@@ -295,7 +300,7 @@ def test_muon_is_momentum_looked_ahead_and_orthogonal():
             matrix.grad = torch.randn(matrix.shape, generator=generator)
             averages[k] = 0.8 * averages[k] + 0.2 * matrix.grad
             ahead = 0.8 * averages[k] + 0.2 * matrix.grad
-            update = max(matrix.shape) ** 0.5 * orthogonal(ahead[None])[0]
+            update = max(matrix.shape) ** 0.5 * orthogonalize(ahead[None])[0]
             expected[k] = (1 - 0.1 * 0.5) * expected[k] - 0.1 * update
         optimizer.step()
     for matrix, value in zip(matrices, expected, strict=True):
@@ -332,7 +337,8 @@ def test_an_update_that_is_not_finite_changes_nothing(train, trajectory, poison,
 def test_several_in_a_row_end_the_run(train, trajectory, poison):
     poison(*range(3, 99))
     with pytest.raises(
-        UserError, match=f"{BAD_STEPS} updates .* step {BAD_STEPS + 2}; try a lower"
+        UserError,
+        match=f"{MAX_SKIPPED_IN_A_ROW} updates .* step {MAX_SKIPPED_IN_A_ROW + 2}; try a lower",
     ):
         train()
     assert same(trajectory[-1], trajectory[1])
@@ -345,11 +351,11 @@ def test_several_that_are_not_in_a_row_do_not(train, poison):
 
 def test_a_broken_weight_ends_the_run(train, monkeypatch):
     def broken(*args):
-        model = starting_model(*args)
+        model = init_model(*args)
         model.model.norm.weight.data[3] = math.inf
         return model
 
-    monkeypatch.setattr(train_pretrain, "starting_model", broken)
+    monkeypatch.setattr(train_pretrain, "init_model", broken)
     with pytest.raises(UserError, match="were not finite"):
         train()
 
@@ -387,7 +393,7 @@ def by_hand(model, tokenizer, documents):
             nats, count = nats + loss, count + 1
             if token > 2:  # the control tokens are 0, 1 and 2
                 text_nats, size = text_nats + loss, size + int(sizes[token])
-    return {"val_loss": nats / count, "val_bpb": text_nats / math.log(2) / size}
+    return {"eval_loss": nats / count, "eval_bpb": text_nats / math.log(2) / size}
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -398,9 +404,9 @@ def test_held_out_loss_by_hand(tmp_path, tokenizer, make_model, kind, packing):
     else:
         path, documents = chat_file(tmp_path / "c"), [encode_chat(tokenizer, c) for c in CHATS]
     model = make_model(vocab_size=6400, dropout=0.5).train()
-    run = Run(TrainArgs(batch_size=3, device="cpu"), "test", model.config, tokenizer)
-    rows = Rows(load_documents(path, kind, tokenizer), 40, packing=packing)
-    figures = held_out_loss(run, model, rows)
+    ctx = Context.create(TrainArgs(batch_size=3, device="cpu"))
+    rows = PackedDataset(load_documents(path, kind, tokenizer), 40, packing=packing)
+    figures = evaluate_loss(ctx, model, tokenizer, rows)
     assert model.training
     assert figures == pytest.approx(by_hand(model.eval(), tokenizer, documents), rel=1e-4)
 
@@ -408,11 +414,13 @@ def test_held_out_loss_by_hand(tmp_path, tokenizer, make_model, kind, packing):
 def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, tokenizer, make_model):
     """A model that knows nothing spends log2(V) bits a token."""
     model = make_model(vocab_size=6400, initializer_range=1e-6)
-    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
-    rows = Rows(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
+    ctx = Context.create(TrainArgs(device="cpu"))
+    rows = PackedDataset(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
     tokens = sum(len(encode_text(tokenizer, text).ids) - 2 for text in TEXTS)
     expected = tokens * math.log2(6400) / len("".join(TEXTS).encode())
-    assert held_out_loss(run, model, rows)["val_bpb"] == pytest.approx(expected, rel=1e-3)
+    assert evaluate_loss(ctx, model, tokenizer, rows)["eval_bpb"] == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
@@ -422,43 +430,43 @@ def test_evaluating_does_not_change_what_is_trained(tmp_path, trajectory, stage)
     often = logged(train(eval_interval=1, **common))
     weights = trajectory[-1]
     seldom = logged(train(eval_interval=0, **common))
-    assert sum("val_bpb" in record for record in often) == 4
-    assert sum("val_bpb" in record for record in seldom) == 1
+    assert sum("eval_bpb" in record for record in often) == 4
+    assert sum("eval_bpb" in record for record in seldom) == 1
     assert same(weights, trajectory[-1])
     assert timeless(often)[-2:] == timeless(seldom)[-2:]  # the last evaluation, the last loss
 
 
 def test_samples_are_texts_of_the_model(tmp_path, tokenizer, make_model):
     model = make_model(vocab_size=6400, dropout=0.9).train()
-    run = Run(TrainArgs(device="cpu"), "test", model.config, tokenizer)
-    rows = Rows(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
-    first = continuation(run, model, rows, length=5)
-    assert first == continuation(run, model, rows, length=5)
+    ctx = Context.create(TrainArgs(device="cpu"))
+    rows = PackedDataset(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
+    first = sample_continuation(ctx, model, tokenizer, rows, length=5)
+    assert first == sample_continuation(ctx, model, tokenizer, rows, length=5)
     begun, continued = first.split(" ▸")
     assert begun and any(text.startswith(begun) for text in TEXTS) and continued
-    assert answer(run, model, "Who?", length=5).startswith("Who? ▸ ")
+    assert sample_answer(ctx, model, tokenizer, "Who?", length=5).startswith("Who? ▸ ")
     assert model.training
 
 
 def rows_of(train, tokenizer, **changes):
     args = train_pretrain.Args(**train.settings("a", **changes))
-    return read_rows(Run(args, "test", MiniMindConfig(), tokenizer), "text")
+    return load_packed(Context.create(args), tokenizer, "text")
 
 
 def test_what_is_held_out_is_not_trained_and_always_the_same(train, tokenizer):
     rows, held_out = rows_of(train, tokenizer, val_share=0.2)
-    assert len(held_out.chosen) == math.ceil(24 * 0.2)
-    assert sorted([*rows.chosen, *held_out.chosen]) == list(range(24))
+    assert len(held_out.indices) == math.ceil(24 * 0.2)
+    assert sorted([*rows.indices, *held_out.indices]) == list(range(24))
     again, still_out = rows_of(train, tokenizer, val_share=0.2, seed=7, packing=True)
-    assert still_out.chosen.tolist() == held_out.chosen.tolist()
+    assert still_out.indices.tolist() == held_out.indices.tolist()
     _, fewer = rows_of(train, tokenizer, val_share=0.2, val_documents=2)
-    assert len(fewer.chosen) == 2 and set(fewer.chosen) < set(held_out.chosen)
+    assert len(fewer.indices) == 2 and set(fewer.indices) < set(held_out.indices)
 
 
 def test_a_separate_file_leaves_all_data_to_training(train, tokenizer):
     other = text_file(train.folder / "val.jsonl", TEXTS[:3])
     rows, held_out = rows_of(train, tokenizer, val_share=0.2, val_path=[other])
-    assert (len(rows.chosen), len(held_out.chosen)) == (24, 3)
+    assert (len(rows.indices), len(held_out.indices)) == (24, 3)
     assert rows_of(train, tokenizer, val_share=0.0)[1] is None
 
 
@@ -489,10 +497,10 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
     changed = sum((after[name] != old).sum().item() for name, old in before.items())
     share = changed / sum(old.numel() for old in before.values())
     assert (share < 0.5) == warned and 0 < share
-    (record,) = [r for r in sft.log(kind="changed_share") if r["step"] == 3]
-    assert record["changed_share"] == pytest.approx(share, abs=1e-4)
+    (record,) = [r for r in sft.log(kind="changed_fraction") if r["step"] == 3]
+    assert record["changed_fraction"] == pytest.approx(share, abs=1e-4)
     info = json.loads((out / "full_sft_32.json").read_text())
-    assert info["origin"]["changed_share"] == record["changed_share"]
+    assert info["origin"]["changed_fraction"] == record["changed_fraction"]
     printed = capsys.readouterr().out
     assert f"{share:.1%} of the values stored in float16 differ from the start's" in printed
     assert ("warning: most updates were too small" in printed) == warned
@@ -501,7 +509,7 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
 def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     train(max_steps=1)
     told = re.search(
-        r"(\d+) tokens in 24 rows of 32 \((.*)% full, (.*)% wasted", capsys.readouterr().out
+        r"(\d+) tokens in 24 sequences of 32 \((.*)% full, (.*)% padding", capsys.readouterr().out
     )
     tokens, full, wasted = map(float, told.groups())
     assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
@@ -523,14 +531,19 @@ def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):
     info = json.loads((out / "pretrain_32.json").read_text())
     assert info["stage"] == "pretrain" and info["config"]["hidden_size"] == 32
     assert info["origin"]["steps"] == 4 and info["origin"]["args"]["batch_size"] == 2
-    assert info["origin"]["val_bpb"] == train.log(kind="val_bpb")[-1]["val_bpb"]
+    assert info["origin"]["eval_bpb"] == train.log(kind="eval_bpb")[-1]["eval_bpb"]
     (state, full) = torch.load(out / "pretrain_32.pth", weights_only=True), train.saved()["model"]
     assert all(state[name].dtype == torch.float16 for name in full)
     assert all(torch.equal(state[name], tensor.half()) for name, tensor in full.items())
-    assert [record["step"] for record in train.log(kind="val_bpb")] == [2, 4]
+    assert [record["step"] for record in train.log(kind="eval_bpb")] == [2, 4]
     assert [record["step"] for record in train.log()] == [1, 2, 3, 4]
     printed = capsys.readouterr().out
-    for expected in ("0.24M parameters", "4 steps of 2 rows", "ln 6400 = 8.76", "memory: about"):
+    for expected in (
+        "0.24M parameters",
+        "4 steps of 2 sequences",
+        "ln 6400 = 8.76",
+        "memory: about",
+    ):
         assert expected in printed
 
 
@@ -542,7 +555,7 @@ def test_intervals_decide_when_something_is_logged(train):
     losses = [record["loss"] for record in every]
     means = [losses[0], np.mean(losses[1:3]), np.mean(losses[3:6]), losses[6]]
     assert [record["loss"] for record in records] == pytest.approx(means, abs=2e-4)
-    assert records[-1]["tokens"] == every[-1]["tokens"]
+    assert records[-1]["num_tokens"] == every[-1]["num_tokens"]
 
 
 def test_sft_begins_with_the_weights_of_pretraining(tmp_path, tokenizer):
@@ -550,7 +563,7 @@ def test_sft_begins_with_the_weights_of_pretraining(tmp_path, tokenizer):
     sft = Trainer(tmp_path, train_full_sft)
     sizes = dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
     args = train_full_sft.Args(**sft.settings(from_weight="pretrain", **sizes, dropout=0.1))
-    model = starting_model(args, tokenizer)
+    model = init_model(args, tokenizer)
     theirs = torch.load(tmp_path / "a" / "out" / "pretrain_32.pth", weights_only=True)
     assert same({k: v.half() for k, v in model.state_dict().items()}, theirs)
     assert model.training and model.config.dropout == 0.1
@@ -561,7 +574,7 @@ def test_sft_begins_with_the_weights_of_pretraining(tmp_path, tokenizer):
     by_path = train_full_sft.Args(
         **sft.settings("b", from_weight=str(tmp_path / "a" / "out" / "pretrain_32.pth"))
     )
-    assert same(starting_model(by_path, tokenizer).state_dict(), model.state_dict())
+    assert same(init_model(by_path, tokenizer).state_dict(), model.state_dict())
 
 
 # -- the machine -----------------------------------------------------------------------------------
@@ -589,6 +602,6 @@ def test_sft_runs_from_the_folder_of_its_script(tmp_path, shell):
     settings = sft.settings(from_weight="pretrain", epochs=1, val_share=0.2)
     del settings["device"], settings["num_workers"], settings["num_hidden_layers"]
     words = ["train_full_sft.py", *flags(settings)]
-    printed = output(shell(*words, cwd=ROOT / "trainer", reads=[sft.data], kind="conversations"))
-    assert "val_bpb" in printed and "Who are you? ▸" in printed
+    printed = output(shell(*words, cwd=ROOT / "trainer"))
+    assert "eval_bpb" in printed and "Who are you? ▸" in printed
     assert (tmp_path / "a" / "out" / "full_sft_32.pth").exists()

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
+from model.command_line import names_where
 from model.errors import UserError
-from model.weights import atomic_write, halves, tokenizer_hash
+from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import MetricLog
+from trainer.common.metrics import MetricLog, new_key, with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "
@@ -31,15 +32,6 @@ KEYS = set(
 )
 MAX_SKIPPED_IN_A_ROW = 5  # non-finite updates that end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
-# Arguments that may differ when a run goes on: where things lie, what is shown, how an update is
-# cut into batches. Data, tokenizer and first weights are compared by what they hold.
-MAY_CHANGE = set(
-    "recipe resume from_resume device num_workers log_interval eval_interval save_interval "
-    "save_dir checkpoint_dir use_wandb wandb_project val_documents gradient_checkpointing compile "
-    "batch_size accumulation_steps data_path val_path tokenizer_path sample_prompt "
-    "rollout_batch_size update_batch_size rollout_url rollout_folder rollout_reload "
-    "reward_model_path judge_url".split()
-)
 
 
 @dataclass
@@ -87,7 +79,9 @@ def fingerprint_of(
         model: before its first update. Only loaded weights are hashed: new ones follow from the
             seed.
     """
-    arguments = {name: value for name, value in asdict(args).items() if name not in MAY_CHANGE}
+    # data, tokenizer and first weights are compared by what they hold, wherever they lie
+    may_differ = names_where(type(args), "may_differ", True)
+    arguments = {name: value for name, value in asdict(args).items() if name not in may_differ}
     sizes = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     loaded = args.from_weight != "none"
     return {
@@ -97,7 +91,7 @@ def fingerprint_of(
         "data": data.fingerprint,
         "documents trained": hash_of(np.ascontiguousarray(data.indices)),
         "tokenizer": tokenizer_hash(tokenizer),
-        "first weights": hash_of(*halves(model.state_dict()).values()) if loaded else "new",
+        "first weights": hash_of(*to_fp16_cpu(model.state_dict()).values()) if loaded else "new",
     }
 
 
@@ -221,10 +215,11 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
     new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
     names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
     new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
+    new["history"] = with_new_keys(new["history"])
     pending = new.pop("pending")
     new["metrics"] = {
         **{name: pending[name] for name in ("steps", "tokens", "seconds", "expert_load")},
-        "sums": {name: (sum(v), len(v)) for name, v in pending["figures"].items()},
+        "sums": {new_key(name): (sum(v), len(v)) for name, v in pending["figures"].items()},
         "loss_sum": pending["loss"],
     }
     for optimizer in new["optimizer"]:
@@ -285,7 +280,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
     """The trainable parameters as a weight file holds them."""
     parameters = model.named_parameters()
-    return halves({name: each for name, each in parameters if each.requires_grad})
+    return to_fp16_cpu({name: each for name, each in parameters if each.requires_grad})
 
 
 def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:

@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, token_bytes
-from dataset.packing import IGNORED, PackedDataset, collate
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from dataset.pairs import PreferenceDataset, collate_pairs
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 from model.losses import cross_entropy_sum
 from trainer.common.context import Context, unwrap
 from trainer.common.hardware import oom_guard
@@ -56,9 +56,9 @@ def evaluate_loss(
         batch = collate(sequences, tokenizer.pad_token_id).to(ctx.device)
         with ctx.autocast():
             hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
-            is_text = (batch.labels != IGNORED) & (sizes[batch.labels.clamp(min=0)] > 0)
+            is_text = (batch.labels != IGNORE_INDEX) & (sizes[batch.labels.clamp(min=0)] > 0)
             text, control = (
-                sum_of_loss(model, hidden, batch.labels.masked_fill(~kept, IGNORED))
+                sum_of_loss(model, hidden, batch.labels.masked_fill(~kept, IGNORE_INDEX))
                 for kept in (is_text, ~is_text)
             )
         text_loss, control_loss = text_loss + text, control_loss + control
@@ -120,7 +120,8 @@ def sample_continuation(
         return ""
     ids = data[0][0]["input_ids"].tolist()
     prompt = ids[: max(1, min(12, len(ids) // 2))]
-    (reply,) = generate(unwrap(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    greedy = SamplingParams(max_new_tokens=length, temperature=0)
+    (reply,) = generate(unwrap(model), [prompt], greedy)
     shown = tokenizer.decode(prompt[1:])
     return f"{shown} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
 
@@ -138,5 +139,6 @@ def sample_answer(
         return ""
     messages = [{"role": "user", "content": question}]
     prompt = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-    (reply,) = generate(unwrap(model), [prompt], Sampling(max_new_tokens=length, temperature=0))
+    greedy = SamplingParams(max_new_tokens=length, temperature=0)
+    (reply,) = generate(unwrap(model), [prompt], greedy)
     return f"{question} ▸ {tokenizer.decode(reply, skip_special_tokens=True)}"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dataset.packing import Batch, TrainingData
 from dataset.pairs import PreferenceBatch
 from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
-from model.feed_forward import mixtures, nudge_bias
+from model.feed_forward import moe_layers, update_bias
 from model.model_minimind import CausalLMOutput
 from trainer.common.context import Context
 
@@ -116,7 +116,7 @@ def ignore_signals(worker: int) -> None:
         signal.signal(each, signal.SIG_IGN)
 
 
-def update_router_bias(ctx: Context, model: nn.Module) -> Tensor | None:
+def update_router_biases(ctx: Context, model: nn.Module) -> Tensor | None:
     """Balance the experts after an optimizer step: with --scoring_func sigmoid, move each router
     bias by the load of its expert.
 
@@ -124,13 +124,13 @@ def update_router_bias(ctx: Context, model: nn.Module) -> Tensor | None:
         [layers, experts] tokens that each expert got in this step on all ranks; None without
         experts.
     """
-    layers = mixtures(model)
+    layers = moe_layers(model)
     if not layers:
         return None
-    load = torch.stack([layer.load for layer in layers])
+    load = torch.stack([layer.tokens_per_expert for layer in layers])
     if ctx.world_size > 1:
         dist.all_reduce(load)
     for layer, of_layer in zip(layers, load, strict=True):
-        nudge_bias(layer, of_layer)
-        layer.load.zero_()
+        update_bias(layer, of_layer)
+        layer.tokens_per_expert.zero_()
     return load

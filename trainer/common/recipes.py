@@ -18,19 +18,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
+from model.command_line import names_where
 from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash
+from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context
 from trainer.common.metrics import with_new_keys
 
 RECIPES = ROOT / "benchmarks" / "recipes"
 METRIC = "eval_bpb"
-PATHS = ("data_path", "val_path", "tokenizer_path")  # a recipe has them relative to ROOT
-# Flags that a recipe does not pin: places, the machine, what is shown.
-UNPINNED = set(
-    "recipe resume from_resume device num_workers save_dir checkpoint_dir save_weight compile "
-    "save_interval use_wandb tracker wandb_project".split()
-)
+PATHS = names_where(TrainArgs, "path", True)  # a recipe has them relative to ROOT
+UNPINNED = names_where(TrainArgs, "pinned", False)  # places, the machine, what is shown
 
 
 def read_recipe(name: str) -> dict[str, Any]:

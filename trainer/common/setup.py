@@ -16,22 +16,20 @@ from dataset.pairs import PreferenceDataset
 from model.errors import UserError
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_weights, load_model
-from trainer.common.arguments import EXPERTS, TrainArgs
+from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context
-
-SIZES = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads qk_norm use_moe"
 
 
 def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
     """The weights of `from_weight`, or random ones; on the CPU, in float32."""
     torch.manual_seed(args.seed)
-    sizes = {name: getattr(args, name) for name in [*SIZES.split(), *EXPERTS]}
-    sizes = {name: size for name, size in sizes.items() if size is not None}
+    given = {name: getattr(args, name, None) for name in MiniMindConfig.__annotations__}
+    sizes = {name: value for name, value in given.items() if value is not None}
     if not args.use_moe:  # loaded weights know whether they are a mixture
         del sizes["use_moe"]
     if args.from_weight == "none":
         try:
-            config = MiniMindConfig(vocab_size=len(tokenizer), dropout=args.dropout, **sizes)
+            config = MiniMindConfig(vocab_size=len(tokenizer), **sizes)
         except ValueError as error:
             raise UserError(f"these sizes do not make a model: {error}") from error
         model = MiniMindForCausalLM(config)
@@ -40,7 +38,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         if path.suffix != ".pth":
             kind = dict(newest=False, use_moe=args.use_moe)
             path = find_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
-        model = load_model(path, tokenizer=tokenizer, dropout=args.dropout, **sizes)
+        model = load_model(path, tokenizer=tokenizer, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()

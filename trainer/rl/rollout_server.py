@@ -1,53 +1,51 @@
-"""Completions from a server that speaks OpenAI's completions API, such as vLLM or SGLang.
+"""Rollouts on a server that speaks OpenAI's completions API, such as vLLM or SGLang.
 
-The policy's weights are written to a folder of transformers' format (--rollout_folder), which the
-server must have been started with, and the server is told to read them anew before each rollout:
+Before each rollout the policy's weights are written to a folder in transformers' format
+(--rollout_folder), which the server was started with, and the server is told to reload them:
 
     vLLM     VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER       --rollout_reload vllm
     SGLang   python -m sglang.launch_server --model FOLDER  --rollout_reload sglang
 
 Prompts are sent as token ids. New tokens come back as ids where the server gives them
-(return_token_ids, vLLM); else the text is tokenised again.
+(return_token_ids, vLLM). Where it gives text alone, that is tokenised again, and may then differ
+from the tokens that were sampled.
 """
 
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.formats.hf_format import save_folder
+from model.formats.hf_format import save_hf_folder
+from trainer.rl.arguments import RolloutArgs
+from trainer.rl.prompts import GenerationRequest
 
-if TYPE_CHECKING:
-    from trainer.rl.rollout import Prompt, RolloutArgs
-
-TRIES, PAUSE = 5, 1.0  # a request that fails is made again after 1, 2, 4 … seconds
+MAX_ATTEMPTS, FIRST_DELAY = 5, 1.0  # a failed request is repeated after 1, 2, 4 … seconds
 RELOAD = {
     "vllm": lambda folder: ("collective_rpc", {"method": "reload_weights"}),
     "sglang": lambda folder: ("update_weights_from_disk", {"model_path": folder}),
 }
 
 
-def hand_over(
-    args: "RolloutArgs", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+def send_weights(
+    args: RolloutArgs, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write the weights where the server reads them, and tell it to."""
+    """Write the weights to --rollout_folder and have the server reload them."""
     folder = Path(args.rollout_folder)
-    save_folder(model, tokenizer, folder)
+    save_hf_folder(model, tokenizer, folder)
     path, body = RELOAD[args.rollout_reload](str(folder))
     root = args.rollout_url.rstrip("/").removesuffix("/v1")
     post(f"{root}/{path}", body)
 
 
-def complete_by_server(
-    args: "RolloutArgs",
-    tokenizer: PreTrainedTokenizerBase,
-    chosen: list[tuple["Prompt", int, int]],
+def generate_on_server(
+    args: RolloutArgs, tokenizer: PreTrainedTokenizerBase, requests: list[GenerationRequest]
 ) -> list[list[int]]:
-    """New tokens of each (prompt, seed, copy); a final EOS included.
+    """New tokens of each request, a final EOS included.
 
     Raises:
         UserError: the server cannot be reached, or answers with an error.
@@ -62,39 +60,41 @@ def complete_by_server(
     }
     url = f"{args.rollout_url.rstrip('/')}/completions"
 
-    def ask(one: tuple["Prompt", int, int]) -> list[int]:
-        prompt, seed, copy = one
-        answer = post(url, {**body, "prompt": prompt.ids, "seed": (seed + copy) % 2**31})
-        return tokens_of(answer["choices"][0], tokenizer, args.max_gen_len)
+    def send(request: GenerationRequest) -> list[int]:
+        seed = (request.seed + request.sample) % 2**31
+        response = post(url, {**body, "prompt": request.ids, "seed": seed})
+        return parse_choice(response["choices"][0], tokenizer, args.max_gen_len)
 
     with ThreadPoolExecutor(args.rollout_batch_size) as pool:
-        return list(pool.map(ask, chosen))
+        return list(pool.map(send, requests))
 
 
-def tokens_of(choice: dict[str, Any], tokenizer: PreTrainedTokenizerBase, most: int) -> list[int]:
-    """A choice of the reply as token ids."""
+def parse_choice(
+    choice: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[int]:
+    """The tokens of a choice of the response."""
     ids = choice.get("token_ids")
     if ids is None:
         ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
     eos = tokenizer.eos_token_id
     if choice.get("finish_reason") == "stop" and ids[-1:] != [eos]:
-        ids = [*ids, eos]
-    return ids[:most] or [eos]
+        ids = [*ids, eos]  # the server leaves it out, but the policy sampled it
+    return ids[:max_tokens] or [eos]
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request, which is made several times if need be."""
-    for attempt in range(TRIES):
+    """The response to a request, which is repeated if need be."""
+    for attempt in range(MAX_ATTEMPTS):
         try:
             response = httpx.post(url, json=body, timeout=600)
         except httpx.HTTPError as error:
-            why = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
         else:
             if response.status_code < 400:
                 return response.json() if response.content else {}
-            why = f"{response.status_code}: {response.text[:200]}"
-            if response.status_code < 500:
+            reason = f"{response.status_code}: {response.text[:200]}"
+            if response.status_code < 500:  # it would fail again
                 break
-        if attempt < TRIES - 1:
-            time.sleep(PAUSE * 2**attempt)
-    raise UserError(f"{url}: {why}; --resume goes on from the last checkpoint")
+        if attempt < MAX_ATTEMPTS - 1:
+            time.sleep(FIRST_DELAY * 2**attempt)
+    raise UserError(f"{url}: {reason}; --resume goes on from the last checkpoint")

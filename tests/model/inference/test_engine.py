@@ -7,13 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from model.inference.engine import Engine, QueueFull, Request
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 SETTINGS = [
-    Sampling(12, temperature=0, stop_ids=()),
-    Sampling(9, temperature=0.8, top_p=0.9, seed=5, stop_ids=()),
-    Sampling(15, temperature=1.3, top_k=7, repetition_penalty=1.2, seed=6, stop_ids=()),
-    Sampling(7, temperature=0, presence_penalty=4.0, frequency_penalty=3.0, stop_ids=()),
+    SamplingParams(12, temperature=0, stop_ids=()),
+    SamplingParams(9, temperature=0.8, top_p=0.9, seed=5, stop_ids=()),
+    SamplingParams(15, temperature=1.3, top_k=7, repetition_penalty=1.2, seed=6, stop_ids=()),
+    SamplingParams(7, temperature=0, presence_penalty=4.0, frequency_penalty=3.0, stop_ids=()),
 ]
 
 
@@ -25,7 +25,7 @@ def model(make_model):
 def some_requests(count: int) -> list[Request]:
     draw = Random(0)
     prompts = [[draw.randrange(128) for _ in range(draw.randint(1, 30))] for _ in range(count)]
-    return [Request(prompt, SETTINGS[n % 4], row=n) for n, prompt in enumerate(prompts)]
+    return [Request(prompt, SETTINGS[n % 4], index=n) for n, prompt in enumerate(prompts)]
 
 
 def finish(engine: Engine) -> None:
@@ -34,14 +34,14 @@ def finish(engine: Engine) -> None:
 
 
 def alone(model, request: Request) -> list[int]:
-    same = Request(request.prompt, request.sampling, request.row)
+    same = Request(request.prompt, request.sampling, request.index)
     engine = Engine(model, slots=1)
     engine.submit(same)
     finish(engine)
     return same.tokens
 
 
-# -- neighbours ------------------------------------------------------------------------------------
+# -- batching and prefix sharing -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [{}, dict(use_moe=True), dict(qk_norm=True)], ids=str)
@@ -94,7 +94,7 @@ def test_a_shared_beginning_is_read_once(model, prefill):
     read = []
     model.model.embed_tokens.register_forward_hook(lambda _, ids, __: read.append(ids[0].numel()))
     prompt = list(range(20, 40))
-    requests = [Request(prompt, SETTINGS[1], row=n) for n in range(5)]
+    requests = [Request(prompt, SETTINGS[1], index=n) for n in range(5)]
     requests.append(Request(prompt[:15] + [9, 8, 7], SETTINGS[0]))
     requests.append(Request(prompt[:4] + [1] * 9, SETTINGS[0]))  # too little in common
     engine = Engine(model, slots=7, prefill_tokens=prefill)
@@ -108,7 +108,7 @@ def test_a_shared_beginning_is_read_once(model, prefill):
         assert request.tokens == alone(model, request)
 
 
-# -- going -----------------------------------------------------------------------------------------
+# -- cancelling and stopping -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
@@ -125,7 +125,7 @@ def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(model, when):
             engine.step()
     engine.cancel(victim)
     assert victim.finish_reason == "cancelled"
-    assert all(row.request is not victim for row in engine.rows)
+    assert all(each.request is not victim for each in engine.running)
     told = list(victim.tokens)
     finish(engine)
     assert victim.tokens == told
@@ -138,7 +138,7 @@ def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(model, when):
 
 def test_a_stop_token_ends_a_reply(model):
     free = alone(model, Request([5, 9, 17], SETTINGS[0]))
-    stop = Sampling(12, temperature=0, stop_ids=(free[4],))
+    stop = SamplingParams(12, temperature=0, stop_ids=(free[4],))
     request = Request([5, 9, 17], stop)
     engine = Engine(model)
     engine.submit(request)
@@ -148,7 +148,7 @@ def test_a_stop_token_ends_a_reply(model):
 
 
 def test_no_more_requests_wait_than_the_queue_has_room_for(model):
-    engine = Engine(model, slots=2, queue=3)
+    engine = Engine(model, slots=2, max_queue=3)
     for _ in range(5):
         engine.submit(Request([4], SETTINGS[0]))
     with pytest.raises(QueueFull, match="3 requests are waiting"):
@@ -160,11 +160,11 @@ def test_no_more_requests_wait_than_the_queue_has_room_for(model):
     engine.submit(Request([4], SETTINGS[0]))
 
 
-# -- what is told, and what is allowed -------------------------------------------------------------
+# -- log-probs and constraints ---------------------------------------------------------------------
 
 
 def test_log_probs_are_those_of_the_model(model):
-    requests = [Request(r.prompt, r.sampling, r.row, top_logprobs=3) for r in some_requests(4)]
+    requests = [Request(r.prompt, r.sampling, r.index, top_logprobs=3) for r in some_requests(4)]
     engine = Engine(model, slots=4)
     for request in requests:
         engine.submit(request)
@@ -175,7 +175,7 @@ def test_log_probs_are_those_of_the_model(model):
             expected = model(ids).logits[0, len(request.prompt) - 1 : -1].log_softmax(-1)
         assert len(request.logprobs) == len(request.tokens)
         for token, told, own in zip(request.tokens, request.logprobs, expected, strict=True):
-            assert_close(told.chosen, own[token].item(), atol=1e-4, rtol=1e-4)
+            assert_close(told.logprob, own[token].item(), atol=1e-4, rtol=1e-4)
             assert [n for n, _ in told.top] == own.topk(3).indices.tolist()
 
 
@@ -194,7 +194,7 @@ class EvenThenOdd:
 
 
 def test_a_constraint_holds_for_its_request_alone(model):
-    bound = [Request([5, n], SETTINGS[n], row=n, constraint=EvenThenOdd()) for n in range(4)]
+    bound = [Request([5, n], SETTINGS[n], index=n, constraint=EvenThenOdd()) for n in range(4)]
     free = some_requests(4)
     engine = Engine(model)
     for request in [*bound, *free]:

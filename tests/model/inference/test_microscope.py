@@ -7,11 +7,11 @@ import torch
 from toy import assert_close
 from transformers import AutoModelForCausalLM
 
-from model.feed_forward import mixtures
-from model.formats.hf_format import save_folder
-from model.inference.generation import prepare_to_decode
+from model.feed_forward import moe_layers
+from model.formats.hf_format import save_hf_folder
+from model.inference.generation import pack_for_cpu_decoding
 from model.inference.microscope import (
-    bytes_of_token,
+    decode_token_bytes,
     expert_load,
     logit_lens,
     observe,
@@ -34,7 +34,7 @@ KINDS = {
 def both(request, make_model, tokenizer, tmp_path):
     """A model, and as what transformers loads it."""
     own = make_model(**KINDS[request.param])
-    save_folder(own, tokenizer, tmp_path / "folder")
+    save_hf_folder(own, tokenizer, tmp_path / "folder")
     return own, AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
 
 
@@ -59,7 +59,7 @@ def test_a_model_of_transformers_shows_the_same(both):
     for ours, their in zip(seen.routing, theirs.routing, strict=True):
         assert (ours is None) == (their is None)
         if ours:
-            assert torch.equal(ours.chosen, their.chosen)
+            assert torch.equal(ours.experts, their.experts)
             assert_close(ours.weights, their.weights, 1e-4)
     lens, their_lens = (logit_lens(m, s.hidden, 3) for m, s in ((own, seen), (other, theirs)))
     assert torch.equal(lens.ids, their_lens.ids)
@@ -70,10 +70,10 @@ def test_a_model_of_transformers_shows_the_same(both):
 def test_experts_are_those_that_the_gates_choose(make_model, scoring_func):
     model = make_model(use_moe=True, scoring_func=scoring_func)
     heard = []
-    for mixture in mixtures(model):
+    for mixture in moe_layers(model):
         mixture.gate.register_forward_hook(lambda gate, given, out: heard.append(out[0]))
     if scoring_func == "sigmoid":  # the bias counts for the choice, not for the weights
-        for mixture in mixtures(model):
+        for mixture in moe_layers(model):
             mixture.e_score_correction_bias[:] = torch.tensor([0.0, 9.0, 0.0, 0.0])
     model(torch.tensor([IDS]))
     logits, heard[:] = list(heard), []
@@ -84,10 +84,10 @@ def test_experts_are_those_that_the_gates_choose(make_model, scoring_func):
             biased = scores[token].clone()
             biased[1] += 9.0 * (scoring_func == "sigmoid")
             best = sorted(range(4), key=lambda e: -biased[e])[:2]
-            assert seen.chosen[token].tolist() == best
+            assert seen.experts[token].tolist() == best
             chosen = scores[token, best]
             assert_close(seen.weights[token], chosen / chosen.sum())
-        counts = [sum(row.count(e) for row in seen.chosen.tolist()) for e in range(4)]
+        counts = [sum(row.count(e) for row in seen.experts.tolist()) for e in range(4)]
         assert_close(expert_load(seen), torch.tensor(counts) / (2 * len(IDS)))
 
 
@@ -132,21 +132,21 @@ def test_a_model_that_is_prepared_to_decode_shows_the_same(make_model):
     for weight in model.parameters():
         weight.data = weight.data.half().float()
     before = observe(model, IDS)
-    after = observe(prepare_to_decode(model), IDS)
+    after = observe(pack_for_cpu_decoding(model), IDS)
     assert_close(before.attention, after.attention, 1e-4)
     assert_close(before.logits, after.logits, 1e-3)
 
 
 @pytest.mark.parametrize("ids", [[], [1] * 257])
 def test_a_text_must_fit(make_model, ids):
-    with pytest.raises(ValueError, match="where a text has 1 to 256"):
+    with pytest.raises(ValueError, match="where 1 to 256 are possible"):
         observe(make_model(), ids)
 
 
 def test_bytes_of_tokens_make_up_the_text(tokenizer):
     text = "Ünïcode, 字节 和 emoji 🦙🏽!\n\n\ttabs\x00\x7f\xad  “x” <think> def f(x): return x**2"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    parts = [bytes_of_token(tokenizer, token) for token in ids]
+    parts = [decode_token_bytes(tokenizer, token) for token in ids]
     assert b"".join(parts) == text.encode()
     assert any(len(part) == 1 and part[0] > 127 for part in parts)  # a part of a character
-    assert bytes_of_token(tokenizer, tokenizer.eos_token_id) == b"<|im_end|>"
+    assert decode_token_bytes(tokenizer, tokenizer.eos_token_id) == b"<|im_end|>"

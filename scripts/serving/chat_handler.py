@@ -1,0 +1,203 @@
+"""POST /v1/chat/completions: chat, reasoning, tool calls, JSON."""
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from dataset.lm_dataset import encode_chat
+from dataset.reply_parser import ReplyParser
+from model.errors import UserError
+from model.inference.grammar import Grammar
+from scripts.serving.errors import ApiError
+from scripts.serving.handler import MIN_LOGPROB, Handler
+from scripts.serving.openai_types import ChatMessage, ChatRequest, NamedToolChoice
+from scripts.serving.service import Delta, Service
+
+
+@dataclass
+class Choice:
+    """One of the `n` replies, as far as it has come."""
+
+    parser: ReplyParser
+    started: bool = False  # the chunk with the role has been sent
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+class ChatHandler(Handler):
+    id_prefix = "chatcmpl"
+    chunk_type = "chat.completion.chunk"
+
+    def __init__(self, service: Service, body: ChatRequest):
+        super().__init__(service, body)
+        if body.forces_tool_call and not body.tools:
+            raise ApiError("tool_choice needs tools", param="tool_choice")
+        if body.forces_tool_call and body.wants_json:
+            raise ApiError("response_format and a forced tool call exclude each other")
+        open_thinking = body.open_thinking
+        if open_thinking is None:
+            open_thinking = service.args.open_thinking
+        # a grammar constrains the reply from its first token on, and has no place for reasoning
+        self.open_thinking = open_thinking and not (body.forces_tool_call or body.wants_json)
+        make_grammar = None
+        if body.wants_json:
+            make_grammar = self.json_grammar
+        elif body.forces_tool_call:
+            make_grammar = self.tool_call_grammar
+        self.add_requests(
+            self.encode_prompt(),
+            body.max_completion_tokens or body.max_tokens,
+            (body.top_logprobs or 0) if body.logprobs else None,
+            make_grammar,
+        )
+        self.choices = [Choice(ReplyParser(self.open_thinking)) for _ in self.requests]
+
+    # -- prompt ------------------------------------------------------------------------------------
+
+    def encode_prompt(self) -> list[int]:
+        options: dict[str, Any] = {"open_thinking": True} if self.open_thinking else {}
+        if self.body.tools and self.body.tool_choice != "none":
+            options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.body.tools]
+        messages = [to_template_message(message) for message in self.body.messages]
+        try:
+            return encode_chat(self.tokenizer, messages, add_generation_prompt=True, **options).ids
+        except UserError as error:
+            raise ApiError(str(error), param="messages") from error
+
+    def json_grammar(self, max_tokens: int) -> Grammar:
+        """JSON of the schema in response_format, or any JSON object."""
+        json_schema = self.body.response_format.json_schema
+        schema = json_schema.schema_ if json_schema else {"type": "object"}
+        try:
+            return self.service.grammars.compile_json_schema(schema, max_tokens)
+        except UserError as error:
+            raise ApiError(str(error), param="response_format") from error
+
+    def tool_call_grammar(self, max_tokens: int) -> Grammar:
+        """A call of the tool that tool_choice names, or of any tool."""
+        choice = self.body.tool_choice
+        name = choice.function.name if isinstance(choice, NamedToolChoice) else None
+        functions = [tool.function for tool in self.body.tools]
+        functions = [function for function in functions if name in (None, function.name)]
+        if not functions:
+            raise ApiError(f"there is no tool {name!r} among tools", param="tool_choice")
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "arguments": function.parameters or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
+        grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {schema}\n'
+        try:
+            return self.service.grammars.compile_lark(grammar, max_tokens)
+        except UserError as error:
+            raise ApiError(str(error), param="tool_choice") from error
+
+    # -- reply -------------------------------------------------------------------------------------
+
+    def parse_delta(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """Add a delta to its choice; returns OpenAI's deltas of the message."""
+        choice, message_deltas = self.choices[index], []
+        parts = list(choice.parser.feed(delta.text))
+        if delta.finish_reason:
+            parts += choice.parser.end()
+        for kind, part in parts:
+            if kind == "tool_call":
+                arguments = json.dumps(part["arguments"], ensure_ascii=False)
+                call = {
+                    "id": f"call_{secrets.token_hex(8)}",
+                    "type": "function",
+                    "function": {"name": part["name"], "arguments": arguments},
+                }
+                message_deltas.append({"tool_calls": [{"index": len(choice.tool_calls), **call}]})
+                choice.tool_calls.append(call)
+            elif kind == "reasoning":
+                choice.reasoning += part
+                message_deltas.append({"reasoning_content": part})
+            else:
+                choice.content += part
+                message_deltas.append({"content": part})
+        choice.finish_reason = delta.finish_reason
+        if delta.finish_reason == "stop" and choice.tool_calls:
+            choice.finish_reason = "tool_calls"
+        return message_deltas
+
+    def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        message_deltas, choice = self.parse_delta(index, delta), self.choices[index]
+        if not choice.started:
+            choice.started = True
+            message_deltas = [{"role": "assistant", "content": ""}, *message_deltas]
+        logprobs = self.format_logprobs(delta)
+        if logprobs and not message_deltas:  # tokens whose text is held back
+            message_deltas = [{}]
+        choices = [
+            {"index": index, "delta": message_delta, "logprobs": None, "finish_reason": None}
+            for message_delta in message_deltas
+        ]
+        if logprobs:
+            choices[-1]["logprobs"] = {"content": logprobs, "refusal": None}
+        if choice.finish_reason:
+            finish = {"index": index, "delta": {}, "logprobs": None}
+            choices.append(finish | {"finish_reason": choice.finish_reason})
+        return [self.chunk([each]) for each in choices]
+
+    def add_delta(self, index: int, delta: Delta) -> None:
+        self.parse_delta(index, delta)
+        self.choices[index].logprobs += self.format_logprobs(delta)
+
+    def response(self) -> dict[str, Any]:
+        choices = []
+        for index, choice in enumerate(self.choices):
+            # as OpenAI: no content beside tool calls is null, otherwise it is an empty text
+            content = choice.content or (None if choice.tool_calls else "")
+            message: dict[str, Any] = {"role": "assistant", "content": content}
+            if choice.reasoning:
+                message["reasoning_content"] = choice.reasoning
+            if choice.tool_calls:
+                message["tool_calls"] = choice.tool_calls
+            logprobs = {"content": choice.logprobs, "refusal": None}
+            choices.append(
+                {
+                    "index": index,
+                    "message": message,
+                    "logprobs": logprobs if self.body.logprobs else None,
+                    "finish_reason": choice.finish_reason,
+                }
+            )
+        return self.envelope("chat.completion", choices) | {"usage": self.usage()}
+
+    def format_logprobs(self, delta: Delta) -> list[dict[str, Any]]:
+        if not self.body.logprobs:
+            return []
+
+        def entry(token: int, logprob: float) -> dict[str, Any]:
+            text = self.token_text(token)
+            logprob = max(logprob, MIN_LOGPROB)
+            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+        return [
+            entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}
+            for token, logprob in zip(delta.tokens, delta.logprobs, strict=True)
+        ]
+
+
+def to_template_message(message: ChatMessage) -> dict[str, Any]:
+    """A message of the API as the chat template takes it."""
+    result = message.model_dump(exclude_none=True, exclude={"name", "tool_call_id"})
+    if message.role == "developer":  # OpenAI's new name of the system role
+        result["role"] = "system"
+    result.setdefault("content", "")
+    if isinstance(message.content, list):
+        result["content"] = "".join(part.text for part in message.content)
+    return result

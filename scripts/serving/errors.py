@@ -1,0 +1,53 @@
+"""Errors of the API, as OpenAI's error object."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+
+class ApiError(Exception):
+    """An error for the client: an HTTP status and OpenAI's error object as the body."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def server_error() -> ApiError:
+    """A 500 that does not leak the exception; the log has it."""
+    return ApiError("the server failed; its log has the reason", 500, "server_error")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Have every error answered with OpenAI's error object, those of FastAPI too."""
+
+    @app.exception_handler(ApiError)
+    def api_error(http: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid_request(http: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])  # without "body"
+        message = f"{field}: {first['msg']}" if field else first["msg"]
+        return api_error(http, ApiError(message, param=field or None))
+
+    @app.exception_handler(HTTPException)
+    def unknown_route(http: Request, error: HTTPException) -> JSONResponse:
+        message = f"{http.method} {http.url.path}: {error.detail}"
+        response = api_error(http, ApiError(message, error.status_code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    def unexpected_error(http: Request, error: Exception) -> JSONResponse:
+        return api_error(http, server_error())

@@ -1,0 +1,89 @@
+"""From a request of the API to engine requests, and from deltas to OpenAI's response objects."""
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from model.inference.engine import Request
+from model.inference.grammar import Grammar
+from model.inference.streaming import StreamingDetokenizer
+from scripts.serving.openai_types import BaseRequest
+from scripts.serving.service import Delta, Service
+
+MIN_LOGPROB = -9999.0  # for JSON, which has no −infinity
+
+
+class Handler:
+    """One request of the API. Subclasses validate it, encode its prompts and word the response.
+
+    A response without streaming is collected with `add_delta` and made by `response`; a stream
+    turns each delta into `chunks`.
+    """
+
+    id_prefix: str
+    chunk_type: str  # the "object" field of a chunk
+
+    def __init__(self, service: Service, body: BaseRequest):
+        service.check_model(body.model)
+        self.service, self.body, self.tokenizer = service, body, service.tokenizer
+        self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.requests: list[Request] = []  # `n` for each prompt
+
+    def add_requests(
+        self,
+        prompt: list[int],
+        max_tokens: int | None,
+        top_logprobs: int | None,
+        make_grammar: Callable[[int], Grammar] | None = None,
+    ) -> None:
+        """Append the engine requests of one prompt: `n`, which differ in their random numbers.
+
+        Args:
+            top_logprobs: number of alternatives per token; None: no log-probabilities.
+            make_grammar: maximum number of tokens → a grammar that the reply must follow.
+        """
+        sampling = self.service.sampling(self.body, max_tokens, prompt)
+        for _ in range(self.body.n or 1):
+            constraint = make_grammar(sampling.max_new_tokens) if make_grammar else None
+            text = StreamingDetokenizer(self.tokenizer, self.body.stop_strings)
+            row = len(self.requests)
+            self.requests.append(Request(prompt, sampling, row, top_logprobs, constraint, text))
+
+    def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks of a stream for a delta of choice `index`."""
+        raise NotImplementedError
+
+    def add_delta(self, index: int, delta: Delta) -> None:
+        """Collect a delta of choice `index` for the response."""
+        raise NotImplementedError
+
+    def response(self) -> dict[str, Any]:
+        """The response of all deltas that were added."""
+        raise NotImplementedError
+
+    def envelope(self, object_type: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": object_type,
+            "created": self.created,
+            "model": self.service.args.model_name,
+            "choices": choices,
+        }
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.envelope(self.chunk_type, choices)
+
+    def usage(self) -> dict[str, int]:
+        # the `n` choices of a prompt share it, so that it counts once
+        prompt_tokens = sum(len(r.prompt) for r in self.requests[:: self.body.n or 1])
+        completion_tokens = sum(len(r.tokens) for r in self.requests)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token])

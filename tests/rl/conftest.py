@@ -1,0 +1,40 @@
+"""What the tests of reinforcement learning share."""
+
+import pytest
+from rl_toy import ASKED, MORE, RL, STAGES, prompt_file, some_prompts
+from toy import Trainer
+
+from model.weights import load_model
+from trainer import train_grpo
+from trainer.common.context import Context
+from trainer.rl import policy
+from trainer.rl.prompts import PromptDataset, collate_prompts
+from trainer.trainer_utils import Run
+
+
+@pytest.fixture
+def make_run(save, tmp_path, tokenizer):
+    """A run of GRPO with its model, nothing trained."""
+
+    def make(stage=train_grpo, **settings):
+        args = stage.Args(
+            from_weight=str(save(num_hidden_layers=1)),
+            data_path=["none"],
+            device="cpu",
+            max_gen_len=6,
+            save_dir=str(tmp_path),
+            **settings,
+        )
+        model = policy.add_lora_if_asked(args, load_model(args.from_weight, tokenizer=tokenizer))
+        prompts = PromptDataset(some_prompts(tokenizer), max_sample_tokens=99)
+        ctx = Context.create(args)
+        run = Run(ctx, "grpo", model, tokenizer, prompts, collate=collate_prompts)
+        return run, model.train()
+
+    return make
+
+
+@pytest.fixture(params=STAGES, ids=lambda stage: stage.__name__.rpartition("_")[2])
+def rl(request, tmp_path) -> Trainer:
+    more = {**RL, **MORE[request.param]}
+    return Trainer(tmp_path, request.param, (prompt_file, ASKED, more))

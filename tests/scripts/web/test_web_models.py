@@ -1,0 +1,72 @@
+"""Finding and loading models, and the page without one."""
+
+import runpy
+import shutil
+import sys
+import time
+
+import pytest
+from web_page import PAGE
+
+from scripts.web import models
+from scripts.web.models import DemoTraining, default_model, find_lora, find_models
+from scripts.web.texts import TEXTS
+from scripts.web_demo import Args
+
+
+def test_models_are_found_and_named(folder, tmp_path):
+    (folder / "lora").mkdir(exist_ok=True)
+    (folder / "lora" / "lora_identity_96.pth").touch()
+    found = find_models(Args(save_dir=str(folder)))
+    assert {each.label for each in found} == {"full_sft_96", "dpo_64", "moe/pretrain_64_moe"}
+    assert default_model(found, Args(save_dir=str(folder))).label == "full_sft_96"
+    moe = Args(save_dir=str(folder), weight="pretrain")
+    assert default_model(found, moe).label == "moe/pretrain_64_moe"
+    by_label = {each.label: each for each in found}
+    assert [path.stem for path in find_lora(by_label["full_sft_96"])] == ["lora_identity_96"]
+    assert find_lora(by_label["dpo_64"]) == []
+    shutil.rmtree(folder / "lora")
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_without_a_model_the_page_says_how_to_get_one(open_page, tmp_path, monkeypatch, language):
+    started = []
+    monkeypatch.setattr(DemoTraining, "start", lambda self, *given: started.append(given))
+    page = open_page("--language", language, save_dir=tmp_path)
+    number = ["en", "zh"].index(language)
+    assert page.title[0].value == TEXTS["no_model"][number]
+    assert any(each.value == "make demo" for each in page.code)
+    page.button[0].click().run()
+    assert started == [(str(tmp_path), 12)]
+
+
+def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
+    (tmp_path / "full_sft_64.pth").write_bytes(b"nothing")
+    page = open_page(save_dir=tmp_path)
+    assert "is refused: it is no plain state dict" in page.error[0].value
+
+
+def test_a_wrong_flag_is_one_sentence(open_page, monkeypatch, capsys):
+    assert "unknown argument --nonsense" in open_page("--nonsense").error[0].value
+    monkeypatch.setattr(sys, "argv", [PAGE])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(PAGE, run_name="__main__")
+    assert end.value.code == 2 and "streamlit run" in capsys.readouterr().err
+
+
+def test_the_training_is_a_process_that_can_be_stopped(tmp_path, monkeypatch):
+    (tmp_path / "scripts" / "runs").mkdir(parents=True)
+    slow = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
+    (tmp_path / "scripts" / "runs" / "demo.py").write_text(slow)
+    monkeypatch.setattr(models, "ROOT", tmp_path)
+    training = DemoTraining()
+    training.start(str(tmp_path / "out"), 3)
+    while not training.log.read_bytes():
+        time.sleep(0.01)
+    assert (
+        training.running and f"'--minutes', '3', '--output', '{tmp_path}" in training.last_lines()
+    )
+    training.stop()
+    assert not training.running and not training.failed
+    training.log.write_bytes(b"1%\r50%\r100%\r\n\nend\n")
+    assert training.last_lines() == "100%\nend"
