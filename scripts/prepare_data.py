@@ -342,6 +342,12 @@ def plot_lengths(records: np.ndarray, path: Path) -> None:
 
 # -- the command line ------------------------------------------------------------------------------
 
+
+@dataclass
+class NoFlags:
+    """The command line before the command."""
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
     "download": (Download, download),
     "clean": (Clean, clean),
@@ -352,23 +358,28 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
 
 
 def command_line() -> Parser:
-    parser = Parser([], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, (kind, _) in COMMANDS.items():
+    parser = Parser(
+        NoFlags, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.usage = "%(prog)s COMMAND [--flag value ...]"
+    commands = parser.add_subparsers(
+        required=True, metavar="COMMAND", dest="command", prog=parser.prog
+    )
+    for name, (args_class, _) in COMMANDS.items():
         commands.add_parser(
             name,
-            dataclass_types=kind,
-            help=kind.__doc__,
-            description=kind.__doc__,
+            args_class=args_class,
+            help=args_class.__doc__,
+            description=args_class.__doc__,
             allow_abbrev=False,
         )
     return parser
 
 
-def main(words: list[str] | None = None) -> Any:
-    given = vars(command_line().parse_args(words))
-    kind, run = COMMANDS[given.pop("command")]
-    return run(kind(**given))
+def main(argv: list[str] | None = None) -> Any:
+    given = vars(command_line().parse_args(argv))
+    args_class, run = COMMANDS[given.pop("command")]
+    return run(args_class(**given))
 
 
 if __name__ == "__main__":
