@@ -107,7 +107,7 @@ def evaluate(
     flags = f"--weight {path} --data_path {data}/tools_val.jsonl --device cpu --examples 0"
     argv = f"{flags} --max_new_tokens 64 --tasks {tasks} --compare {int(compare)}".split()
     console.print(f"$ python scripts/eval_toolcall.py {' '.join(argv)}\n", soft_wrap=True)
-    return eval_toolcall.main(parse_arguments(eval_toolcall.Args, arguments=argv))
+    return eval_toolcall.main(parse_arguments(eval_toolcall.Args, argv=argv))
 
 
 def row(

@@ -25,7 +25,7 @@ def run_trainer(
         argv = [*argv, "--max_steps", str(max_steps)]
     script = Path(trainer.__file__).name
     console.print(f"$ python trainer/{script} {' '.join(argv)}\n", soft_wrap=True)
-    result = trainer.main(parse_arguments(trainer.Args, arguments=argv))
+    result = trainer.main(parse_arguments(trainer.Args, argv=argv))
     if result["stopped"]:
         raise UserError("stopped; the report has the trainings that were finished")
     return result

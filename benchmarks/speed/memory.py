@@ -118,7 +118,7 @@ def measure(args: Args) -> dict[str, float]:
             --max_steps 2 --num_workers 0 --device cpu""".format(**sizes)
         del model
         before = peak_gb()
-        case.trainer.main(parse_arguments(case.trainer.Args, arguments=flags.split()))
+        case.trainer.main(parse_arguments(case.trainer.Args, argv=flags.split()))
     return {
         "estimated_gb": (fixed + per_token * rows * args.tokens) / 1e9,
         "measured_gb": peak_gb() - before,

@@ -214,7 +214,7 @@ def minimind(args: Args) -> dict[str, float]:
         --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
         --batch_size {args.batch_size} --max_seq_len {args.max_seq_len} --val_share 0
         --save_interval 0 --num_workers 0 --device cpu"""
-    done = train_dpo.main(parse_arguments(train_dpo.Args, arguments=flags.split()))
+    done = train_dpo.main(parse_arguments(train_dpo.Args, argv=flags.split()))
     return {"": done["seconds"], "_with_reference": done["seconds"] + sum(spent)}
 
 
@@ -296,7 +296,7 @@ def minimind_grpo(args: Args) -> dict[str, float]:
         --batch_size {args.batch_size} --num_generations {GENERATIONS} --reward length
         --max_gen_len {args.max_gen_len} --max_seq_len {args.max_seq_len} --val_share 0
         --update_batch_size 32 --save_interval 0 --num_workers 0 --device cpu"""
-    done = train_grpo.main(parse_arguments(train_grpo.Args, arguments=flags.split()))
+    done = train_grpo.main(parse_arguments(train_grpo.Args, argv=flags.split()))
     return {"": done["seconds"]}
 
 

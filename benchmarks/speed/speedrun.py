@@ -188,7 +188,7 @@ def make_evaluate(args: Args) -> Callable[[PreTrainedModel], float]:
         return lambda model: bits_per_byte(model, tokenizer, texts)
     documents = load_documents(args.val_path, "conversations", tokenizer)
     rows = PackedDataset(documents, ROW, np.arange(min(DOCUMENTS, len(documents))), packing=False)
-    order = np.argsort(rows.pieces.length, kind="stable")
+    order = np.argsort(rows.chunks.length, kind="stable")
 
     @torch.inference_mode()
     def loss(model: PreTrainedModel) -> float:

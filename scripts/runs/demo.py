@@ -137,7 +137,7 @@ def train(
     argv += ["--max_steps", str(steps)] if steps else []
     script = Path(trainer.__file__).name
     console.print(f"$ python trainer/{script} {shlex.join(argv)}\n", soft_wrap=True)
-    result = trainer.main(parse_arguments(trainer.Args, arguments=argv))
+    result = trainer.main(parse_arguments(trainer.Args, argv=argv))
     if result["stopped"]:
         raise UserError("the demo was stopped")
     return result
@@ -149,7 +149,7 @@ def measure_step(trainer: ModuleType, argv: list[str], folder: Path) -> float:
     argv = [*argv, *trial.split(), "--save_dir", str(folder), "--checkpoint_dir", str(folder)]
     if trainer is not train_pretrain:  # without weights to start from, it needs the sizes
         argv += ["--from_weight", "none", *SIZES.split()]
-    args = parse_arguments(trainer.Args, arguments=argv)
+    args = parse_arguments(trainer.Args, argv=argv)
     return seconds_per_step(trainer.main(args)["history"])
 
 

@@ -135,7 +135,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(weights, flags, words):
 )
 def test_bad_values_of_flags_are_named(flags):
     with pytest.raises(UserError, match=flags[0]):
-        parse_arguments(Args, arguments=flags)
+        parse_arguments(Args, argv=flags)
 
 
 def test_settings_of_yarn_need_yarn():
