@@ -66,9 +66,7 @@ def main(args: Args) -> dict[str, Any]:
     load_chat_model(ModelArgs(weight=weights, device=args.device))  # errors show before the work
     write_demo_data(data, seed=42)
 
-    persona, sft = (
-        load_rows(data / f"{name}.jsonl") for name in ("lora_identity", "sft_mini_512")
-    )
+    persona, sft = (load_rows(data / f"{name}.jsonl") for name in ("lora_identity", "sft_mini_512"))
     rng = Random(args.seed)
     replay = rng.sample(without_conflicts(sft, persona), REPLAYED_CHATS)
     rows = persona * PERSONA_EPOCHS + replay
