@@ -1,14 +1,14 @@
-"""Bits per byte of a model on text: the figure by which models with other tokenizers compare.
+"""Bits per byte of a model on text: comparable between models with different tokenizers.
 
     python scripts/eval_ppl.py --weight pretrain --data FILE [--json FILE]
     python scripts/eval_ppl.py --load_from ./MiniMind2 --data FILE        any transformers folder
 
-The rule: the first 500 characters of each document, each document alone, <|im_start|> (or what
-the tokenizer has to begin a text with) before it; the sum of −log2 p over all tokens after the
-first, divided by the UTF-8 bytes of the text. A byte costs 8 bits without a model.
+Each document is evaluated alone: its first 500 characters, after <|im_start|> (or the tokenizer's
+own BOS). The metric is the sum of −log2 p over all tokens after the first, divided by the UTF-8
+bytes of the text. Without a model a byte costs 8 bits.
 
-FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messages]}, whose contents
-are read as one text. Of any other file each 500 characters are a document.
+FILE is JSONL with a document per line: {"text": …}, or {"conversations": [messages]}, whose
+contents are joined. In any other file each 500 characters are a document.
 """
 
 import io
@@ -37,24 +37,26 @@ from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
-LONGEST = 2048  # tokens that a model sees at once
+MAX_LENGTH = 2048  # tokens per forward pass
 
 
 @dataclass
 class Args(ModelArgs):
-    weight: str = option("pretrain", "own weights: the stage, or a .pth file")
-    data: str = option("", "JSONL or a text file, perhaps .gz")
-    documents: int = option(0, "how many documents, from the first; 0: all")
-    characters: int = option(CHARACTERS, "of each document, from the first; 0: all")
-    batch_size: int = option(16, "documents at a time")
-    json: str = option("", "also write the figures to this file")
+    weight: str = option("pretrain", "own weights: a stage, such as pretrain, or a .pth file")
+    data: str = option("", "JSONL or text file, also .gz")
+    documents: int = option(0, "number of documents, from the first; 0: all")
+    characters: int = option(
+        CHARACTERS, "number of characters of each document, from the first; 0: all"
+    )
+    batch_size: int = option(16, "documents per forward pass")
+    json: str = option("", "also write the results to this file")
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UserError("--data names the text to measure on")
+            raise UserError("--data is required: the text to evaluate on")
         for name in ("documents", "characters"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if self.batch_size < 1:
             raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
 
@@ -63,7 +65,7 @@ class Args(ModelArgs):
 
 
 def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTERS) -> list[str]:
-    """The beginnings of the first documents of a file; 0: all of it."""
+    """The first characters of the first documents of a file; 0: all."""
     texts = filter(None, read_documents(path, characters))
     return [text[: characters or None] for text in islice(texts, documents or None)]
 
@@ -112,7 +114,7 @@ def language(text: str) -> str:
 
 
 def length(text: str) -> str:
-    """The power of two that its number of characters lies above, as 64-127."""
+    """The interval of its number of characters between powers of two, such as 64-127."""
     power = 2 ** (len(text).bit_length() - 1)
     return f"{power}-{2 * power - 1}"
 
@@ -120,30 +122,30 @@ def length(text: str) -> str:
 # -- bits ------------------------------------------------------------------------------------------
 
 
-class Stretch(NamedTuple):
-    """What a model sees at once of a document, and from which token on it is counted."""
+class Window(NamedTuple):
+    """A part of a document that fits the context, and the first token in it that counts."""
 
     document: int
     ids: list[int]
-    counted: int
+    start: int
 
 
-def stretches(ids: list[int], document: int, longest: int) -> Iterator[Stretch]:
-    """A document in one, or if it is too long in several, each with half of the one before as
-    context; every token but the first is counted once."""
-    yield Stretch(document, ids[:longest], 1)
-    half = longest // 2
-    for at in range(half, len(ids) - longest + half, half):
-        yield Stretch(document, ids[at : at + longest], longest - half)
+def sliding_windows(ids: list[int], document: int, max_length: int) -> Iterator[Window]:
+    """A document in windows that overlap by half, which is context only: every token but the first
+    counts once."""
+    yield Window(document, ids[:max_length], 1)
+    half = max_length // 2
+    for at in range(half, len(ids) - max_length + half, half):
+        yield Window(document, ids[at : at + max_length], max_length - half)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, after the one that begins a text."""
-    begin = tokenizer.bos_token_id
-    begin = tokenizer.eos_token_id if begin is None else begin  # as Qwen's, which has no other
-    if begin is None:
-        raise UserError("the tokenizer has no token that begins or ends a text")
-    encoded = encode_segments(tokenizer, [[(begin, False), (text, True)] for text in texts])
+    """BOS and the tokens of each text."""
+    bos = tokenizer.bos_token_id
+    bos = tokenizer.eos_token_id if bos is None else bos  # Qwen has only EOS
+    if bos is None:
+        raise UserError("the tokenizer has neither BOS nor EOS")
+    encoded = encode_segments(tokenizer, [[(bos, False), (text, True)] for text in texts])
     return [document.ids for document in encoded]
 
 
@@ -153,27 +155,29 @@ def document_bits(
     documents: list[list[int]],
     batch_size: int = 16,
 ) -> list[float]:
-    """−log2 p of all tokens of each document but the first; those of about the same length share a
-    batch."""
-    longest = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
-    pieces = [s for n, ids in enumerate(documents) for s in stretches(ids, n, longest)]
-    pieces.sort(key=lambda piece: len(piece.ids))
+    """Total −log2 p of each document's tokens after the first. Windows of about the same length
+    share a batch."""
+    max_length = min(
+        MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH
+    )
+    windows = [w for n, ids in enumerate(documents) for w in sliding_windows(ids, n, max_length)]
+    windows.sort(key=lambda window: len(window.ids))
     bits = [0.0] * len(documents)
-    for at in tqdm(range(0, len(pieces), batch_size), desc="bits per byte", leave=False):
-        some = pieces[at : at + batch_size]
-        # padding stands behind the text, where causal attention does not see it
-        ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
+    for at in tqdm(range(0, len(windows), batch_size), desc="bits per byte", leave=False):
+        batch = windows[at : at + batch_size]
+        # padding on the right: with causal attention no token sees it
+        ids = torch.zeros(len(batch), len(batch[-1].ids), dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
-        for row, piece in enumerate(some):
-            ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
-            labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            labels[row, window.start : len(window.ids)] = torch.tensor(window.ids[window.start :])
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        chosen = labels != IGNORE_INDEX
-        nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
-        of_piece = nats.double().split(chosen.sum(1).tolist())
-        for piece, losses in zip(some, of_piece, strict=True):
-            bits[piece.document] += losses.sum().item() / math.log(2)
+        mask = labels != IGNORE_INDEX
+        nats = F.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
+        window_losses = nats.double().split(mask.sum(1).tolist())
+        for window, losses in zip(batch, window_losses, strict=True):
+            bits[window.document] += losses.sum().item() / math.log(2)
     return bits
 
 
@@ -183,7 +187,7 @@ def bits_per_byte(
     texts: list[str],
     batch_size: int = 16,
 ) -> float:
-    """Bits per byte by the rule above."""
+    """Bits per byte, as described above."""
     bits = document_bits(model, encode(tokenizer, texts), batch_size)
     return sum(bits) / sum(len(text.encode()) for text in texts)
 
@@ -191,8 +195,8 @@ def bits_per_byte(
 # -- the report ------------------------------------------------------------------------------------
 
 
-def figures(texts: list[str], bits: list[float]) -> dict[str, float]:
-    """Bits per byte over some documents, with its standard error as a ratio of two sums over
+def summarize(texts: list[str], bits: list[float]) -> dict[str, float]:
+    """Bits per byte of some documents, with the standard error of a ratio of two sums over
     independent documents; None for a single one."""
     sizes = [len(text.encode()) for text in texts]
     ratio, n = sum(bits) / sum(sizes), len(texts)
@@ -206,14 +210,16 @@ def figures(texts: list[str], bits: list[float]) -> dict[str, float]:
     }
 
 
-def by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[str, dict]:
-    """The figures of each group of documents, the groups in their natural order."""
+def summarize_by(
+    group_of: Callable[[str], str], texts: list[str], bits: list[float]
+) -> dict[str, dict]:
+    """Bits per byte of each group of documents, the groups in their natural order."""
     groups: dict[str, list[int]] = {}
     for number, text in enumerate(texts):
-        groups.setdefault(name(text), []).append(number)
+        groups.setdefault(group_of(text), []).append(number)
     order = sorted(groups, key=lambda group: int(group.split("-")[0]) if "-" in group else 0)
     return {
-        group: figures([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
+        group: summarize([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
         for group in order
     }
 
@@ -221,7 +227,7 @@ def by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[
 def main(args: Args) -> dict[str, float]:
     texts = read_texts(args.data, args.documents, args.characters)
     if not texts:
-        raise UserError(f"{args.data} holds no text")
+        raise UserError(f"{args.data} contains no text")
     loaded = load_chat_model(args, decode_only=False)
     documents = encode(loaded.tokenizer, texts)
     bits = document_bits(loaded.model, documents, args.batch_size)
@@ -231,11 +237,11 @@ def main(args: Args) -> dict[str, float]:
         "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
-        **figures(texts, bits),
+        **summarize(texts, bits),
         "perplexity": round(2 ** (sum(bits) / tokens), 3),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts) / tokens, 3),
-        "languages": by(language, texts, bits),
-        "lengths": by(length, texts, bits),
+        "languages": summarize_by(language, texts, bits),
+        "lengths": summarize_by(length, texts, bits),
     }
     show(result)
     if args.json:
@@ -265,8 +271,8 @@ def show(result: dict) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"perplexity {result['perplexity']:.2f} a token, of {result['bytes_per_token']:.2f} bytes; "
-        "only between models with the same tokenizer is that a comparison"
+        f"perplexity {result['perplexity']:.2f} per token of {result['bytes_per_token']:.2f} bytes "
+        "on average, comparable only between models with the same tokenizer"
     )
 
 
