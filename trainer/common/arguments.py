@@ -5,7 +5,7 @@ from typing import Literal
 
 from model.command_line import check_values, option
 from model.errors import UserError
-from model.model_lora import ATTENTION, LoraConfig
+from model.model_lora import ATTENTION_MODULES, LoraConfig
 from model.weights import OUT, ROOT
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -226,7 +226,7 @@ class LoraArgs(TrainArgs):
         0.0, "share of A's inputs set to 0 in training", group=LORA, needs="use_lora"
     )
     lora_targets: list[str] = option(
-        list(ATTENTION),
+        list(ATTENTION_MODULES),
         "names of the adapted linear layers, such as q_proj gate_proj; experts' too",
         group=LORA,
         needs="use_lora",

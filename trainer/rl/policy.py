@@ -19,13 +19,13 @@ from trainer.trainer_utils import Run
 def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
     """The model to train; with --use_lora it gets an adapter, and only that is trained."""
     if args.use_lora:
-        add_lora(model, args.settings())
+        add_lora(model, args.lora_config())
     return model
 
 
 def make_save_fn(args: RolloutArgs, policy_of: Callable = lambda model: model) -> Callable:
     """What writes the weights of the policy, which is a part of the model in PPO."""
-    save = partial(save_lora, config=args.settings()) if args.use_lora else save_weights
+    save = partial(save_lora, config=args.lora_config()) if args.use_lora else save_weights
     return lambda model, path, **about: save(policy_of(model), path, **about)
 
 
