@@ -126,7 +126,8 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
             names = RENAMED.get(name, name).split()
             if name in TIMINGS or not names:
                 continue
-            found = next((new[each] for each in names if each in new), "none")
+            # its own name too, for two versions that are both older than the new one
+            found = next((new[each] for each in [*names, name] if each in new), "none")
             if found != value:
                 return f"step {old['step']}: {name} {value} → {found}"
     for kind in ("weights", "float32 weights", "optimizer's state"):
@@ -143,39 +144,38 @@ def results(args: Args, folder: Path) -> list[tuple[str, dict, dict]]:
         after = copy_worktree(Path(args.after or ROOT), folder / "code after")
     else:
         after = copy_commit(hash_of_commit(args.after), folder / "code after")
-    files = {name: str(folder / f"{name}.jsonl") for name in data()}
-    for name, rows in data().items():
-        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def trainings(listed: list[Case], root: Path, side: str, **more: Any) -> list[Training]:
-        return [Training(case, root, folder / side / case.name, files, **more) for case in listed]
-
-    def run_first(listed: list[Training], title: str) -> list[Training]:
-        run_all(listed, args.jobs, title)
-        for each in listed:
-            if failure := each.failure():
-                raise UserError(f"--before {args.before}: {each.case.name}: {failure}")
-        return listed
-
-    for start in run_first(trainings(starting_weights(), before, "start"), "starting weights"):
-        (path,) = start.folder.glob("out/*.pth")
-        files[start.case.variant] = str(path)
-
     chosen = cases(args.stage)
     resumed = [case for case in chosen if case.variant == "resumed"]
-    others = [case for case in chosen if case not in resumed]
-    for half in run_first(trainings(resumed, before, "after", stop_after=2), "interrupted"):
-        if half.metrics().count('"loss"') == LONG:
-            print(f"{half.case.name}: it was too fast to be interrupted, so this shows nothing")
+    files = {}  # what the flags of cases name
+    for name, rows in data().items():
+        files[name] = str(folder / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def training(case: Case, version: Path, side: str, **more: Any) -> Training:
+        return Training(case, version, folder / side / case.name, files, **more)
+
+    # what the version before makes for both
+    starts = [training(case, before, "start") for case in starting_weights()]
+    starts *= any("{weights}" in case.flags for case in chosen)
+    halves = [training(case, before, "after", stop_after=2) for case in resumed]
+    run_all(starts, args.jobs, "starting weights")
+    for start in starts:
+        files[start.case.variant] = str(next(start.folder.glob("out/*.pth"), ""))
+    run_all(halves, args.jobs, "interrupted runs")
+    for each in starts + halves:
+        if failure := each.failure():
+            raise UserError(f"--before {args.before} fails: {each.case.name}: {failure}")
+        if each in halves and each.metrics().count('"loss"') == LONG:
+            print(f"{each.case.name}: it was too fast to be interrupted, so this shows nothing")
+
     cache = Path(args.cache) / f"{commit}-{fingerprint()}.json"
     known = json.loads(cache.read_text()) if cache.exists() else {}
-    old = trainings([case for case in chosen if case.name not in known], before, "before")
-    new = [*trainings(others, after, "after"), *trainings(resumed, after, "after", resume=True)]
+    old = [training(case, before, "before") for case in chosen if case.name not in known]
+    new = [training(case, after, "after", resume=case in resumed) for case in chosen]
     run_all(old + new, args.jobs, "trainings")
     known |= {each.case.name: each.result() for each in old}
-    found = {each.case.name: each.result() for each in new}
     remember({name: each for name, each in known.items() if "failure" not in each}, cache)
-    return [(case.name, known[case.name], found[case.name]) for case in chosen]
+    return [(each.case.name, known[each.case.name], each.result()) for each in new]
 
 
 def fingerprint() -> str:

@@ -106,9 +106,10 @@ COMMON = """--device cpu --dtype float32 --num_workers 0 --epochs 99 --max_steps
 SIZES = "--num_hidden_layers 2 --num_attention_heads 4 --num_key_value_heads 2 --hidden_size"
 PACKED = "--max_seq_len 64 --accumulation_steps 2"
 TUNED = f"--from_weight {{weights}} {PACKED}"
-RL = """--from_weight {weights} --max_gen_len 8 --update_batch_size 3
-    --reward similarity:1 language:0.5"""
-AGENT = "--from_weight {weights} --max_gen_len 48 --update_batch_size 3 --max_turns 2"
+# a slower rate and a high temperature, so that the answers to a prompt go on to differ
+ROLLOUT = "--from_weight {weights} --learning_rate 5e-4 --temperature 2 --update_batch_size 3"
+RL = f"{ROLLOUT} --max_gen_len 8 --reward similarity:1 language:0.5 length:0.3"
+AGENT = f"{ROLLOUT} --temperature 1.3 --max_gen_len 48 --max_turns 2"
 
 # Of each trainer its data and its flags; {names} stand for files.
 TRAINERS = {

@@ -26,7 +26,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
         rules: a class that overrides the field keeps those that it does not give anew.
             group: heading in --help.
             above, at_least, below, at_most: the values that make sense.
-            needs: a flag without which this one has no effect.
+            needs: a flag without which this one has no effect, or values of it: "flag=a|b".
             no_effect: why this class does not use the flag that it inherits.
             may_differ: a run may go on with another value after --resume.
             pinned: False where a recipe leaves the value to whoever follows it.
@@ -63,10 +63,12 @@ def check_values(args: Any) -> None:
             continue
         if complaint := out_of_range(value, **rules):
             raise UserError(f"--{name} must {complaint.format(value)}")
-        flag = rules.get("needs")
-        if flag in defaults and not getattr(args, flag) and value != defaults[name]:
-            example = "1" if isinstance(defaults[flag], bool) else flag.upper()
-            raise UserError(f"--{name} has no effect without --{flag} {example}")
+        flag, _, values = rules.get("needs", "").partition("=")
+        if flag in defaults and value != defaults[name]:
+            given = getattr(args, flag)
+            if str(given) not in values.split("|") if values else not given:
+                example = values.split("|")[0] or ("1" if given is False else flag.upper())
+                raise UserError(f"--{name} has no effect without --{flag} {example}")
         if (reason := rules.get("no_effect")) and value != defaults[name]:
             raise UserError(f"--{name} has no effect here: {reason}")
 
@@ -101,7 +103,7 @@ class Parser(HfArgumentParser):
 
     def __init__(self, args_class: type, **settings: Any):
         self.rules, self.groups = rules_of(args_class), {}
-        super().__init__(args_class, **settings)
+        super().__init__(args_class, usage="%(prog)s [--flag value ...]", **settings)
 
     def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
         plain, name = copy(field), self.rules[field.name].get("group")

@@ -36,13 +36,12 @@ from transformers import PreTrainedTokenizerBase
 from dataset.grading import grade
 from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
 from model.command_line import option
-from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
@@ -75,20 +74,20 @@ class Args(train_grpo.Args):
     data_path: list[str] = option(
         [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
     )
-    from_weight: str = option("full_sft", "stage to start from")
+    from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
-    max_seq_len: int = option(1024, "tokens of a prompt at most; longer ones are left out")
-    max_gen_len: int = option(256, "tokens of a reply at most")
-    max_turns: int = option(MAX_TURNS, "replies to a question at most; the tools work between them")
+    max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
+    max_gen_len: int = option(256, "most tokens of a reply")
+    max_turns: int = option(
+        MAX_TURNS,
+        "most replies of an episode; tools are run between them",
+        group=ROLLOUT,
+        at_least=1,
+    )
     reward: list[str] = option(
         ["answer:0.6", "arguments:0.2", "name:0.2"],
         "parts with weights: name, arguments, and what rewards.py lists",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_turns < 1:
-            raise UserError(f"--max_turns must be at least 1, not {self.max_turns}")
 
 
 # -- episodes --------------------------------------------------------------------------------------

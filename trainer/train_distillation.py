@@ -110,7 +110,12 @@ class Args(TrainArgs):
         "forward", "between teacher and student; see above", group=STAGE
     )
     mixture: float = option(
-        0.5, "jsd and skew: the teacher's share of the mixture M", group=STAGE, above=0, below=1
+        0.5,
+        "the teacher's share of the mixture M",
+        group=STAGE,
+        needs="divergence=jsd|skew",
+        above=0,
+        below=1,
     )
 
     student_hidden_size: int | None = option(
@@ -303,7 +308,7 @@ def generate_on_policy(
     completions = generate_completions(
         ctx, model, tokenizer, prompts, step=run.step, temperature=1.0
     )
-    run.metrics.add_tokens(sum(len(each.tokens) for each in completions))
+    run.metrics.add_tokens(sum(each.num_sampled for each in completions))
     size = ctx.args.update_batch_size
     batches = micro_batches(completions, size, tokenizer.pad_token_id, ctx.device)
     return GlobalBatch.of(ctx, batches), completion_stats(completions)

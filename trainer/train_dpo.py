@@ -42,7 +42,6 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
 from model.command_line import option
-from model.errors import UserError
 from model.model_lora import add_lora, save_lora
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
@@ -74,7 +73,12 @@ class Args(LoraArgs):
     )
     loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO; ipo: IPO", group=STAGE)
     label_smoothing: float = option(
-        0.0, "assumed share of pairs with swapped labels (cDPO)", group=STAGE, at_least=0, below=0.5
+        0.0,
+        "assumed share of pairs with swapped labels (cDPO)",
+        group=STAGE,
+        needs="loss_type=sigmoid",
+        at_least=0,
+        below=0.5,
     )
     sft_weight: float = option(
         0.0, "weight of the chosen answer's own loss (RPO)", group=STAGE, at_least=0
@@ -83,11 +87,6 @@ class Args(LoraArgs):
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise UserError("--label_smoothing is for --loss_type sigmoid")
 
 
 def dpo_loss(

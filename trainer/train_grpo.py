@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT, STAGE
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
@@ -74,16 +74,33 @@ from trainer.trainer_utils import Run
 @dataclass
 class Args(RolloutArgs):
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    num_generations: int = option(8, "answers to each prompt, a group")
-    beta: float = option(0.02, "weight of the KL to the starting model; 0: none, and no reference")
-    epsilon: float = option(0.2, "the ratio is clipped this far from 1")
-    epsilon_high: float | None = option(
-        None, "upward; default: as epsilon, with dapo 0.28, with cispo the largest weight, 5"
+    num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
+    beta: float = option(
+        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
     )
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = option(
-        "grpo", "see above; dapo and cispo weigh each token alike"
+        "grpo", "see above; dapo and cispo weigh all tokens equally", group=STAGE
     )
-    resample: int = option(2, "dapo: times to ask other prompts instead of groups without signal")
+    epsilon: float = option(
+        0.2,
+        "range of the ratio's clip around 1",
+        group=STAGE,
+        needs="loss_type=grpo|dr_grpo|bnpo|dapo",
+        at_least=0,
+    )
+    epsilon_high: float | None = option(
+        None,
+        "its upper side; default: epsilon; dapo: 0.28; cispo: the largest weight, 5",
+        group=STAGE,
+        at_least=0,
+    )
+    resample: int = option(
+        2,
+        "most times that groups without signal are replaced by other prompts'",
+        group=STAGE,
+        needs="loss_type=dapo",
+        at_least=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,9 +108,6 @@ class Args(RolloutArgs):
             raise UserError("--num_generations must be at least 2: a group is its own baseline")
         if self.epsilon_high is None:
             self.epsilon_high = {"dapo": 0.28, "cispo": 5.0}.get(self.loss_type, self.epsilon)
-        for name in ("beta", "epsilon", "epsilon_high", "resample"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative")
 
 
 # -- advantages ------------------------------------------------------------------------------------

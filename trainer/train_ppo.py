@@ -41,10 +41,9 @@ import torch
 from torch import Tensor, nn
 
 from model.command_line import option
-from model.errors import UserError
 from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
+from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.metrics import Metric
@@ -74,29 +73,29 @@ class Args(RolloutArgs):
     reference_flag = "kl_coef"
 
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    critic_learning_rate: float = option(8e-8, "the same, of the critic")
-    num_generations: int = option(1, "answers to each prompt")
-    update_epochs: int = option(2, "times to learn from the same answers")
-    num_minibatches: int = option(1, "updates in each of these times")
-    clip_epsilon: float = option(0.1, "the ratio is clipped this far from 1")
-    value_clip: float = option(0.2, "the critic's values, this far from those before")
-    vf_coef: float = option(0.5, "weight of the critic's loss")
-    kl_coef: float = option(0.02, "what a nat of departure from the starting model costs; 0: none")
-    gamma: float = option(1.0, "discount of what comes later")
-    gae_lambda: float = option(0.95, "1: whole returns, unbiased; 0: the critic's word alone")
-    target_kl: float = option(0.1, "leave these answers when the policy has moved so far; 0: never")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_generations", "num_minibatches", "critic_learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("clip_epsilon", "value_clip", "vf_coef", "kl_coef", "target_kl"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name} must be from 0 to 1, not {getattr(self, name)}")
+    critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
+    num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
+    update_epochs: int = option(2, "passes through the same completions")
+    num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
+    clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
+    value_clip: float = option(
+        0.2, "range of the value clip around the old value", group=STAGE, at_least=0
+    )
+    vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
+    kl_coef: float = option(
+        0.02, "weight of the KL to the reference in the reward; 0: none", group=STAGE, at_least=0
+    )
+    gamma: float = option(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
+    gae_lambda: float = option(
+        0.95,
+        "1: whole returns, unbiased; 0: one step, then the critic",
+        group=STAGE,
+        at_least=0,
+        at_most=1,
+    )
+    target_kl: float = option(
+        0.1, "KL to the old policy that ends the passes early; 0: never", group=STAGE, at_least=0
+    )
 
 
 class ActorCritic(nn.Module):

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from model.command_line import option
 from model.errors import UserError
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP
+from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
@@ -71,28 +71,34 @@ from trainer.trainer_utils import Run
 @dataclass
 class Args(RolloutArgs):
     learning_rate: float = option(1e-7, LEARNING_RATE_HELP)
-    accumulation_steps: int = option(4, "batches of prompts added up for one update")
-    beta: float = option(0.02, "weight of the KL to the starting model; 0: none, and no reference")
-    epsilon: float = option(0.2, "how far from 1 the ratio may go, for simple and clip")
-    loss_type: Literal["simple", "clip", "plain"] = option("simple", "see above")
-    first_value: float = option(0.5, "what a prompt is thought to bring at first")
-    kl_half_life: float = option(0.06, "nats of movement after which half of the past is forgotten")
-    rho_min: float = option(0.875, "the most that is forgotten at a time is 1 less this")
-    rho_max: float = option(0.96, "the least, likewise")
-    exploration: float = option(0.05, "chance that certain prompts have too; 0.5: nearly all alike")
+    accumulation_steps: int = option(4, "batches of prompts of an optimizer step")
+    beta: float = option(
+        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
+    )
+    loss_type: Literal["simple", "clip", "plain"] = option("simple", "see above", group=STAGE)
+    epsilon: float = option(
+        0.2,
+        "range of the ratio around 1",
+        group=STAGE,
+        needs="loss_type=simple|clip",
+        above=0,
+    )
+    first_value: float = option(
+        0.5, "prior success rate of a prompt", group=STAGE, at_least=0, at_most=1
+    )
+    kl_half_life: float = option(
+        0.06, "KL of the policy, in nats, that halves the evidence", group=STAGE, above=0
+    )
+    rho_min: float = option(0.875, "lower bound of the decay ρ", group=STAGE, above=0, below=1)
+    rho_max: float = option(0.96, "upper bound of the decay ρ", group=STAGE, above=0, below=1)
+    exploration: float = option(
+        0.05, "added to every prompt's sampling weight", group=STAGE, at_least=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("beta", "exploration"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
-        for name in ("epsilon", "kl_half_life"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be more than 0, not {getattr(self, name)}")
-        if not 0 <= self.first_value <= 1:
-            raise UserError(f"--first_value must be from 0 to 1, not {self.first_value}")
-        if not 0 < self.rho_min <= self.rho_max < 1:
-            raise UserError("--rho_min and --rho_max must be between 0 and 1, the first not larger")
+        if self.rho_min > self.rho_max:
+            raise UserError("--rho_min must not be larger than --rho_max")
 
 
 # -- baseline --------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from fastapi import Request as HttpRequest
 
-from model.inference.engine import Engine, TokenLogprob, QueueFull, Request
+from model.inference.engine import Engine, QueueFull, Request, TokenLogprob
 from model.inference.engine_thread import EngineThread
 from model.inference.grammar import GrammarCompiler
 from model.inference.sampling import SamplingParams

@@ -2,10 +2,12 @@
 
 import json
 import math
+import subprocess
 
 import memory
 import numpy as np
 import pytest
+import same_numbers
 import speedrun
 import stage_distillation
 import stages
@@ -175,3 +177,76 @@ def test_what_fits_grows_with_memory_and_shrinks_with_the_model():
         for tokens in (512, 1024):
             assert small[f"24 GB, {tokens}"] > large[f"24 GB, {tokens}"] > large[f"8 GB, {tokens}"]
     assert rows["26M", "sft"]["24 GB, 512"] // 2 == rows["26M", "dpo"]["24 GB, 512"]
+
+
+RESULT = {
+    "records": [
+        {"step": 1, "loss": 2.5, "grad_norm": 1.0, "seconds": 0.1},
+        {"step": 2, "val_loss": 2.25, "seconds": 0.2},
+    ],
+    "weights": {"pretrain_32.pth: norm": "a"},
+    "float32 weights": {"norm": "b"},
+    "optimizer's state": ["c", "d"],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda result: result["records"][0].update(seconds=9.0, more=1), ""),
+        (lambda result: result["records"][0].update(loss=2.6), "step 1: loss 2.5 → 2.6"),
+        (lambda result: result["records"][0].pop("grad_norm"), "step 1: grad_norm 1.0 → none"),
+        (lambda result: result["records"][1].update(val_loss=None), "step 2: val_loss 2.25 → None"),
+        (lambda result: result["records"].pop(), "lines of the log: 2 → 1"),
+        (lambda result: result["weights"].update({"pretrain_32.pth: norm": "x"}), "weights at"),
+        (lambda result: result["float32 weights"].update(norm="x"), "float32 weights at"),
+        (lambda result: result["optimizer's state"].pop(), "optimizer's state at"),
+        (lambda result: result.update(failure="exit code 1"), "after: exit code 1"),
+    ],
+)
+def test_a_changed_number_is_noticed(change, expected):
+    after = json.loads(json.dumps(RESULT))
+    change(after)
+    told = same_numbers.difference(RESULT, after)
+    assert told.startswith(expected) and bool(told) == bool(expected)
+
+
+def test_a_figure_may_have_a_new_name(monkeypatch):
+    after = json.loads(json.dumps(RESULT))
+    after["records"][1]["eval_loss"] = after["records"][1].pop("val_loss")
+    monkeypatch.setitem(same_numbers.RENAMED, "val_loss", "eval_loss")
+    assert same_numbers.difference(RESULT, after) == ""
+    after["records"][1]["eval_loss"] = 2.0
+    assert same_numbers.difference(RESULT, after) == "step 2: val_loss 2.25 → 2.0"
+
+
+@pytest.mark.slow
+def test_another_seed_is_noticed_and_a_resumed_run_does_not_depend_on_it(tmp_path):
+    try:
+        same_numbers.hash_of_commit("HEAD")
+    except (OSError, UserError) as reason:
+        pytest.skip(f"this needs the project's git repository: {reason}")
+    changed = same_numbers.copy_commit("HEAD", tmp_path / "changed")
+    subprocess.run(["git", "init", "-q", changed], check=True)
+    with open(changed / "model" / "__init__.py", "a") as file:
+        file.write("\nimport torch\nseed = torch.manual_seed\n")
+        file.write("torch.manual_seed = lambda number: seed(number + 1)\n")
+    places = dict(keep=str(tmp_path / "runs"), cache=str(tmp_path / "cache"))
+    args = same_numbers.Args("HEAD", str(changed), ["pretrain"], **places)
+    told = same_numbers.main(args)
+    assert told.pop("pretrain, resumed") == ""
+    assert len(told) == 5 and all(each.startswith("step 1: loss ") for each in told.values())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(before=""), "--before is missing"),
+        (dict(before="no_such_commit"), "no commit no_such_commit is found"),
+        (dict(stage=["sft"]), "--stage sft is unknown; there are pretrain, full_sft"),
+        (dict(keep="."), "exists already"),
+    ],
+)
+def test_versions_that_cannot_be_compared(wrong, said):
+    with pytest.raises(UserError, match=said):
+        same_numbers.main(same_numbers.Args(**{"before": "HEAD", **wrong}))

@@ -218,7 +218,8 @@ def test_the_student_comes_closer_and_the_teacher_stays(train, monkeypatch, on_p
     )  # which takes the time
     path = saved_teacher(train.folder, "other", use_moe=use_moe)
     before = load_model(path, tokenizer=load_tokenizer()).state_dict()
-    settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4, max_gen_len=8)
+    settings = dict(alpha=0.0, learning_rate=1e-3, epochs=8, batch_size=4)
+    settings |= dict(max_gen_len=8) if on_policy else {}
     settings |= dict(teacher_weight=path, student_use_moe=use_moe, on_policy=on_policy)
     metrics = train(val_path=[train.data], eval_interval=1, **settings)
     figures = [record["eval_kl"] for record in train.log(kind="eval_kl")]
@@ -299,7 +300,10 @@ MISTAKES = {
     "more than all": (dict(on_policy=2.0), "--on_policy must be from 0 to 1"),
     "frozen": (dict(temperature=0.0), "--temperature must be more than 0"),
     "no mixture": (dict(mixture=1.0), "--mixture must be more than 0 and less than 1"),
-    "no folder": (dict(rollout_url="http://localhost:9/v1"), "--rollout_url needs --rollout_fol"),
+    "no folder": (
+        dict(rollout_url="http://localhost:9/v1", on_policy=0.5),
+        "--rollout_url needs --rollout_fol",
+    ),
 }
 
 

@@ -82,13 +82,13 @@ def test_a_batch_holds_each_side_once_and_says_where_it_ends(pairs, packing):
         assert batch.input_ids.numel() < 1.1 * batch.num_tokens
     else:
         assert batch.input_ids.shape[1] == max(map(len, sides))
-    ends, ids = batch.ends.flatten(), batch.input_ids.flatten()
+    ends, ids = batch.last_index.flatten(), batch.input_ids.flatten()
     for number, side in enumerate(sides):
         place = slice(ends[number] - len(side) + 1, ends[number] + 1)
         assert ids[place].tolist() == side.tolist()
         assert batch.position_ids.flatten()[place].tolist() == list(range(len(side)))
-        assert set(batch.document.flatten()[place].tolist()) == {number}
-    of_each = batch.document[batch.labels != IGNORE_INDEX].bincount(minlength=20).view(-1, 2)
+        assert set(batch.document_ids.flatten()[place].tolist()) == {number}
+    of_each = batch.document_ids[batch.labels != IGNORE_INDEX].bincount(minlength=20).view(-1, 2)
     assert torch.equal(of_each.float(), batch.completion_lengths)
     assert batch.num_label_tokens == batch.completion_lengths.sum()
 
@@ -111,7 +111,7 @@ def test_sides_in_one_row_do_not_see_each_other(pairs, make_model):
 
 def test_pairs_that_are_too_long_are_left_out_and_counted(pairs):
     few = PreferenceDataset(pairs.documents, int(np.median(pairs.longer_side)))
-    assert 0 < len(few) < len(pairs) and few.lengths.max() <= few.row_length
+    assert 0 < len(few) < len(pairs) and few.lengths.max() <= few.seq_len
     assert f"{len(pairs) - len(few)} pairs with a longer one are left out" in few.summary
     assert "left out" not in pairs.summary
 
@@ -163,7 +163,7 @@ def test_the_loss_and_its_gradient_equal_trl(
         trainer.model,
         {
             "input_ids": padded.input_ids[sides],
-            "attention_mask": (padded.document < 2 * count)[sides].long(),
+            "attention_mask": (padded.document_ids < 2 * count)[sides].long(),
             "completion_mask": (padded.labels != IGNORE_INDEX)[sides].long(),
             "ref_chosen_logps": padded.reference[:, 0],
             "ref_rejected_logps": padded.reference[:, 1],
@@ -245,7 +245,7 @@ def test_it_learns_what_is_preferred(train, changes, target):
     metrics = train(val_share=0.3, epochs=10, **changes)
     assert metrics["eval_rewards/accuracies"] == 1 and metrics["eval_loss"] < target
     last = logged(metrics)[-1]
-    assert last["chosen_reward"] - last["rejected_reward"] == pytest.approx(
+    assert last["rewards/chosen"] - last["rewards/rejected"] == pytest.approx(
         last["rewards/margins"], abs=2e-4
     )
 
@@ -255,7 +255,7 @@ def test_the_chosen_answer_becomes_likelier_with_an_sft_term(train):
     settings = dict(epochs=6, max_steps=30, val_share=0.0)
     without = logged(train("without", **settings))[-1]
     with_it = logged(train("with", sft_weight=1.0, **settings))[-1]
-    assert with_it["chosen_reward"] > without["chosen_reward"]
+    assert with_it["rewards/chosen"] > without["rewards/chosen"]
 
 
 def test_the_reference_of_an_addition_is_the_model_without_it(train, monkeypatch):
@@ -333,7 +333,7 @@ def test_rows_that_are_no_preferences_are_named(tmp_path, tokenizer, row, compla
     [
         (dict(beta=0.0), "--beta must be more than 0"),
         (dict(label_smoothing=0.5), "--label_smoothing must be at least 0 and less than 0.5"),
-        (dict(label_smoothing=0.1, loss_type="ipo"), "is for --loss_type sigmoid"),
+        (dict(label_smoothing=0.1, loss_type="ipo"), "has no effect without --loss_type sigmoid"),
         (dict(sft_weight=-1.0), "--sft_weight must not be negative"),
         (dict(max_seq_len=8), r"every pair has a side longer than --max_seq_len 8 .* 1\d tokens"),
     ],

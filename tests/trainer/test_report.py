@@ -56,7 +56,10 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
     text = page(any_stage)
     outside = re.findall(r'<script|<link|<img|@import|url\((?!#)|(?:src|href)="(?!#)', text)
     assert not outside and "<!DOCTYPE" not in text.replace("<!doctype", "")
-    held_out = "held-out text" if any_stage.log(kind="eval_bpb") else "eval accuracy"  # of pairs
+    kinds = {key for record in any_stage.log(kind="step") for key in record}
+    titles = {"eval_bpb": "held-out text", "eval_accuracy": "eval accuracy"}
+    titles |= {"eval_rewards/accuracies": "eval rewards/accuracies"}
+    (held_out,) = {title for kind, title in titles.items() if kind in kinds}
     for title in ("training loss", held_out, "learning rate", "norm of the gradient"):
         assert title in text
     for title in ("speed", "memory"):
@@ -130,10 +133,10 @@ def test_a_run_that_learns_less_or_more_is_not(train, recipe, page, capsys, lear
     assert f'class="status {word}"' in page(train)
 
 
-def test_the_reference_is_interpolated_over_tokens():
-    reference = recipes.Reference.__new__(recipes.Reference)
-    reference.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
-    figures = [reference.at(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
+def test_the_curve_of_a_recipe_is_interpolated_over_tokens():
+    recipe = recipes.RecipeComparison.__new__(recipes.RecipeComparison)
+    recipe.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
+    figures = [recipe.expected(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
     assert figures == [None, 4.0, 3.0, 1.25, 1.0, 1.0]
 
 

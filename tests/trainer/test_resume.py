@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import psutil
 import pytest
@@ -177,12 +178,17 @@ def full_disk(run: Run) -> None:
 
 
 def no_permission(run: Run) -> None:
-    if os.geteuid() == 0:  # may write everywhere
+    for top in (run.ctx.args.save_dir, run.ctx.args.checkpoint_dir):
+        for folder in folders(Path(top)):
+            folder.chmod(0o555)
+    if os.geteuid() == 0:  # may write all the same
         with suppress(OSError):  # some containers have no other user, but no such right either
             os.seteuid(65534)
-    for folder in (run.ctx.args.save_dir, run.ctx.args.checkpoint_dir):
-        with suppress(PermissionError):
-            os.chmod(folder, 0o555)
+
+
+def folders(top: Path) -> list[Path]:
+    """With those below, as LoRA has one; in a list, for their modes are to be changed."""
+    return [top, *(path for path in top.rglob("*") if path.is_dir())]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
         assert ended(process) == 2
     said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "cannot write" in said[0] and complaint in said[0]
-    for folder in (train.folder / "a").iterdir():
+    for folder in folders(train.folder / "a"):
         folder.chmod(0o755)
     assert train.saved()["progress"]["step"] == 2
     train(resume=True, **settings)

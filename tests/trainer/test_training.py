@@ -509,7 +509,7 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
 def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     train(max_steps=1)
     told = re.search(
-        r"(\d+) tokens in 24 rows of 32 \((.*)% full, (.*)% wasted", capsys.readouterr().out
+        r"(\d+) tokens in 24 sequences of 32 \((.*)% full, (.*)% padding", capsys.readouterr().out
     )
     tokens, full, wasted = map(float, told.groups())
     assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
@@ -538,7 +538,12 @@ def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):
     assert [record["step"] for record in train.log(kind="eval_bpb")] == [2, 4]
     assert [record["step"] for record in train.log()] == [1, 2, 3, 4]
     printed = capsys.readouterr().out
-    for expected in ("0.24M parameters", "4 steps of 2 rows", "ln 6400 = 8.76", "memory: about"):
+    for expected in (
+        "0.24M parameters",
+        "4 steps of 2 sequences",
+        "ln 6400 = 8.76",
+        "memory: about",
+    ):
         assert expected in printed
 
 

@@ -143,7 +143,10 @@ class TrainArgs:
         None, "softmax: balance per sequence (default), or per batch", group=MOE, needs="use_moe"
     )
     bias_update_speed: float | None = option(
-        None, "sigmoid: step of the router bias; default: 0.001", group=MOE, needs="use_moe"
+        None,
+        "sigmoid: step of the router bias; default: 0.001",
+        group=MOE,
+        needs="scoring_func=sigmoid",
     )
 
     device: str = option(

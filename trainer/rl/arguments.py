@@ -5,56 +5,85 @@ from typing import Literal
 
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import DATASET, LoraArgs
+from trainer.common.arguments import DATASET, LORA, ROLLOUT, LoraArgs
+
+REWARD = "rewards"  # a group of --help
 
 
 @dataclass
 class RolloutArgs(LoraArgs):
-    """What PPO, GRPO and SPO have in common beyond the flags of every trainer."""
+    """What the reinforcement-learning trainers add to the flags of every trainer."""
 
     batch_size_flag = "update_batch_size"
-    reference_flag = "beta"  # the weight of the KL to the starting model; 0: no reference
+    reference_flag = "beta"  # the weight of the KL to the reference; 0: no reference model
 
     data_path: list[str] = option(
         [str(DATASET / "rlaif-mini.jsonl")],
         'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
     )
-    from_weight: str = option("dpo", "stage to start from")
-    batch_size: int = option(2, "prompts a device takes at once")
-    max_seq_len: int = option(256, "tokens of a prompt at most; longer ones are left out")
+    from_weight: str = option("dpo", "stage to initialise from; also the reference")
+    batch_size: int = option(2, "prompts of a device at once")
+    max_seq_len: int = option(256, "most tokens of a prompt; longer ones are left out")
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "muon would walk along the noise of the samples as far as along the signal"
+        "adamw", "AdamW by default: Muon amplifies the noise of RL gradients"
     )
-    packing: bool = option(False, "without effect: answers are padded, like lengths side by side")
-    max_gen_len: int = option(1024, "tokens of a completion at most")
-    rollout_batch_size: int = option(64, "completions decoded side by side")
-    update_batch_size: int = option(8, "completions in a forward pass of the update")
-    update_epochs: int = option(1, "times to learn from the same completions")
-    temperature: float = option(1.0, "of sampling; the policy is this distribution")
-    reasoning: bool = option(False, "open with <think>, and reward the think/answer format")
+    packing: bool = option(
+        False, "", no_effect="completions of similar length are padded side by side"
+    )
+
+    max_gen_len: int = option(1024, "most tokens of a completion", group=ROLLOUT, at_least=1)
+    temperature: float = option(
+        1.0, "of sampling; the policy is this distribution", group=ROLLOUT, above=0
+    )
+    rollout_batch_size: int = option(
+        64, "completions decoded at once", group=ROLLOUT, may_differ=True, at_least=1
+    )
+    update_batch_size: int = option(
+        8, "completions in a forward pass of the update", group=ROLLOUT, may_differ=True, at_least=1
+    )
+    update_epochs: int = option(1, "passes through the same completions", group=ROLLOUT, at_least=1)
+    rollout_url: str = option(
+        "",
+        "generate on a server: base URL, such as http://localhost:8000/v1",
+        group=ROLLOUT,
+        may_differ=True,
+    )
+    rollout_folder: str = option(
+        "", "folder for the server's weights", group=ROLLOUT, needs="rollout_url", may_differ=True
+    )
+    rollout_reload: Literal["vllm", "sglang"] = option(
+        "vllm", "how it reloads them", group=ROLLOUT, needs="rollout_url", may_differ=True
+    )
+
     reward: list[str] = option(
         ["auto"],
         "auto, or parts with weights such as answer:1 repetition:0.2 (rewards.py lists them); "
         "auto: the model of --reward_model_path, else out/reward_*.pth, else answer",
+        group=REWARD,
+    )
+    reasoning: bool = option(
+        False, "open with <think>, and reward the think/answer format", group=REWARD
     )
     reward_model_path: str = option(
-        "../../internlm2-1_8b-reward", "folder of a transformers reward model"
+        "../../internlm2-1_8b-reward",
+        "folder of a transformers reward model",
+        group=REWARD,
+        may_differ=True,
     )
-    trust_remote_code: bool = option(False, "run the code that comes with the reward model")
-    judge_url: str = option("", "base URL of an OpenAI-compatible API, for the reward judge")
-    judge_model: str = option("", "the judge's model")
-    rollout_url: str = option("", "decode on a server: base URL, such as http://localhost:8000/v1")
-    rollout_folder: str = option("", "folder for the weights handed over to it")
-    rollout_reload: Literal["vllm", "sglang"] = option("vllm", "how it is told to read them anew")
-    use_lora: bool = option(False, "train an addition only; the reference is the model without it")
+    trust_remote_code: bool = option(
+        False, "run the code that comes with the reward model", group=REWARD
+    )
+    judge_url: str = option(
+        "", "base URL of an OpenAI API, for the reward judge", group=REWARD, may_differ=True
+    )
+    judge_model: str = option("", "the LLM judge's model", group=REWARD, needs="judge_url")
+
+    use_lora: bool = option(
+        False, "train an adapter only; the reference is the model without it", group=LORA
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in "max_gen_len rollout_batch_size update_batch_size update_epochs".split():
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature must be more than 0, not {self.temperature}")
         if self.rollout_url and not self.rollout_folder:
             raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
 
