@@ -260,9 +260,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     policy = init_model(args, tokenizer)
-    critic = MiniMindForScoring.from_language_model(
-        copy.deepcopy(policy)
-    )  # head of zeros: V = 0 at first
+    # The critic has the policy's blocks and a head of zeros, so that V = 0 at first.
+    critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
     train_data, val_data = read_prompts(ctx, tokenizer)
     rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
