@@ -13,7 +13,7 @@ Predict    What is L_balance when all tokens go to the same 2 of 4 experts?
 import torch
 from lesson import Language, Lesson, small_model, teach
 
-from model.feed_forward import Routing, load_balancing_loss, moe_layers, update_router_bias
+from model.feed_forward import Routing, load_balancing_loss, moe_layers, update_bias
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters
 from trainer.common.optimizers import make_optimizer
@@ -41,9 +41,7 @@ def learn(model: MiniMindForCausalLM, steps: int = 60) -> tuple[list[float], lis
         optimizer.zero_grad()
         losses.append(outputs.loss.item())
         busiest.append((mixture.tokens_per_expert.max() / mixture.tokens_per_expert.mean()).item())
-        update_router_bias(
-            mixture, mixture.tokens_per_expert
-        )  # as a trainer does after every update
+        update_bias(mixture, mixture.tokens_per_expert)  # as a trainer does after every update
         mixture.tokens_per_expert.zero_()
     return losses, busiest
 

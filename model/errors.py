@@ -1,4 +1,4 @@
-"""Mistakes that a person can make, told in one sentence instead of a traceback."""
+"""Errors that a user can cause: one sentence instead of a traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """One plain sentence: what is wrong, where, and what to do about it."""
+    """One sentence: what is wrong, where, and what to do about it."""
 
 
 @contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2; let every real bug through."""
+    """Turn a `UserError` into one line on stderr and exit code 2; all other errors pass through."""
     try:
         yield
     except UserError as error:

@@ -49,7 +49,7 @@ class MixtureOfExperts(nn.Module):
 
     - "softmax": `load_balancing_loss` draws all experts towards equal shares of the tokens.
     - "sigmoid" (DeepSeek-V3): a bias per expert is added to the scores for the selection only, and
-      after every optimizer step raised for experts with too few tokens (`update_router_bias`). So
+      after every optimizer step raised for experts with too few tokens (`update_bias`). So
       no auxiliary loss disturbs the gradient (V3 keeps a very small one per sequence).
     """
 
@@ -220,7 +220,7 @@ def moe_layers(model: nn.Module) -> list[MixtureOfExperts]:
 
 
 @torch.no_grad()
-def update_router_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
+def update_bias(mixture: MixtureOfExperts, load: Tensor) -> None:
     """With "sigmoid": raise the bias of experts whose load [E] is below the mean, lower that of the
     others, by a fixed step (arXiv 2408.15664). The bias of a frozen router stays."""
     if mixture.config.scoring_func == "sigmoid" and mixture.gate.weight.requires_grad:

@@ -1,13 +1,12 @@
-"""LoRA: fine-tuning by a small addition to chosen matrices (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: fine-tuning by a low-rank adapter (Hu et al. 2021, arXiv 2106.09685).
 
     W·x  →  W·x + alpha/r · B·A·x        A [r, in], B [out, r], r much smaller than both
 
-W stays as it is, to the bit; only A and B are trained, a few per cent of the parameters. B begins
-at 0, so that at first nothing is changed. To serve, the product is added to W (`merge`) and costs
-nothing; `unmerge` gives back the very W that was there.
+W is frozen; only A and B are trained, a few per cent of the parameters. For inference the product
+is added to W (`merge`) and costs nothing; `unmerge` restores W bit for bit.
 
-Names are those of peft: `model.layers.0.self_attn.q_proj.lora_A.weight` and `….lora_B.weight`, in
-an adapter of peft with `base_model.model.` before them.
+The names are those of peft: `model.layers.0.self_attn.q_proj.lora_A.weight` and `….lora_B.weight`,
+in a peft adapter with the prefix `base_model.model.`.
 """
 
 import json
@@ -33,9 +32,11 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass
 class LoraConfig:
-    r: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    """Size and place of an adapter."""
+
+    r: int = 8  # rank
+    alpha: float = 16.0  # B·A is scaled by alpha / r
+    dropout: float = 0.0  # of the input of A
     target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_MODULES))
 
     def __post_init__(self) -> None:
@@ -52,39 +53,42 @@ class LoraConfig:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer, and its addition."""
+    """A linear layer with an adapter. The layer's own weight is shared, not copied."""
 
-    def __init__(self, linear: nn.Linear, settings: LoraConfig):
+    def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         like = dict(bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
-        self.lora_A = nn.Linear(linear.in_features, settings.r, **like)
-        self.lora_B = nn.Linear(settings.r, linear.out_features, **like)
+        self.lora_A = nn.Linear(linear.in_features, config.r, **like)
+        self.lora_B = nn.Linear(config.r, linear.out_features, **like)
+        # B = 0: training starts from the unchanged model. A must not be 0 too, or neither of them
+        # would get a gradient.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.dropout = nn.Dropout(settings.dropout)
-        self.scale = settings.alpha / settings.r
-        self.before: Tensor | None = None  # the weight, while merged
-        self.off = False
+        self.dropout = nn.Dropout(config.dropout)
+        # Divided by r, so that another rank needs no other learning rate (roughly).
+        self.scaling = config.alpha / config.r
+        self.base_weight: Tensor | None = None  # W, while the adapter is merged
+        self.disabled = False
 
     def forward(self, rows: Tensor) -> Tensor:
         out = F.linear(rows, self.weight, self.bias)
-        if self.off or self.before is not None:
+        if self.disabled or self.base_weight is not None:
             return out
-        return out + self.scale * self.lora_B(self.lora_A(self.dropout(rows)))
+        return out + self.scaling * self.lora_B(self.lora_A(self.dropout(rows)))
 
     @property
     def delta_weight(self) -> Tensor:
         """alpha/r · B·A, [out, in], in float32."""
-        return self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        return self.scaling * self.lora_B.weight.float() @ self.lora_A.weight.float()
 
 
-def add_lora(model: nn.Module, settings: LoraConfig) -> None:
-    """Give an addition to each linear layer whose last name is one of the target modules, and
-    freeze everything else. UserError if there is no such layer."""
-    if "lm_head" in settings.target_modules:
-        raise UserError("LoRA is for layers inside the blocks; lm_head is the embedding, tied")
-    for target in dict.fromkeys(settings.target_modules):
+def add_lora(model: nn.Module, config: LoraConfig) -> None:
+    """Add an adapter to each linear layer whose last name is one of the target modules, and freeze
+    everything else. UserError if there is no such layer."""
+    if "lm_head" in config.target_modules:
+        raise UserError("LoRA is for layers inside the blocks; lm_head is tied to the embedding")
+    for target in dict.fromkeys(config.target_modules):
         found = [
             (name, layer)
             for name, layer in model.named_modules()
@@ -100,55 +104,56 @@ def add_lora(model: nn.Module, settings: LoraConfig) -> None:
                 f"the model has no linear layer {target}; it has {', '.join(sorted(linears))}"
             )
         for name, layer in found:
-            model.set_submodule(name, LoraLinear(layer, settings))
+            model.set_submodule(name, LoraLinear(layer, config))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".lora_" in name
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """All layers with an adapter, by name."""
     return (each for each in model.named_modules() if isinstance(each[1], LoraLinear))
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the additions alone, by name."""
+    """The weights of the adapter alone, by name."""
     return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name}
 
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """The model as it was before it had any."""
+    """The base model, within a `with`: the reference model of DPO and RL without a second copy."""
     layers = [layer for _, layer in lora_layers(model)]
     for layer in layers:
-        layer.off = True
+        layer.disabled = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.off = False
+            layer.disabled = False
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Add each addition to its weight, in float32."""
+    """Add the adapter to the weights, W + alpha/r · B·A, in float32."""
     for _, layer in lora_layers(model):
-        if layer.before is None:
-            layer.before = layer.weight.detach().clone()
+        if layer.base_weight is None:
+            layer.base_weight = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + layer.delta_weight)
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module) -> None:
-    """Take the weights back that were there before, bit for bit."""
+    """Restore the weights of before `merge`: the copy, since subtracting would leave rounding."""
     for _, layer in lora_layers(model):
-        if layer.before is not None:
-            layer.weight.copy_(layer.before)
-            layer.before = None
+        if layer.base_weight is not None:
+            layer.weight.copy_(layer.base_weight)
+            layer.base_weight = None
 
 
 @torch.no_grad()
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """The model with ordinary layers again, the additions in their weights, which are rounded to
-    float16 as in a file (`pack_for_cpu_decoding` asks for that)."""
+    """Merge the adapter and replace its layers by plain linear ones. Merged weights are rounded to
+    float16 as in a file, which `pack_for_cpu_decoding` needs."""
     merge(model)
     for name, layer in list(lora_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -170,7 +175,7 @@ def save_lora(
     tokenizer: PreTrainedTokenizerBase,
     origin: dict[str, Any],
 ) -> Path:
-    """Save the additions as float16 `.pth`, and their settings in the `.json` beside it."""
+    """Save the adapter as a float16 `.pth`, with its config in the `.json`."""
     state = to_fp16_cpu(lora_state(model))
     parameters = sum(weight.numel() for weight in state.values())
     info = {"stage": stage, "lora": asdict(config), "parameters": parameters, "origin": origin}
@@ -178,33 +183,33 @@ def save_lora(
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The additions in a file and their settings. UserError if it is no LoRA file."""
+    """The adapter in a file and its config. UserError if it is not a LoRA file."""
     state, info = read_state(path), read_info(path)
     if not all(".lora_" in name for name in state):
-        raise UserError(f"{path} is a whole model and no LoRA file")
+        raise UserError(f"{path} is a whole model and not a LoRA file")
     if info is None or "lora" not in info:
         raise UserError(
-            f"{path} has no .json with LoRA's settings beside it: alpha cannot be read from the "
-            "weights' shapes"
+            f"{path} has no .json with the LoRA config beside it; alpha cannot be read from the "
+            "shapes of the weights"
         )
     try:
         return state, LoraConfig(**info["lora"])
     except TypeError as error:
-        raise UserError(f"the settings in {path.with_suffix('.json')} are no LoRA's") from error
+        raise UserError(f"{path.with_suffix('.json')} does not hold a LoRA config") from error
 
 
 def load_lora(model: nn.Module, path: Path | str) -> LoraConfig:
-    """Give `model` the additions of a file. UserError where they do not fit it."""
+    """Add the adapter of a file to `model`. UserError if it does not fit."""
     path = Path(path)
-    state, settings = read_lora(path)
-    add_lora(model, settings)
+    state, config = read_lora(path)
+    add_lora(model, config)
     set_lora_state(model, state, path)
-    return settings
+    return config
 
 
 @torch.no_grad()
 def set_lora_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Copy weights into the additions; UserError unless they are all of them."""
+    """Copy weights into the adapter of `model`. UserError unless names and shapes are equal."""
     expected = lora_state(model)
     if expected.keys() != state.keys():
         name = min(expected.keys() ^ state.keys())
@@ -220,57 +225,57 @@ def set_lora_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> 
 
 # -- peft ------------------------------------------------------------------------------------------
 
-PREFIX = "base_model.model."  # before each name in an adapter of peft
+PEFT_PREFIX = "base_model.model."  # of each name in a peft adapter
 
 
 def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
-    """A LoRA file as a folder that peft loads.
+    """Write a LoRA file as a peft adapter.
 
     Args:
-        base: what adapter_config.json is to name as the model that it belongs to.
+        base: the base model that adapter_config.json names.
     """
-    state, settings = read_lora(Path(path))
+    state, lora = read_lora(Path(path))
     if any(".experts." in name or ".mlp.gate." in name for name in state):
         raise UserError(
-            "in transformers the experts of a layer and their gate are no linear layers, to which "
-            "peft could add something of this kind; merge it into the model instead (merge-lora)"
+            "peft cannot adapt experts and routers, which are not linear layers in transformers; "
+            "merge the adapter into the model instead (merge-lora)"
         )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": settings.target_modules,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
         "bias": "none",
         "fan_in_fan_out": False,
         "base_model_name_or_path": str(base),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    named = {PREFIX + name: weight.float().contiguous() for name, weight in state.items()}
+    named = {PEFT_PREFIX + name: weight.float().contiguous() for name, weight in state.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
 
 
 @torch.no_grad()
 def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
-    """Give `model` the additions of an adapter of peft. UserError where that is something else."""
+    """Add a peft adapter to `model`. UserError if it is not a plain LoRA adapter."""
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        peft_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
-        targets = config["target_modules"]
-        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-            raise ValueError("it is of another kind, or has biases")
+        targets = peft_config["target_modules"]
+        if peft_config.get("peft_type") != "LORA" or peft_config.get("bias", "none") != "none":
+            raise ValueError("its peft_type is not LORA, or it trains biases")
         if not isinstance(targets, list):
-            raise ValueError("target_modules is no list")
-        settings = LoraConfig(
-            r=config["r"],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
+            raise ValueError("target_modules is not a list")
+        config = LoraConfig(
+            r=peft_config["r"],
+            alpha=peft_config["lora_alpha"],
+            dropout=peft_config.get("lora_dropout", 0.0),
             target_modules=sorted(name.rsplit(".", 1)[-1] for name in targets),
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no LoRA adapter of peft: {error}") from error
+        raise UserError(f"{folder} is not a LoRA adapter of peft: {error}") from error
     for name in (
         "use_dora",
         "use_rslora",
@@ -279,8 +284,8 @@ def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
         "modules_to_save",
         "fan_in_fan_out",
     ):
-        if config.get(name):
-            raise UserError(f"the adapter in {folder} has {name}, which this LoRA has not")
-    add_lora(model, settings)
-    set_lora_state(model, {n.removeprefix(PREFIX): w for n, w in state.items()}, folder)
-    return settings
+        if peft_config.get(name):
+            raise UserError(f"the adapter in {folder} has {name}, which MiniMind does not support")
+    add_lora(model, config)
+    set_lora_state(model, {n.removeprefix(PEFT_PREFIX): w for n, w in state.items()}, folder)
+    return config

@@ -1,10 +1,10 @@
-"""Lay the curves of several trainings over each other, and their figures side by side.
+"""Compare training runs: loss curves in one chart, metrics and settings side by side.
 
     python scripts/compare_runs.py --runs out/pretrain_512 out/pretrain_768
     python scripts/compare_runs.py --runs out/pretrain_96 --recipe demo_pretrain
 
-A run is named by its weights, its log, or both without an ending. The page that is written has
-everything inside.
+A run is named by its weights, its log, or their common path without a suffix. The output is one
+self-contained HTML page.
 """
 
 from dataclasses import dataclass
@@ -27,20 +27,20 @@ COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "
 
 @dataclass
 class Args:
-    runs: list[str] = option([], "the runs, such as out/pretrain_512 out/pretrain_768")
-    recipe: list[str] = option([], "recipes whose reference runs are shown too")
-    output: str = option(str(OUT / "compare.html"), "the page that is written")
+    runs: list[str] = option([], "training runs, such as out/pretrain_512 out/pretrain_768")
+    recipe: list[str] = option([], "recipes whose reference runs are included")
+    output: str = option(str(OUT / "compare.html"), "file of the HTML page")
 
     def __post_init__(self) -> None:
         if not self.runs and not self.recipe:
-            raise UserError("--runs names what to compare, such as out/pretrain_512")
+            raise UserError("--runs needs the runs to compare, such as out/pretrain_512")
 
 
 def main(args: Args) -> list[tuple[str, ...]]:
     runs: dict[str, Records] = {}
     settings: dict[str, dict[str, Any]] = {}
     parameters: dict[str, int | None] = {}
-    for run, name in zip(args.runs, names(args.runs), strict=True):
+    for run, name in zip(args.runs, short_names(args.runs), strict=True):
         weights, log = files_of(run)
         runs[name] = read_log(log)
         info = read_info(weights) or {}
@@ -57,28 +57,31 @@ def main(args: Args) -> list[tuple[str, ...]]:
         section("Settings that differ", table(differences(settings), ("", *settings))),
     ]
     write_page(Path(args.output), "Runs side by side", ", ".join(runs), parts)
-    printed = Table()
+    console_table = Table()
     for column in COLUMNS:
-        printed.add_column(column, overflow="fold", no_wrap=column not in ("run", "bits per byte"))
+        console_table.add_column(
+            column, overflow="fold", no_wrap=column not in ("run", "bits per byte")
+        )
     for row in rows:
-        printed.add_row(*row)
-    Console(highlight=False).print(printed)
+        console_table.add_row(*row)
+    Console(highlight=False).print(console_table)
     print(f"curves: {args.output}")
     return rows
 
 
-def names(runs: list[str]) -> list[str]:
-    """As short a name for each as tells it from the others: the last parts of its path."""
+def short_names(runs: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
     paths = [files_of(run)[0].with_suffix("").parts for run in runs]
     if len(set(paths)) < len(paths):
         raise UserError("--runs names the same run twice")
-    size = 1
-    while len({path[-size:] for path in paths}) < len(paths):
-        size += 1
-    return ["/".join(path[-size:]) for path in paths]
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in paths]
 
 
 def summary(name: str, records: Records, parameters: int | None) -> tuple[str, ...]:
+    """A row of COLUMNS, from the last value of each metric."""
     last: dict[str, Any] = {}
     for record in records:
         last |= {key: value for key, value in record.items() if value is not None}
@@ -96,7 +99,7 @@ def summary(name: str, records: Records, parameters: int | None) -> tuple[str, .
 
 
 def differences(settings: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The flags that are not the same in all runs; one that a run does not tell stays empty."""
+    """The flags that differ between the runs; empty where a run does not record the flag."""
     flags = sorted({flag for each in settings.values() for flag in each})
     rows = [(f"--{flag}", *(shown(s.get(flag, "")) for s in settings.values())) for flag in flags]
     return [row for row in rows if len(set(row[1:]) - {""}) > 1]

@@ -1,4 +1,4 @@
-"""From MiniMind's files to those of other programs, and back.
+"""Convert models between MiniMind's format and those of other programs.
 
     python scripts/convert_model.py to-hf out/full_sft_512.pth my-model
     python scripts/convert_model.py from-hf MiniMind2 out/minimind2_512.pth
@@ -7,11 +7,12 @@
     python scripts/convert_model.py to-peft out/lora/lora_identity_512.pth my-adapter
     python scripts/convert_model.py from-peft my-adapter L.pth --base out/full_sft_512.pth
 
-A folder made by to-hf is an ordinary Llama, Qwen, Mixtral or GLM model of transformers, which vLLM
-and others read too. from-hf also reads a bare .pth of an earlier MiniMind; to-gguf, for llama.cpp
-and ollama, takes a .pth or a folder. Conversions of models compare the logits of both sides before
-they say that they are done; those to GGUF also with llama.cpp itself, if llama-cpp-python is there.
-`convert_model.py to-gguf --help` tells more, and likewise the others.
+to-hf writes an ordinary Llama, Qwen, Mixtral or GLM model in the format of transformers, which vLLM
+and others load too. from-hf also reads a bare .pth of an earlier MiniMind. to-gguf, for llama.cpp
+and ollama, reads a .pth or a folder. Each conversion of a model compares the logits before and
+after, and fails if they differ by more than rounding; to-gguf also compares with llama.cpp itself,
+if llama-cpp-python is installed. `convert_model.py to-gguf --help` lists the flags of to-gguf, and
+likewise for the others.
 """
 
 import argparse
@@ -29,29 +30,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
 from model.formats import gguf_format
-from model.formats.hf_format import load_hf_folder, read_hf_config, save_hf_folder
+from model.formats.hf_format import (
+    load_hf_folder,
+    load_transformers,
+    read_hf_config,
+    save_hf_folder,
+)
+from model.inference.loading import yarn_settings
 from model.model_lora import load_lora, load_peft, merge_and_unload, save_lora, save_peft
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
-    load_transformers,
     read_info,
     save_weights,
-    yarn_settings,
 )
 
-# How far logits may be from each other, as a share of the largest: after the same numbers were
-# added in another order, and after some were rounded to float16 or to 8 bits on the way.
-SAME, HALF, EIGHT_BITS = 1e-4, 0.02, 0.1
-OVERRIDES = {  # what the shapes of a bare .pth do not tell
+# Tolerances of logits, relative to the largest: for the same weights with sums in another order,
+# and for weights or activations rounded to float16 or to 8 bits.
+EXACT, FLOAT16, EIGHT_BITS = 1e-4, 0.02, 0.1
+CONFIG_FLAGS = {  # config fields that the shapes in a bare .pth do not determine
     "num_attention_heads": int,
     "num_experts_per_tok": int,
     "rms_norm_eps": float,
     "rope_theta": float,
     "max_position_embeddings": int,
 }
-YARN = {
+YARN_FLAGS = {
     "yarn_factor": float,
     "yarn_original_length": int,
     "yarn_beta_fast": float,
@@ -64,70 +69,70 @@ YARN = {
 
 
 def to_hf(args: argparse.Namespace) -> None:
-    with unfinished(args, args.target) as folder:
-        tokenizer, model = tokenizer_and_model(args)
+    with atomic_output(args, args.target) as folder:
+        tokenizer, model = load_source(args)
         dtype = getattr(torch, args.dtype)
         if args.native:
             save_native(model, tokenizer, folder, dtype)
         else:
             save_hf_folder(model, tokenizer, folder, dtype)
         rounded = copy.deepcopy(model).to(dtype).float()
-        compare(logits(load_transformers(folder, torch.float32)), logits(rounded), SAME)
-        tell_rounding(rounded, model, args.dtype)
+        check_logits(logits(load_transformers(folder, torch.float32)), logits(rounded), EXACT)
+        report_rounding(rounded, model, args.dtype)
     print(f"{args.target}: load it with AutoModelForCausalLM.from_pretrained")
 
 
 def from_hf(args: argparse.Namespace) -> None:
-    with unfinished(args, args.target) as folder:
-        tokenizer, model = tokenizer_and_model(args)
-        save_checked(model, tokenizer, args, folder, {"converted from": args.source.name})
+    with atomic_output(args, args.target) as folder:
+        tokenizer, model = load_source(args)
+        save_and_check(model, tokenizer, args, folder, {"converted from": args.source.name})
 
 
 def to_gguf(args: argparse.Namespace) -> None:
-    recipe = [args.target.with_name("Modelfile")] if args.ollama else []
-    with unfinished(args, args.target, *recipe) as folder:
-        tokenizer, model = tokenizer_and_model(args)
+    modelfiles = [args.target.with_name("Modelfile")] if args.ollama else []
+    with atomic_output(args, args.target, *modelfiles) as folder:
+        tokenizer, model = load_source(args)
         path = folder / args.target.name
         gguf_format.save_gguf(model, tokenizer, path, args.dtype, args.target.stem)
         rounded = copy.deepcopy(model)
         rounded.load_state_dict(gguf_format.read_gguf(path, model), strict=True)
         gguf_format.check_roundtrip(model.state_dict(), rounded.state_dict(), args.dtype)
-        tell_rounding(rounded, model, args.dtype)
+        report_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
             text = gguf_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     flags = gguf_format.yarn_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
-    for each in recipe:
-        print(f"{each}: ollama create {args.target.stem} -f {each}")
+    for modelfile in modelfiles:
+        print(f"{modelfile}: ollama create {args.target.stem} -f {modelfile}")
 
 
 def merge_lora(args: argparse.Namespace) -> None:
-    with unfinished(args, args.target) as folder:
-        tokenizer, model = tokenizer_and_model(args)
+    with atomic_output(args, args.target) as folder:
+        tokenizer, model = load_source(args)
         load_lora(model, args.lora)
         merged = merge_and_unload(copy.deepcopy(model))
-        compare(logits(merged), logits(model), HALF)
+        check_logits(logits(merged), logits(model), FLOAT16)
         origin = {"converted from": args.source.name, "merged": args.lora.name}
-        save_checked(merged, tokenizer, args, folder, origin)
+        save_and_check(merged, tokenizer, args, folder, origin)
 
 
 def to_peft(args: argparse.Namespace) -> None:
-    with unfinished(args, args.target) as folder:
+    with atomic_output(args, args.target) as folder:
         save_peft(args.source, folder, base=args.base or "")
     print(f"{args.target}: load it with peft.PeftModel.from_pretrained(model, folder)")
 
 
 def from_peft(args: argparse.Namespace) -> None:
-    with unfinished(args, args.target) as folder:
+    with atomic_output(args, args.target) as folder:
         tokenizer = load_tokenizer(args.tokenizer_path)
         model = load_model(args.base, tokenizer=tokenizer)
-        settings = load_peft(model, args.source)
+        config = load_peft(model, args.source)
         name, _, _ = args.target.stem.removesuffix("_moe").rpartition("_")
         stage = f"lora/{name or args.target.stem}"
         origin = {"converted from": args.source.name}
-        about = dict(stage=stage, config=settings, tokenizer=tokenizer, origin=origin)
+        about = dict(stage=stage, config=config, tokenizer=tokenizer, origin=origin)
         save_lora(model, folder / args.target.name, **about)
     print(f"{args.target}: use it with eval_llm.py --lora_weight {args.target}")
 
@@ -135,30 +140,31 @@ def from_peft(args: argparse.Namespace) -> None:
 # -- reading and writing ---------------------------------------------------------------------------
 
 
-def tokenizer_and_model(
+def load_source(
     args: argparse.Namespace,
 ) -> tuple[PreTrainedTokenizerBase, MiniMindForCausalLM]:
-    """The model in a `.pth`, or in a folder of transformers, with which it is compared."""
-    changes = {name: x for name in OVERRIDES if (x := getattr(args, name)) is not None}
-    changes |= yarn_settings(args)
+    """The model in a `.pth` or a transformers folder; of a folder, the logits are compared with
+    those of transformers."""
+    overrides = {name: x for name in CONFIG_FLAGS if (x := getattr(args, name)) is not None}
+    overrides |= yarn_settings(args)
     if args.source.is_dir():
-        read_hf_config(args.source)  # a mistake in it shows before one in the tokenizer
+        read_hf_config(args.source)  # its errors are reported before those of the tokenizer
         tokenizer = load_tokenizer(args.tokenizer_path or args.source)
-        if changes:
-            raise UserError(f"--{min(changes)} is for a .pth; a folder has its own config.json")
+        if overrides:
+            raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
         model = load_hf_folder(args.source)
-        compare(logits(model), logits(load_transformers(args.source, torch.float32)), SAME)
+        check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
         return tokenizer, model
     if read_info(args.source) is None and not args.tokenizer_path:
         raise UserError(
-            f"{args.source} does not say which tokenizer it belongs to; --tokenizer_path names "
-            "its folder (model/ has this project's)"
+            f"{args.source} does not say which tokenizer it was trained with; name its folder with "
+            "--tokenizer_path (this project's is in model/)"
         )
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = load_model(args.source, tokenizer=tokenizer, **changes)
+    model = load_model(args.source, tokenizer=tokenizer, **overrides)
     if read_info(args.source) is None:
-        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in OVERRIDES)
-        print(f"not told by shapes, so assumed (flags of these names say otherwise): {assumed}")
+        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in CONFIG_FLAGS)
+        print(f"assumed, since shapes do not tell (flags of these names change it): {assumed}")
     return tokenizer, model
 
 
@@ -175,135 +181,135 @@ def save_native(
     tokenizer.save_pretrained(folder)
 
 
-def save_checked(
+def save_and_check(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     args: argparse.Namespace,
     folder: Path,
     origin: dict[str, str],
 ) -> None:
-    """Save as `.pth`, and see that the file says what the model says, but for float16."""
+    """Save as `.pth`, and check that the saved model has the same logits up to float16."""
     stage = (read_info(args.source) or {}).get("stage", "") if args.source.is_file() else ""
     path = folder / args.target.name
     save_weights(model, path, stage=stage, tokenizer=tokenizer, origin=origin)
     rounded = copy.deepcopy(model).half().float()
-    compare(logits(load_model(path, tokenizer=tokenizer)), logits(rounded), SAME)
-    tell_rounding(rounded, model, "float16")
+    check_logits(logits(load_model(path, tokenizer=tokenizer)), logits(rounded), EXACT)
+    report_rounding(rounded, model, "float16")
     print(f"{args.target}: {model.num_parameters() / 1e6:.2f}M parameters")
 
 
 @contextmanager
-def unfinished(args: argparse.Namespace, *targets: Path) -> Iterator[Path]:
-    """A folder to write to; what is in it takes its place when it is complete.
+def atomic_output(args: argparse.Namespace, *targets: Path) -> Iterator[Path]:
+    """A temporary folder to write to; its files are moved to the target when they are complete.
 
-    A target with a suffix is a file, and a `.pth` has a `.json` beside it; else it is a folder,
-    of which the files that are made are replaced and others stay.
+    A target with a suffix is a file (a `.pth` comes with a `.json`); otherwise it is a folder, in
+    which new files replace old ones of the same name and others stay.
 
     Raises:
-        UserError: something is there already and may not be replaced, or it cannot be written.
+        UserError: the target exists and may not be replaced, or cannot be written.
     """
     target = args.target
-    single = args.suffix != ""
-    if single and target.suffix != args.suffix:
+    is_file = args.suffix != ""
+    if is_file and target.suffix != args.suffix:
         raise UserError(f"{target} should be a {args.suffix} file")
     files = [*targets, target.with_suffix(".json")] if args.suffix == ".pth" else [*targets]
     for file in files:
-        if file.is_dir() and single:
+        if file.is_dir() and is_file:
             raise UserError(f"{file} is a folder")
         if file.exists() and not args.force:
-            raise UserError(f"{file} exists already; --force writes over it")
-    if not single and target.exists():
-        check_that_it_is_ours(target)
-    place = target.resolve().parent
-    partial = place / f".{target.resolve().name}.partial"
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+            raise UserError(f"{file} exists already; --force overwrites it")
+    if not is_file and target.exists():
+        check_replaceable(target)
+    parent = target.resolve().parent
+    partial = parent / f".{target.resolve().name}.partial"
+    created = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
-        goal = place if single else target
-        goal.mkdir(exist_ok=True)
+        destination = parent if is_file else target
+        destination.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):  # a .json before its .pth
-            os.replace(file, goal / file.name)
-        made = []
+            os.replace(file, destination / file.name)
+        created = []
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {target}: {reason}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for folder in made:  # of a conversion that failed nothing stays
+        for folder in created:  # a failed conversion leaves no empty folders
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def check_that_it_is_ours(folder: Path) -> None:
-    """UserError unless a folder may be written over: a model or an adapter in one file."""
+def check_replaceable(folder: Path) -> None:
+    """UserError unless a folder holds a model or an adapter in one file, which may be replaced."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is not a folder")
     if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"{folder} holds something else than a model, and is left as it is")
+        raise UserError(f"{folder} holds something else than a model, and is not overwritten")
     ours = ("model.safetensors", "adapter_model.safetensors")
     for file in folder.iterdir():
         if file.suffix in (".safetensors", ".bin", ".pth", ".index") and file.name not in ours:
-            raise UserError(f"{folder} has other weights too ({file.name}), and is left as it is")
+            raise UserError(f"{folder} has other weights too ({file.name}), and is not overwritten")
 
 
-# -- comparing -------------------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
-def compare(given: Tensor, expected: Tensor, tolerance: float, where: str = "") -> None:
-    """Logits of both sides, [T, V]; UserError unless they say the same.
+def check_logits(actual: Tensor, expected: Tensor, tolerance: float, where: str = "") -> None:
+    """UserError unless logits [T, V] agree within the tolerance.
 
-    What was rounded may send a token to other experts, so that then most tokens must agree, where
-    otherwise all must.
+    Rounding may change the experts that a router chooses for a token. So rounded models must agree
+    at the median token, exact ones at every token.
     """
-    difference = (given - expected).abs().amax(-1)  # [T]
+    difference = (actual - expected).abs().amax(-1)  # [T]
     scale = expected.abs().max().item()
-    worst, typical = difference.max().item(), difference.median().item()
+    worst, median = difference.max().item(), difference.median().item()
     print(f"largest difference of a logit{where}: {worst:.2g} (logits go up to {scale:.1f})")
-    if not (worst if tolerance == SAME else typical) <= tolerance * max(1.0, scale):
+    if not (worst if tolerance == EXACT else median) <= tolerance * max(1.0, scale):
         raise UserError(f"the logits differ by {worst:.2g}, which is more than rounding")
 
 
-def tell_rounding(rounded: MiniMindForCausalLM, model: MiniMindForCausalLM, dtype: str) -> None:
+def report_rounding(rounded: MiniMindForCausalLM, model: MiniMindForCausalLM, dtype: str) -> None:
     largest = (logits(rounded) - logits(model)).abs().max().item()
     if largest:
         print(f"{dtype} itself changes a logit by {largest:.2g} at most")
 
 
 def compare_with_llama_cpp(model: MiniMindForCausalLM, path: Path, dtype: str) -> None:
-    """UserError unless llama.cpp says the same; a note where it is not installed."""
+    """UserError unless llama.cpp computes the same logits; a message if it is not installed."""
     try:
         from llama_cpp import Llama
     except ImportError:
-        print("not tried with llama.cpp itself, for llama-cpp-python is not installed")
+        print("not compared with llama.cpp, since llama-cpp-python is not installed")
         return
-    config, ids = model.config, some_tokens(model).tolist()
+    config, ids = model.config, random_tokens(model).tolist()
     engine = Llama(
         str(path),
         n_ctx=len(ids),
         logits_all=True,
-        type_k=0,  # a cache in float32
+        type_k=0,  # KV cache in float32
         type_v=0,
         yarn_beta_fast=config.yarn_beta_fast,
         yarn_beta_slow=config.yarn_beta_slow,
         verbose=False,
     )
     engine.eval(ids)
-    tolerance = {"float32": SAME, "float16": HALF, "q8_0": EIGHT_BITS}[dtype]
-    compare(torch.tensor(engine.scores), logits(model), tolerance, " in llama.cpp")
+    tolerance = {"float32": EXACT, "float16": FLOAT16, "q8_0": EIGHT_BITS}[dtype]
+    check_logits(torch.tensor(engine.scores), logits(model), tolerance, " in llama.cpp")
 
 
-def some_tokens(model: PreTrainedModel) -> Tensor:
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (64,), generator=draw)
+def random_tokens(model: PreTrainedModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (64,), generator=generator)
 
 
 @torch.no_grad()
 def logits(model: PreTrainedModel) -> Tensor:
     if not isinstance(model, MiniMindForCausalLM):
-        model.set_experts_implementation("eager")  # the fast one wants certain sizes
-    return model.eval()(some_tokens(model)[None]).logits[0]
+        model.set_experts_implementation("eager")  # the grouped kernel needs sizes that align
+    return model.eval()(random_tokens(model)[None]).logits[0]
 
 
 # -- the command line ------------------------------------------------------------------------------
@@ -314,48 +320,62 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def command_line() -> Parser:
+def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="CONVERSION")
     switch = dict(type=int, nargs="?", const=1, default=0, choices=(0, 1))
 
-    def command(name: str, run, about: str, suffix: str, reads_model: bool = True) -> Parser:
-        added = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        added.set_defaults(run=run, suffix=suffix)
-        added.add_argument("source", type=Path, help="a .pth file or a folder")
-        what = f"where the result goes, a {suffix} file" if suffix else "folder of the result"
-        added.add_argument("target", type=Path, help=what)
-        added.add_argument("--force", **switch, help="write over what is there")
+    def add_command(name: str, run, about: str, suffix: str, reads_model: bool = True) -> Parser:
+        subparser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+        subparser.set_defaults(run=run, suffix=suffix)
+        subparser.add_argument("source", type=Path, help="a .pth file or a folder")
+        target_help = f"output, a {suffix} file" if suffix else "output folder"
+        subparser.add_argument("target", type=Path, help=target_help)
+        subparser.add_argument("--force", **switch, help="overwrite existing files")
         if reads_model:
-            added.add_argument("--tokenizer_path", help="folder of the tokenizer")
-            for field, kind in OVERRIDES.items():
-                added.add_argument(f"--{field}", type=kind, help="of a .pth without .json")
-            added.add_argument("--inference_rope_scaling", **switch, help="with YaRN")
-            for field, kind in YARN.items():
-                added.add_argument(f"--{field}", type=kind, help="with it; as in eval_llm.py")
-        return added
+            subparser.add_argument("--tokenizer_path", help="folder of the tokenizer")
+            for field, kind in CONFIG_FLAGS.items():
+                subparser.add_argument(
+                    f"--{field}", type=kind, help="config field, for a .pth without .json"
+                )
+            subparser.add_argument(
+                "--inference_rope_scaling", **switch, help="YaRN, for texts longer than in training"
+            )
+            for field, kind in YARN_FLAGS.items():
+                subparser.add_argument(f"--{field}", type=kind, help="as in eval_llm.py")
+        return subparser
 
     floats = ("float32", "bfloat16", "float16")
-    added = command("to-hf", to_hf, "a folder of transformers", "")
-    added.add_argument("--dtype", choices=floats, default="float32", help="of the weights")
-    added.add_argument("--native", **switch, help="as MiniMind, with its code")
-    command("from-hf", from_hf, "such a folder, or an earlier .pth, to .pth and .json", ".pth")
-    added = command("to-gguf", to_gguf, "a file for llama.cpp and ollama", ".gguf")
+    subparser = add_command("to-hf", to_hf, "write a transformers folder", "")
+    subparser.add_argument("--dtype", choices=floats, default="float32", help="type of the weights")
+    subparser.add_argument(
+        "--native", **switch, help="keep MiniMind's architecture and include its code"
+    )
+    add_command("from-hf", from_hf, "read a transformers folder, or an earlier .pth", ".pth")
+    subparser = add_command("to-gguf", to_gguf, "write a file for llama.cpp and ollama", ".gguf")
     kinds = tuple(gguf_format.DTYPES)
-    added.add_argument("--dtype", choices=kinds, default=kinds[0], help="of the weights")
-    added.add_argument("--ollama", **switch, help="write a Modelfile for ollama beside it")
-    added = command("merge-lora", merge_lora, "a model with an addition in its weights", ".pth")
-    added.add_argument("--lora", type=Path, required=True, help="the addition, a .pth")
-    added = command("to-peft", to_peft, "an addition as an adapter of peft", "", reads_model=False)
-    added.add_argument("--base", help="the model that the adapter is to name: a folder or a hub id")
-    added = command("from-peft", from_peft, "and back", ".pth", reads_model=False)
-    added.add_argument("--base", type=Path, required=True, help="the model it is for, a .pth")
-    added.add_argument("--tokenizer_path", help="folder of the tokenizer")
+    subparser.add_argument("--dtype", choices=kinds, default=kinds[0], help="type of the weights")
+    subparser.add_argument("--ollama", **switch, help="also write a Modelfile for ollama")
+    subparser = add_command(
+        "merge-lora", merge_lora, "merge a LoRA adapter into the weights", ".pth"
+    )
+    subparser.add_argument("--lora", type=Path, required=True, help="the adapter, a .pth")
+    subparser = add_command(
+        "to-peft", to_peft, "write a LoRA adapter in peft's format", "", reads_model=False
+    )
+    subparser.add_argument("--base", help="base model to name in the adapter: a folder or a Hub id")
+    subparser = add_command(
+        "from-peft", from_peft, "read an adapter of peft", ".pth", reads_model=False
+    )
+    subparser.add_argument(
+        "--base", type=Path, required=True, help="base model of the adapter, a .pth"
+    )
+    subparser.add_argument("--tokenizer_path", help="folder of the tokenizer")
     return parser
 
 
-def main(words: list[str] | None = None) -> None:
-    args = command_line().parse_args(words)
+def main(argv: list[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     if not args.source.exists():
         raise UserError(f"{args.source} does not exist")
     args.run(args)

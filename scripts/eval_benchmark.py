@@ -1,18 +1,19 @@
-"""The benchmarks of the field, by lm-evaluation-harness, for one model or several side by side.
+"""Standard benchmarks by lm-evaluation-harness, for one model or several side by side.
 
     pip install -r requirements-eval.txt
     python scripts/eval_benchmark.py --weight pretrain full_sft             own weights, from out/
     python scripts/eval_benchmark.py --load_from ./MiniMind2 ./Qwen3-0.6B   transformers folders
     python scripts/eval_benchmark.py --tasks ceval piqa --limit 100 --json out/a.json
-    python scripts/eval_benchmark.py --compare out/a.json                   beside earlier results
+    python scripts/eval_benchmark.py --compare out/a.json                   with earlier results
 
-Questions come from the Hugging Face Hub, or without a network from --local DIR, which has a folder
-for each benchmark (ceval-exam, cmmlu, openbookqa, ai2_arc, hellaswag, piqa, gsm8k) as
+Questions are downloaded from the Hugging Face Hub. --local DIR reads them without a network: DIR
+has a folder for each benchmark (ceval-exam, cmmlu, openbookqa, ai2_arc, hellaswag, piqa, gsm8k) as
 `hf download --repo-type dataset --local-dir` makes it, or as its authors publish it, unzipped:
 .parquet, .jsonl or .csv.
 
-A model of MiniMind's size guesses most of these questions. Each figure stands beside what guessing
-gives and its standard error; what is not two of those above is no knowledge.
+A model of MiniMind's size guesses most of these questions. So each accuracy is shown with the
+accuracy of guessing ("chance") and its standard error, and is bold only if it is more than two
+standard errors above chance.
 """
 
 import json
@@ -32,7 +33,7 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, TOKENIZER, write_json
 from scripts.serving.arguments import ModelArgs
-from scripts.serving.loading import ChatModel, load_chat_model
+from scripts.serving.loading import ChatModel, is_hf_folder, load_chat_model
 from trainer.common.hardware import describe_machine, resolve_device
 from trainer.report.plots import save_figure
 
@@ -45,18 +46,22 @@ class Args(ModelArgs):
         [str(TOKENIZER)], "./model: own weights from save_dir; else transformers folders"
     )
     weight: list[str] = option(["full_sft"], "own weights: stages, such as pretrain, or .pth files")
-    tasks: list[str] = option(TASKS.split(), f"of {TASKS}; arc is both of them")
-    local: str = option("", "folder with copies of the benchmarks, which needs no network")
+    tasks: list[str] = option(TASKS.split(), f"benchmarks: {TASKS}; arc: both ARC sets")
+    local: str = option("", "folder with copies of the benchmarks, instead of the network")
     num_fewshot: int | None = option(
-        None, "solved examples before each question; default: 5 for gsm8k, else 0"
+        None, "few-shot examples before each question; default: 5 for gsm8k, else 0"
     )
-    chat_template: bool = option(False, "put questions as a user's turn of a conversation")
-    limit: int = option(0, "questions of each task or subject at most, for a quick look; 0: all")
-    batch_size: int = option(16, "rows at a time")
-    max_seq_len: int = option(2048, "longest question, with its examples; its beginning is cut")
-    compare: list[str] = option([], "files of --json, whose models are shown too")
-    json: str = option("", "also write the figures to this file")
-    plot: str = option(str(OUT / "benchmark.png"), "draw the figures into this file")
+    chat_template: bool = option(False, "ask in the chat template, as a user message")
+    limit: int = option(
+        0, "maximum number of questions of each task or subject, for a quick test; 0: all"
+    )
+    batch_size: int = option(16, "sequences per forward pass")
+    max_seq_len: int = option(
+        2048, "maximum length of a question with its examples; its beginning is cut"
+    )
+    compare: list[str] = option([], "files written by --json, whose models are shown too")
+    json: str = option("", "also write the results to this file")
+    plot: str = option(str(OUT / "benchmark.png"), "file of the bar chart")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_seq_len"):
@@ -64,12 +69,12 @@ class Args(ModelArgs):
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("limit", "num_fewshot"):
             if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         arc = ["arc_easy", "arc_challenge"]
         self.tasks = [t for task in self.tasks for t in (arc if task == "arc" else [task])]
         for task in self.tasks:
             if task not in TASKS.split():
-                raise UserError(f"--tasks {task} is unknown; there are {TASKS}")
+                raise UserError(f"--tasks {task} is unknown; known are {TASKS}")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -78,14 +83,16 @@ def main(args: Args) -> dict[str, Any]:
         from scripts.evaluation import harness
     except ImportError as error:
         raise UserError(
-            f"lm-evaluation-harness is not installed, or not whole ({error}); "
+            f"lm-evaluation-harness is not installed, or not completely ({error}); run "
             "`pip install -r requirements-eval.txt`"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    managers = {task: harness.tasks_of(harness.BENCHMARKS[task], args.local) for task in args.tasks}
+    managers = {
+        task: harness.make_task_manager(harness.BENCHMARKS[task], args.local) for task in args.tasks
+    }
     models = []
     for loaded in load_models(args):
-        own = harness.HarnessModel(
+        model = harness.HarnessModel(
             loaded.model, loaded.tokenizer, args.batch_size, args.max_seq_len
         )
         results = {}
@@ -93,17 +100,17 @@ def main(args: Args) -> dict[str, Any]:
             print(f"{loaded.name}: {harness.BENCHMARKS[task].title}")
             try:
                 results[task] = harness.evaluate(
-                    own,
+                    model,
                     harness.BENCHMARKS[task],
                     manager,
-                    shots=args.num_fewshot,
+                    num_fewshot=args.num_fewshot,
                     limit=args.limit or None,
                     chat_template=args.chat_template,
                 )
-            except OSError as error:  # as those of the Hub are
+            except OSError as error:  # errors of the Hub are OSErrors
                 raise UserError(
-                    f"{harness.BENCHMARKS[task].title} cannot be had ({error}); with a copy of it "
-                    "in a folder, give --local"
+                    f"{harness.BENCHMARKS[task].title} cannot be downloaded ({error}); --local "
+                    "reads a copy from a folder"
                 ) from error
         models.append(
             {"name": loaded.name, "parameters": loaded.num_parameters, "results": results}
@@ -116,9 +123,9 @@ def main(args: Args) -> dict[str, Any]:
         "chat_template": args.chat_template,
         "models": models,
     }
-    shown = [model for each in [*reports, report] for model in each["models"]]
-    show(shown)
-    plot(shown, args.plot)
+    models = [model for each in [*reports, report] for model in each["models"]]
+    show_table(models)
+    plot_bars(models, args.plot)
     print(f"drawn: {args.plot}")
     if args.json:
         write_json(args.json, report)
@@ -126,14 +133,14 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def load_models(args: Args) -> Iterator[ChatModel]:
-    """One after the other, so that one is in memory at a time."""
+    """One after the other: only one is in memory at a time."""
     for folder in args.load_from:
-        foreign = (Path(folder) / "config.json").exists()
-        for weight in [""] if foreign else args.weight:
+        in_hf_format = is_hf_folder(folder)
+        for weight in [""] if in_hf_format else args.weight:
             loaded = load_chat_model(replace(args, load_from=folder), weight, decode_only=False)
-            name = Path(folder).resolve().name if foreign else Path(weight).stem
-            name += f" + {args.lora_weight}" * bool(args.lora_weight)
-            yield ChatModel(*loaded[:3], name, loaded.num_parameters)
+            name = Path(folder).resolve().name if in_hf_format else Path(weight).stem
+            name += f" + {args.lora_weight}" if args.lora_weight else ""
+            yield loaded._replace(name=name)
 
 
 def read_report(path: str) -> dict[str, Any]:
@@ -142,17 +149,17 @@ def read_report(path: str) -> dict[str, Any]:
         report["models"][0]["results"]
         return report
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"--compare {path} is no file that --json has written") from error
+        raise UserError(f"--compare {path} is not a file written by --json") from error
 
 
-# -- what came of it -------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def tasks_in(models: list[dict]) -> list[str]:
     return [task for task in TASKS.split() if any(task in each["results"] for each in models)]
 
 
-def show(models: list[dict]) -> None:
+def show_table(models: list[dict]) -> None:
     table = Table(title="accuracy ± standard error, in per cent", title_justify="left")
     for name in ("benchmark", "questions", "shots", "chance"):
         first = name == "benchmark"
@@ -171,14 +178,14 @@ def show(models: list[dict]) -> None:
 
 
 def cell(row: dict) -> str:
-    """Bold where it is more than guessing, by two standard errors."""
+    """Accuracy ± standard error in per cent; bold if it is two standard errors above chance."""
     error = row["standard_error"] or 0
     text = f"{100 * row['accuracy']:.1f} ± {100 * error:.1f}"
     return f"[bold]{text}[/bold]" if row["accuracy"] > row["chance"] + 2 * error else text
 
 
-def plot(models: list[dict], path: str) -> None:
-    """Bars side by side, with standard errors, and chance as a line across."""
+def plot_bars(models: list[dict], path: str) -> None:
+    """A bar chart with standard errors, and chance as a dashed line."""
     tasks = tasks_in(models)
     figure, axes = plt.subplots(
         figsize=(max(5, 1.2 + len(tasks) * (0.7 + 0.3 * len(models))), 4.5), layout="constrained"

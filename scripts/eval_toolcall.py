@@ -1,21 +1,19 @@
-"""Does a model call the right tool, with the right arguments, and answer right with the result?
+"""Evaluate tool use: does a model call the right tools, with the right arguments, and then answer?
 
     python scripts/eval_toolcall.py --weight full_sft [--json FILE]
     python scripts/eval_toolcall.py --load_from ./MiniMind2     any transformers folder
 
-Each task is a conversation with tools (see README.md, "Data"), the demo's held-out ones if
---data_path names no file. The model gets the messages up to the last question, and then
-dataset/tools/loop.py goes round: model → <tool_call> → execute → <tool_response> → answer. Scored
-is
-whether it called
+Each task is a conversation with tools (see README.md, "Data"); without --data_path, the demo's
+held-out ones. The model gets the messages up to the last question, and dataset/tools/loop.py runs
+the episode: model → <tool_call> → execute → <tool_response> → answer. Three metrics, 1 or 0 each:
 
-    name        the same tools as the row, in the same order (none, where the row calls none)
-    arguments   with the same arguments, but for case and space
-    answer      and whether its final answer is the row's, but for case, space and a full stop
+    name        it called the same tools as the row, in the same order (or none, as the row)
+    arguments   with the same arguments, up to case and white space
+    answer      and its final answer is the row's, up to case, white space and a full stop
 
-with standard errors. Where a call went wrong (no JSON, no such tool, wrong arguments), or the model
-did not come to an end in --max_turns replies, all three are 0. Beside it: the same questions, asked
-without tools. A clock tells the time that it tells in the row.
+The table shows means with standard errors. All three are 0 where a call is invalid (no JSON, no
+such tool, wrong arguments) or the model does not finish within --max_turns replies. For comparison,
+the same questions are also asked without tools. The clock returns the time recorded in the row.
 """
 
 from collections import Counter
@@ -50,49 +48,54 @@ from scripts.serving.loading import ChatModel, load_chat_model
 
 @dataclass
 class Args(ModelArgs):
-    data_path: str = option("", "JSONL of conversations with tools; default: the demo's, held out")
-    tasks: int = option(0, "how many tasks, from the first; 0: all")
-    max_turns: int = option(MAX_TURNS, "replies to a question at most")
-    max_new_tokens: int = option(128, "tokens of a reply at most")
-    temperature: float = option(0.0, "of sampling; 0: always the likeliest token")
-    seed: int = option(42, "of sampling")
-    open_thinking: bool = option(False, "have replies begin with thoughts")
-    compare: bool = option(True, "ask the same questions without tools, too")
-    batch_size: int = option(64, "tasks side by side")
-    examples: int = option(3, "how many tasks to show, some that went wrong among them")
-    json: str = option("", "also write the figures and every task to this file")
+    data_path: str = option(
+        "", "JSONL of conversations with tools; default: the demo's held-out tasks"
+    )
+    tasks: int = option(0, "number of tasks, from the first; 0: all")
+    max_turns: int = option(MAX_TURNS, "maximum number of replies to a question")
+    max_new_tokens: int = option(128, "maximum length of a reply, in tokens")
+    temperature: float = option(0.0, "sampling temperature; 0: greedy")
+    seed: int = option(42, "random seed of the sampling")
+    open_thinking: bool = option(False, "start replies with <think>, for reasoning models")
+    compare: bool = option(True, "also ask the same questions without tools")
+    batch_size: int = option(64, "tasks generated in parallel")
+    examples: int = option(3, "number of tasks to print, right and wrong ones in turn")
+    json: str = option("", "also write metrics and all episodes to this file")
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("tasks", "temperature", "examples"):
-            if not getattr(self, name) >= 0:  # nor is NaN
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+            if not getattr(self, name) >= 0:  # also refuses NaN
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be at least 0 and less than 2^31, not {self.seed}")
+            raise UserError(f"--seed must be at least 0 and below 2^31, not {self.seed}")
 
 
 def main(args: Args) -> dict[str, Any]:
-    tasks = tasks_of(args)
+    tasks = load_tasks(args)
     loaded = load_chat_model(args)
     if not loaded.tokenizer.chat_template:
-        raise UserError(f"the tokenizer of {loaded.name} has no chat template, and so no tools")
+        raise UserError(
+            f"the tokenizer of {loaded.name} has no chat template, which tool calls need"
+        )
     episodes = run_tasks(loaded, tasks, args, "with tools")
-    report = {"model": loaded.name, "parameters": loaded.num_parameters, **figures(episodes)}
+    report = {"model": loaded.name, "parameters": loaded.num_parameters, **summarize(episodes)}
     if args.compare:
-        bare = run_tasks(loaded, [task.without_tools() for task in tasks], args, "without")
-        add_bare(report, tasks, bare)
+        tasks_without = [task.without_tools() for task in tasks]
+        baseline = run_tasks(loaded, tasks_without, args, "without tools")
+        add_baseline(report, tasks, baseline)
     console = Console(highlight=False)
-    show(console, report)
-    for episode in chosen_examples(episodes, args.examples):
+    show_table(console, report)
+    for episode in choose_examples(episodes, args.examples):
         show_episode(console, episode)
     if args.json:
-        write_json(args.json, {**report, "episodes": list(map(told, episodes))})
+        write_json(args.json, {**report, "episodes": [to_json(episode) for episode in episodes]})
     return report
 
 
-def tasks_of(args: Args) -> list[Task]:
+def load_tasks(args: Args) -> list[Task]:
     if args.data_path:
         tasks = read_tasks(args.data_path)
     else:
@@ -100,103 +103,105 @@ def tasks_of(args: Args) -> list[Task]:
     return tasks[: args.tasks or None]
 
 
-def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, about: str) -> list[Episode]:
-    """Go through the loop with each task, a batch at a time.
+def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> list[Episode]:
+    """Run an episode for each task, a batch at a time.
 
     Args:
-        args: what to do it with: max_turns, max_new_tokens, temperature, seed, open_thinking,
-            batch_size.
+        args: has max_turns, max_new_tokens, temperature, seed, open_thinking and batch_size.
+        label: of the progress bar.
     """
     sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
-    write = partial(replies, loaded, sampling)
-    token_budget = loaded.model.config.max_position_embeddings - args.max_new_tokens
+    generate_batch = partial(generate_replies, loaded, sampling)
+    max_prompt_tokens = loaded.max_positions - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
-    with tqdm(total=len(tasks), desc=about, unit="task", leave=False) as bar:
+    with tqdm(total=len(tasks), desc=label, unit="task", leave=False) as bar:
         for at in range(0, len(episodes), args.batch_size):
-            some = episodes[at : at + args.batch_size]
-            run_episodes(some, write, args.max_turns, token_budget)
-            bar.update(len(some))
+            batch = episodes[at : at + args.batch_size]
+            run_episodes(batch, generate_batch, args.max_turns, max_prompt_tokens)
+            bar.update(len(batch))
     return episodes
 
 
-def replies(
+def generate_replies(
     loaded: ChatModel, sampling: SamplingParams, episodes: list[Episode]
 ) -> list[list[int]]:
     return generate(loaded.model, [episode.ids for episode in episodes], sampling)
 
 
-# -- figures ---------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------
 
 
-def kind_of(task: Task) -> str:
-    """The tools that the truth calls."""
+def tools_needed(task: Task) -> str:
+    """The names of the tools that the reference answer calls."""
     return ", ".join(dict.fromkeys(call["name"] for call in task.calls)) or "no call"
 
 
-def figures(episodes: list[Episode]) -> dict[str, Any]:
-    """Shares of what is right, by kind of task; "tools" are all that need a call."""
+def summarize(episodes: list[Episode]) -> dict[str, Any]:
+    """Metrics by the tools that a task needs; "tools" are all tasks that need a tool."""
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:
-        groups.setdefault(kind_of(episode.task), []).append(episode)
+        groups.setdefault(tools_needed(episode.task), []).append(episode)
     calling = [episode for episode in episodes if episode.task.calls]
     groups = {kind: groups[kind] for kind in sorted(groups)}
     groups |= {"tools": calling} if calling else {}
     errors = Counter(error for episode in episodes for error in episode.errors)
     return {
-        "kinds": {kind: shares(list(map(score, some))) for kind, some in groups.items()},
+        "kinds": {kind: means([score(each) for each in group]) for kind, group in groups.items()},
         "calls": sum(len(episode.calls) for episode in episodes) / len(episodes),
         "errors": {kind: errors[kind] for kind in ERRORS if errors[kind]},
     }
 
 
-def shares(scores: list[dict[str, float]]) -> dict[str, float]:
-    """Means and their standard errors."""
-    found: dict[str, float] = {"tasks": len(scores)}
+def means(scores: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric, with its standard error √(p (1 − p) / n)."""
+    result: dict[str, float] = {"tasks": len(scores)}
     for name in scores[0]:
         mean = sum(each[name] for each in scores) / len(scores)
-        found |= {name: mean, f"{name}_error": (mean * (1 - mean) / len(scores)) ** 0.5}
-    return found
+        result |= {name: mean, f"{name}_error": (mean * (1 - mean) / len(scores)) ** 0.5}
+    return result
 
 
-def add_bare(report: dict[str, Any], tasks: list[Task], bare: list[Episode]) -> None:
-    """Put the answers to the same questions without tools beside the others."""
-    right = [score(episode)["answer"] for episode in bare]
-    for kind, own in report["kinds"].items():
-        some = [
+def add_baseline(report: dict[str, Any], tasks: list[Task], baseline: list[Episode]) -> None:
+    """Add the accuracy of answers to the same questions without tools, as "bare"."""
+    correct = [score(episode)["answer"] for episode in baseline]
+    for kind, metrics in report["kinds"].items():
+        group = [
             {"bare": each}
-            for task, each in zip(tasks, right, strict=True)
-            if kind_of(task) == kind or (kind == "tools" and task.calls)
+            for task, each in zip(tasks, correct, strict=True)
+            if tools_needed(task) == kind or (kind == "tools" and task.calls)
         ]
-        own |= {k: v for k, v in shares(some).items() if k != "tasks"}
+        metrics |= {k: v for k, v in means(group).items() if k != "tasks"}
 
 
-def show(console: Console, report: dict[str, Any]) -> None:
+def show_table(console: Console, report: dict[str, Any]) -> None:
     console.print(f"{report['model']}: {report['parameters'] / 1e6:.2f}M parameters")
     title = "right, in % ± standard error"
     table = Table(title=title, title_justify="left")
     table.add_column("tasks that need")
     for name in ("tasks", "name", "arguments", "answer", "without tools"):
         table.add_column(name, justify="right")
-    for kind, own in report["kinds"].items():
+    for kind, metrics in report["kinds"].items():
         cells = [
-            f"{100 * own[name]:.1f} ± {100 * own[f'{name}_error']:.1f}" if name in own else ""
+            f"{100 * metrics[name]:.1f} ± {100 * metrics[f'{name}_error']:.1f}"
+            if name in metrics
+            else ""
             for name in ("name", "arguments", "answer", "bare")
         ]
-        table.add_row(kind if kind != "tools" else "any tool", str(own["tasks"]), *cells)
+        table.add_row(kind if kind != "tools" else "any tool", str(metrics["tasks"]), *cells)
     console.print(table)
     console.print(f"{report['calls']:.2f} calls a task")
     for kind, count in report["errors"].items():
         console.print(f"{count} × {kind}: {ERRORS[kind]}")
 
 
-def chosen_examples(episodes: list[Episode], count: int) -> list[Episode]:
-    """Right and wrong ones in turn, as far as there are both."""
+def choose_examples(episodes: list[Episode], count: int) -> list[Episode]:
+    """Right and wrong episodes in turn, as long as there are both."""
     right, wrong = [], []
     for episode in episodes:
         (right if score(episode)["answer"] else wrong).append(episode)
-    some = [each for pair in zip(right, wrong, strict=False) for each in pair]
-    shorter = len(some) // 2
-    return (some + right[shorter:] + wrong[shorter:])[:count]
+    alternating = [each for pair in zip(right, wrong, strict=False) for each in pair]
+    num_pairs = len(alternating) // 2
+    return (alternating + right[num_pairs:] + wrong[num_pairs:])[:count]
 
 
 def show_episode(console: Console, episode: Episode) -> None:
@@ -210,8 +215,7 @@ def show_episode(console: Console, episode: Episode) -> None:
             console.print(f"[bold]{error}[/bold] {ERRORS[error]}")
 
 
-def told(episode: Episode) -> dict[str, Any]:
-    """An episode for the report."""
+def to_json(episode: Episode) -> dict[str, Any]:
     task = episode.task
     return {
         "question": task.messages[-1]["content"],

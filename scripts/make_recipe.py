@@ -1,4 +1,4 @@
-"""Write a recipe from a finished run, so that anyone can repeat it and compare.
+"""Write a recipe from a finished run, so that anyone can reproduce it and compare.
 
     python scripts/make_recipe.py --run out/pretrain_192 --name demo_pretrain \
         --prepare "python -m dataset.demo"
@@ -21,32 +21,36 @@ from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
 
 @dataclass
 class Args:
-    run: str = option("", "its weights, such as out/pretrain_512.pth; the log lies beside them")
+    run: str = option(
+        "", "weights of the run, such as out/pretrain_512.pth, with its log next to them"
+    )
     name: str = option("", "name of the recipe")
-    about: str = option("", "a sentence on what it is for")
-    prepare: str = option("", "the command that makes or fetches the data")
-    band: float = option(0.05, "share of the bits per byte by which a run on track may differ")
-    machine: str = option("", "the machine it ran on; default: as the log has it")
-    folder: str = option(str(RECIPES), "where recipes lie")
+    about: str = option("", "purpose of the recipe, in a sentence")
+    prepare: str = option("", "command that generates or downloads the data")
+    band: float = option(0.05, "relative tolerance of bits per byte for a run on track")
+    machine: str = option("", "machine of the run; default: as recorded")
+    folder: str = option(str(RECIPES), "folder of the recipes")
 
     def __post_init__(self) -> None:
         for name in ("run", "name"):
             if not getattr(self, name):
-                raise UserError(f"--{name} is needed (--help explains it)")
+                raise UserError(f"--{name} is required (--help explains it)")
         if not 0 < self.band < 1:
-            raise UserError(f"--band must be more than 0 and less than 1, not {self.band}")
+            raise UserError(f"--band must be above 0 and below 1, not {self.band}")
 
 
 def main(args: Args) -> Path:
     weights, log = files_of(args.run)
     info, records = read_info(weights), read_log(log)
     if info is None:
-        raise UserError(f"{weights.with_suffix('.json')} is not there, which tells of the run")
+        raise UserError(
+            f"{weights.with_suffix('.json')} is missing, which records the run's settings"
+        )
     origin = info["origin"]
     if not any(METRIC in record for record in records):
-        raise UserError(f"{log} has no evaluation on held-out data to compare with")
+        raise UserError(f"{log} has no evaluation on held-out data, which a recipe compares")
     flags = {
-        name: from_project(value) if name in PATHS else value
+        name: relative_to_root(value) if name in PATHS else value
         for name, value in origin["args"].items()
         if name not in UNPINNED and value not in (None, "", [])
     }
@@ -74,7 +78,7 @@ def main(args: Args) -> Path:
 
 
 def files_of(run: str) -> tuple[Path, Path]:
-    """The weights and the log of a run, by its weights, its log, or both without an ending."""
+    """The weights and the log of a run, from the path of either, with or without its suffix."""
     stem = run.removesuffix(".pth").removesuffix(".metrics.jsonl")
     return Path(f"{stem}.pth"), Path(f"{stem}.metrics.jsonl")
 
@@ -87,16 +91,16 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if not all("step" in record for record in records):
             raise ValueError("a line has no step")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is no log of a training: {error}") from error
+        raise UserError(f"{path} is not a training log: {error}") from error
     if not records:
         raise UserError(f"{path} is empty")
     return records
 
 
-def from_project(value: str | list[str]) -> str | list[str]:
-    """Paths from the project's folder."""
+def relative_to_root(value: str | list[str]) -> str | list[str]:
+    """Paths relative to the project's folder."""
     if isinstance(value, list):
-        return [from_project(each) for each in value]
+        return [relative_to_root(each) for each in value]
     return Path(os.path.relpath(value, ROOT)).as_posix()
 
 

@@ -1,11 +1,12 @@
-"""Show a batch token by token: what the model reads, and what it is trained to write.
+"""Show a batch token by token: the inputs, and which of them have a label.
 
     python scripts/show_batch.py --data_path dataset/sft_mini_512.jsonl
     python scripts/show_batch.py --data_path dataset/pretrain_hq.jsonl --kind text
     python scripts/show_batch.py --data_path dataset/dpo.jsonl --kind preferences --packing 0
 
-A green token is trained: the model learns to predict it from what stands before it in its
-document. A grey one is only read. A bar begins a new document of the row, and nothing sees across.
+The loss counts green tokens: the model learns to predict them from the tokens before them in their
+document. Grey tokens are context only. A bar starts the next document of a packed row; attention
+does not cross it.
 """
 
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ class Args:
         [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl or .jsonl.gz"
     )
     kind: Literal["conversations", "text", "preferences"] = option(
-        "conversations", "data of SFT, of pretraining, or of DPO: chosen and rejected in turn"
+        "conversations",
+        "format of the data: SFT, pretraining, or DPO (chosen and rejected in turn)",
     )
-    rows: int = option(1, "how many rows to show")
-    first: int = option(0, "the first row to show")
-    max_seq_len: int = option(128, "tokens in a row")
-    packing: bool = option(True, "several documents a row; 0: one, padded")
-    table: bool = option(False, "a line a token: position, id, text, label")
+    rows: int = option(1, "number of rows to show")
+    first: int = option(0, "index of the first row to show")
+    max_seq_len: int = option(128, "length of a row, in tokens")
+    packing: bool = option(True, "several documents per row; 0: one, padded")
+    table: bool = option(False, "one line per token: position, id, text, label")
     tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
 
     def __post_init__(self) -> None:
@@ -48,20 +50,20 @@ def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     documents = load_documents(args.data_path, args.kind, tokenizer)
     rows = PackedDataset(documents, args.max_seq_len, packing=args.packing)
-    chosen = range(args.first, min(args.first + args.rows, len(rows)))
-    if not chosen:
-        raise UserError(f"there is no row {args.first}; the data makes {len(rows)} rows")
-    batch = collate([rows[row] for row in chosen], tokenizer.pad_token_id)
+    indices = range(args.first, min(args.first + args.rows, len(rows)))
+    if not indices:
+        raise UserError(f"there is no row {args.first}; the data has {len(rows)} rows")
+    batch = collate([rows[row] for row in indices], tokenizer.pad_token_id)
     console = Console()
     for row, *columns in zip(
-        chosen,
+        indices,
         batch.input_ids.tolist(),
         batch.labels.tolist(),
         batch.position_ids.tolist(),
         strict=True,
     ):
-        trained = sum(label != IGNORE_INDEX for label in columns[1])
-        console.rule(f"row {row}: {len(columns[0])} tokens, {trained} trained")
+        num_trained = sum(label != IGNORE_INDEX for label in columns[1])
+        console.rule(f"row {row}: {len(columns[0])} tokens, {num_trained} trained")
         tokens = list(zip(*columns, strict=True))
         console.print(as_table(tokenizer, tokens) if args.table else as_text(tokenizer, tokens))
     console.print(
@@ -71,7 +73,7 @@ def main(args: Args) -> None:
 
 
 def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
-    """Each token between thin lines, coloured by whether it is trained."""
+    """The tokens with dots between them, green where they have a label."""
     text = Text()
     for token, label, position in tokens:
         if position == 0 and text:
@@ -83,23 +85,23 @@ def as_text(tokenizer, tokens: list[tuple[int, int, int]]) -> Text:
 
 
 def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
-    table = Table("place", "position", "id", "token", "trained to predict it")
+    table = Table("place", "position", "id", "token", "in the loss")
     for place, (token, label, position) in enumerate(tokens):
-        trained = "yes" if label != IGNORE_INDEX else ""
-        style = "green" if trained else "bright_black"
+        in_loss = "yes" if label != IGNORE_INDEX else ""
+        style = "green" if in_loss else "bright_black"
         table.add_row(
             str(place),
             str(position),
             str(token),
             Text(readable(tokenizer, token)),
-            trained,
+            in_loss,
             style=style,
         )
     return table
 
 
 def readable(tokenizer, token: int) -> str:
-    """A token as a person can see it: line breaks marked, parts of characters as their bytes."""
+    """A token as visible text: line breaks as signs, incomplete characters as a byte count."""
     text = tokenizer.decode([token])
     if "\ufffd" in text:
         characters = tokenizer.convert_ids_to_tokens(token)

@@ -1,11 +1,11 @@
-"""What deduplication does for a model: held-out bits per byte after the same number of tokens.
+"""The effect of deduplication on a model: held-out bits per byte after the same number of tokens.
 
     python benchmarks/learning/dedup_effect.py --data_path pretrain.jsonl.gz --val_path val.jsonl.gz
 
-Three trainings from nothing of one small model, alike in everything but their data: the documents
-as they are; what `prepare_data.py dedup` leaves of them; and the documents with some of them
-repeated many times, as in a crawl. What dedup leaves of the last is checked to be what it leaves of
-the first, so that the second training answers for both.
+Three pretrainings of one small model that differ only in their data: the documents as they are; the
+documents after `prepare_data.py dedup`; and the documents with some of them repeated many times, as
+in a crawl. The deduplicated third set is checked to equal the second, so that the second training
+stands for both.
 """
 
 import json
@@ -31,48 +31,48 @@ from trainer.common.hardware import describe_machine
 @dataclass
 class Args:
     data_path: str = option("", 'JSONL of {"text": …}, .jsonl or .jsonl.gz')
-    val_path: str = option("", "held-out documents, likewise")
-    documents: int = option(20_000, "how many documents of data_path, from the first")
-    repeated_share: float = option(0.01, "share of the documents that are repeated")
-    copies: int = option(100, "how often each of them comes")
+    val_path: str = option("", "held-out documents, in the same format")
+    documents: int = option(20_000, "number of documents of data_path, from the first")
+    repeated_share: float = option(0.01, "share of documents that are repeated")
+    copies: int = option(100, "number of copies of each of them")
     max_steps: int = option(120, "updates of each training, of 4,096 tokens")
-    hidden_size: int = option(192, "width")
-    num_hidden_layers: int = option(4, "depth")
-    seed: int = option(42, "of the training, and of which documents are repeated")
+    hidden_size: int = option(192, "hidden size")
+    num_hidden_layers: int = option(4, "number of layers")
+    seed: int = option(42, "random seed of the training and of the choice of repeated documents")
     only: str = option("", "train on this data only: as it is, deduplicated or repeated")
-    output: str = option(str(OUT / "dedup_effect"), "folder for data, weights and logs")
-    json: str = option("", "also write the figures to this file")
+    output: str = option(str(OUT / "dedup_effect"), "folder of data, weights and logs")
+    json: str = option("", "also write the results to this file")
 
 
 def make_data(args: Args) -> dict[str, Path]:
-    """The three files."""
+    """Write the three data sets; returns their files."""
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     lines = list(islice(read_lines(args.data_path), args.documents))
-    draw = np.random.default_rng(args.seed)
-    repeated = draw.choice(len(lines), int(args.repeated_share * len(lines)), replace=False)
-    more = [line for number in repeated for line in [lines[number]] * (args.copies - 1)]
-    kinds = {"as it is": lines, "repeated": lines + more}
+    rng = np.random.default_rng(args.seed)
+    repeated = rng.choice(len(lines), int(args.repeated_share * len(lines)), replace=False)
+    copies = [line for number in repeated for line in [lines[number]] * (args.copies - 1)]
+    datasets = {"as it is": lines, "repeated": lines + copies}
     files = {}
-    for name, some in kinds.items():
+    for name, rows in datasets.items():
         files[name] = out / f"{name.replace(' ', '_')}.jsonl"
-        files[name].write_text("".join(some), encoding="utf-8")
-    kept = {name: out / f"{path.stem}_dedup.jsonl" for name, path in files.items()}
+        files[name].write_text("".join(rows), encoding="utf-8")
+    deduplicated = {name: out / f"{path.stem}_dedup.jsonl" for name, path in files.items()}
     for name, path in files.items():
         prepare_data.dedup(
-            prepare_data.Dedup(input=[str(path)], output=str(kept[name]), force=True)
+            prepare_data.Dedup(input=[str(path)], output=str(deduplicated[name]), force=True)
         )
-    if sha256_of(kept["as it is"]) != sha256_of(kept["repeated"]):
-        raise UserError("dedup leaves something else of the repeated documents")
+    if sha256_of(deduplicated["as it is"]) != sha256_of(deduplicated["repeated"]):
+        raise UserError("deduplicating the repeated documents gives another result")
     return {
         "as it is": files["as it is"],
-        "deduplicated": kept["as it is"],
+        "deduplicated": deduplicated["as it is"],
         "repeated": files["repeated"],
     }
 
 
 def train(args: Args, name: str, data: Path) -> dict:
-    """A training on `data`, and what it gives."""
+    """Train on `data` and evaluate."""
     out = Path(args.output) / name.replace(" ", "_")
     run = train_pretrain.main(
         train_pretrain.Args(
@@ -99,7 +99,7 @@ def train(args: Args, name: str, data: Path) -> dict:
         "documents": sum(1 for _ in read_lines(data)),
         "parameters": count_parameters(model),
         "machine": describe_machine(model.device),
-        **{key: run[key] for key in ("tokens", "seconds", "eval_bpb")},
+        **{key: run[key] for key in ("num_tokens", "seconds", "eval_bpb")},
         "by_the_rule": bits_per_byte(model, tokenizer, texts),
     }
 
@@ -113,9 +113,9 @@ def main(args: Args) -> dict:
     table = Table("data", "documents", "tokens trained", "bits per byte", "by the rule")
     for name in names:
         run = report[name]
-        figures = (run["documents"], run["num_tokens"])
+        counts = (run["documents"], run["num_tokens"])
         bits = (run["eval_bpb"], run["by_the_rule"])
-        table.add_row(name, *(f"{n:,}" for n in figures), *(f"{b:.4f}" for b in bits))
+        table.add_row(name, *(f"{n:,}" for n in counts), *(f"{b:.4f}" for b in bits))
     Console().print(table)
     print(json.dumps(report[names[-1]]["machine"]))
     if args.json:

@@ -1,13 +1,13 @@
-"""Texts longer than those of training, with YaRN and without: perplexity against length.
+"""Perplexity against length on texts longer than in training, with and without YaRN.
 
     python benchmarks/learning/long_context.py --data_path FILE --val_path FILE [--minutes 5]
 
-Pretrains a model (256×6) on rows of --trained_length tokens, and then reads long stretches of
-held-out documents with it, 16 times as long as those rows: as it is, and with YaRN by a factor of 4
-and of 16. The figure is the perplexity of the tokens between one length and the next, each of which
-has all tokens before it as context; a model that made use of them would have a falling curve. Needs
-documents that long in the validation file, or --join. A model that has seen little text hardly uses
-positions, and YaRN changes nothing; so with the model that `make demo` left:
+Pretrains a model (256×6) on rows of --trained_length tokens, and evaluates it on held-out sequences
+16 times as long: without YaRN, and with YaRN by a factor of 4 and of 16. The metric is the
+perplexity of the tokens between one length and the next, each of which has all tokens before it as
+context; it falls with the length if a model uses long context. The validation file must have
+documents that long, or --join is needed. A model trained on little text hardly uses positions, so
+that YaRN changes nothing; this is so with the demo's model:
 
     python benchmarks/learning/long_context.py \\
         --weight out/demo/pretrain_192.pth --trained_length 256 \\
@@ -38,29 +38,29 @@ from trainer.common.hardware import describe_machine
 from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
 
-TIMES = 16  # as long as in training
+LENGTH_FACTOR = 16  # evaluated length / trained length
 CALIBRATION_STEPS = 20
 
 
 @dataclass
 class Args:
     data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz")
-    val_path: str = option("", "held-out documents, likewise")
+    val_path: str = option("", "held-out documents, in the same format")
     weight: str = option("", "a .pth of this trained length, instead of training one")
-    trained_length: int = option(128, "tokens in a row of training")
-    minutes: float = option(5.0, "how long to train")
-    join: bool = option(False, "read documents one after the other, for files of short ones")
-    stretches: int = option(40, "held-out stretches to read at most")
-    plot: str = option(str(OUT / "long_context.png"), "the curves")
-    json: str = option("", "also write the figures to this file")
+    trained_length: int = option(128, "length of a row in training, in tokens")
+    minutes: float = option(5.0, "training time")
+    join: bool = option(False, "join the documents, for files of short ones")
+    stretches: int = option(40, "maximum number of held-out sequences")
+    plot: str = option(str(OUT / "long_context.png"), "file of the plot")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     if not args.val_path or not (args.data_path or args.weight):
-        raise UserError("--val_path is needed, and --data_path or --weight")
+        raise UserError("--val_path is required, and --data_path or --weight")
     tokenizer = load_tokenizer()
-    longest = TIMES * args.trained_length
-    stretches = long_stretches(args, longest)
+    length = LENGTH_FACTOR * args.trained_length
+    sequences = long_sequences(args, length)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(args.weight) if args.weight else pretrain(args, Path(folder))
         yarn = dict(inference_rope_scaling=True, yarn_original_length=args.trained_length)
@@ -72,7 +72,7 @@ def main(args: Args) -> dict[str, Any]:
     lengths = [args.trained_length // 4 * 2**n for n in range(7)]  # a quarter to 16 times
     perplexities = {}
     for name, model in models.items():
-        by_position = loss_by_position(model, stretches, name)
+        by_position = loss_by_position(model, sequences, name)
         edges = [0, *lengths]
         perplexities[name] = [
             round(float(by_position[a:b].mean().exp()), 2)
@@ -82,7 +82,7 @@ def main(args: Args) -> dict[str, Any]:
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
         "trained_length": args.trained_length,
-        "stretches": len(stretches),
+        "stretches": len(sequences),
         "lengths": lengths,
         "perplexities": perplexities,
     }
@@ -93,23 +93,23 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def long_stretches(args: Args, length: int) -> torch.Tensor:
-    """[stretches, length + 1] token ids out of documents that are long enough."""
+def long_sequences(args: Args, length: int) -> torch.Tensor:
+    """[sequences, length + 1] token ids from documents that are long enough."""
     documents = load_documents(args.val_path, "text", load_tokenizer())
     texts = documents["input_ids"]
     if args.join:
         texts = [np.concatenate(list(texts))]
-    found = []
+    sequences = []
     for ids in texts:
-        found += [ids[at : at + length + 1] for at in range(0, len(ids) - length, length)]
-    if not found:
+        sequences += [ids[at : at + length + 1] for at in range(0, len(ids) - length, length)]
+    if not sequences:
         raise UserError(f"no document in {args.val_path} has {length + 1:,} tokens")
-    chosen = np.random.default_rng(0).permutation(len(found))[: args.stretches]
-    return torch.from_numpy(np.stack([found[n] for n in chosen]).astype(np.int64))
+    indices = np.random.default_rng(0).permutation(len(sequences))[: args.stretches]
+    return torch.from_numpy(np.stack([sequences[n] for n in indices]).astype(np.int64))
 
 
 def pretrain(args: Args, folder: Path) -> Path:
-    """The weights of a model that was trained for so many minutes on such rows."""
+    """Pretrain for args.minutes on rows of args.trained_length; returns the weights."""
 
     def train(steps: int) -> dict[str, Any]:
         return train_pretrain.main(
@@ -129,20 +129,20 @@ def pretrain(args: Args, folder: Path) -> Path:
             )
         )
 
-    each = seconds_per_step(train(CALIBRATION_STEPS)["history"])
-    # updates grow with what is trained, so that fewer fit
-    train(max(1, round(args.minutes * 60 / each / 1.5)))
+    step_seconds = seconds_per_step(train(CALIBRATION_STEPS)["history"])
+    # the batch-size warmup makes later steps slower than the first
+    train(max(1, round(args.minutes * 60 / step_seconds / 1.5)))
     return folder / "pretrain_256.pth"
 
 
 @torch.inference_mode()
-def loss_by_position(model, stretches: torch.Tensor, name: str) -> torch.Tensor:
-    """[length] nats of the token at each position, mean over the stretches."""
-    total = torch.zeros(stretches.shape[1] - 1)
-    for ids in tqdm(stretches, desc=name, leave=False):
+def loss_by_position(model, sequences: torch.Tensor, name: str) -> torch.Tensor:
+    """[length] nats of the token at each position, mean over the sequences."""
+    total = torch.zeros(sequences.shape[1] - 1)
+    for ids in tqdm(sequences, desc=name, leave=False):
         logits = model(ids[None, :-1], use_cache=False).logits[0]
         total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-    return total / len(stretches)
+    return total / len(sequences)
 
 
 def show(report: dict[str, Any]) -> None:
@@ -156,8 +156,8 @@ def show(report: dict[str, Any]) -> None:
     for name, perplexities in report["perplexities"].items():
         table.add_row(name, *(f"{perplexity:.0f}" for perplexity in perplexities))
     Console().print(table)
-    told = {k: v for k, v in report.items() if k not in ("perplexities", "lengths")}
-    print(json.dumps(told))
+    summary = {k: v for k, v in report.items() if k not in ("perplexities", "lengths")}
+    print(json.dumps(summary))
 
 
 def plot(report: dict[str, Any], path: str) -> None:

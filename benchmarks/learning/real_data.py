@@ -1,15 +1,16 @@
-"""Pretraining and fine-tuning on real data, in a given time, with what comes out.
+"""Pretraining and fine-tuning on real data in a given time, with metrics and sample answers.
 
     python benchmarks/learning/real_data.py --data_dir DIR --minutes 20 [--json FILE]
 
 DIR holds pretrain, pretrain_val, sft and sft_val (.jsonl.gz). Each stage first measures its speed
-for some steps and then trains as many as fit the time, its schedule fitted to them. Bits per byte
-by the rule of scripts/eval_ppl.py; answers are greedy.
+and then trains as many steps as fit the time, with a schedule of that length. Bits per byte are
+measured as in scripts/eval_ppl.py; answers are decoded greedily.
 """
 
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
@@ -17,7 +18,7 @@ from model.inference.generation import generate_text
 from model.inference.sampling import SamplingParams
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts.eval_ppl import bits_per_byte, read_texts
-from scripts.runs.demo import prompts_of
+from scripts.evaluation.exact_match import encode_questions
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
 from trainer.report.forecast import seconds_per_step
@@ -40,10 +41,10 @@ CALIBRATION_STEPS = 20
 class Args:
     data_dir: str = option("", "folder of the data files")
     minutes: float = option(20.0, "training time of each stage")
-    hidden_size: int = option(256, "width")
-    num_hidden_layers: int = option(6, "depth")
-    output: str = option(str(OUT / "real_data"), "folder for weights, logs and plots")
-    json: str = option("", "also write the figures to this file")
+    hidden_size: int = option(256, "hidden size")
+    num_hidden_layers: int = option(6, "number of layers")
+    output: str = option(str(OUT / "real_data"), "folder of weights, logs and plots")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict:
@@ -61,7 +62,7 @@ def main(args: Args) -> dict:
     base = load_model(weight_path("pretrain", args.hidden_size, out), tokenizer=tokenizer)
     chat = load_model(weight_path("full_sft", args.hidden_size, out), tokenizer=tokenizer)
     sampling = SamplingParams(max_new_tokens=100, temperature=0, repetition_penalty=1.1)
-    replies = generate_text(chat, tokenizer, prompts_of(tokenizer, QUESTIONS), sampling)
+    replies = generate_text(chat, tokenizer, encode_questions(tokenizer, QUESTIONS), sampling)
     report = {
         "date": str(date.today()),
         "machine": describe_machine(chat.device),
@@ -79,13 +80,13 @@ def main(args: Args) -> dict:
     return report
 
 
-def train_for(args: Args, stage, name: str, **settings) -> dict:
-    """Train a stage on the data of that name, for about args.minutes."""
+def train_for(args: Args, trainer: ModuleType, name: str, **settings) -> dict:
+    """Train for about args.minutes on the data of this name."""
     data, out = Path(args.data_dir), Path(args.output)
 
-    def run(directory: Path, **more) -> dict:
-        return stage.main(
-            stage.Args(
+    def run(directory: Path, **overrides) -> dict:
+        return trainer.main(
+            trainer.Args(
                 data_path=[str(data / f"{name}.jsonl.gz")],
                 val_path=[str(data / f"{name}_val.jsonl.gz")],
                 save_dir=str(directory),
@@ -97,7 +98,7 @@ def train_for(args: Args, stage, name: str, **settings) -> dict:
                 epochs=50,
                 batch_ramp=0,
                 save_interval=0,
-                **{"log_interval": 20, **settings, **more},
+                **{"log_interval": 20, **settings, **overrides},
             )
         )
 
@@ -107,7 +108,7 @@ def train_for(args: Args, stage, name: str, **settings) -> dict:
 
 
 def summary(run: dict) -> dict:
-    return {name: run[name] for name in ("step", "tokens", "seconds", "eval_loss", "eval_bpb")}
+    return {name: run[name] for name in ("step", "num_tokens", "seconds", "eval_loss", "eval_bpb")}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Does thinking help? The stage `reason` of stages.py.
+"""Does a chain of thought help? The stage `reason` of stages.py.
 
-One unfinished demo model learns the same stories of two and three sums three ways, and is then
-asked stories of four and five sums, greedily:
+The undertrained demo model learns the same word problems of two and three sums in three ways, and
+is then evaluated on problems of four and five sums, with greedy decoding:
 
-    direct      train_full_sft.py on the answers alone, the thoughts left out
-    distilled   train_distill_reason.py on thoughts and answers
-    rewarded    train_grpo.py --reasoning 1 on top of that, with the same stories
+    direct      train_full_sft.py on the answers without the reasoning
+    distilled   train_distill_reason.py on reasoning and answers
+    rewarded    train_grpo.py --reasoning 1 from the distilled model, on the same problems
 
-A reply of the latter two counts only in exactly the form <think>…</think><answer>…</answer>.
+A reply of the latter two counts only in the exact format <think>…</think><answer>…</answer>.
 """
 
 import math
@@ -22,20 +22,22 @@ from dataset.demo.files import read_jsonl, write_jsonl
 from dataset.grading import grade
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import parse_reasoning, tagged_answer
-from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
-from model.weights import load_model, load_tokenizer
 from scripts.runs.demo import HIDDEN_SIZE
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 from trainer import train_distill_reason, train_full_sft, train_grpo
 
-GAIN, LOSS = 0.20, 0.03  # at least so much better than direct; rewarded at most so much worse
+MIN_GAIN = 0.20  # of distilled over direct
+MAX_LOSS = 0.03  # of rewarded below distilled
 ROWS = "--max_seq_len 512 --batch_size 2 --learning_rate 8e-4 --epochs 2 --val_share 0"
 TRAININGS = {
     "direct": (train_full_sft, f"--data_path {{direct}} {ROWS}"),
-    "distilled": (train_distill_reason, f"--data_path {{thoughts}} {ROWS}"),
+    "distilled": (train_distill_reason, f"--data_path {{reasoning}} {ROWS}"),
     "rewarded": (
         train_grpo,
-        "--data_path {thoughts} --reasoning 1 --reward answer:1 similarity:0.5 format:0.5 "
+        "--data_path {reasoning} --reasoning 1 --reward answer:1 similarity:0.5 format:0.5 "
         "--loss_type dr_grpo --beta 0 --batch_size 16 --num_generations 4 --max_gen_len 160 "
         "--update_batch_size 32 --rollout_batch_size 64 --learning_rate 3e-5 --max_steps 12 "
         "--val_share 0",
@@ -46,75 +48,75 @@ TRAININGS = {
 def reason(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
-    """Train the three with this seed; rows of the report.
+    """Train in the three ways with this seed; returns rows of the report.
 
     Args:
-        base: folder with full_sft_192.pth, the unfinished model.
+        base: folder with full_sft_192.pth, the base model.
         data: folder of the demo's data.
         out: folder for weights and logs.
-        max_steps: updates of each training at most, for a quick look; 0: all.
+        max_steps: maximum updates of each training, for a quick test; 0: all.
     """
     out.mkdir(parents=True, exist_ok=True)
-    thoughts, direct = data / "r1_mix_1024.jsonl", out / "r1_direct.jsonl"
-    write_jsonl(direct, [without_thoughts(row) for row in read_jsonl(thoughts)])
+    reasoning, direct = data / "r1_mix_1024.jsonl", out / "r1_direct.jsonl"
+    write_jsonl(direct, [without_reasoning(row) for row in read_jsonl(reasoning)])
     questions = read_jsonl(data / "r1_mix_1024_val.jsonl")
-    places = dict(direct=direct, thoughts=thoughts)
+    values = dict(direct=direct, reasoning=reasoning)
     start = base / f"full_sft_{HIDDEN_SIZE}.pth"
-    found = {}
-    for name, (stage, flags) in TRAININGS.items():
-        words = ["--from_weight", str(start), *(w.format(**places) for w in flags.split())]
-        words += f"--seed {seed} --save_weight reason_{name}_{seed} --device cpu".split()
-        words += "--num_workers 0 --log_interval 10 --save_interval 0 --eval_interval 0".split()
-        words += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
-        began = time.time()
-        run_trainer(console, stage, words, max_steps)
-        seconds = round(time.time() - began, 1)
+    results = {}
+    for name, (trainer, flags) in TRAININGS.items():
+        argv = ["--from_weight", str(start), *(w.format(**values) for w in flags.split())]
+        argv += f"--seed {seed} --save_weight reason_{name}_{seed} --device cpu".split()
+        argv += "--num_workers 0 --log_interval 10 --save_interval 0 --eval_interval 0".split()
+        argv += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
+        start_time = time.time()
+        run_trainer(console, trainer, argv, max_steps)
+        seconds = round(time.time() - start_time, 1)
         path = out / f"reason_{name}_{seed}_{HIDDEN_SIZE}.pth"
-        found[name] = {**measured(path, questions, name == "direct"), "seconds": seconds}
-        console.print(f"{name}: {found[name]}")
+        results[name] = {**evaluate(path, questions, name == "direct"), "seconds": seconds}
+        console.print(f"{name}: {results[name]}")
         if name == "distilled":
             start = path
     return [
-        judged(seed, "distilled", found["direct"], found["distilled"], GAIN),
-        judged(seed, "rewarded", found["distilled"], found["rewarded"], -LOSS),
+        target_row(seed, "distilled", results["direct"], results["distilled"], MIN_GAIN),
+        target_row(seed, "rewarded", results["distilled"], results["rewarded"], -MAX_LOSS),
     ]
 
 
-def without_thoughts(row: dict[str, Any]) -> dict[str, Any]:
+def without_reasoning(row: dict[str, Any]) -> dict[str, Any]:
     *turns, last = row["conversations"]
     return {"conversations": [*turns, {**last, "content": tagged_answer(last["content"])}]}
 
 
-def measured(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[str, float]:
-    """The share of held-out questions that a model answers right, and that it answers in the form
-    it was taught, with standard errors."""
-    tokenizer = load_tokenizer()
-    model = pack_for_cpu_decoding(load_model(path, tokenizer=tokenizer))
+def evaluate(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[str, float]:
+    """Accuracy on held-out questions with its standard error, the share of replies in the format
+    that was trained, and their length."""
+    loaded = load_chat_model(ModelArgs(weight=str(path), device="cpu"))
+    model, tokenizer = loaded.model, loaded.tokenizer
     prompts, answers = [], []
     for row in questions:
-        *asked, last = row["conversations"]
-        prompts.append(encode_chat(tokenizer, asked, add_generation_prompt=True).ids)
+        *context, last = row["conversations"]
+        prompts.append(encode_chat(tokenizer, context, add_generation_prompt=True).ids)
         answers.append(tagged_answer(last["content"]))
     replies = []
     for at in range(0, len(prompts), 100):
         replies += generate(model, prompts[at : at + 100], SamplingParams(192, temperature=0))
-    formed = right = 0
+    num_formatted = num_correct = 0
     for reply, answer in zip(replies, answers, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
-        reasoned = (("", text) if direct else parse_reasoning(text)) or ("", None)
-        ended = reply[-1] == tokenizer.eos_token_id and reasoned[1] is not None
-        formed += ended
-        right += ended and grade(reasoned[1], answer)
-    share = right / len(questions)
+        _, final_answer = (("", text) if direct else parse_reasoning(text)) or ("", None)
+        complete = reply[-1] == tokenizer.eos_token_id and final_answer is not None
+        num_formatted += complete
+        num_correct += complete and grade(final_answer, answer)
+    accuracy = num_correct / len(questions)
     return {
-        "accuracy": share,
-        "accuracy_error": math.sqrt(share * (1 - share) / len(questions)),
-        "format": formed / len(questions),
+        "accuracy": accuracy,
+        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / len(questions)),
+        "format": num_formatted / len(questions),
         "length": sum(map(len, replies)) / len(replies),
     }
 
 
-def judged(seed: int, name: str, before: dict, after: dict, gain: float) -> dict[str, Any]:
+def target_row(seed: int, name: str, before: dict, after: dict, gain: float) -> dict[str, Any]:
     metric, target = f"{name}_accuracy", before["accuracy"] + gain
     error = {f"{metric}_error": after["accuracy_error"], "before_error": before["accuracy_error"]}
     return dict(
@@ -125,5 +127,5 @@ def judged(seed: int, name: str, before: dict, after: dict, gain: float) -> dict
         after=after["accuracy"],
         target=target,
         met=after["accuracy"] >= target,
-        beside={**error, **{name: after[name] for name in ("format", "length", "seconds")}},
+        details={**error, **{name: after[name] for name in ("format", "length", "seconds")}},
     )

@@ -1,16 +1,15 @@
-"""Is tool use learnt? Two stages of benchmarks/learning/stages.py, each a function of a seed.
+"""Does a model learn to use tools? Two stages of benchmarks/learning/stages.py.
 
-    toolcall   fine-tuning on the demo's tools.jsonl; held-out tasks with scripts/eval_toolcall.py:
-               tool names, arguments and final answers that are right, beside the same questions
-               without tools
-    agent      an unfinished tool model (under half of that training, its learning rate never
-               lowered; made once and kept), and train_agent.py from there, on those first
-               questions of the same conversations that need calculator, clock or units: how
-               many more final answers are right
+    toolcall   SFT on the demo's tools.jsonl; held-out tasks with scripts/eval_toolcall.py: accuracy
+               of tool names, arguments and final answers, and of the same questions without tools
+    agent      an undertrained tool model (under half of that training, with a constant learning
+               rate; made once and kept), then train_agent.py from there, on the first questions of
+               the same conversations that need calculator, clock or units: the gain in accuracy
+               of final answers
 
-Both begin with the unfinished model of the demo, which never saw a tool. The data has 600 held-out
-tasks, 523 of which need one of four tools: other sums, amounts, words and days than in training,
-in other phrasings. Figures with `_error` are standard errors.
+Both start from the demo's undertrained base model, which never saw a tool. The data has 600
+held-out tasks, 523 of which need one of four tools: other sums, amounts, words and days than in
+training, in other phrasings. Metrics that end with `_error` are standard errors.
 """
 
 from pathlib import Path
@@ -26,14 +25,14 @@ from trainer import train_agent, train_full_sft
 
 SIZE = 192
 TARGET, GAIN = 0.9, 0.15
-QUICK = 40  # held-out tasks where trainings are cut short; else all
+QUICK_TASKS = 40  # held-out tasks in a quick test; otherwise all
 COMMON = """--seed {seed} --save_dir {out} --checkpoint_dir {out}/checkpoints --device cpu
     --num_workers 0 --save_interval 0 --eval_interval 0 --val_share 0"""
 SFT = """--data_path {data}/tools.jsonl --from_weight {base}/full_sft_{size}.pth
     --max_seq_len 960 --batch_size 4 --learning_rate 8e-4 --log_interval 10"""
-FINISHED = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 440"
-UNFINISHED = f"{SFT} --save_weight agent_start --max_steps 190 --lr_schedule constant"
-# Many different questions in an update and few episodes of each: they average the noise out.
+FULL_SFT = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 440"
+PARTIAL_SFT = f"{SFT} --save_weight agent_start --max_steps 190 --lr_schedule constant"
+# Many different questions per update and few episodes of each: that averages out the noise best.
 AGENT = """--data_path {out}/first_questions.jsonl --from_weight {out}/agent_start_{size}.pth
     --save_weight agent_{seed} --batch_size 24 --num_generations 4 --loss_type dr_grpo --beta 0
     --learning_rate 3e-4 --max_seq_len 300 --max_gen_len 64 --max_turns 3 --update_batch_size 16
@@ -44,11 +43,11 @@ AGENT = """--data_path {out}/first_questions.jsonl --from_weight {out}/agent_sta
 def toolcall(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
-    """PackedDataset for the report: a metric each, with its target."""
-    places = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
-    tasks = QUICK if max_steps else 0
+    """Train with this seed; returns rows of the report."""
+    values = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
+    tasks = QUICK_TASKS if max_steps else 0
     before = evaluate(base / f"full_sft_{SIZE}.pth", data, tasks, console)
-    result = train(train_full_sft, FINISHED, places, max_steps, console)
+    result = train(train_full_sft, FULL_SFT, values, max_steps, console)
     after = evaluate(out / f"toolcall_{seed}_{SIZE}.pth", data, tasks, console)
     return [
         row("toolcall", seed, name, before, after, TARGET, result["seconds"])
@@ -59,69 +58,69 @@ def toolcall(
 def agent(
     seed: int, base: Path, data: Path, out: Path, max_steps: int, console: Console
 ) -> list[dict[str, Any]]:
-    """PackedDataset for the report: a metric each, with its target."""
-    places = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
-    tasks = QUICK if max_steps else 0
+    """Train with this seed; returns rows of the report."""
+    values = dict(seed=seed, base=base, data=data, out=out, size=SIZE)
+    tasks = QUICK_TASKS if max_steps else 0
     before = evaluate(
-        prepare(base, data, out, max_steps, console), data, tasks, console, bare=False
+        prepare(base, data, out, max_steps, console), data, tasks, console, compare=False
     )
-    result = train(train_agent, AGENT, places, max_steps, console)
-    after = evaluate(out / f"agent_{seed}_{SIZE}.pth", data, tasks, console, bare=False)
+    result = train(train_agent, AGENT, values, max_steps, console)
+    after = evaluate(out / f"agent_{seed}_{SIZE}.pth", data, tasks, console, compare=False)
     target = before["kinds"]["tools"]["answer"] + GAIN
     return [row("agent", seed, "answer", before, after, target, result["seconds"])]
 
 
 def prepare(base: Path, data: Path, out: Path, max_steps: int, console: Console) -> Path:
-    """The unfinished tool model, and the questions that it goes on with; made once."""
+    """Make the undertrained tool model, once, and the questions for RL; returns its weights."""
     start = out / f"agent_start_{SIZE}.pth"
-    questions = map(opening, read_jsonl(data / "tools.jsonl"))
-    write_jsonl(out / "first_questions.jsonl", filter(half_known, questions))
+    questions = map(first_exchange, read_jsonl(data / "tools.jsonl"))
+    write_jsonl(out / "first_questions.jsonl", filter(is_learnable, questions))
     if not start.exists():
-        places = dict(seed=42, base=base, data=data, out=out, size=SIZE)
-        train(train_full_sft, UNFINISHED, places, max_steps, console)
+        values = dict(seed=42, base=base, data=data, out=out, size=SIZE)
+        train(train_full_sft, PARTIAL_SFT, values, max_steps, console)
     return start
 
 
-def opening(row: dict[str, Any]) -> dict[str, Any]:
+def first_exchange(row: dict[str, Any]) -> dict[str, Any]:
     """A conversation up to the answer to its first question."""
-    turns = row["conversations"]
-    asked = [n for n, turn in enumerate(turns) if turn["role"] == "user"]
-    return {"conversations": turns[: [*asked, None][1]]}
+    messages = row["conversations"]
+    questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    return {"conversations": messages[: [*questions, None][1]]}
 
 
-def half_known(row: dict[str, Any]) -> bool:
-    """Whether rewards can teach it: copying a word for the dictionary never succeeds at first."""
-    calls = [turn["tool_calls"] for turn in row["conversations"] if "tool_calls" in turn]
+def is_learnable(row: dict[str, Any]) -> bool:
+    """Whether the model sometimes succeeds, which RL needs: it never copies a dictionary word."""
+    calls = [m["tool_calls"] for m in row["conversations"] if "tool_calls" in m]
     return bool(calls) and '"dictionary"' not in calls[0]
 
 
 def train(
-    stage: Any, flags: str, places: dict[str, Any], max_steps: int, console: Console
+    trainer: Any, flags: str, values: dict[str, Any], max_steps: int, console: Console
 ) -> dict[str, Any]:
-    words = [word.format(**places) for word in f"{flags} {COMMON}".split()]
-    return run_trainer(console, stage, words, max_steps)
+    argv = [word.format(**values) for word in f"{flags} {COMMON}".split()]
+    return run_trainer(console, trainer, argv, max_steps)
 
 
 def evaluate(
-    path: Path, data: Path, tasks: int, console: Console, bare: bool = True
+    path: Path, data: Path, tasks: int, console: Console, compare: bool = True
 ) -> dict[str, Any]:
-    words = f"--weight {path} --data_path {data}/tools_val.jsonl --device cpu --examples 0"
-    words = f"{words} --max_new_tokens 64 --tasks {tasks} --compare {int(bare)}".split()
-    console.print(f"$ python scripts/eval_toolcall.py {' '.join(words)}\n", soft_wrap=True)
-    return eval_toolcall.main(parse_arguments(eval_toolcall.Args, arguments=words))
+    flags = f"--weight {path} --data_path {data}/tools_val.jsonl --device cpu --examples 0"
+    argv = f"{flags} --max_new_tokens 64 --tasks {tasks} --compare {int(compare)}".split()
+    console.print(f"$ python scripts/eval_toolcall.py {' '.join(argv)}\n", soft_wrap=True)
+    return eval_toolcall.main(parse_arguments(eval_toolcall.Args, arguments=argv))
 
 
 def row(
     stage: str, seed: int, metric: str, before: dict, after: dict, target: float, seconds: float
 ) -> dict[str, Any]:
     start, end = (each["kinds"]["tools"] for each in (before, after))
-    beside = {name: value for name, value in end.items() if name != metric}
-    beside |= {f"before_{metric}_error": start[f"{metric}_error"]}
+    details = {name: value for name, value in end.items() if name != metric}
+    details |= {f"before_{metric}_error": start[f"{metric}_error"]}
     if "bare" in start:  # the same questions without tools
-        beside |= {f"before_bare{which}": start[f"bare{which}"] for which in ("", "_error")}
+        details |= {f"before_bare{which}": start[f"bare{which}"] for which in ("", "_error")}
     no_call = after["kinds"]["no call"]
-    beside |= {"no_call_needed_and_none_made": no_call["name"], "no_call_tasks": no_call["tasks"]}
-    beside |= {"calls": after["calls"], "errors": after["errors"], "seconds": round(seconds, 1)}
+    details |= {"no_call_needed_and_none_made": no_call["name"], "no_call_tasks": no_call["tasks"]}
+    details |= {"calls": after["calls"], "errors": after["errors"], "seconds": round(seconds, 1)}
     return {
         "stage": stage,
         "seed": seed,
@@ -130,5 +129,5 @@ def row(
         "after": end[metric],
         "target": target,
         "met": end[metric] >= target,
-        "beside": beside,
+        "details": details,
     }

@@ -1,6 +1,7 @@
-"""Trainings by their own command lines, for the benchmarks that compare what was learnt."""
+"""Runs trainers by their command lines, for the benchmarks that compare what a model learned."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -9,17 +10,22 @@ from model.command_line import parse_arguments
 from model.errors import UserError
 
 
-def run_trainer(console: Console, trainer: Any, words: list[str], max_steps: int) -> dict[str, Any]:
-    """What a trainer's `main` returns; the command is printed. `max_steps` bounds its updates for a
-    quick look; 0: as many as the words say."""
-    if max_steps and "--max_steps" in words:
-        at = words.index("--max_steps") + 1
-        words = [*words[:at], str(min(max_steps, int(words[at]))), *words[at + 1 :]]
+def run_trainer(
+    console: Console, trainer: ModuleType, argv: list[str], max_steps: int
+) -> dict[str, Any]:
+    """Print the command and run the trainer; returns what its `main` returns.
+
+    Args:
+        max_steps: upper limit of --max_steps, for a quick test; 0: no limit.
+    """
+    if max_steps and "--max_steps" in argv:
+        at = argv.index("--max_steps") + 1
+        argv = [*argv[:at], str(min(max_steps, int(argv[at]))), *argv[at + 1 :]]
     elif max_steps:
-        words = [*words, "--max_steps", str(max_steps)]
+        argv = [*argv, "--max_steps", str(max_steps)]
     script = Path(trainer.__file__).name
-    console.print(f"$ python trainer/{script} {' '.join(words)}\n", soft_wrap=True)
-    result = trainer.main(parse_arguments(trainer.Args, arguments=words))
+    console.print(f"$ python trainer/{script} {' '.join(argv)}\n", soft_wrap=True)
+    result = trainer.main(parse_arguments(trainer.Args, arguments=argv))
     if result["stopped"]:
-        raise UserError("stopped; what was finished is in the report")
+        raise UserError("stopped; the report has the trainings that were finished")
     return result

@@ -1,26 +1,25 @@
-"""How fast data files become rows to train on, and how much memory that takes.
+"""Speed and memory of data loading: from JSONL files to packed rows.
 
     python benchmarks/speed/data_speed.py [--data_path FILE] [--gigabytes 5] [--json FILE]
 
-Two measurements on the rows of --data_path (default: the project's own demo data), which are
-written again and again, as plain JSONL, until the file is as long as wanted:
+Two measurements on the rows of --data_path (default: the project's demo data), which are repeated
+in a JSONL file until it has the size that is needed:
 
-1. --megabytes of it, in this process: `load_documents` with an empty cache (read, tokenise on all
-   cores, write the Arrow file), then `Rows` (packing).
-2. --gigabytes of it (0: leave this out), as a person would do it: the trainer of that kind of data,
-   started through its command line with a tiny model for two steps. Measured are the seconds from
-   the start of the process until its log has the first step, and the largest memory on the way.
-   The goal is less than 2 GB, whatever the file's size.
+1. --megabytes, in this process: `load_documents` with an empty cache (read, tokenise on all cores,
+   write the Arrow file), then `PackedDataset` (packing).
+2. --gigabytes (0: skip), as a user would: the trainer of this format, started by its command line
+   with a tiny model for two steps. Measured are the time from the start of the process until its
+   log has the first step, and the peak memory. The goal: less than 2 GB for any size.
 
-MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer's cache of
-tokens lies in the temporary folder and goes with it. --work_dir needs about twice --gigabytes of
-room.
+MB and GB are 10^6 and 10^9 bytes; speeds are in bytes of uncompressed JSONL. The trainer's
+token cache is in the temporary folder and is deleted with it. --work_dir needs about twice
+--gigabytes of free space.
 
-Memory is that of the process and all its children, sampled ten times a second, each process
-counted by its proportional set size (PSS, on Linux): a page that several processes share, such as
-libraries, what forked workers inherit, or the mapped file of tokens, is divided among them. The sum
-of resident sizes would count such a page several times; the sum of unshared ones (USS, taken where
-the system knows no PSS) would miss it.
+Memory is that of the process and all its children, sampled ten times per second, as proportional
+set size (PSS, on Linux): a page that several processes share (libraries, inherited pages of forked
+workers, the memory-mapped token file) is divided among them. The sum of resident sizes would count
+such a page several times; the sum of unique set sizes (USS, used where there is no PSS) would omit
+it.
 """
 
 import gzip
@@ -54,27 +53,29 @@ from trainer.common.hardware import describe_machine
 DEMO_FILES = {"text": "pretrain_hq.jsonl", "conversations": "sft_mini_512.jsonl"}
 STAGES = {"text": "pretrain", "conversations": "full_sft"}
 SAMPLE_SECONDS = 0.1
-HIDDEN_SIZE = 64  # of the model in the second measurement, where only the data matters
+HIDDEN_SIZE = 64  # of the model in the second measurement
 
 
 @dataclass
 class Args:
     data_path: str = option("", "rows to repeat, .jsonl or .jsonl.gz; default: the demo data")
-    kind: Literal["", "text", "conversations"] = option("", "default: what the first row is")
-    megabytes: float = option(100.0, "how much to tokenise and pack in this process")
-    gigabytes: float = option(5.0, "how much to start a training on; 0: do not")
-    max_seq_len: int = option(512, "tokens in a row")
-    work_dir: str = option("", "where the temporary folder goes; default: the system's place")
-    json: str = option("", "also write the figures to this file")
+    kind: Literal["", "text", "conversations"] = option(
+        "", "format of the data; default: that of the first row"
+    )
+    megabytes: float = option(100.0, "size of the file to tokenise and pack in this process")
+    gigabytes: float = option(5.0, "size of the file to start a training on; 0: skip")
+    max_seq_len: int = option(512, "length of a row, in tokens")
+    work_dir: str = option("", "parent of the temporary folder; default: the system's")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     if args.megabytes <= 0 or args.gigabytes < 0:
-        raise UserError("--megabytes must be more than 0, and --gigabytes not negative")
+        raise UserError("--megabytes must be above 0, and --gigabytes at least 0")
     with temporary_folder(args.work_dir) as folder:
         if args.data_path:
             source = check_file(args.data_path)
-            kind = args.kind or kind_of(source)
+            kind = args.kind or detect_kind(source)
         else:
             kind = args.kind or "text"
             write_demo_data(folder / "demo")
@@ -99,7 +100,7 @@ def main(args: Args) -> dict[str, Any]:
 
 @contextmanager
 def temporary_folder(directory: str) -> Iterator[Path]:
-    """A folder that is deleted at the end; UserError if there can be none in `directory`."""
+    """A folder that is deleted at the end; UserError if it cannot be made in `directory`."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="minimind_", dir=directory or None)
     except OSError as error:
@@ -109,12 +110,12 @@ def temporary_folder(directory: str) -> Iterator[Path]:
 
 
 def open_lines(path: Path) -> BinaryIO:
-    """A .jsonl or .jsonl.gz file, to be read line by line."""
+    """Open a .jsonl or .jsonl.gz file for reading line by line."""
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def kind_of(path: Path) -> str:
-    """What the first row of a file is: "text" or "conversations"."""
+def detect_kind(path: Path) -> str:
+    """The format of a file by its first row: "text" or "conversations"."""
     with open_lines(path) as file:
         line = next((line for line in file if line.strip()), b"{}")
     try:
@@ -128,8 +129,8 @@ def kind_of(path: Path) -> str:
 
 
 def write_repeated(source: Path, target: Path, size: float) -> int:
-    """Write the lines of `source` to `target`, again and again, until it has `size` bytes.
-    Returns how many it has: the last line is a whole one."""
+    """Repeat the lines of `source` in `target` until it has `size` bytes. Returns its actual size:
+    the last line is not cut."""
     written = 0
     bar = tqdm(total=int(size), unit="B", unit_scale=True, desc="writing", leave=False)
     with open(target, "wb") as out, bar:
@@ -151,7 +152,7 @@ def write_repeated(source: Path, target: Path, size: float) -> int:
 
 
 class PeakMemory:
-    """The largest memory that a process and its children had together while `watching`."""
+    """Peak memory of a process and its children while `watching`."""
 
     def __init__(self, pid: int):
         self.process = psutil.Process(pid)
@@ -177,7 +178,7 @@ class PeakMemory:
 
     def now(self) -> int:
         total = 0
-        with suppress(psutil.Error):  # a process may end while it is looked at
+        with suppress(psutil.Error):  # a process may end while it is measured
             for process in (self.process, *self.process.children(recursive=True)):
                 with suppress(psutil.Error):
                     memory = process.memory_full_info()
@@ -189,7 +190,7 @@ class PeakMemory:
 
 
 def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict[str, Any]:
-    """Speed and memory of `load_documents`, the cache empty, and of `Rows`."""
+    """Speed and memory of `load_documents`, the cache empty, and of `PackedDataset`."""
     tokenizer = load_tokenizer()
     data = folder / "sample.jsonl"
     size = write_repeated(source, data, args.megabytes * 1e6)
@@ -202,7 +203,7 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         rows = PackedDataset(documents, args.max_seq_len)
     packed = time.perf_counter()
 
-    def figures(seconds: float, memory: PeakMemory) -> dict[str, float]:
+    def metrics(seconds: float, memory: PeakMemory) -> dict[str, float]:
         return {
             "seconds": round(seconds, 3),
             "megabytes_per_second": round(size / 1e6 / seconds, 2),
@@ -216,16 +217,16 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         "documents": len(documents),
         "tokens": rows.num_tokens,
         "fill": round(rows.packing_efficiency, 4),
-        "tokenise": figures(tokenised - start, tokenising),
-        "pack": figures(packed - tokenised, packing),
+        "tokenise": metrics(tokenised - start, tokenising),
+        "pack": metrics(packed - tokenised, packing),
     }
 
 
 def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[str, float]:
-    """Seconds to the first step, and the largest memory, of a trainer on a file of that size."""
+    """Time to the first step and peak memory of a trainer on a file of --gigabytes."""
     data = folder / "large.jsonl"
     size = write_repeated(source, data, args.gigabytes * 1e9)
-    cache, out = folder / "cache of the training", folder / "out"
+    cache, out = folder / "training_cache", folder / "out"
     metrics = out / f"{STAGES[kind]}_{HIDDEN_SIZE}.metrics.jsonl"
     settings = {
         "data_path": data,
@@ -245,14 +246,14 @@ def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[st
 
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    own = {"PYTHONPATH": str(ROOT), "MINIMIND_CACHE": str(cache)}
-    process = subprocess.Popen(command, env=os.environ | own)
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MINIMIND_CACHE": str(cache)}
+    process = subprocess.Popen(command, env=env)
     try:
         with PeakMemory(process.pid).watching() as memory:
             while process.poll() is None:
                 time.sleep(SAMPLE_SECONDS)
                 now = time.perf_counter() - start
-                if any(cache.glob("*.arrow")):  # appears when it is complete
+                if any(cache.glob("*.arrow")):  # it is renamed to this when it is complete
                     seconds.setdefault("tokenised", now)
                 if metrics.exists() and metrics.stat().st_size > 0:
                     seconds.setdefault("first_step", now)

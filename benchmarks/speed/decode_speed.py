@@ -1,26 +1,25 @@
-"""Tokens a second of greedy decoding: this project's `generate`, transformers and llama.cpp.
+"""Speed of greedy decoding in tokens per second: this project, transformers and llama.cpp.
 
     python benchmarks/speed/decode_speed.py [--use_moe 1] [--weight FILE.pth] [--ragged 1]
 
-All sides have the same weights (transformers': the class that scripts/convert_model.py chooses),
-the same random prompts, a cache, as many threads, and no EOS, so that every row gets all its
-tokens. PyTorch's sides compute in float32. A round times one call of each, prompts included, after
-a first call that is not counted. The table shows the medians; the ratios are the medians of the
-rounds' own, since other work on a machine slows down neighbours in time alike.
+All have the same weights (in transformers the class that scripts/convert_model.py chooses), random
+prompts, a KV cache, the same number of threads, and no EOS, so that every row gets all its tokens.
+PyTorch computes in float32. A round times one call of each, with prefill, after a warm-up call. The
+table shows medians over the rounds. A ratio is the median of the ratios of each round, since other
+load on the machine slows down neighbours in time alike.
 
 ours          the model as eval_llm.py uses it, `pack_for_cpu_decoding` done before: on x86 it
-              multiplies from weights in float16, which they are in a .pth file (random ones are
-              rounded)
-plain         the same without that
+              multiplies from float16 weights, as they are in a .pth file (random ones are rounded)
+plain         the same without packing
 transformers  its generate, with PyTorch's scaled_dot_product_attention
-llama f32     llama.cpp with a float32 file and cache; needs `pip install llama-cpp-python`
-llama f16     with a file and a cache in float16, as it is mostly used: it rounds to float16 what
-              it multiplies, so that its tokens are not compared
-products      of a dense model: what the matrix products alone would allow with float32 weights,
-              one F.linear for each matrix
+llama f32     llama.cpp with float32 weights and cache; needs `pip install llama-cpp-python`
+llama f16     llama.cpp with float16 weights and cache, as it is mostly used; it also rounds
+              activations to float16, so that its tokens are not compared
+products      dense models only: the upper limit of the matrix products alone with float32 weights,
+              one F.linear per matrix
 
-Tokens are compared. Sums in another order differ in their last bits, and where the two best tokens
-are as close as that, both choices are right: a row may differ from such a place on.
+Tokens are compared. Another order of summation changes the last bits. Where the two best logits are
+closer than that (a tie), both tokens are right, and the rows may differ from there on.
 """
 
 import importlib.util
@@ -51,22 +50,22 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import count_parameters, load_model, write_json
 from trainer.common.hardware import describe_machine, resolve_device
 
-TIE = 1e-3  # logits nearer than this are equally good
+TIE = 1e-3  # logits closer than this count as equal
 SIDES = ("ours", "plain", "transformers", "llama f32", "llama f16", "products")
 
 
 @dataclass
 class Args:
     weight: str = option("", "a .pth file; default: random weights of the 512×8 model")
-    use_moe: bool = option(False, "random weights of a mixture of experts")
-    prompt_tokens: int = option(32, "length of the prompts")
-    ragged: bool = option(False, "prompts of many lengths, at most prompt_tokens, in one batch")
-    new_tokens: int = option(128, "tokens to decode for each prompt")
-    batch_sizes: list[int] = option([1, 32], "how many prompts at a time")
-    rounds: int = option(5, "how often each side is timed")
+    use_moe: bool = option(False, "random weights of a mixture-of-experts model")
+    prompt_tokens: int = option(32, "length of the prompts, in tokens")
+    ragged: bool = option(False, "random prompt lengths in a batch, at most prompt_tokens")
+    new_tokens: int = option(128, "number of tokens to generate per prompt")
+    batch_sizes: list[int] = option([1, 32], "prompts per batch")
+    rounds: int = option(5, "number of timed rounds")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    seed: int = option(0, "of the random weights and prompts")
-    json: str = option("", "also write the figures to this file")
+    seed: int = option(0, "random seed of weights and prompts")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict:
@@ -78,10 +77,10 @@ def main(args: Args) -> dict:
         model = load_model(args.weight)
     else:
         model = MiniMindForCausalLM(MiniMindConfig(use_moe=args.use_moe))
-    model = model.half().float().to(device).eval()  # numbers as in a .pth file
-    prepared = pack_for_cpu_decoding(deepcopy(model))
+    model = model.half().float().to(device).eval()  # rounded to float16, as in a .pth file
+    packed = pack_for_cpu_decoding(deepcopy(model))
     peer = peer_with_weights(model).to(device).eval()
-    peer.generation_config.eos_token_id = None  # so that all tokens are made
+    peer.generation_config.eos_token_id = None  # so that all tokens are generated
     report = {
         "date": str(date.today()),
         "machine": describe_machine(device),
@@ -90,7 +89,7 @@ def main(args: Args) -> dict:
         "parameters": count_parameters(model),
         "arguments": vars(args),
         "batch_sizes": {
-            size: compare(model, prepared, peer, size, args) for size in args.batch_sizes
+            size: compare(model, packed, peer, size, args) for size in args.batch_sizes
         },
     }
     table = Table(title="tokens a second", title_justify="left")
@@ -111,18 +110,18 @@ def main(args: Args) -> dict:
 
 def compare(
     model: MiniMindForCausalLM,
-    prepared: MiniMindForCausalLM,
+    packed: MiniMindForCausalLM,
     peer: PreTrainedModel,
     size: int,
     args: Args,
 ) -> dict[str, Any]:
-    """The figures of one batch size: of each side, and how much faster ours is than it."""
+    """Speeds and ratios for one batch size."""
     lengths = [args.prompt_tokens] * size
     if args.ragged:
         lengths = torch.randint(1, args.prompt_tokens + 1, (size,)).tolist()
     prompts = [torch.randint(3, model.config.vocab_size, (n,)).tolist() for n in lengths]
     sides: dict[str, Callable] = {
-        "ours": partial(generate_ours, prepared, prompts, args.new_tokens),
+        "ours": partial(generate_ours, packed, prompts, args.new_tokens),
         "plain": partial(generate_ours, model, prompts, args.new_tokens),
         "transformers": partial(generate_peer, peer, prompts, args.new_tokens),
     }
@@ -188,7 +187,7 @@ def generate_peer(
 
 @torch.inference_mode()
 def multiply_all(model: MiniMindForCausalLM, size: int, times: int) -> None:
-    """What one decoded token needs of matrix products, so many times."""
+    """The matrix products of decoding `times` tokens."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     inputs = {n: torch.randn(size, n, device=model.device) for _, n in {w.shape for w in weights}}
     for _ in range(times):
@@ -204,7 +203,7 @@ def check_tokens(
     plain: list[list[int]],
     theirs: list[list[int]],
 ) -> None:
-    """RuntimeError unless the replies of a side are those of the plain one, but for ties."""
+    """RuntimeError unless a side generates the same tokens as the plain one, except at ties."""
     for prompt, own, other in zip(prompts, plain, theirs, strict=True):
         if own == other:
             continue
@@ -217,7 +216,7 @@ def check_tokens(
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for what a GPU still has to do."""
+    """Wait for the GPU to finish."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 

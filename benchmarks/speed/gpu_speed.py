@@ -1,20 +1,20 @@
-"""What each step of the way to the default costs and gains on a CUDA GPU.
+"""What each step from a plain training loop to the default gains on a CUDA GPU.
 
     python benchmarks/speed/gpu_speed.py --data_path FILE [--json FILE]
 
 For the 512×8 (25.8M parameters) and the 768×16 model (104M), in bfloat16 autocast, with
---batch_size rows of 512 tokens an update, each way of training on the same documents:
+--batch_size rows of 512 tokens per step, on the same documents:
 
-- plain: a Llama of transformers, one document (or one piece of at most 512 tokens) a row, padded to
+- plain: a Llama of transformers, one document (or a part of at most 512 tokens) per row, padded to
   the longest; AdamW.
-- packed: this project's model and Muon on packed rows, with a dense mask of the documents.
-- varlen: attention over documents laid end to end instead, which computes nothing between them.
-- compiled: each block compiled too (torch.compile); the trainers' default on a GPU.
+- packed: this project's model and Muon on packed rows, with a dense block-diagonal mask.
+- varlen: variable-length attention instead of the mask, which computes nothing across documents.
+- compiled: each block is also compiled (torch.compile); the trainers' default on a GPU.
 
-Timed are whole updates (forward, backward, clipping, optimizer) on one batch that lies on the GPU,
-and the optimizer alone. The first update, which compiles, is not among them. Real tokens are those
-that are not padding. MFU is the operations that they need (the formula in train_speed.py) over the
-data sheet's dense bf16 rate. The loss is that before the first update, of random weights.
+Timed are whole steps (forward, backward, clipping, optimizer) on one batch that is on the GPU, and
+the optimizer alone, without the first step, which compiles. Real tokens are those that are not
+padding. MFU is their required operations (the formula in gemm_share.py) over the data sheet's dense
+bf16 rate. The loss is that of random weights, before the first step.
 """
 
 import time
@@ -24,12 +24,12 @@ from datetime import date
 from typing import Any
 
 import torch
+from gemm_share import required_operations
 from peers import peer_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
-from train_speed import needed_operations
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset, collate
@@ -43,20 +43,20 @@ from trainer.common.optimizers import make_optimizer
 DEVICE = torch.device("cuda")
 ROW = 512
 SIZES = {"512×8": (512, 8), "768×16": (768, 16)}
-WAYS = ("plain", "packed", "varlen", "compiled")
+METHODS = ("plain", "packed", "varlen", "compiled")
 
 
 @dataclass
 class Args:
     data_path: str = option("", "pretraining text, .jsonl or .jsonl.gz")
-    batch_size: int = option(32, "rows an update")
-    updates: int = option(20, "updates that are timed, of each way")
-    json: str = option("", "also write the figures to this file")
+    batch_size: int = option(32, "rows per step")
+    updates: int = option(20, "timed steps of each method")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     if not torch.cuda.is_available():
-        raise UserError("this PyTorch sees no CUDA GPU, of which this would tell the speed")
+        raise UserError("this benchmark needs a CUDA GPU, and PyTorch finds none")
     documents = load_documents(args.data_path, "text", load_tokenizer())
     report = {
         "date": str(date.today()),
@@ -68,16 +68,16 @@ def main(args: Args) -> dict[str, Any]:
     console = Console()
     for name, (width, depth) in SIZES.items():
         config = MiniMindConfig(hidden_size=width, num_hidden_layers=depth)
-        figures = {way: measure(way, config, documents, args) for way in WAYS}
-        report["models"][name] = figures
+        metrics = {method: measure(method, config, documents, args) for method in METHODS}
+        report["models"][name] = metrics
         table = Table(
             title=f"{name}, {args.batch_size} rows of {ROW} an update", title_justify="left"
         )
-        table.add_column("way")
-        for column in figures["plain"]:
+        table.add_column("method")
+        for column in metrics["plain"]:
             table.add_column(column, justify="right")
-        for way, row in figures.items():
-            table.add_row(way, *(f"{value:,.4g}" for value in row.values()))
+        for method, row in metrics.items():
+            table.add_row(method, *(f"{value:,.4g}" for value in row.values()))
         console.print(table)
     print(f"{report['machine']}, torch {report['torch']}, {report['date']}")
     if args.json:
@@ -85,15 +85,15 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def measure(way: str, config: MiniMindConfig, documents, args: Args) -> dict[str, float]:
-    """The figures of one way to train a model of this config."""
-    rows = PackedDataset(documents, ROW, packing=way != "plain")
+def measure(method: str, config: MiniMindConfig, documents, args: Args) -> dict[str, float]:
+    """Metrics of one method of training a model of this config."""
+    rows = PackedDataset(documents, ROW, packing=method != "plain")
     picked = [rows[row] for row in range(0, len(rows), max(1, len(rows) // args.batch_size))]
     picked = picked[: args.batch_size]
     batch = collate(picked).to(DEVICE)
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
-    if way == "plain":
+    if method == "plain":
         model = peer_of(config, use_cache=False).to(DEVICE)
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=5e-4)
         padding = dict(attention_mask=(batch.input_ids != 0).long())
@@ -101,9 +101,9 @@ def measure(way: str, config: MiniMindConfig, documents, args: Args) -> dict[str
     else:
         model = MiniMindForCausalLM(config).to(DEVICE).train()
         optimizer = make_optimizer(model, "muon", 5e-4, 0.1)
-        if way == "packed":
+        if method == "packed":
             model.model.uses_varlen = lambda hidden: False
-        if way == "compiled":
+        if method == "compiled":
             for block in model.model.layers:
                 block.compile()
         inputs = dict(**batch.inputs, labels=batch.labels, return_logits=False)
@@ -123,27 +123,30 @@ def measure(way: str, config: MiniMindConfig, documents, args: Args) -> dict[str
     first = time.perf_counter() - start
     for _ in range(5):
         update()
-    each = seconds(update, args.updates)
-    needed = needed_operations(config, picked, batch.num_label_tokens)
+    step_seconds = mean_seconds(update, args.updates)
+    required = required_operations(config, picked, batch.num_label_tokens)
     return {
-        "real tokens/s": batch.num_tokens / each,
-        "ms an update": 1000 * each,
-        "of it optimizer": 1000 * seconds(optimizer.step, args.updates),
-        "MFU %": 100 * needed / each / (peak_flops(DEVICE, torch.bfloat16) or float("nan")),
+        "real tokens/s": batch.num_tokens / step_seconds,
+        "ms an update": 1000 * step_seconds,
+        "of it optimizer": 1000 * mean_seconds(optimizer.step, args.updates),
+        "MFU %": 100
+        * required
+        / step_seconds
+        / (peak_flops(DEVICE, torch.bfloat16) or float("nan")),
         "GB": torch.cuda.max_memory_allocated() / 1e9,
         "first update, s": first,
         "loss": loss,
     }
 
 
-def seconds(work: Callable[[], Any], times: int) -> float:
-    """How long it takes each time."""
+def mean_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Mean time of a run on the GPU."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in tqdm(range(times), leave=False):
-        work()
+    for _ in tqdm(range(repeats), leave=False):
+        run()
     torch.cuda.synchronize()
-    return (time.perf_counter() - start) / times
+    return (time.perf_counter() - start) / repeats
 
 
 if __name__ == "__main__":

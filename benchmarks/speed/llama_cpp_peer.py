@@ -1,5 +1,8 @@
-"""llama.cpp as a peer: greedy decoding of several prompts at a time, by its own interface, since
-the convenient one of llama-cpp-python runs one prompt after the other."""
+"""llama.cpp for benchmarks: greedy decoding of a batch of prompts.
+
+It uses the low-level interface, since the high-level one of llama-cpp-python runs one prompt after
+the other.
+"""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +16,7 @@ from model.weights import load_tokenizer
 
 
 class LlamaCpp:
-    """A model in llama.cpp, with room for `rows` replies of `context` tokens each."""
+    """A model in llama.cpp, for batches of `rows` sequences of up to `context` tokens each."""
 
     def __init__(
         self, model: MiniMindForCausalLM, dtype: str, rows: int, context: int, threads: int
@@ -23,7 +26,7 @@ class LlamaCpp:
             path = Path(folder) / "model.gguf"
             save_gguf(model, load_tokenizer(), path, dtype, "benchmark")
             settings = llama_cpp.llama_model_default_params()
-            settings.use_mmap = False  # the file goes
+            settings.use_mmap = False  # the file is deleted
             self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max = rows * context, rows
@@ -31,13 +34,15 @@ class LlamaCpp:
         settings.n_threads = settings.n_threads_batch = threads
         if dtype == "float32":
             settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
-            settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it is in float16
+            settings.flash_attn_type = (
+                llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            )  # it computes in float16
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         self.batch = llama_cpp.llama_batch_init(rows * context, 0, 1)
         self.vocab_size = model.config.vocab_size
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        """The likeliest tokens after each prompt."""
+        """Greedy continuations of the prompts."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
         replies: list[list[int]] = [[] for _ in prompts]
         new, starts = prompts, [0] * len(prompts)
@@ -54,8 +59,8 @@ class LlamaCpp:
         llama_cpp.llama_model_free(self.model)
 
     def step(self, rows: list[list[int]], starts: list[int]) -> list[int]:
-        """Read more tokens of each row, which stand at positions from its start on; the likeliest
-        token after each row."""
+        """Decode more tokens of each row, at positions from its start on; returns the greedy next
+        token of each row."""
         batch, n = self.batch, 0
         for row, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
             for position, token in enumerate(tokens, start):
@@ -67,10 +72,10 @@ class LlamaCpp:
         if code := llama_cpp.llama_decode(self.context, batch):
             raise RuntimeError(f"llama.cpp could not decode ({code})")
         ends = np.cumsum([len(tokens) for tokens in rows]) - 1
-        return [self.likeliest(int(end)) for end in ends]
+        return [self.argmax(int(end)) for end in ends]
 
-    def likeliest(self, place: int) -> int:
-        logits = llama_cpp.llama_get_logits_ith(self.context, place)
+    def argmax(self, index: int) -> int:
+        logits = llama_cpp.llama_get_logits_ith(self.context, index)
         return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
 

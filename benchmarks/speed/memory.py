@@ -1,19 +1,19 @@
-"""What fits: the memory forecast of the trainers against measured memory, and a table of batches.
+"""The trainers' memory forecast against measured memory, and a table of batch sizes that fit.
 
     python benchmarks/speed/memory.py [--case sft dpo] [--json FILE]
 
-Each case trains two updates of a model with random weights on the CPU, on rows as long as can be,
-in a process of its own; measured is its peak memory, less what it had before there was a model.
-Estimated is what the trainer tells before its first step (forecast.py, training_memory):
+Each case trains a model with random weights for two steps on the CPU, on rows of full length, in a
+process of its own. Measured is its peak memory minus that before the model was made. Estimated is
+what the trainer prints before its first step (forecast.py, training_memory):
 
-    bytes = weights · 4 · (1 + 1 gradient + 1 average with Muon or 2 with AdamW) + reference · 4
+    bytes = weights · 4 · (1 + 1 gradient + 1 moment with Muon or 2 with AdamW) + reference · 4
             + rows · tokens · (size · layers · (12 · hidden + 4 · intermediate) + logits)
 
-where size is 4 and logits 1 · vocabulary in float32, 3 and 14 · vocabulary under autocast; PPO has
-a critic, which doubles all but the reference.
+where size is 4 and logits 1 · vocabulary in float32, 3 and 14 · vocabulary under autocast. PPO's
+critic doubles all but the reference.
 
-Then, by the same formula, for a GPU with bfloat16 autocast and a tenth of its memory left free: how
-many rows of 512 and of 1,024 tokens go through the model at once (--batch_size; of RL
+Then, by the same formula, for a GPU with bfloat16 autocast and a tenth of its memory free: the
+number of rows of 512 and of 1,024 tokens per forward pass (--batch_size; in RL
 --update_batch_size; a pair of DPO is two rows).
 """
 
@@ -43,13 +43,13 @@ from trainer.report.forecast import training_memory
 from trainer.train_ppo import ActorCritic
 
 SIZES = {"26M": (512, 8), "104M": (768, 16)}
-FREE = 0.9  # the share of a GPU's memory that the table gives away
+USABLE = 0.9  # share of a GPU's memory that may be used
 
 
 class Case(NamedTuple):
     trainer: Any
-    rows_of_a_unit: int  # rows that one more in the batch adds
-    reference: bool  # whether a frozen copy stands beside the model
+    rows_per_sample: int  # rows per sample of the batch
+    reference: bool  # whether there is a frozen reference model
     flags: str = ""
 
 
@@ -64,19 +64,19 @@ CASES = {
 
 @dataclass
 class Args:
-    case: list[str] = option(list(CASES), "which are measured")
-    tokens: int = option(512, "tokens of a row, of which RL writes half")
-    rows: int = option(8, "rows (DPO: pairs) through the model at once")
-    hidden_size: int = option(512, "width of what is measured")
-    num_hidden_layers: int = option(8, "depth")
-    measure: str = option("", "measure this case, in this process (the benchmark itself)")
-    json: str = option("", "also write the figures to this file")
+    case: list[str] = option(list(CASES), "cases to measure")
+    tokens: int = option(512, "length of a row, in tokens; in RL half of it is generated")
+    rows: int = option(8, "rows (DPO: pairs) per forward pass")
+    hidden_size: int = option(512, "hidden size of the measured model")
+    num_hidden_layers: int = option(8, "number of layers of the measured model")
+    measure: str = option("", "internal: measure this case in this process")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     unknown = set(args.case) - set(CASES)
     if unknown:
-        raise UserError(f"--case: {min(unknown)} is unknown; there are {', '.join(CASES)}")
+        raise UserError(f"--case: {min(unknown)} is unknown; known are {', '.join(CASES)}")
     if args.measure:
         print(json.dumps(measure(args)))
         return {}
@@ -84,11 +84,11 @@ def main(args: Args) -> dict[str, Any]:
     flags = [f"--{name}={getattr(args, name)}" for name in names]
     measured = {}
     for case in tqdm(args.case, desc="measured"):
-        words = [sys.executable, __file__, f"--measure={case}", *flags]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{case} failed: {done.stderr.strip().splitlines()[-1]}")
-        measured[case] = json.loads(done.stdout.splitlines()[-1])
+        command = [sys.executable, __file__, f"--measure={case}", *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(f"{case} failed: {result.stderr.strip().splitlines()[-1]}")
+        measured[case] = json.loads(result.stdout.splitlines()[-1])
     report = {
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
@@ -103,11 +103,11 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def measure(args: Args) -> dict[str, float]:
-    """Estimated and measured GB of two updates."""
+    """Estimated and measured GB of two steps."""
     case, tokenizer = CASES[args.measure], load_tokenizer()
     model = random_model(args.hidden_size, args.num_hidden_layers)
-    fixed, per_token = needs(args.measure, model, torch.float32, "muon")
-    rows = args.rows * case.rows_of_a_unit
+    fixed, per_token = estimate_bytes(args.measure, model, torch.float32, "muon")
+    rows = args.rows * case.rows_per_sample
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_weights(model, folder / "start.pth", stage="start", tokenizer=tokenizer, origin={})
@@ -117,11 +117,11 @@ def measure(args: Args) -> dict[str, float]:
             --save_dir {folder}/out --checkpoint_dir {folder}/out --val_share 0 --save_interval 0
             --max_steps 2 --num_workers 0 --device cpu""".format(**sizes)
         del model
-        before = peak()
+        before = peak_gb()
         case.trainer.main(parse_arguments(case.trainer.Args, arguments=flags.split()))
     return {
         "estimated_gb": (fixed + per_token * rows * args.tokens) / 1e9,
-        "measured_gb": peak() - before,
+        "measured_gb": peak_gb() - before,
     }
 
 
@@ -130,10 +130,10 @@ def random_model(hidden_size: int, num_hidden_layers: int) -> MiniMindForCausalL
     return MiniMindForCausalLM(MiniMindConfig(**sizes))
 
 
-def needs(
+def estimate_bytes(
     case: str, model: MiniMindForCausalLM, dtype: torch.dtype, optimizer: str
 ) -> tuple[float, float]:
-    """Bytes in any case and for each token, with the reference."""
+    """Fixed bytes, with the reference model, and bytes per token."""
     trained: nn.Module = model
     if case == "ppo":
         trained = ActorCritic(model, MiniMindForScoring(model.config))
@@ -142,7 +142,7 @@ def needs(
 
 
 def write_rows(args: Args, tokenizer, path: Path) -> None:
-    """Rows that fill a batch to its end: a word for each token, more of them than are used."""
+    """Write rows of full length, more than are used: one word per token."""
     words = " one two three four five six seven eight nine ten" * args.tokens
     ids = tokenizer(words).input_ids
 
@@ -156,24 +156,24 @@ def write_rows(args: Args, tokenizer, path: Path) -> None:
     path.write_text((json.dumps(row) + "\n") * 64, encoding="utf-8")
 
 
-def peak() -> float:
-    """The most GB that this process has held so far."""
+def peak_gb() -> float:
+    """Peak memory of this process so far, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def fitting() -> list[dict[str, Any]]:
-    """How much goes through the model at once on GPUs of 8 and 24 GB."""
+    """Batch sizes that fit on GPUs of 8 and 24 GB."""
     rows = []
     for size, (width, depth) in SIZES.items():
         with torch.device("meta"):  # shapes without memory
             model = random_model(width, depth)
         for case, about in CASES.items():
-            fixed, per_token = needs(case, model, torch.bfloat16, "muon")
+            fixed, per_token = estimate_bytes(case, model, torch.bfloat16, "muon")
             row: dict[str, Any] = {"model": size, "stage": case}
             for gb in (8, 24):
                 for tokens in (512, 1024):
-                    unit = per_token * tokens * about.rows_of_a_unit
-                    row[f"{gb} GB, {tokens}"] = int((FREE * gb * 1e9 - fixed) / unit)
+                    unit = per_token * tokens * about.rows_per_sample
+                    row[f"{gb} GB, {tokens}"] = int((USABLE * gb * 1e9 - fixed) / unit)
             rows.append(row)
     return rows
 

@@ -1,15 +1,14 @@
-"""What a mixture of experts costs: a training step of it against a dense one that is as large for
-a token.
+"""Cost of a mixture of experts: a training step against a dense model with the same active size.
 
     python benchmarks/speed/moe_speed.py [--rounds 5] [--json FILE]
 
-The mixture has --n_routed_experts, of which a token uses --num_experts_per_tok, and one shared
-expert. "dense" is a model whose feed-forward layers have the size of the experts that a token uses
-together, so that both do the same work for a token. "loop" is the mixture with its experts run one
-after the other, "grouped" with all of them in one product, which is the default.
+The MoE model has --n_routed_experts, of which a token uses --num_experts_per_tok, and one shared
+expert. "dense" is a model whose feed-forward size is that of all experts that a token uses, so that
+both compute the same per token. "loop" runs the experts one after the other, "grouped" in one
+grouped matrix product, which is the default.
 
-Timed are forward, backward, clipping and the optimizer of the trainers, on --batch_size rows of
-random tokens, in turn in every round; the ratio is the median of the rounds' own.
+Timed are forward, backward, clipping and the trainers' optimizer, on --batch_size rows of random
+tokens, in turn in every round. The ratio is the median of the ratios of each round.
 """
 
 import statistics
@@ -35,23 +34,25 @@ from trainer.common.optimizers import make_optimizer
 
 @dataclass
 class Args:
-    hidden_size: int = option(512, "width")
-    num_hidden_layers: int = option(8, "depth")
-    n_routed_experts: int = option(4, "experts that the gate chooses from")
-    num_experts_per_tok: int = option(2, "experts chosen for a token")
-    moe_intermediate_size: int = option(0, "size of an expert; 0: that of a dense model's layer")
-    batch_size: int = option(8, "rows an update")
-    max_seq_len: int = option(512, "tokens in a row")
-    rounds: int = option(5, "how often each is timed")
+    hidden_size: int = option(512, "hidden size")
+    num_hidden_layers: int = option(8, "number of layers")
+    n_routed_experts: int = option(4, "number of routed experts")
+    num_experts_per_tok: int = option(2, "routed experts per token")
+    moe_intermediate_size: int = option(
+        0, "intermediate size of an expert; 0: that of a dense model"
+    )
+    batch_size: int = option(8, "rows per step")
+    max_seq_len: int = option(512, "length of a row, in tokens")
+    rounds: int = option(5, "number of timed rounds")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    json: str = option("", "also write the figures to this file")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     device = resolve_device(args.device)
     sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
     try:
-        mixture = MiniMindConfig(
+        moe = MiniMindConfig(
             **sizes,
             use_moe=True,
             n_routed_experts=args.n_routed_experts,
@@ -60,13 +61,13 @@ def main(args: Args) -> dict[str, Any]:
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    dense = MiniMindConfig(**sizes, intermediate_size=mixture.active_intermediate_size)
+    dense = MiniMindConfig(**sizes, intermediate_size=moe.active_intermediate_size)
     steps = {
         "dense": Step(dense, args, device),
-        "grouped": Step(mixture, args, device),
-        "loop": Step(mixture, args, device, loop=True),
+        "grouped": Step(moe, args, device),
+        "loop": Step(moe, args, device, loop=True),
     }
-    for step in steps.values():  # the first is slow
+    for step in steps.values():  # warm-up
         step.seconds()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for _ in tqdm(range(args.rounds), desc="rounds"):
@@ -115,7 +116,7 @@ class Step:
             mixture.use_grouped_mm = not loop
 
     def seconds(self) -> tuple[float, float]:
-        """Of a whole step, and of the optimizer's part."""
+        """Seconds of a whole step, and of its optimizer part."""
         device = self.model.device
         start = now(device)
         with autocast(device, resolve_dtype("bfloat16", device)):

@@ -1,4 +1,4 @@
-"""The models of transformers that compute the same as ours: the peers of benchmarks and tests."""
+"""Models of transformers that are equivalent to ours, for benchmarks and tests."""
 
 import tempfile
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from model.formats.hf_format import save_hf_folder, to_hf_config
+from model.formats.hf_format import load_transformers, save_hf_folder, to_hf_config
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer, load_transformers
+from model.weights import load_tokenizer
 
 
 def peer_of(config: MiniMindConfig, **changes) -> PreTrainedModel:
-    """The model of the same sizes, with random weights; `changes` are fields of its config."""
+    """A model of the same sizes with random weights; `changes` are fields of its config."""
     theirs = to_hf_config(config)
     for name, value in changes.items():
         setattr(theirs, name, value)
@@ -20,7 +20,7 @@ def peer_of(config: MiniMindConfig, **changes) -> PreTrainedModel:
 
 
 def peer_with_weights(own: MiniMindForCausalLM) -> PreTrainedModel:
-    """The same model there, by way of a folder."""
+    """The same model in transformers, by saving and loading a folder."""
     with tempfile.TemporaryDirectory() as folder:
         save_hf_folder(own, load_tokenizer(), Path(folder))
         return load_transformers(Path(folder), torch.float32)

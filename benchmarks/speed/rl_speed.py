@@ -1,29 +1,28 @@
-"""Speed and memory of learning from preferences and rewards: this project against trl.
+"""Speed and memory of DPO and GRPO: this project against trl.
 
     pip install trl
     python benchmarks/speed/rl_speed.py --part dpo [--data_path dpo.jsonl] [--rounds 3]
     python benchmarks/speed/rl_speed.py --part grpo --batch_size 8 --max_gen_len 64 [--weight FILE]
 
-All train a model of the same size from the same weights, random unless --weight names others, with
-the same pairs, none longer than --max_seq_len, --batch_size pairs an update, in float32 on the CPU
-with the same number of threads, fused AdamW and gradients clipped to norm 1.
+All train a model of the same size from the same weights (random without --weight), on the same
+pairs of at most --max_seq_len tokens, --batch_size pairs per step, in float32 on the CPU with the
+same number of threads, fused AdamW and gradients clipped to norm 1.
 
-- minimind: trainer/train_dpo.py, called as its command line calls it. "with reference" counts the
-  computing of the reference's log-probabilities too, once for each pair: what one epoch takes when
-  nothing is cached.
-- minimind_padded: the same, each side in a row of its own, padded to --max_seq_len.
-- trl: DPOTrainer with LlamaForCausalLM, which asks a second model, the reference, in each update.
-- trl_precomputed: the same with precompute_ref_log_probs; what computing them takes is not counted.
+- minimind: trainer/train_dpo.py, called as by its command line. "with reference" includes
+  precomputing the reference's log-probabilities, once per pair: the time of an epoch without cache.
+- minimind_padded: the same, with each answer in a row of its own, padded to --max_seq_len.
+- trl: DPOTrainer with LlamaForCausalLM, which runs the reference model in each step.
+- trl_precomputed: the same with precompute_ref_log_probs, without the time of precomputing.
 
-With --part grpo an update is --batch_size prompts with 8 answers each of --max_gen_len tokens at
-most, written, scored by a trivial rule and learnt from, with a reference. Random weights end no
-answer, so that all are equally long; the answers of a trained model (--weight) are not.
+With --part grpo a step is --batch_size prompts with 8 completions each of at most --max_gen_len
+tokens: rollout, a trivial reward, update, with a reference model. Random weights never end a
+completion, so that all have the same length; those of a trained model (--weight) have not.
 
 - minimind: trainer/train_grpo.py.
-- trl: GRPOTrainer, which writes with transformers' generate.
+- trl: GRPOTrainer, which generates with transformers' generate.
 
 Each measurement is a process of its own, for its peak memory, and the contestants take turns.
-Timed are whole updates: the batch, forward, backward, clipping, step.
+Timed are whole steps: batch, forward, backward, clipping, optimizer.
 """
 
 import json
@@ -51,12 +50,11 @@ from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_line
 from dataset.pairs import PreferenceDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
-from model.formats.hf_format import save_hf_folder
+from model.formats.hf_format import load_transformers, save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
-    load_transformers,
     save_weights,
     write_json,
 )
@@ -67,20 +65,20 @@ from trainer.rl import reference
 
 @dataclass
 class Args:
-    part: Literal["dpo", "grpo"] = option("dpo", "what to measure")
+    part: Literal["dpo", "grpo"] = option("dpo", "algorithm to measure")
     data_path: str = option("", "preference pairs or prompts; default: the demo's")
-    weight: str = option("", "weights to start from, of any size; default: random ones")
-    hidden_size: int = option(512, "width of random weights")
-    num_hidden_layers: int = option(8, "depth of random weights")
-    max_seq_len: int = option(1024, "tokens of a side at most")
-    max_gen_len: int = option(64, "grpo: tokens of an answer at most")
-    batch_size: int = option(4, "pairs, or prompts, an update")
-    updates: int = option(8, "updates of each measurement")
-    rounds: int = option(3, "how often each contestant is measured")
-    contestants: list[str] = option([], "which; default: all of the part")
-    measure: str = option("", "measure this contestant, in this process (the benchmark itself)")
-    folder: str = option("", "where its data and weights are")
-    json: str = option("", "also write the figures to this file")
+    weight: str = option("", "initial weights, of any size; default: random")
+    hidden_size: int = option(512, "hidden size of random weights")
+    num_hidden_layers: int = option(8, "number of layers of random weights")
+    max_seq_len: int = option(1024, "maximum length of prompt and answer, in tokens")
+    max_gen_len: int = option(64, "grpo: maximum length of a completion, in tokens")
+    batch_size: int = option(4, "pairs or prompts per step")
+    updates: int = option(8, "steps of each measurement")
+    rounds: int = option(3, "number of rounds")
+    contestants: list[str] = option([], "contestants to measure; default: all of the part")
+    measure: str = option("", "internal: measure this contestant in this process")
+    folder: str = option("", "internal: folder of its data and weights")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def main(args: Args) -> dict[str, Any]:
     known = CONTESTANTS[args.part]
     unknown = set(args.contestants) - set(known)
     if unknown:
-        raise UserError(f"--contestants: {min(unknown)} is unknown; {', '.join(known)}")
+        raise UserError(f"--contestants: {min(unknown)} is unknown; known are {', '.join(known)}")
     args.contestants = args.contestants or list(known)
     if args.measure:
         print(json.dumps(measure(args)))
@@ -112,7 +110,7 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
-    """Weights, and pairs for all updates; returns how long their sides are."""
+    """Write weights, and pairs for all steps; returns statistics of the answers' lengths."""
     source = Path(args.data_path)
     if not args.data_path:
         write_demo_data(folder / "demo")
@@ -123,18 +121,20 @@ def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
     pairs = PreferenceDataset(documents, args.max_seq_len)
     wanted = args.updates * args.batch_size
     if len(pairs) < wanted:
-        raise UserError(f"{source} has {len(pairs)} pairs that are short enough, of {wanted}")
+        raise UserError(
+            f"{source} has {len(pairs)} pairs that are short enough, and {wanted} are needed"
+        )
     chosen = random.Random(0).sample(range(len(pairs)), wanted)
     lines = [line for some in read_lines(source) for line in some.lines if line.strip()]
     kept = b"".join(lines[pairs.indices[pair]].rstrip() + b"\n" for pair in chosen)
     (folder / "dpo.jsonl").write_bytes(kept)
-    save_start(args, folder, tokenizer)
+    save_initial_weights(args, folder, tokenizer)
     sides = pairs.lengths[chosen]
     return {"mean": float(sides.mean()), "median": float(np.median(sides)), "max": int(sides.max())}
 
 
 def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
-    """Weights, and prompts for all updates; returns how long they are."""
+    """Write weights, and prompts for all steps; returns statistics of their lengths."""
     source = Path(args.data_path)
     if not args.data_path:
         write_demo_data(folder / "demo")
@@ -142,11 +142,11 @@ def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
     tokenizer, wanted = load_tokenizer(), args.updates * args.batch_size
     rows = [parse_row(line) for some in read_lines(source) for line in some.lines if line.strip()]
     if len(rows) < wanted:
-        raise UserError(f"{source} has {len(rows)} prompts, of {wanted}")
+        raise UserError(f"{source} has {len(rows)} prompts, and {wanted} are needed")
     rows = random.Random(0).sample(rows, wanted)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
-    save_start(args, folder, tokenizer)
+    save_initial_weights(args, folder, tokenizer)
     asked = (row["conversations"][:-1] for row in rows)
     lengths = [len(encode_chat(tokenizer, m, add_generation_prompt=True).ids) for m in asked]
     return {
@@ -156,7 +156,7 @@ def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
     }
 
 
-def save_start(args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def save_initial_weights(args: Args, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     if args.weight:
         model = load_model(args.weight, tokenizer=tokenizer)
     else:
@@ -170,22 +170,22 @@ PREPARE = {"dpo": prepare_pairs, "grpo": prepare_prompts}
 
 
 def race(args: Args, folder: str) -> dict[str, list[dict[str, float]]]:
-    """Every contestant --rounds times, in turn."""
+    """Measure all contestants in turn, --rounds times."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in args.contestants}
     names = ("part", "max_seq_len", "max_gen_len", "batch_size", "updates")
     flags = [f"--{name}={getattr(args, name)}" for name in names]
     for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
         for name in args.contestants:
-            words = [sys.executable, __file__, f"--measure={name}", f"--folder={folder}", *flags]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
-            rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
+            command = [sys.executable, __file__, f"--measure={name}", f"--folder={folder}", *flags]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                raise UserError(f"{name} failed: {result.stderr.strip().splitlines()[-1]}")
+            rounds[name].append(json.loads(result.stdout.splitlines()[-1]))
     return rounds
 
 
 def measure(args: Args) -> dict[str, float]:
-    """PreferenceDataset, or answers, a second, and the peak memory of this process in GB."""
+    """PreferenceDataset or completions per second, and the peak memory of this process in GB."""
     found = CONTESTANTS[args.part][args.measure](args)
     pairs = args.updates * args.batch_size * (GENERATIONS if args.part == "grpo" else 1)
     return {
@@ -195,8 +195,8 @@ def measure(args: Args) -> dict[str, float]:
 
 
 def minimind(args: Args) -> dict[str, float]:
-    """Seconds of all updates, and of them and the reference."""
-    cache = Path(args.folder) / "cache"  # the tokens stay there, what the reference says goes
+    """Seconds of all steps, without and with the reference's log-probabilities."""
+    cache = Path(args.folder) / "cache"  # tokens stay cached, the reference's log-probs do not
     load_documents.__kwdefaults__["cache"] = cache
     for file in cache.glob("*.reference.npy"):
         file.unlink()
@@ -218,7 +218,7 @@ def minimind(args: Args) -> dict[str, float]:
 
 
 def minimind_padded(args: Args) -> dict[str, float]:
-    """Each side in a row of max_seq_len."""
+    """Each answer in a row of max_seq_len."""
     collate_pairs = train_dpo.collate_pairs
 
     def padded(pairs, pad_id, packing):
@@ -238,7 +238,7 @@ def minimind_padded(args: Args) -> dict[str, float]:
 
 
 class Clock(TrainerCallback):
-    """The seconds of a training by transformers' Trainer."""
+    """Measures the seconds of a training by transformers' Trainer."""
 
     def on_train_begin(self, *_, **more) -> None:
         self.seconds = -time.perf_counter()
@@ -248,7 +248,7 @@ class Clock(TrainerCallback):
 
 
 def trl(args: Args, **settings) -> dict[str, float]:
-    """DPOTrainer's updates."""
+    """Steps of DPOTrainer."""
     import trl
     from datasets import load_dataset
 
@@ -289,7 +289,7 @@ def trl_precomputed(args: Args) -> dict[str, float]:
 
 
 def minimind_grpo(args: Args) -> dict[str, float]:
-    """Whole updates of train_grpo.py."""
+    """Steps of train_grpo.py."""
     flags = f"""--data_path {args.folder}/prompts.jsonl --from_weight {args.folder}/start.pth
         --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
         --batch_size {args.batch_size} --num_generations {GENERATIONS} --reward length
@@ -300,7 +300,7 @@ def minimind_grpo(args: Args) -> dict[str, float]:
 
 
 def trl_grpo(args: Args) -> dict[str, float]:
-    """GRPOTrainer's updates."""
+    """Steps of GRPOTrainer."""
     import trl
     from datasets import Dataset
 
@@ -350,14 +350,14 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 def show(report: dict[str, Any]) -> None:
     rows = report["contestants"]
-    lengths, part = report["num_tokens"], report["arguments"]["part"]
+    lengths, part = report["tokens"], report["arguments"]["part"]
     what, unit = ("sides", "pairs/s") if part == "dpo" else ("prompts", "answers/s")
     table = Table(title=f"{part}, {what} of {lengths['mean']:.0f} tokens, {lengths['max']} at most")
     for column in ("", unit, "with reference", "peak GB", "minimind is faster by"):
         table.add_column(column, justify="right" if column else "left")
     ours = rows.get("minimind", {})
     for name, row in rows.items():
-        # trl's updates hold the reference, unless it is precomputed
+        # trl's steps include the reference, unless it is precomputed
         like = "per_second" + "_with_reference" * (name == "trl" and part == "dpo")
         faster = f"{ours[like] / row['per_second']:.2f}×" if ours else ""
         both = row.get("per_second_with_reference")

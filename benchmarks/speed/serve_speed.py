@@ -1,22 +1,22 @@
-"""Tokens a second and time to the first text of servers that many clients ask at a time.
+"""Throughput and time to first token of servers under concurrent clients.
 
     python benchmarks/speed/serve_speed.py [--clients 1 8 32] [--json FILE]
 
-Each client streams one chat completion after the other, greedily, of other prompts each time. The
-servers have the same weights and as many threads, and run one at a time; after each round of one
-the next has its turn, and the table shows medians of the rounds.
+Each client streams one chat completion after the other, greedily, with a new prompt each time. The
+servers have the same weights and number of threads. They run one at a time, in turn in each round;
+the table shows medians over the rounds.
 
 ours          scripts/serve_openai_api.py
-plain         a server of the kind that small repositories ship: transformers' generate with a
+plain         a minimal server as in small repositories: transformers' generate with a
               TextIteratorStreamer, one request at a time, in this file
-transformers  `transformers serve`; with --continuous-batching as "batching"
-llama         llama.cpp's, by way of llama-cpp-python with a float32 file: one request at a time
-              too; needs `pip install 'llama-cpp-python[server]'`
+transformers  `transformers serve`; with --continuous-batching it is "batching"
+llama         llama-cpp-python's server with float32 weights, one request at a time; needs
+              `pip install 'llama-cpp-python[server]'`
 
-The weights are random, but the rows of the embedding (which is the head, too) of all tokens that
-are no plain ASCII text are 0: so are their logits, and greedy decoding never chooses them. Every
-reply therefore has exactly --max_tokens tokens, and each of them is text that a client sees come.
-A reply that ended before is an error.
+The weights are random, but the embedding (tied with the head) is 0 for all tokens that are not
+plain ASCII text. So are their logits, and greedy decoding never chooses them. Hence every reply has
+exactly --max_tokens tokens, each of which is text that the client receives. A shorter reply is an
+error.
 """
 
 import asyncio
@@ -67,25 +67,25 @@ WORDS = "sun river stone cloud light paper music winter garden bridge window".sp
 
 @dataclass
 class Args:
-    clients: list[int] = option([1, 8, 32], "how many ask at a time")
+    clients: list[int] = option([1, 8, 32], "numbers of concurrent clients")
     servers: list[str] = option(
-        ["ours", "plain", "transformers", "batching", "llama"], "which are asked"
+        ["ours", "plain", "transformers", "batching", "llama"], "servers to measure"
     )
-    replies: int = option(1, "how many replies each client gets in a round")
-    rounds: int = option(3, "how often each server is asked")
-    max_tokens: int = option(64, "tokens of a reply")
-    hidden_size: int = option(512, "of the model")
-    num_hidden_layers: int = option(8, "of the model")
-    port: int = option(8766, "where the servers listen")
-    json: str = option("", "also write the figures to this file")
-    plain_folder: str = option("", "inner use: be the plain server of this folder")
+    replies: int = option(1, "replies per client and round")
+    rounds: int = option(3, "number of rounds")
+    max_tokens: int = option(64, "length of a reply, in tokens")
+    hidden_size: int = option(512, "hidden size of the model")
+    num_hidden_layers: int = option(8, "number of layers of the model")
+    port: int = option(8766, "port of the servers")
+    json: str = option("", "also write the results to this file")
+    plain_folder: str = option("", "internal: run the plain server on this folder")
 
 
 def main(args: Args) -> dict[str, Any] | None:
     if args.plain_folder:
-        return serve_plainly(args)
+        return run_plain_server(args)
     tokenizer = load_tokenizer()
-    model = chatty_model(args, tokenizer)
+    model = make_endless_model(args, tokenizer)
     report: dict[str, Any] = {
         "date": str(date.today()),
         "machine": describe_machine(torch.device("cpu")),
@@ -99,78 +99,78 @@ def main(args: Args) -> dict[str, Any] | None:
         save_weights(model, folder / "model.pth", **about)
         save_hf_folder(model, tokenizer, folder / "hf")
         save_gguf(model, tokenizer, folder / "model.gguf", "float32", "model")
-        report["servers"] = ask_all(commands(folder, args), args)
+        report["servers"] = measure_all(commands(folder, args), args)
     show(report)
     if args.json:
         write_json(args.json, report)
     return report
 
 
-def chatty_model(args: Args, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
-    """Random weights that choose tokens of ASCII text only, and so never end a reply."""
+def make_endless_model(args: Args, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
+    """Random weights that generate only tokens of ASCII text, hence no EOS."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
     model = MiniMindForCausalLM(MiniMindConfig(**sizes))
     texts = tokenizer.batch_decode([[number] for number in range(len(tokenizer))])
     sizes = token_bytes(tokenizer).tolist()
-    unwanted = [
+    suppressed = [
         n
         for n, text in enumerate(texts)
         if not (text.isascii() and text.strip().isalnum() and len(text) == sizes[n])
     ]
     with torch.no_grad():
-        model.lm_head.weight[unwanted] = 0
-    return model.half().float().eval()  # numbers as in a .pth file
+        model.lm_head.weight[suppressed] = 0
+    return model.half().float().eval()  # rounded to float16, as in a .pth file
 
 
 def commands(folder: Path, args: Args) -> dict[str, tuple[list[str], str]]:
-    """How each server is started, and what it calls the model."""
+    """The command of each server, and its name of the model."""
     port, threads = ["--port", str(args.port)], str(torch.get_num_threads())
     theirs = ["-m", "transformers.cli.transformers", "serve", str(folder / "hf"), *port]
     theirs += ["--device", "cpu", "--dtype", "float32"]
     llama = ["-m", "llama_cpp.server", "--model", str(folder / "model.gguf"), *port]
     llama += ["--n_ctx", "2048", "--n_threads", threads, "--n_threads_batch", threads]
-    llama += ["--interrupt_requests", "False"]  # else a new request ends the one before
-    found = {
+    llama += ["--interrupt_requests", "False"]  # otherwise a new request aborts the running one
+    all_commands = {
         "ours": ["scripts/serve_openai_api.py", "--weight", str(folder / "model.pth"), *port],
         "plain": ["benchmarks/speed/serve_speed.py", "--plain_folder", str(folder / "hf"), *port],
         "transformers": theirs,
         "batching": [*theirs, "--continuous-batching"],
     }
     if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("starlette_context"):
-        found["llama"] = llama
+        all_commands["llama"] = llama
     names = {"ours": "minimind", "llama": str(folder / "model.gguf")}
     return {
         server: (command, names.get(server, str(folder / "hf")))
-        for server, command in found.items()
+        for server, command in all_commands.items()
         if server in args.servers
     }
 
 
-def ask_all(servers: dict[str, tuple[list[str], str]], args: Args) -> dict[str, dict[int, Any]]:
-    """Of each server and number of clients: tokens a second and seconds to the first text."""
-    found: dict[str, dict[int, list[tuple[float, float]]]] = {
+def measure_all(servers: dict[str, tuple[list[str], str]], args: Args) -> dict[str, dict[int, Any]]:
+    """Tokens per second and time to first text, for each server and number of clients."""
+    results: dict[str, dict[int, list[tuple[float, float]]]] = {
         server: {count: [] for count in args.clients} for server in servers
     }
     for _ in range(args.rounds):
         for server, (command, model) in servers.items():
             with running(command, args.port):
-                asyncio.run(ask(args, 1, "", model))  # the first reply is slow
+                asyncio.run(send_requests(args, 1, "", model))  # warm-up
                 for count in args.clients:
-                    found[server][count].append(measure(args, count, server, model))
+                    results[server][count].append(measure(args, count, server, model))
     names = ("tokens_per_second", "first_text")
     return {
         server: {
             count: dict(zip(names, map(statistics.median, zip(*rounds, strict=True)), strict=True))
             for count, rounds in of_server.items()
         }
-        for server, of_server in found.items()
+        for server, of_server in results.items()
     }
 
 
 @contextmanager
 def running(command: list[str], port: int) -> Iterator[None]:
-    """A server in a process of its own, for as long as this lasts."""
+    """A server as a subprocess, which is ended on exit."""
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             [sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=os.environ
@@ -192,15 +192,15 @@ def running(command: list[str], port: int) -> Iterator[None]:
 
 
 def measure(args: Args, count: int, server: str, model: str) -> tuple[float, float]:
-    """Tokens a second of all clients together, and the median of the seconds to the first text."""
+    """Tokens per second of all clients together, and the median time to first text."""
     start = time.perf_counter()
-    firsts = asyncio.run(ask(args, count, server, model))
+    firsts = asyncio.run(send_requests(args, count, server, model))
     seconds = time.perf_counter() - start
     return len(firsts) * args.max_tokens / seconds, statistics.median(firsts)
 
 
-async def ask(args: Args, count: int, server: str, model: str) -> list[float]:
-    """Have so many clients ask; the seconds that each reply's first text took to come."""
+async def send_requests(args: Args, count: int, server: str, model: str) -> list[float]:
+    """Run `count` clients at a time; returns the time to first text of each reply."""
     url = f"http://127.0.0.1:{args.port}/v1/chat/completions"
     label = f"{server}, {count} clients"
     bar = tqdm(total=count * args.replies, desc=label, leave=False, disable=not server)
@@ -208,10 +208,10 @@ async def ask(args: Args, count: int, server: str, model: str) -> list[float]:
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
 
         async def one(number: int) -> float:
-            some = " ".join(WORDS[(number * 7 + n * n) % len(WORDS)] for n in range(12))
+            words = " ".join(WORDS[(number * 7 + n * n) % len(WORDS)] for n in range(12))
             body = {
                 "model": model,
-                "messages": [{"role": "user", "content": f"{number}: {some}"}],
+                "messages": [{"role": "user", "content": f"{number}: {words}"}],
                 "max_tokens": args.max_tokens,
                 "temperature": 0,
                 "stream": True,
@@ -236,18 +236,18 @@ async def ask(args: Args, count: int, server: str, model: str) -> list[float]:
             first = client_number * args.replies
             return [await one(first + n) for n in range(args.replies)]
 
-        found = await asyncio.gather(*map(several, range(count)))
+        results = await asyncio.gather(*map(several, range(count)))
     bar.close()
-    return [first for firsts in found for first in firsts]
+    return [first for firsts in results for first in firsts]
 
 
 # -- the plain server ------------------------------------------------------------------------------
 
 
-def serve_plainly(args: Args) -> None:
+def run_plain_server(args: Args) -> None:
     model = AutoModelForCausalLM.from_pretrained(args.plain_folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.plain_folder)
-    app, one_at_a_time = FastAPI(), threading.Lock()
+    app, lock = FastAPI(), threading.Lock()
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -260,7 +260,7 @@ def serve_plainly(args: Args) -> None:
         inputs = tokenizer.apply_chat_template(body["messages"], **prompt)
 
         def events():
-            with one_at_a_time:
+            with lock:
                 streamer = TextIteratorStreamer(
                     tokenizer, skip_prompt=True, skip_special_tokens=True
                 )
@@ -288,8 +288,8 @@ def show(report: dict[str, Any]) -> None:
         table.add_column(server, justify="right")
     for count in report["arguments"]["clients"]:
         cells = []
-        for figures in report["servers"].values():
-            speed, first = figures[count]["tokens_per_second"], figures[count]["first_text"]
+        for metrics in report["servers"].values():
+            speed, first = metrics[count]["tokens_per_second"], metrics[count]["first_text"]
             cells.append(f"{speed:,.0f} / {1000 * first:,.0f}")
         table.add_row(str(count), *cells)
     Console().print(table)

@@ -1,24 +1,23 @@
-"""Time to quality: how soon a recipe is as good as the plain way is at its end.
+"""Time to quality: how soon a recipe reaches the final quality of a plain baseline.
 
     python benchmarks/speed/speedrun.py --data_path FILE --val_path FILE [--json FILE] [--long 1]
     python benchmarks/speed/speedrun.py --stage full_sft --from_weight W.pth --data_path …
 
 The model has a fixed size: 256×6 (5.87M parameters), or 512×8 with --long. Quality is held-out bits
-per byte by the rule of eval_ppl.py, or with --stage full_sft the loss of the answers' tokens,
-on the first 300 documents of the validation file. Only training is timed: not tokenising,
-evaluation or saving.
+per byte as in eval_ppl.py, or with --stage full_sft the loss per answer token, on the first 300
+documents of the validation file. Only training is timed: not tokenising, evaluation or saving.
 
-- The baseline is the plain way, written out below: a Llama of transformers, one document a row,
-  cut off at 512 tokens and padded to them, 32 rows an update (16 in fine-tuning), AdamW at 5e-4
-  (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine over one
-  epoch to a tenth, no warm-up, gradients clipped to norm 1, float32 (on a GPU bfloat16 autocast, as
-  the recipe). 12 minutes.
-- The recipe is what the trainer does by default, its schedule fitted to the time it is given (some
-  updates before tell how many go into it): for each of --budgets, from the shortest, until a run
-  ends below the baseline; and for 4 minutes.
+- The baseline is a plain training loop, written out below: a Llama of transformers, one document
+  per row, truncated at 512 tokens and padded to them, 32 rows per step (16 in fine-tuning), AdamW
+  at 5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine
+  decay over one epoch to a tenth, no warmup, gradients clipped to norm 1, float32 (on a GPU
+  bfloat16 autocast, as the recipe). 12 minutes.
+- The recipe is the trainer with its defaults, with a schedule of as many steps as fit the time (a
+  trial run measures the speed): for each of --budgets, from the shortest, until a run ends below
+  the baseline; and for 4 minutes.
 
-seconds_to_baseline is when the shortest such run passed the baseline's figure, interpolated between
-two evaluations; ratio is the baseline's time over it.
+seconds_to_baseline is when the shortest such run reached the baseline's final value, interpolated
+between two evaluations; ratio is the baseline's time divided by it.
 """
 
 import json
@@ -60,8 +59,8 @@ from trainer.report.plots import save_figure
 
 DOCUMENTS = 300  # of the validation file
 ROW = 512
-Curve = list[tuple[float, float]]  # (seconds of training, held-out figure)
-STAGES = {  # stage: its trainer, the kind of its data, the figure that counts, and its name
+Curve = list[tuple[float, float]]  # (seconds of training, held-out metric)
+STAGES = {  # stage → trainer, format of the data, metric, label of the metric
     "pretrain": (train_pretrain, "text", "bpb", "bits per byte"),
     "full_sft": (train_full_sft, "conversations", "loss", "loss, nats a token of the answers"),
 }
@@ -69,30 +68,30 @@ STAGES = {  # stage: its trainer, the kind of its data, the figure that counts, 
 
 @dataclass
 class Args:
-    stage: Literal["pretrain", "full_sft"] = option("pretrain", "what to train")
+    stage: Literal["pretrain", "full_sft"] = option("pretrain", "stage to train")
     data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz")
-    val_path: str = option("", "held-out documents, likewise")
-    from_weight: str = option("", "with --stage full_sft: the .pth that all begin with")
+    val_path: str = option("", "held-out documents, in the same format")
+    from_weight: str = option("", "with --stage full_sft: the initial weights of all")
     long: bool = option(False, "512×8 instead of 256×6")
-    size: str = option("", "another than these, as 768x16")
-    baseline_minutes: float = option(12.0, "how long the plain way trains")
+    size: str = option("", "another size, such as 768x16")
+    baseline_minutes: float = option(12.0, "training time of the baseline")
     baseline_lrs: list[float] = option([1e-4, 2e-4, 5e-4], "learning rates tried in fine-tuning")
-    baseline_figure: float = option(0.0, "do not run the baseline, it came to this")
+    baseline_figure: float = option(0.0, "skip the baseline and use this as its final value")
     device: str = option("cpu", "cpu or cuda")
     budgets: list[float] = option([20, 25, 30, 40, 50, 60, 75, 90], "seconds to try, ascending")
-    minutes: float = option(4.0, "how long the recipe trains in its second run; 0: leave it out")
-    recipe: str = option("", "further flags of the trainer, for experiments")
-    seed: int = option(42, "of weights and order")
-    plot: str = option(str(OUT / "speedrun.png"), "the curves")
-    json: str = option("", "also write the figures to this file")
+    minutes: float = option(4.0, "training time of the recipe's second run; 0: skip")
+    recipe: str = option("", "more flags of the trainer, for experiments")
+    seed: int = option(42, "random seed of weights and order")
+    plot: str = option(str(OUT / "speedrun.png"), "file of the plot")
+    json: str = option("", "also write the results to this file")
 
     def __post_init__(self) -> None:
         if not (self.data_path and self.val_path):
-            raise UserError("--data_path and --val_path name what to train and to measure on")
+            raise UserError("--data_path and --val_path are required")
         if not re.fullmatch(r"(\d+x\d+)?", self.size):
-            raise UserError(f"--size is a width and a depth, as 768x16, not {self.size}")
+            raise UserError(f"--size is hidden size x layers, such as 768x16, not {self.size}")
         if self.stage == "full_sft" and not self.from_weight:
-            raise UserError("--stage full_sft needs the weights to begin with: --from_weight FILE")
+            raise UserError("--stage full_sft needs initial weights: --from_weight FILE")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -102,7 +101,7 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
-    _, _, figure, _ = STAGES[args.stage]
+    _, _, metric, _ = STAGES[args.stage]
     curves: dict[str, Curve] = {}
     report: dict[str, Any] = {
         "date": str(date.today()),
@@ -117,7 +116,7 @@ def main(args: Args) -> dict[str, Any]:
         curves["baseline"], more = baseline(args)
         report |= more
         goal = curves["baseline"][-1][1]
-    report |= {f"baseline_{figure}": round(goal, 4), "baseline_minutes": args.baseline_minutes}
+    report |= {f"baseline_{metric}": round(goal, 4), "baseline_minutes": args.baseline_minutes}
     report |= {"seconds_to_baseline": None, "ratio": None}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Recipe(args, Path(folder))
@@ -125,7 +124,7 @@ def main(args: Args) -> dict[str, Any]:
             curve = recipe.curve(seconds)
             if curve[-1][1] <= goal:
                 curves[f"recipe, {seconds:g} s"] = curve
-                reached = passing(curve, goal)
+                reached = time_to_reach(curve, goal)
                 report["seconds_to_baseline"] = round(reached, 1)
                 report["ratio"] = round(args.baseline_minutes * 60 / reached, 2)
                 break
@@ -134,7 +133,7 @@ def main(args: Args) -> dict[str, Any]:
         if args.minutes:
             curve = recipe.curve(args.minutes * 60)
             curves[f"recipe, {args.minutes:g} min"] = curve
-            report[f"{figure}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
+            report[f"{metric}_at_{args.minutes:g}min"] = round(curve[-1][1], 4)
             report[f"seconds_at_{args.minutes:g}min"] = round(curve[-1][0], 1)
     report["curves"] = {
         name: [[round(seconds, 1), round(value, 4)] for seconds, value in curve]
@@ -147,26 +146,26 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-# -- the plain way ---------------------------------------------------------------------------------
+# -- the baseline ----------------------------------------------------------------------------------
 
 
 def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
-    """The plain way's curve, and what else there is to report of it."""
+    """The baseline's curve, and more entries of the report."""
     tokenizer = load_tokenizer()
     documents = load_documents(args.data_path, STAGES[args.stage][1], tokenizer)
-    evaluate = held_out_figure(args)
+    evaluate = make_evaluate(args)
     seconds = args.baseline_minutes * 60
     if args.stage == "pretrain":
         torch.manual_seed(args.seed)
         model = peer_of(MiniMindConfig(**args.sizes), use_cache=False).to(args.device)
-        curve, speed = train_plainly(model, documents, evaluate, 5e-4, 32, seconds, args.seed)
+        curve, speed = train_baseline(model, documents, evaluate, 5e-4, 32, seconds, args.seed)
         return curve, {"baseline_tokens_per_second": round(speed, 1)}
 
     def tuned(lr: float, seconds: float) -> tuple[Curve, float]:
         model = load_model(Path(args.from_weight), tokenizer=tokenizer)
         peer = peer_of(model.config, use_cache=False)
         peer.load_state_dict(model.state_dict())
-        return train_plainly(peer.to(args.device), documents, evaluate, lr, 16, seconds, args.seed)
+        return train_baseline(peer.to(args.device), documents, evaluate, lr, 16, seconds, args.seed)
 
     tried = {lr: tuned(lr, seconds / 3)[0][-1][1] for lr in args.baseline_lrs}
     best = min(tried, key=tried.get)
@@ -180,8 +179,8 @@ def baseline(args: Args) -> tuple[Curve, dict[str, Any]]:
     }
 
 
-def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
-    """What measures a model of transformers as the trainer measures its own."""
+def make_evaluate(args: Args) -> Callable[[PreTrainedModel], float]:
+    """The function that evaluates a model of transformers as the trainer evaluates its own."""
     tokenizer = load_tokenizer()
     if args.stage == "pretrain":
         texts = read_texts(args.val_path, DOCUMENTS)
@@ -195,7 +194,9 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
         nats = labelled = 0.0
         for at in range(0, len(rows), 16):
             batch = collate([rows[row] for row in order[at : at + 16].tolist()]).to(args.device)
-            logits = model(batch.input_ids).logits[:, :-1]  # padding stands behind the text
+            logits = model(batch.input_ids).logits[
+                :, :-1
+            ]  # padding is on the right: causal attention ignores it
             labels = batch.labels[:, 1:]
             nats += torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
@@ -206,7 +207,7 @@ def held_out_figure(args: Args) -> Callable[[PreTrainedModel], float]:
     return loss
 
 
-def train_plainly(
+def train_baseline(
     model: PreTrainedModel,
     documents: Dataset,
     evaluate: Callable[[PreTrainedModel], float],
@@ -215,11 +216,11 @@ def train_plainly(
     limit: float,
     seed: int,
 ) -> tuple[Curve, float]:
-    """The curve of the plain way in so many seconds, and its real tokens a second."""
+    """Train for `limit` seconds; returns the curve and the speed in real tokens per second."""
     device = model.device
     dtype = resolve_dtype("bfloat16", device)
 
-    def figure() -> float:
+    def held_out() -> float:
         with autocast(device, dtype):  # as the trainer evaluates
             return evaluate(model)
 
@@ -228,7 +229,7 @@ def train_plainly(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.1 + 0.45 * (1 + math.cos(math.pi * min(1, step / steps)))
     )
-    curve: Curve = [(0.0, figure())]
+    curve: Curve = [(0.0, held_out())]
     seconds = tokens = 0.0
     bar = tqdm(total=round(limit), unit="s", desc=f"baseline, learning rate {learning_rate:g}")
     for ids, labels in padded_batches(documents, batch_size, seed):
@@ -242,12 +243,12 @@ def train_plainly(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        tokens += int(real.sum())  # waits for a GPU
+        tokens += int(real.sum())  # synchronises with a GPU
         seconds += time.perf_counter() - start
         bar.update(round(seconds) - bar.n)
         over = seconds >= limit
         if over or seconds - curve[-1][0] > limit / 12:
-            curve.append((seconds, figure()))
+            curve.append((seconds, held_out()))
             bar.set_postfix(held_out=f"{curve[-1][1]:.3f}")
         if over:
             break
@@ -258,8 +259,8 @@ def train_plainly(
 def padded_batches(
     documents: Dataset, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels [batch_size, 512], a document a row, shuffled anew in every epoch, the
-    last batch of which is smaller."""
+    """Token ids and labels [batch_size, 512], one document per row, shuffled in every epoch; the
+    last batch of an epoch is smaller."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(documents))
@@ -279,8 +280,8 @@ def padded_batches(
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-class Update(NamedTuple):
-    """What one holds, and how long it takes."""
+class StepCost(NamedTuple):
+    """The size of an optimizer step, and its time."""
 
     rows: int
     tokens: float
@@ -288,12 +289,12 @@ class Update(NamedTuple):
 
 
 class Recipe:
-    """The stage's trainer with its defaults, as many updates as fit a time."""
+    """The stage's trainer with its defaults, with as many steps as fit a given time."""
 
     def __init__(self, args: Args, folder: Path):
         self.args, self.folder = args, folder
-        self.trainer, kind, figure, _ = STAGES[args.stage]
-        self.figure = f"eval_{figure}"
+        self.trainer, kind, metric, _ = STAGES[args.stage]
+        self.metric = f"eval_{metric}"
         self.held_out = folder / "val.jsonl"
         if kind == "text":
             texts = read_texts(args.val_path, DOCUMENTS)
@@ -301,47 +302,47 @@ class Recipe:
         else:
             lines = list(islice(read_lines(args.val_path), DOCUMENTS))
         self.held_out.write_text("".join(lines), encoding="utf-8")
-        # what an update takes in any case, and more for each row
+        # time of a step = fixed + rows · per_row, from two measurements
         few, many = map(self.trial, (2, 8) if args.device == "cpu" else (32, 128))
         self.per_row = (many.seconds - few.seconds) / (many.rows - few.rows)
         self.fixed = few.seconds - few.rows * self.per_row
-        self.tokens_of_a_row = many.tokens / many.rows
+        self.tokens_per_row = many.tokens / many.rows
 
     @property
     def settings(self) -> TrainArgs:
         return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
 
-    def trial(self, rows: int) -> Update:
-        """Some updates of about so many rows, in whole batches."""
+    def trial(self, rows: int) -> StepCost:
+        """Measure steps of about so many rows, in whole batches."""
         batch = min(rows, self.settings.batch_size)
         steps, updates = rows // batch, 25
         size = f"--batch_size {batch} --accumulation_steps {steps} --batch_ramp 0 --val_share 0"
         records = self.train(size, max_steps=updates)
         tokens = max(record.get("num_tokens", 0) for record in records)
-        return Update(batch * steps, tokens / updates, seconds_per_step(records))
+        return StepCost(batch * steps, tokens / updates, seconds_per_step(records))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))
         every = math.ceil(steps / 12)
         held_out = f"--val_path {self.held_out} --val_documents {DOCUMENTS}"
         records = self.train(held_out, max_steps=steps, eval_interval=every)
-        return [(r["seconds"], r[self.figure]) for r in records if self.figure in r]
+        return [(r["seconds"], r[self.metric]) for r in records if self.metric in r]
 
     def steps_within(self, seconds: float) -> int:
         settings = self.settings
         full = settings.batch_size * settings.accumulation_steps
-        first = initial_batch_size(Context.create(settings), self.tokens_of_a_row)
-        ramp = dict(batch_ramp=settings.batch_ramp, initial_batch_size=first)
+        first = initial_batch_size(Context.create(settings), self.tokens_per_row)
+        warmup = dict(batch_ramp=settings.batch_ramp, initial_batch_size=first)
         steps, needed = 0, 0.0
-        for before, after in GlobalBatchSampler(10**9, batch_size=full, **ramp).bounds():
+        for before, after in GlobalBatchSampler(10**9, batch_size=full, **warmup).bounds():
             needed += self.fixed + self.per_row * (after - before)
             if needed > seconds:
                 break
             steps += 1
         return steps
 
-    def train(self, more: str, **settings: int) -> list[dict]:
-        """The trainer's log, with these flags after those of --recipe."""
+    def train(self, extra: str, **settings: int) -> list[dict]:
+        """Run the trainer with these flags after those of --recipe; returns its records."""
         flags = {
             "data_path": self.args.data_path,
             "from_weight": self.args.from_weight or "none",
@@ -355,25 +356,25 @@ class Recipe:
             **self.args.sizes,
             **settings,
         }
-        words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-        words += [*self.args.recipe.split(), *more.split()]
-        result = self.trainer.main(parse_arguments(self.trainer.Args, None, words))
+        argv = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+        argv += [*self.args.recipe.split(), *extra.split()]
+        result = self.trainer.main(parse_arguments(self.trainer.Args, None, argv))
         if result["stopped"]:
             raise UserError("the benchmark was stopped")
         return result["history"]
 
 
-def passing(curve: Curve, figure: float) -> float:
-    """When the curve falls below that figure."""
+def time_to_reach(curve: Curve, goal: float) -> float:
+    """The time at which the curve falls to the goal, interpolated linearly."""
     before = (0.0, math.inf)
     for seconds, value in curve:
-        if value <= figure:
+        if value <= goal:
             if before[1] == math.inf:
                 return seconds
-            share = (before[1] - figure) / (before[1] - value)
+            share = (before[1] - goal) / (before[1] - value)
             return before[0] + share * (seconds - before[0])
         before = (seconds, value)
-    raise ValueError(f"the curve ends at {curve[-1][1]}, above {figure}")
+    raise ValueError(f"the curve ends at {curve[-1][1]}, above {goal}")
 
 
 def plot(curves: dict[str, Curve], goal: float, args: Args) -> None:

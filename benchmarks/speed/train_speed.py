@@ -1,46 +1,35 @@
-"""Real tokens a second of training: this project against transformers' Trainer and trl.
+"""Training speed in real tokens per second: this project, transformers' Trainer, trl.
 
     pip install trl
     python benchmarks/speed/train_speed.py --data_path FILE [--rounds 5] [--json FILE]
 
-All train a Llama of the same size on the same tokenised documents with the same labels (of
-conversations only what the assistant writes), from random weights, in float32 on the CPU with the
-same number of threads, sdpa attention, fused AdamW, gradients clipped to norm 1, and --batch_size
-rows of at most --max_seq_len tokens an update. A real token is one that is not padding.
+All train a Llama of the same size on the same tokenised documents with the same labels (in
+conversations only the assistant's tokens), from random weights, in float32 on the CPU with the same
+number of threads, SDPA, fused AdamW, gradients clipped to norm 1, and --batch_size rows of at most
+--max_seq_len tokens per step. A real token is one that is not padding.
 
-- minimind: this project's trainer, called as its command line calls it, on packed rows. Documents
-  longer than a row are split.
-- padded_max: transformers' Trainer with LlamaForCausalLM, a row a document, cut off at max_seq_len
-  and padded to it.
-- padded_longest: the same, padded to the longest row of the batch; the order is random, so
-  Trainer's group_by_length is not used.
+- minimind: this project's trainer, called as by its command line, on packed rows. Documents longer
+  than a row are split.
+- padded_max: transformers' Trainer with LlamaForCausalLM, one document per row, truncated at
+  max_seq_len and padded to it.
+- padded_longest: the same, padded to the longest row of the batch, in random order (without
+  Trainer's group_by_length).
 - trl_bfd_joined: trl's SFTTrainer with packing=True, packing_strategy="bfd". It joins the rows of a
-  batch to one sequence, whose position_ids begin anew with each document ("padding-free"). Made for
-  flash attention, it works on a CPU too: from such position_ids transformers' Llama makes a mask
-  under which documents do not see each other. But that mask is as wide as all rows together, and
-  attention computes the square of it.
-- trl_bfd_single: the same with one row a batch and --batch_size batches an update, which avoids
+  batch to one sequence whose position_ids restart with each document ("padding-free"). It is made
+  for flash attention but works on a CPU: from such position_ids transformers' Llama makes a
+  block-diagonal mask. But that mask is as wide as all rows together, and attention computes all of
+  its square.
+- trl_bfd_single: the same with one row per batch and --batch_size batches per step, which avoids
   that. The ratio "trl_bfd" is to the faster of the two.
 
-What is timed is whole steps: fetching and collating the batch, forward, backward, clipping, update.
-Tokenising, packing, evaluation, saving and logging are not, nor is the first step of a round. In
-each round every contestant trains for about --seconds, one after the other; a first round of a step
-or two is not counted. The table shows medians over the rounds; a ratio is the median of the rounds'
-own ratios, since other work on a machine slows down neighbours in time alike.
+Timed are whole steps: fetching and collating the batch, forward, backward, clipping, optimizer.
+Not timed are tokenising, packing, evaluation, saving, logging, and the first step of each round. In
+each round every contestant trains for about --seconds, one after the other, after a warm-up round
+that is not counted. The table shows medians over the rounds. A ratio is the median of the ratios of
+each round, since other load on the machine slows down neighbours in time alike.
 
-Then (--gemm 0: not) the share of the machine's matrix speed that forward and backward of a 512×8
-model (25.8M parameters) reach, without the optimizer:
-
-    share = needed floating point operations / seconds / the fastest matrix product's rate
-
-    needed = 6 · (weights of the blocks' matrices) · tokens     2 forward, 4 backward
-           + 6 · hidden · vocabulary · labelled tokens          the head, computed for these only
-           + 12 · layers · hidden · Σ n(n+1)/2                  attention: over documents' lengths n
-
-Attention counts the pairs of tokens that see each other, and nothing for those that are masked;
-what a kernel computes in vain, or twice, lowers the share. The rate is that of the fastest of
-several large float32 products, measured in turn with the model. "packed" is rows of the data,
-"whole" is rows of one document each, all of it labelled.
+Then (--gemm 0: not) the share of the machine's matrix-multiplication speed that forward and
+backward of a 512×8 model (25.8M parameters) reach, without the optimizer; see gemm_share.py.
 """
 
 import io
@@ -51,7 +40,6 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from typing import Any, Literal
 
 import huggingface_hub
@@ -60,8 +48,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
-from data_speed import kind_of
+from data_speed import detect_kind
 from datasets import Dataset, disable_progress_bars
+from gemm_share import measure_gemm_share, print_gemm_share
 from peers import peer_of
 from rich.console import Console
 from rich.table import Table
@@ -78,47 +67,39 @@ from transformers import (
 )
 
 from dataset.lm_dataset import check_file, load_documents
-from dataset.packing import Batch, PackedDataset, collate
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer, write_json
 from trainer import train_full_sft, train_pretrain
-from trainer.common.hardware import describe_machine, flops_per_token
+from trainer.common.hardware import describe_machine
 
-STAGES = {"text": train_pretrain, "conversations": train_full_sft}
-PRODUCTS = [  # m×k times k×n of the matrix products whose rate is the machine's
-    (1024, 1024, 1024),
-    (2048, 2048, 2048),
-    (4096, 512, 1408),  # the projections of the 512×8 model on 8 rows of 512
-    (4096, 1408, 512),
-    (4096, 512, 6400),  # its head
-]
-PRODUCT_SECONDS = 0.4  # a round, for each
-MODEL_SECONDS = 2.0  # a round, for each
+TRAINERS = {"text": train_pretrain, "conversations": train_full_sft}
 ENDLESS = 10**6
 
 
 @dataclass
 class Args:
-    data_path: str = option("", "what to train on, .jsonl or .jsonl.gz")
-    kind: Literal["", "text", "conversations"] = option("", "default: what the first row is")
-    hidden_size: int = option(256, "width")
-    num_hidden_layers: int = option(6, "depth")
-    max_seq_len: int = option(512, "tokens in a row")
-    batch_size: int = option(8, "rows an update")
-    rounds: int = option(5, "how often each contestant is timed")
-    seconds: float = option(10.0, "how long, each time")
-    gemm: bool = option(True, "also measure the share of the machine's matrix speed")
-    json: str = option("", "also write the figures to this file")
+    data_path: str = option("", "training data, .jsonl or .jsonl.gz")
+    kind: Literal["", "text", "conversations"] = option(
+        "", "format of the data; default: that of the first row"
+    )
+    hidden_size: int = option(256, "hidden size")
+    num_hidden_layers: int = option(6, "number of layers")
+    max_seq_len: int = option(512, "length of a row, in tokens")
+    batch_size: int = option(8, "rows per step")
+    rounds: int = option(5, "number of rounds")
+    seconds: float = option(10.0, "training time of each contestant per round")
+    gemm: bool = option(True, "also measure the share of the machine's matrix-multiplication speed")
+    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
     if min(args.rounds, args.batch_size) < 1 or args.seconds <= 0:
         raise UserError("--rounds, --batch_size and --seconds must be more than 0")
     source = check_file(args.data_path)
-    kind = args.kind or kind_of(source)
+    kind = args.kind or detect_kind(source)
     tokenizer = load_tokenizer()
     documents = load_documents(source, kind, tokenizer)
     report: dict[str, Any] = {
@@ -135,8 +116,10 @@ def main(args: Args) -> dict[str, Any]:
         report |= race(make_contestants(args, kind, documents, tokenizer, folder), args)
     print_race(report)
     if args.gemm:
-        report["gemm"] = share_of_gemm(args, documents)
-        print_gemm(report["gemm"])
+        report["gemm"] = measure_gemm_share(
+            documents, args.batch_size, args.max_seq_len, args.rounds
+        )
+        print_gemm_share(report["gemm"])
     print(f"{report['machine']}, {report['date']}")
     if args.json:
         write_json(args.json, report)
@@ -147,11 +130,11 @@ def main(args: Args) -> dict[str, Any]:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """Some steps of training."""
 
-    tokens: int  # that are not padding
-    places: int  # padding included
+    tokens: int  # without padding
+    positions: int  # with padding
     seconds: float
 
     @property
@@ -159,27 +142,27 @@ class Measured:
         return self.tokens / self.seconds
 
 
-# A contestant trains for about so many seconds, on data in an order that the seed determines.
-Contestant = Callable[[float, int], Measured]
+# (seconds, seed) → trains for about so long, on data in an order that the seed determines
+Contestant = Callable[[float, int], Measurement]
 
 
 def race(contestants: dict[str, Contestant], args: Args) -> dict[str, Any]:
-    """Let all contestants train in turn, round after round."""
-    results: dict[str, list[Measured]] = {name: [] for name in contestants}
+    """Train all contestants in turn, --rounds times."""
+    results: dict[str, list[Measurement]] = {name: [] for name in contestants}
     with tqdm(total=(args.rounds + 1) * len(contestants), leave=False) as bar:
         for number in range(args.rounds + 1):
             for name, train in contestants.items():
                 bar.set_description(f"round {number} of {args.rounds}, {name}")
-                measured = train(args.seconds if number else 1.0, number)
+                measurement = train(args.seconds if number else 1.0, number)
                 if number:  # round 0 warms up
-                    results[name].append(measured)
+                    results[name].append(measurement)
                 bar.update()
 
-    speeds = {name: [each.tokens_per_second for each in some] for name, some in results.items()}
-    medians = {name: statistics.median(some) for name, some in speeds.items()}
+    speeds = {name: [m.tokens_per_second for m in each] for name, each in results.items()}
+    medians = {name: statistics.median(each) for name, each in speeds.items()}
     ratios = {
-        name: [ours / other for ours, other in zip(speeds["minimind"], some, strict=True)]
-        for name, some in speeds.items()
+        name: [ours / theirs for ours, theirs in zip(speeds["minimind"], each, strict=True)]
+        for name, each in speeds.items()
         if name != "minimind"
     }
     ratios["trl_bfd"] = ratios[max(("trl_bfd_joined", "trl_bfd_single"), key=medians.get)]
@@ -188,13 +171,15 @@ def race(contestants: dict[str, Contestant], args: Args) -> dict[str, Any]:
             name: {
                 "tokens_per_second": round(medians[name], 1),
                 "rounds": [round(speed, 1) for speed in speeds[name]],
-                "padding": round(1 - sum(m.tokens for m in some) / sum(m.places for m in some), 4),
-                "tokens": sum(measured.tokens for measured in some),
+                "padding": round(
+                    1 - sum(m.tokens for m in each) / sum(m.positions for m in each), 4
+                ),
+                "tokens": sum(m.tokens for m in each),
             }
-            for name, some in results.items()
+            for name, each in results.items()
         },
-        "ratios": {name: round(statistics.median(some), 3) for name, some in ratios.items()},
-        "ratios_of_rounds": {name: [round(r, 3) for r in some] for name, some in ratios.items()},
+        "ratios": {name: round(statistics.median(each), 3) for name, each in ratios.items()},
+        "ratios_of_rounds": {name: [round(r, 3) for r in each] for name, each in ratios.items()},
     }
 
 
@@ -210,11 +195,11 @@ def make_contestants(
     except ImportError as error:
         raise UserError(f"this benchmark needs trl; `pip install trl` ({error})") from None
     disable_progress_bars()
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would send some
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # trl would send it
     transformers.logging.set_verbosity_error()
     sizes = MiniMindConfig(hidden_size=args.hidden_size, num_hidden_layers=args.num_hidden_layers)
     dataset = with_labels(documents)
-    cut = with_labels(documents, args.max_seq_len)
+    truncated = with_labels(documents, args.max_seq_len)
     settings = dict(
         output_dir=folder,
         max_steps=ENDLESS,
@@ -241,7 +226,7 @@ def make_contestants(
                 peer_of(sizes, use_cache=False),
                 TrainingArguments(**settings),
                 collator,
-                cut,
+                truncated,
             ),
             tokenizer,
         )
@@ -275,12 +260,12 @@ def make_contestants(
     }
 
 
-def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
-    """The documents in memory, as transformers and trl take them: input_ids and labels; perhaps cut
-    off behind the first `longest` tokens."""
+def with_labels(documents: Dataset, max_length: int | None = None) -> Dataset:
+    """The documents in memory with input_ids and labels, as transformers and trl take them,
+    truncated to max_length tokens."""
     table = documents.with_format("arrow")[:]
     input_ids, loss_mask = (
-        pc.list_slice(table[name], 0, longest).combine_chunks()
+        pc.list_slice(table[name], 0, max_length).combine_chunks()
         for name in ("input_ids", "loss_mask")
     )
     ids = input_ids.flatten().to_numpy().astype(np.int32)
@@ -296,15 +281,15 @@ def with_labels(documents: Dataset, longest: int | None = None) -> Dataset:
 
 
 class MiniMind:
-    """The project's own trainer. Its log has the tokens and the seconds of its steps."""
+    """This project's trainer. Tokens and seconds of its steps are in its log."""
 
     def __init__(self, args: Args, kind: str, folder: str):
-        self.args, self.stage, self.folder = args, STAGES[kind], folder
-        self.step_seconds: float | None = None  # as measured the last time
+        self.args, self.trainer, self.folder = args, TRAINERS[kind], folder
+        self.step_seconds: float | None = None  # of the last round
 
-    def __call__(self, seconds: float, seed: int) -> Measured:
+    def __call__(self, seconds: float, seed: int) -> Measurement:
         steps = 1 + max(1, round(seconds / (self.step_seconds or seconds)))
-        settings = self.stage.Args(
+        trainer_args = self.trainer.Args(
             data_path=[self.args.data_path],
             val_share=0.0,
             from_weight="none",
@@ -318,7 +303,7 @@ class MiniMind:
             learning_rate=5e-4,
             epochs=ENDLESS,
             max_steps=steps,
-            log_interval=steps,  # besides the first
+            log_interval=steps,  # the first step is always logged
             eval_interval=0,
             save_interval=0,
             num_workers=0,
@@ -328,17 +313,17 @@ class MiniMind:
             checkpoint_dir=self.folder,
         )
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            records = self.stage.main(settings)["history"]
+            records = self.trainer.main(trainer_args)["history"]
         first, last = (record for record in records if "tokens_per_second" in record)
         tokens = last["num_tokens"] - first["num_tokens"]
-        measured = tokens / last["tokens_per_second"]
-        self.step_seconds = measured / (steps - 1)
-        places = (steps - 1) * self.args.batch_size * self.args.max_seq_len
-        return Measured(tokens, places, measured)
+        elapsed = tokens / last["tokens_per_second"]
+        self.step_seconds = elapsed / (steps - 1)
+        positions = (steps - 1) * self.args.batch_size * self.args.max_seq_len
+        return Measurement(tokens, positions, elapsed)
 
 
 class HuggingFace(TrainerCallback):
-    """A Trainer of transformers or trl, stopped when the time is over."""
+    """A Trainer of transformers or trl, which stops when the time is over."""
 
     def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase):
         self.trainer, self.pad_token_id = trainer, tokenizer.pad_token_id
@@ -346,24 +331,24 @@ class HuggingFace(TrainerCallback):
         trainer.remove_callback(PrinterCallback)
         trainer.model.register_forward_pre_hook(self.count, with_kwargs=True)
 
-    def __call__(self, seconds: float, seed: int) -> Measured:
+    def __call__(self, seconds: float, seed: int) -> Measurement:
         self.limit = seconds
-        torch.manual_seed(seed)  # from which the order of the data follows
+        torch.manual_seed(seed)  # determines the order of the data
         self.trainer.train()
-        return Measured(self.tokens, self.places, self.seconds)
+        return Measurement(self.tokens, self.positions, self.seconds)
 
     def count(self, model: LlamaForCausalLM, args: tuple, inputs: dict[str, Tensor]) -> None:
         """Before each forward pass."""
-        self.places += inputs["input_ids"].numel()
+        self.positions += inputs["input_ids"].numel()
         self.tokens += int((inputs["input_ids"] != self.pad_token_id).sum())
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.places = self.tokens = 0
+        self.positions = self.tokens = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         now = time.perf_counter()
         if state.global_step == 1:
-            self.start, self.places, self.tokens = now, 0, 0
+            self.start, self.positions, self.tokens = now, 0, 0
             return
         self.seconds = now - self.start
         control.should_training_stop = self.seconds >= self.limit
@@ -384,94 +369,6 @@ def print_race(report: dict[str, Any]) -> None:
             f"{ratios[name]:.2f}×" if name in ratios else "",
         )
     Console().print(table)
-
-
-# -- the share of the machine's matrix speed -------------------------------------------------------
-
-
-def share_of_gemm(args: Args, documents: Dataset) -> dict[str, Any]:
-    """Forward and backward of the 512×8 model and matrix products in turn, --rounds times."""
-    torch.manual_seed(0)
-    model = MiniMindForCausalLM(MiniMindConfig()).train()
-    ids = torch.randint(3, model.config.vocab_size, (args.batch_size, args.max_seq_len)).numpy()
-    whole = [[{"input_ids": row, "loss_mask": np.ones(len(row), bool)}] for row in ids]
-    packed = PackedDataset(documents, args.max_seq_len)
-    rng = np.random.default_rng(0)
-
-    products = {"{}×{}×{}".format(*sizes): product(*sizes) for sizes in PRODUCTS}
-    rates: dict[str, list[float]] = {name: [] for name in (*products, "packed", "whole")}
-    for _ in tqdm(range(args.rounds), desc="matrix products and the 512×8 model", leave=False):
-        chosen = rng.choice(len(packed), min(args.batch_size, len(packed)), replace=False)
-        for name, (work, operations) in products.items():
-            rates[name].append(rate(work, operations, PRODUCT_SECONDS))
-        for name, rows in (("packed", [packed[int(row)] for row in chosen]), ("whole", whole)):
-            batch = collate(rows)
-            operations = needed_operations(model.config, rows, batch.num_label_tokens)
-            work = partial(forward_and_backward, model, batch)
-            rates[name].append(rate(work, operations, MODEL_SECONDS))
-
-    medians = {name: statistics.median(some) / 1e9 for name, some in rates.items()}
-    best = max(products, key=medians.__getitem__)
-    shares = {
-        name: [ours / peak for ours, peak in zip(rates[name], rates[best], strict=True)]
-        for name in ("packed", "whole")
-    }
-    return {
-        "gflops": round(medians[best], 1),
-        "product": best,
-        "products": {name: round(medians[name], 1) for name in products},
-        "model_gflops": round(medians["packed"], 1),
-        "share": round(statistics.median(shares["packed"]), 4),
-        "whole_model_gflops": round(medians["whole"], 1),
-        "whole_share": round(statistics.median(shares["whole"]), 4),
-        "shares_of_rounds": {name: [round(s, 4) for s in some] for name, some in shares.items()},
-    }
-
-
-def product(m: int, k: int, n: int) -> tuple[Callable[[], Any], float]:
-    """A matrix product to time, and its floating point operations."""
-    left, right, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
-    return partial(torch.mm, left, right, out=out), 2 * m * k * n
-
-
-def forward_and_backward(model: MiniMindForCausalLM, batch: Batch) -> None:
-    model(**batch.inputs, labels=batch.labels, return_logits=False).loss.backward()
-    model.zero_grad(set_to_none=True)
-
-
-def needed_operations(config: MiniMindConfig, rows: list[list[dict]], labelled: int) -> float:
-    """The formula at the top of this page."""
-    lengths = [len(piece["input_ids"]) for row in rows for piece in row]
-    tokens = sum(lengths)
-    pairs = sum(n * (n + 1) // 2 for n in lengths)
-    head = 6 * config.hidden_size * config.vocab_size
-    blocks = flops_per_token(config, row_length=0) - head  # without its attention
-    attention = 12 * config.num_hidden_layers * config.hidden_size
-    return blocks * tokens + head * labelled + attention * pairs
-
-
-def rate(work: Callable[[], Any], operations: float, seconds: float) -> float:
-    """Floating point operations a second of `work`, repeated for about `seconds`."""
-    work()
-    times, start, elapsed = 0, time.perf_counter(), 0.0
-    while elapsed < seconds:
-        work()
-        times += 1
-        elapsed = time.perf_counter() - start
-    return times * operations / elapsed
-
-
-def print_gemm(gemm: dict[str, Any]) -> None:
-    products = ", ".join(f"{name} {speed:,.0f}" for name, speed in gemm["products"].items())
-    print(f"matrix products, GFLOP/s: {products}")
-    for name, model_gflops, share in (
-        ("packed rows", gemm["model_gflops"], gemm["share"]),
-        ("whole rows", gemm["whole_model_gflops"], gemm["whole_share"]),
-    ):
-        print(
-            f"512×8, forward and backward, {name}: {model_gflops:,.0f} GFLOP/s, "
-            f"{share:.1%} of {gemm['product']}'s {gemm['gflops']:,.0f}"
-        )
 
 
 if __name__ == "__main__":

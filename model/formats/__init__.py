@@ -1,1 +1,1 @@
-"""Weights in the formats of others: transformers folders, GGUF for llama.cpp and ollama."""
+"""Other formats of weights: transformers folders, GGUF (llama.cpp, ollama), earlier MiniMind."""

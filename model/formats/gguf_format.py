@@ -1,20 +1,21 @@
 """MiniMind → a GGUF file, which llama.cpp, ollama and many others run.
 
-A model here is one that llama.cpp knows, under other labels:
+Each MiniMind model is the same computation as an architecture of llama.cpp:
 
-| here                            | there       | q and k | what else differs                     |
-|---------------------------------|-------------|---------|---------------------------------------|
-| dense                           | llama       | turned  |                                       |
-| dense, q/k norm                 | qwen3       |         |                                       |
-| experts                         | bailingmoe  | turned  | shared ones are one wide one          |
-| experts, q/k norm               | bailingmoe2 |         | likewise; q, k and v are one matrix   |
-| experts, no shared ones         | llama       | turned  |                                       |
-| experts, q/k norm, none shared  | qwen3moe    |         |                                       |
+| MiniMind                        | llama.cpp   | q and k  | other differences in the weights      |
+|---------------------------------|-------------|----------|---------------------------------------|
+| dense                           | llama       | permuted |                                       |
+| dense, q/k norm                 | qwen3       |          |                                       |
+| MoE, shared experts             | bailingmoe  | permuted | shared experts are one                |
+| MoE, shared experts, q/k norm   | bailingmoe2 |          | likewise; q, k and v are one matrix   |
+| MoE                             | llama       | permuted |                                       |
+| MoE, q/k norm                   | qwen3moe    |          |                                       |
 
-"Turned": RoPE pairs the numbers i and i + D/2 of a head here, and 2i and 2i + 1 there, so that the
-rows of the matrices change places. Experts lie in one tensor, [E, out, in].
+"Permuted": RoPE pairs dimensions i and i + D/2 of a head here, but 2i and 2i + 1 there, so the rows
+of q_proj and k_proj change places. The routed experts of a layer are one tensor, [E, out, in].
 
-Tokenizer and chat template go into the file too. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+The file also holds the tokenizer and the chat template.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import json
@@ -30,14 +31,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.formats.hf_format import PROJECTIONS
+from model.formats.experts import join_experts
+from model.formats.minimind_format import ROUTER_BIAS
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import ROUTER_BIAS
 
 DTYPES = {
     "float16": GGMLQuantizationType.F16,
     "float32": GGMLQuantizationType.F32,
-    "q8_0": GGMLQuantizationType.Q8_0,  # blocks of 32 numbers: 8 bits each, and a scale
+    "q8_0": GGMLQuantizationType.Q8_0,  # blocks of 32 weights: 8 bits each, and one scale
 }
 FILE_TYPES = {
     "float16": gguf.LlamaFileType.MOSTLY_F16,
@@ -46,37 +47,37 @@ FILE_TYPES = {
 }
 PERMUTED = (MODEL_ARCH.LLAMA, MODEL_ARCH.BAILINGMOE)
 
-# Each way to cut text into pieces is written out in llama.cpp, under a name.
+# llama.cpp implements each pre-tokenizer by hand, under a name; a file can only name one.
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-SIGNS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTS = {
-    rf"{WORDS}|\p{{N}}|{SIGNS}": "qwen2",
-    rf"{WORDS}|\p{{N}}{{1,3}}|{SIGNS}": "llama-bpe",
+PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PRE_TOKENIZERS = {
+    rf"{WORDS}|\p{{N}}|{PUNCTUATION}": "qwen2",
+    rf"{WORDS}|\p{{N}}{{1,3}}|{PUNCTUATION}": "llama-bpe",
 }
 
 
-# -- which model it is there -----------------------------------------------------------------------
+# -- architecture ----------------------------------------------------------------------------------
 
 
 def architecture(config: MiniMindConfig) -> MODEL_ARCH:
-    """The one that is this model. UserError if there is none."""
+    """The equivalent architecture of llama.cpp. UserError if there is none."""
     if not config.use_moe:
         return MODEL_ARCH.QWEN3 if config.qk_norm else MODEL_ARCH.LLAMA
     if config.n_shared_experts and config.qk_norm:
         return MODEL_ARCH.BAILINGMOE2
     if config.scoring_func != "softmax":
         raise UserError(
-            "llama.cpp knows experts that a bias balances only with q/k norm and shared experts"
+            'llama.cpp supports scoring_func "sigmoid" only with q/k norm and shared experts'
         )
     if config.n_shared_experts:
         return MODEL_ARCH.BAILINGMOE
     if not config.norm_topk_prob:
-        raise UserError("llama.cpp knows weights that do not add up to 1 only with shared experts")
+        raise UserError("llama.cpp supports norm_topk_prob False only with shared experts")
     return MODEL_ARCH.QWEN3MOE if config.qk_norm else MODEL_ARCH.LLAMA
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
-    """The sizes, under llama.cpp's names."""
+    """The config in the terms of llama.cpp."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -90,11 +91,11 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: MiniMindConfig) -> No
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if config.inference_rope_scaling:
-        usual = 0.1 * math.log(config.yarn_factor) + 1  # llama.cpp multiplies by that itself
+        default = 0.1 * math.log(config.yarn_factor) + 1  # llama.cpp multiplies by it anyway
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(config.yarn_factor)
         writer.add_rope_scaling_orig_ctx_len(config.yarn_original_length)
-        writer.add_rope_scaling_attn_factors((config.yarn_attention_factor or usual) / usual)
+        writer.add_rope_scaling_attn_factors((config.yarn_attention_factor or default) / default)
         writer.add_rope_scaling_yarn_beta_fast(config.yarn_beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(config.yarn_beta_slow)
     if config.use_moe:
@@ -109,7 +110,7 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: MiniMindConfig) -> No
 
 
 def yarn_flags(config: MiniMindConfig) -> str:
-    """What of YaRN llama.cpp does not read from the file, as flags for its programs."""
+    """Flags for the programs of llama.cpp: YaRN settings that they do not read from the file."""
     betas = config.yarn_beta_fast, config.yarn_beta_slow
     if not config.inference_rope_scaling or betas == (32, 1):
         return ""
@@ -120,10 +121,11 @@ def yarn_flags(config: MiniMindConfig) -> str:
 
 
 def to_gguf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
-    """Our weights at the places where llama.cpp looks for them; only moved, nothing computed."""
+    """The weights in the layout and under the names of llama.cpp; only moved, nothing computed.
+    Works on a state dict of anything of these shapes, which read_gguf makes use of."""
     kind, state = architecture(config), dict(state)
     bailing = kind in (MODEL_ARCH.BAILINGMOE, MODEL_ARCH.BAILINGMOE2)
-    if config.tie_word_embeddings and not bailing:  # those two want the head in any case
+    if config.tie_word_embeddings and not bailing:  # those two need the head in any case
         del state["lm_head.weight"]
     for layer in range(config.num_hidden_layers):
         block = f"model.layers.{layer}."
@@ -134,29 +136,25 @@ def to_gguf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
         if kind == MODEL_ARCH.BAILINGMOE2:
             parts = [state.pop(f"{block}self_attn.{name}_proj.weight") for name in "qkv"]
             state[f"{block}self_attn.qkv_proj.weight"] = torch.cat(parts)
-        for which, count, join in (
-            ("experts", config.n_routed_experts, torch.stack),
-            ("shared_experts", config.n_shared_experts, torch.cat),
-        ):
-            for part in PROJECTIONS if config.use_moe and count else ():
-                names = [f"{block}mlp.{which}.{n}.{part}_proj.weight" for n in range(count)]
-                dim = 1 if join is torch.cat and part == "down" else 0
-                joined = join([state.pop(name) for name in names], dim)
-                state[f"{block}mlp.{which}.{part}_proj.weight"] = joined
-    their_name = gguf_names(kind, config.num_hidden_layers)
-    return {their_name(name): weight for name, weight in state.items()}
+        if config.use_moe:
+            experts, shared = f"{block}mlp.experts", f"{block}mlp.shared_experts"
+            join_experts(state, experts, config.n_routed_experts, experts)
+            if config.n_shared_experts:
+                join_experts(state, shared, config.n_shared_experts, shared, wide=True)
+    to_gguf_name = gguf_names(kind, config.num_hidden_layers)
+    return {to_gguf_name(name): weight for name, weight in state.items()}
 
 
 def permute(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows i and i + D/2 of each head, [H·D, C], become rows 2i and 2i + 1."""
+    """[H·D, C]: rows i and i + D/2 of each head become rows 2i and 2i + 1."""
     return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_names(kind: MODEL_ARCH, layers: int) -> Callable[[str], str]:
-    """A function from our names to those of llama.cpp."""
+    """A function from MiniMind's names of weights to those of llama.cpp."""
     table = gguf.get_tensor_name_map(kind, layers)
 
-    def their_name(name: str) -> str:
+    def to_gguf_name(name: str) -> str:
         if name.endswith(ROUTER_BIAS):
             return f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         found = table.get_name(name, try_suffixes=(".weight",))
@@ -164,41 +162,42 @@ def gguf_names(kind: MODEL_ARCH, layers: int) -> Callable[[str], str]:
             raise UserError(f"the installed gguf has no name for {name} in {kind.name}")
         return found
 
-    return their_name
+    return to_gguf_name
 
 
 @torch.no_grad()
 def read_gguf(path: Path, model: MiniMindForCausalLM) -> dict[str, Tensor]:
-    """The weights in a file that was made of `model`, rounded as they are there.
+    """The weights in a file that was written from `model`, with their rounding, as a state dict.
 
-    Where each number came from tells the same function that moved them, given numbers to move.
+    Instead of an inverse of to_gguf_state, the function itself is applied to the index of each
+    number: it shows where every number of the file came from.
     """
-    state, places, at = model.state_dict(), {}, 0
+    state, indices, total = model.state_dict(), {}, 0
     for name, weight in state.items():
-        places[name] = torch.arange(at, at + weight.numel()).view_as(weight)
-        at += weight.numel()
-    there = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    numbers = torch.full((at,), math.nan)
-    for name, place in to_gguf_state(places, model.config).items():
-        tensor = there.pop(name)
+        indices[name] = torch.arange(total, total + weight.numel()).view_as(weight)
+        total += weight.numel()
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    numbers = torch.full((total,), math.nan)
+    for name, index in to_gguf_state(indices, model.config).items():
+        tensor = tensors.pop(name)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        numbers[place.flatten()] = torch.tensor(values).flatten()
+        numbers[index.flatten()] = torch.tensor(values).flatten()
     if model.config.tie_word_embeddings:
-        places["lm_head.weight"] = places["model.embed_tokens.weight"]
-    return {name: numbers[place] for name, place in places.items()}
+        indices["lm_head.weight"] = indices["model.embed_tokens.weight"]
+    return {name: numbers[index] for name, index in indices.items()}
 
 
 def check_roundtrip(state: dict[str, Tensor], read: dict[str, Tensor], dtype: str) -> None:
-    """UserError unless the weights read from a file are those of a model, but for rounding."""
+    """UserError if the weights read from a file differ from those of the model by more than the
+    rounding of `dtype`."""
     for name, weight in state.items():
-        room = {"float32": 0.0, "float16": 2**-11, "q8_0": 0.6 / 127}[
-            dtype
-        ]  # its scales are rounded too
+        # relative; q8_0: half a step of 1/127 of the largest, and a little for the rounded scale
+        tolerance = {"float32": 0.0, "float16": 2**-11, "q8_0": 0.6 / 127}[dtype]
         size = weight.abs()
-        if dtype == "q8_0" and weight.dim() > 1:  # of the largest in its block, or a larger one
+        if dtype == "q8_0" and weight.dim() > 1:  # at least the largest of its block
             size = size.amax(-1, keepdim=True)
-        if not ((weight - read[name]).abs() <= room * size + 2**-25 * (room > 0)).all():
-            raise UserError(f"{name} is not what it was, by more than rounding")
+        if not ((weight - read[name]).abs() <= tolerance * size + 2**-25 * (tolerance > 0)).all():
+            raise UserError(f"{name} differs from the model's by more than rounding")
 
 
 # -- tokenizer -------------------------------------------------------------------------------------
@@ -207,11 +206,11 @@ def check_roundtrip(state: dict[str, Tensor], read: dict[str, Tensor], dtype: st
 def write_tokenizer(
     writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> None:
-    """Tokens, merges, control tokens and the chat template. UserError if llama.cpp would cut text
-    in another way."""
+    """Tokens, merges, special tokens and the chat template. UserError if llama.cpp would tokenize
+    differently."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     if content["model"]["type"] != "BPE" or content["normalizer"]:
-        raise UserError("llama.cpp takes byte-level BPE tokenizers that change no character")
+        raise UserError("llama.cpp supports byte-level BPE tokenizers without normalizer only")
     tokens = [f"[unused {n}]" for n in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
     for token, n in content["model"]["vocab"].items():
@@ -238,7 +237,7 @@ def write_tokenizer(
 
 
 def pre_tokenizer_name(pre_tokenizer: dict) -> str:
-    """llama.cpp's name for how a tokenizer.json cuts text before BPE."""
+    """llama.cpp's name of the pre-tokenizer in a tokenizer.json."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     split, last = steps[:-1], steps[-1]
     if last["type"] == "ByteLevel" and not last.get("add_prefix_space"):
@@ -246,16 +245,16 @@ def pre_tokenizer_name(pre_tokenizer: dict) -> str:
             return "gpt-2"
         if len(split) == 1 and not last.get("use_regex", True):
             pattern = split[0].get("pattern", {}).get("Regex")
-            if split[0].get("behavior") == "Isolated" and pattern in CUTS:
-                return CUTS[pattern]
+            if split[0].get("behavior") == "Isolated" and pattern in PRE_TOKENIZERS:
+                return PRE_TOKENIZERS[pattern]
         digits = {"type": "Digits", "individual_digits": True}
         if split == [digits] and last.get("use_regex", True):
             return "smollm"
-    raise UserError("llama.cpp has no way of cutting text as this tokenizer does (pre_tokenizer)")
+    raise UserError("llama.cpp does not support the pre_tokenizer of this tokenizer")
 
 
 def strip_generation_tags(template: str) -> str:
-    """Without the marks around what is trained, which only transformers knows."""
+    """A chat template without {% generation %}, which marks trained text for transformers only."""
     return re.sub(r"{%(-?)\s*(?:end)?generation\s*(-?)%}", r"{#\1 \2#}", template)
 
 
@@ -270,8 +269,15 @@ def save_gguf(
     dtype: str,
     name: str,
 ) -> None:
-    """Write a model with its tokenizer; `dtype` is one of DTYPES, `name` what programs show.
-    UserError if llama.cpp has no such model or tokenizer."""
+    """Write a model with its tokenizer.
+
+    Args:
+        dtype: one of DTYPES.
+        name: the name that programs show.
+
+    Raises:
+        UserError: llama.cpp supports no such model or tokenizer.
+    """
     config = model.config
     weights = to_gguf_state(model.state_dict(), config)
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(config)])
@@ -280,9 +286,11 @@ def save_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, config)
     write_tokenizer(writer, tokenizer, config.vocab_size)
-    for place, weight in weights.items():
-        kind = tensor_type(place, weight, DTYPES[dtype])
-        writer.add_tensor(place, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind)
+    for tensor, weight in weights.items():
+        kind = tensor_type(tensor, weight, DTYPES[dtype])
+        writer.add_tensor(
+            tensor, gguf.quants.quantize(weight.float().numpy(), kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -290,7 +298,7 @@ def save_gguf(
 
 
 def tensor_type(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """Norms and gates, which are small and matter much, stay exact."""
+    """The type of a tensor: float32 for norms and routers, which are small and sensitive."""
     if weight.dim() == 1 or "ffn_gate_inp" in name:
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
@@ -299,15 +307,14 @@ def tensor_type(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGML
 
 # -- ollama ----------------------------------------------------------------------------------------
 
-CONTEXT = 2048  # tokens that ollama makes room for at most
+CONTEXT = 2048  # limit of ollama's num_ctx, whose KV cache is allocated at once
 MODELFILE = """FROM ./{file}
 TEMPLATE \"\"\"{template}\"\"\"
 PARAMETER stop "<|im_end|>"
 PARAMETER num_ctx {context}
 """
-# The chat template once more, in the language of ollama's: Go's text/template. It leaves out what a
-# conversation seldom has: thoughts of earlier turns, a second system message, and one turn for the
-# results of several tools.
+# The chat template in ollama's language, Go's text/template. It leaves out what is rare: reasoning
+# of earlier turns, a second system message, and one turn for the results of several tools.
 TEMPLATE = """{{- if or .System .Tools }}<|im_start|>system
 {{ .System }}{{ if .Tools }}{{ if .System }}
 
@@ -338,11 +345,11 @@ Write a call like this, with JSON arguments:
 
 
 def modelfile(gguf_file: Path, config: MiniMindConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `ollama create NAME -f Modelfile` wants to know of a GGUF file beside it. UserError
-    where it cannot be told."""
+    """The Modelfile of a GGUF file in the same folder, for `ollama create NAME -f Modelfile`.
+    UserError if ollama cannot run the model as it is."""
     if "<|im_start|>" not in (tokenizer.chat_template or ""):
-        raise UserError("--ollama is for models whose conversations are ChatML, and this is none")
+        raise UserError("--ollama supports models with a ChatML template only")
     if flags := yarn_flags(config):
-        raise UserError(f"ollama has no such setting of YaRN ({flags}); llama.cpp has")
+        raise UserError(f"ollama has no such setting of YaRN ({flags}), but llama.cpp has")
     context = min(config.max_position_embeddings, CONTEXT)
     return MODELFILE.format(file=gguf_file.name, template=TEMPLATE, context=context)

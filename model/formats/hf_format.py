@@ -1,36 +1,39 @@
-"""MiniMind ↔ a folder of transformers: config.json, model.safetensors, tokenizer.
+"""MiniMind ↔ a transformers folder: config.json, model.safetensors, tokenizer.
 
-A model here is one that transformers knows, under other labels:
+Each MiniMind model is the same computation as an architecture of transformers:
 
-| here                       | there                |                                           |
-|----------------------------|----------------------|-------------------------------------------|
-| dense                      | LlamaForCausalLM     | the same names                            |
-| dense, q/k norm            | Qwen3ForCausalLM     | the same names                            |
-| experts                    | Qwen2MoeForCausalLM  | shared experts are one wide one, gated    |
-| experts, none shared       | MixtralForCausalLM   | others in the file                        |
-| the same, q/k norm         | Qwen3MoeForCausalLM  | the same names                            |
-| experts that a bias        | Glm4MoeForCausalLM   | shared experts are one wide one           |
-| balances, and shared ones  |                      |                                           |
+| MiniMind                        | transformers         | differences in the weights            |
+|---------------------------------|----------------------|---------------------------------------|
+| dense                           | LlamaForCausalLM     | none                                  |
+| dense, q/k norm                 | Qwen3ForCausalLM     | none                                  |
+| MoE, shared experts             | Qwen2MoeForCausalLM  | shared experts are one, with a gate   |
+| MoE                             | MixtralForCausalLM   | other names                           |
+| MoE, q/k norm                   | Qwen3MoeForCausalLM  | none                                  |
+| MoE, sigmoid, shared experts    | Glm4MoeForCausalLM   | shared experts are one                |
 
-What none of them holds, such as softmax over experts with both q/k norm and shared ones, goes into
-a folder of its own kind ("native"), which takes this project's code to read.
+For the rest, such as softmax MoE with both q/k norm and shared experts, there is the "native"
+folder, which brings this project's code along (trust_remote_code).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
     Glm4MoeConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -38,30 +41,31 @@ from transformers import (
 )
 
 from model.errors import UserError
+from model.formats.experts import PROJECTIONS, join_experts, put_experts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_transformers
 
 SHARED_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id
     eos_token_id pad_token_id""".split()
-YARN_FIELDS = {  # their name: ours
+YARN_FIELDS = {  # transformers: MiniMind
     "factor": "yarn_factor",
     "original_max_position_embeddings": "yarn_original_length",
     "beta_fast": "yarn_beta_fast",
     "beta_slow": "yarn_beta_slow",
     "attention_factor": "yarn_attention_factor",
 }
+# Values of further RoPE fields that change nothing.
 HARMLESS_ROPE_FIELDS = {
     "truncate": True,
     "partial_rotary_factor": 1.0,
-}  # of what may stand there too
+}
 UNSUPPORTED_FIELDS = {
-    "attention_bias": "biases in its attention",
-    "qkv_bias": "biases in its attention",
-    "mlp_bias": "biases in its feed-forward layers",
-    "use_sliding_window": "attention within a window",
-    "first_k_dense_replace": "layers without experts among those with them",
-    "mlp_only_layers": "layers without experts among those with them",
+    "attention_bias": "biases in attention",
+    "qkv_bias": "biases in attention",
+    "mlp_bias": "biases in feed-forward layers",
+    "use_sliding_window": "sliding-window attention",
+    "first_k_dense_replace": "dense layers among MoE layers",
+    "mlp_only_layers": "dense layers among MoE layers",
 }
 ARCHITECTURES = {
     LlamaConfig: "LlamaForCausalLM",
@@ -71,21 +75,19 @@ ARCHITECTURES = {
     MixtralConfig: "MixtralForCausalLM",
     Glm4MoeConfig: "Glm4MoeForCausalLM",
 }
-PROJECTIONS = ("gate", "up", "down")
 MIXTRAL_NAMES = {
     "gate": "w1",
     "up": "w3",
     "down": "w2",
 }  # in its files; in memory it has Qwen's names
-# A gate that is half open whatever comes, sigmoid(x · w) with w ≈ 0; llama.cpp takes no 0 itself.
-NEAR_ZERO_GATE = 1e-12  # in float16 its smallest number
+NEAR_ZERO_GATE = 1e-12  # weight of a shared expert's gate: llama.cpp does not accept 0
 
 
 # -- configs ---------------------------------------------------------------------------------------
 
 
 def to_hf_config(config: MiniMindConfig) -> PreTrainedConfig:
-    """The config of the transformers model that is this one. UserError if there is none."""
+    """The config of the equivalent transformers model. UserError if there is none."""
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     fields |= {"head_dim": config.head_dim, "rope_parameters": rope_parameters(config)}
     if not config.use_moe:
@@ -130,62 +132,71 @@ def to_hf_config(config: MiniMindConfig) -> PreTrainedConfig:
 
 def unsupported_moe(config: MiniMindConfig) -> UserError:
     features = [
-        f"balanced by {'a bias' if config.scoring_func == 'sigmoid' else 'a loss'}",
+        f"scoring_func {config.scoring_func}",
         f"{'with' if config.qk_norm else 'without'} q/k norm",
-        f"{'with' if config.n_shared_experts else 'without'} shared ones",
-        f"weights that {'' if config.norm_topk_prob else 'do not '}add up to 1",
+        f"{'with' if config.n_shared_experts else 'without'} shared experts",
+        f"norm_topk_prob {config.norm_topk_prob}",
     ]
     return UserError(
-        f"no class of transformers that is known here has such experts ({', '.join(features)}); "
-        "--native makes a folder that brings this project's code along"
+        f"transformers has no architecture with such experts ({', '.join(features)}); --native "
+        "writes a folder with this project's code"
     )
 
 
 def rope_parameters(config: MiniMindConfig) -> dict[str, Any]:
-    """What transformers calls our settings of RoPE and YaRN."""
+    """RoPE and YaRN in the terms of transformers."""
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.inference_rope_scaling:
         parameters["rope_type"] = "yarn"
-        parameters |= {theirs: getattr(config, ours) for theirs, ours in YARN_FIELDS.items()}
+        parameters |= {hf: getattr(config, own) for hf, own in YARN_FIELDS.items()}
     return parameters
 
 
 def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
-    """The config here of a transformers model. UserError if it is none of the above."""
+    """The MiniMind config of a transformers model. UserError if it is not one of the above."""
     if isinstance(config, MiniMindConfig):
         return config
     if type(config) not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES.values())
-        raise UserError(f"{type(config).__name__} is none of {known} or MiniMind's own")
-    for name, complaint in UNSUPPORTED_FIELDS.items():
+        raise UserError(
+            f"{type(config).__name__} is not supported; it must be one of {known}, or MiniMind"
+        )
+    for name, feature in UNSUPPORTED_FIELDS.items():
         if getattr(config, name, None):
-            raise UserError(f"the model has {complaint}, and MiniMind has not ({name})")
+            raise UserError(f"the model has {feature} ({name}), which MiniMind does not support")
     if config.hidden_act != "silu":
-        raise UserError(f"the model's activation is {config.hidden_act}, and MiniMind's is silu")
+        raise UserError(
+            f"the model's activation is {config.hidden_act}; MiniMind supports silu only"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if config.hidden_size != head_dim * config.num_attention_heads:
-        raise UserError("the model's heads together are not as wide as the model")
+        raise UserError(
+            f"the model has {config.num_attention_heads} heads of size {head_dim}, not together as "
+            f"wide as its hidden_size {config.hidden_size}"
+        )
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     rope = config.rope_parameters
     fields["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "yarn":
         fields["inference_rope_scaling"] = True
-        fields |= {ours: rope[theirs] for theirs, ours in YARN_FIELDS.items() if theirs in rope}
+        fields |= {own: rope[hf] for hf, own in YARN_FIELDS.items() if hf in rope}
     elif rope["rope_type"] != "default":
-        raise UserError(f"the model scales RoPE in a way MiniMind has not: {rope['rope_type']}")
+        raise UserError(
+            f"the model has RoPE scaling {rope['rope_type']}, which MiniMind does not support"
+        )
     known = {"rope_type", "rope_theta", *YARN_FIELDS}
     for name, value in rope.items():
         if name not in known and value is not None and HARMLESS_ROPE_FIELDS.get(name) != value:
-            raise UserError(
-                f"the model's RoPE has {name} {value}, and MiniMind's has no such thing"
-            )
+            raise UserError(f"the model's RoPE has {name} {value}, which MiniMind does not support")
     fields["qk_norm"] = isinstance(config, Qwen3Config | Qwen3MoeConfig)
     if isinstance(config, LlamaConfig | Qwen3Config):
         return MiniMindConfig(**fields)
     fields |= {"use_moe": True, "num_experts_per_tok": config.num_experts_per_tok}
     if isinstance(config, MixtralConfig):
         if config.sliding_window:
-            raise UserError("the model has attention within a window, and MiniMind has not")
+            raise UserError(
+                "the model has sliding-window attention, which MiniMind does not support"
+            )
         fields |= {"n_routed_experts": config.num_local_experts, "n_shared_experts": 0}
         return MiniMindConfig(moe_intermediate_size=config.intermediate_size, **fields)
     fields |= {
@@ -194,7 +205,9 @@ def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
     }
     if isinstance(config, Glm4MoeConfig):
         if config.n_group != 1 or config.routed_scaling_factor != 1:
-            raise UserError("the model's experts are grouped or scaled, and MiniMind's are not")
+            raise UserError(
+                "the model's experts are grouped or scaled, which MiniMind does not support"
+            )
         fields |= {
             "scoring_func": "sigmoid",
             "qk_norm": config.use_qk_norm,
@@ -204,7 +217,10 @@ def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
         return MiniMindConfig(**fields)
     shared = getattr(config, "shared_expert_intermediate_size", 0)
     if config.decoder_sparse_step != 1 or shared % config.moe_intermediate_size:
-        raise UserError("not every layer has experts, or the shared one is not as wide as some")
+        raise UserError(
+            "the model has dense layers, or the width of its shared expert is not a multiple of "
+            "moe_intermediate_size; MiniMind supports neither"
+        )
     fields |= {
         "n_routed_experts": config.num_experts,
         "n_shared_experts": shared // config.moe_intermediate_size,
@@ -216,7 +232,7 @@ def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
 
 
 def to_hf_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights in a dtype, under the names of transformers' files."""
+    """The weights in a dtype, under the names of files of transformers."""
     config = model.config
     state = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -227,7 +243,17 @@ def to_hf_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Ten
     for layer in range(config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp."
         if config.n_shared_experts:
-            join_shared_experts(state, mlp, config, gated=kind is Qwen2MoeConfig)
+            gated = kind is Qwen2MoeConfig
+            shared = f"{mlp}shared_expert" if gated else f"{mlp}shared_experts"
+            join_experts(state, f"{mlp}shared_experts", config.n_shared_experts, shared, wide=True)
+            if gated:
+                # Qwen2 multiplies its shared expert by sigmoid(x · w). With w ≈ 0 that is 1/2, and
+                # an output twice as large makes up for it.
+                state[f"{shared}.down_proj.weight"] = state[f"{shared}.down_proj.weight"] * 2
+                like = state[f"{mlp}gate.weight"]
+                near_zero = max(NEAR_ZERO_GATE, torch.finfo(like.dtype).smallest_normal / 1024)
+                gate = like.new_full((1, config.hidden_size), near_zero)
+                state[f"{mlp}shared_expert_gate.weight"] = gate
         if kind is Glm4MoeConfig:
             bias = state.pop(f"{mlp}e_score_correction_bias").float()
             state[f"{mlp}gate.e_score_correction_bias"] = bias
@@ -240,24 +266,6 @@ def to_hf_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Ten
     return state
 
 
-def join_shared_experts(
-    state: dict[str, Tensor], mlp: str, config: MiniMindConfig, gated: bool
-) -> None:
-    """Several experts that are always used are one wider one. Qwen's passes a gate, here half open,
-    for which outputs that are twice as large make up."""
-    name = "shared_expert" if gated else "shared_experts"
-    for part in PROJECTIONS:
-        each = (
-            f"{mlp}shared_experts.{n}.{part}_proj.weight" for n in range(config.n_shared_experts)
-        )
-        joined = torch.cat([state.pop(one) for one in each], 1 if part == "down" else 0)
-        state[f"{mlp}{name}.{part}_proj.weight"] = joined * (2 if gated and part == "down" else 1)
-    if gated:
-        like = state[f"{mlp}gate.weight"]
-        nearly = max(NEAR_ZERO_GATE, torch.finfo(like.dtype).smallest_normal / 1024)
-        state[f"{mlp}shared_expert_gate.weight"] = like.new_full((1, config.hidden_size), nearly)
-
-
 # -- folders ---------------------------------------------------------------------------------------
 
 
@@ -268,7 +276,7 @@ def save_hf_folder(
     folder: Path,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """A folder that AutoModelForCausalLM loads without any code of ours."""
+    """Write a folder that AutoModelForCausalLM loads without trust_remote_code."""
     config = to_hf_config(model.config)
     config.dtype = dtype
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,14 +294,14 @@ def save_hf_folder(
 def read_hf_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # of many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
 
 
 def load_hf_folder(folder: Path) -> MiniMindForCausalLM:
-    """The model of a folder as one of ours, in float32. UserError if it is none."""
-    from_hf_config(read_hf_config(folder))  # a mistake shows before all the weights are read
+    """Load a transformers folder as a MiniMind model in float32. UserError if it has none."""
+    from_hf_config(read_hf_config(folder))  # errors before the weights are read
     other = load_transformers(folder, torch.float32)
     if isinstance(other, MiniMindForCausalLM):
         return other.eval()
@@ -304,8 +312,8 @@ def load_hf_folder(folder: Path) -> MiniMindForCausalLM:
 
 
 def from_hf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
-    """The weights of a transformers model in memory, where all experts of a layer are one tensor,
-    under our names."""
+    """The weights of a transformers model under MiniMind's names. Unlike in files, in memory all
+    experts of a layer are one tensor."""
     for layer in range(config.num_hidden_layers if config.use_moe else 0):
         mlp = f"model.layers.{layer}.mlp."
         size = config.moe_intermediate_size
@@ -323,8 +331,10 @@ def from_hf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
         shared = {part: state.pop(f"{mlp}{name}.{part}_proj.weight") for part in PROJECTIONS}
         if gate is not None:
             if gate.abs().max() > 1e-6:
-                raise UserError("the model's shared expert has a gate, and MiniMind's has none")
-            shared["down"] = shared["down"] / 2
+                raise UserError(
+                    "the model's shared expert has a gate, which MiniMind does not support"
+                )
+            shared["down"] = shared["down"] / 2  # the gate is 1/2 (see to_hf_state)
         experts = zip(
             shared["gate"].split(size),
             shared["up"].split(size),
@@ -335,9 +345,31 @@ def from_hf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str,
     return state
 
 
-def put_experts(
-    state: dict[str, Tensor], where: str, experts: Iterable[tuple[Tensor, Tensor, Tensor]]
-) -> None:
-    for n, weights in enumerate(experts):
-        for part, weight in zip(PROJECTIONS, weights, strict=True):
-            state[f"{where}.{n}.{part}_proj.weight"] = weight
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def load_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a transformers folder, as its own architecture; UserError unless all weights fit."""
+    try:
+        with quiet_transformers():  # the errors below say it in one sentence
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True
+            )
+    except Exception as error:  # of many types: unknown architecture, LFS pointer, half a file
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{folder} cannot be loaded ({reason}); if its files are small, they may be Git LFS "
+            "pointers: fetch them with `git lfs pull`"
+        ) from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            name = min(map(str, info[what]))
+            raise UserError(f"{folder} does not fit its config.json: {what[:-5]} weight {name}")
+    return model

@@ -1,1 +1,1 @@
-"""Everything that runs a finished model: engine, sampling, grammars, streaming, the microscope."""
+"""Everything that runs a trained model: loading, engine, sampling, grammars, the microscope."""

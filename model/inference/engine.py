@@ -1,14 +1,15 @@
-"""The engine: requests decoded side by side, each of which comes and goes when it will.
+"""The engine: decodes many requests side by side, each of which may come and go at any time.
 
-Decoding is bound by reading the weights, so that a step for 32 requests takes little longer than
-one for a single request: requests share their steps ("continuous batching", Orca, OSDI 2022). A
-step first gives each request whose prompt has been read its next token, and then reads on in the
-prompts of new ones, at most so many tokens that the others need not wait long ("chunked prefill",
-arXiv 2308.16369). What a prompt has in common with that of a running row is copied, not read again:
-several replies to one prompt cost its reading once.
+1. Continuous batching (Orca, OSDI 2022). Decoding is bound by reading the weights, so a step for 32
+   requests takes little longer than a step for one: all running requests share each step.
+2. Chunked prefill (arXiv 2308.16369). A step first decodes one token for each request whose prompt
+   has been read, then reads at most `prefill_tokens` of new prompts, so that a long prompt does not
+   hold up the others.
+3. Prefix sharing. The keys and values of a prefix that a running request has in common with a new
+   prompt are copied instead of computed: several replies to one prompt need one prefill.
 
-Letters in the shape comments: R rows   B rows of one forward pass   T tokens of each of them
-S the longest row   K key/value heads   D size of a head   V vocabulary
+Letters in the shape comments: B rows of one forward pass   T tokens of each of them
+S length of the longest row   V vocabulary
 """
 
 from collections import defaultdict, deque
@@ -19,29 +20,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from model.attention import causal_mask
+from model.config import CACHE_ARGUMENT, MiniMindConfig
+from model.inference.kv_cache import KVCache
 from model.inference.sampling import SamplingParams, make_generator, sample
 from model.inference.streaming import StreamingDetokenizer
-from model.model_minimind import CACHE_ARGUMENT, MiniMindConfig
 
-MIN_SHARED_PREFIX = 8  # common tokens from which on copying them pays
+MIN_SHARED_PREFIX = 8  # tokens; copying a shorter prefix saves nothing
 
 
 class QueueFull(Exception):
-    """There is no room for another request, not even to wait."""
+    """The queue of waiting requests is full."""
 
 
 class Constraint(Protocol):
-    """What a reply may look like, told token by token."""
+    """Restricts the tokens of a reply, such as a grammar does (grammar.py)."""
 
     def allowed(self) -> Tensor:
         """[V], bool: the tokens that may come next; at least one."""
 
     def accept(self, token: int) -> int:
-        """Take this one, or another one that it returns."""
+        """Accept the sampled token, or replace it by the one that is returned."""
 
 
 class TokenLogprob(NamedTuple):
-    """log p of a token by the model's own distribution, and the likeliest tokens with theirs."""
+    """log p of a token in the model's own distribution, and the most likely tokens with theirs."""
 
     logprob: float
     top: list[tuple[int, float]]
@@ -49,46 +52,46 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to go on from it, and what came of it."""
+    """A prompt, how to sample the reply, and the reply."""
 
     prompt: list[int]
     sampling: SamplingParams
     index: int = 0  # of several samples with one seed: each draws its own random numbers
-    top_logprobs: int | None = None  # how many of the likeliest to tell; None: no log-probs at all
+    top_logprobs: int | None = None  # number of most likely tokens to record; None: no log-probs
     constraint: Constraint | None = None
-    detokenizer: StreamingDetokenizer | None = None  # also looks for stop strings
-    tokens: list[int] = field(default_factory=list)  # new ones, a final stop token included
+    detokenizer: StreamingDetokenizer | None = None  # also finds stop strings
+    tokens: list[int] = field(default_factory=list)  # the reply, with its final stop token
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None  # "stop", "length" or "cancelled"
 
 
 class Sequence:
-    """A request that has a place in the batch."""
+    """A running request: its row of the KV cache and the state of its sampling."""
 
     def __init__(self, request: Request, vocab_size: int, device: torch.device):
         self.request = request
-        self.length = 0  # tokens that the cache holds: of the prompt, then of the reply
+        self.length = 0  # tokens in the KV cache, of the prompt and then of the reply
         self.generator = make_generator(request.sampling.seed, request.index, device)
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or reply
         self.seen[request.prompt] = True
-        self.counts = torch.zeros(vocab_size, device=device)  # how often each is in the reply
+        self.counts = torch.zeros(vocab_size, device=device)  # of each token in the reply
 
     @property
-    def unread(self) -> int:
-        """Tokens of the prompt that are still to be read."""
+    def prompt_left(self) -> int:
+        """Tokens of the prompt that are not yet in the KV cache."""
         return max(0, len(self.request.prompt) - self.length)
 
 
 class Engine:
-    """Decodes requests for a model, which must be in eval mode.
+    """Decodes requests with a model in eval mode.
 
-    Rows that decode stand before those whose prompts are being read, in memory too, so that each
-    kind is one slice.
+    Row n of the KV cache belongs to running[n]. The first `num_decoding` sequences decode, the rest
+    prefill: each kind is one slice of the cache, which a forward pass can use without copying.
 
     Args:
-        slots: how many requests run at a time; the others wait.
-        prefill_tokens: how much of prompts a step reads at most; None: everything.
-        queue: how many requests may wait; None: any number.
+        slots: the number of requests that run at a time; the others wait.
+        prefill_tokens: prompt tokens per step at most; None: whole prompts.
+        max_queue: the number of requests that may wait; None: any number.
     """
 
     def __init__(
@@ -96,26 +99,26 @@ class Engine:
         model: PreTrainedModel,
         slots: int = 32,
         prefill_tokens: int | None = 512,
-        queue: int | None = None,
+        max_queue: int | None = None,
     ):
         self.model, self.slots = model, slots
-        self.prefill_tokens, self.queue = prefill_tokens, queue
+        self.prefill_tokens, self.max_queue = prefill_tokens, max_queue
         self.waiting: deque[Request] = deque()
-        self.rows: list[Sequence] = []
-        self.decoding = 0  # so many of the rows, from the first on
-        self.memory = KVCache(slots)
-        self.own = isinstance(model.config, MiniMindConfig)
+        self.running: list[Sequence] = []
+        self.num_decoding = 0
+        self.kv_cache = KVCache(slots)
+        self.is_minimind = isinstance(model.config, MiniMindConfig)
         self.stop_ids = set(eos_ids(model))
 
     @property
     def busy(self) -> bool:
-        return bool(self.rows or self.waiting)
+        return bool(self.running or self.waiting)
 
     def submit(self, request: Request) -> None:
-        """Have a request wait for its turn.
+        """Queue a request.
 
         Raises:
-            ValueError: the prompt is empty, or longer than the model's positions allow.
+            ValueError: the prompt is empty, or prompt and reply exceed the model's positions.
             QueueFull
         """
         most = self.model.config.max_position_embeddings
@@ -126,127 +129,131 @@ class Engine:
                 f"{len(request.prompt)} prompt tokens and {request.sampling.max_new_tokens} new "
                 f"ones are more than the model's {most} positions"
             )
-        free = self.slots - len(self.rows)
-        if self.queue is not None and len(self.waiting) >= self.queue + free:
-            raise QueueFull(f"{self.queue} requests are waiting already")
+        free = self.slots - len(self.running)
+        if self.max_queue is not None and len(self.waiting) >= self.max_queue + free:
+            raise QueueFull(f"{self.max_queue} requests are waiting already")
         self.waiting.append(request)
 
     @torch.inference_mode()
     def cancel(self, request: Request) -> None:
-        """Give up a request, wherever it is; its place is free at once."""
+        """Stop a request, waiting or running; its slot is free at once."""
         if request.finish_reason is not None:
             return
         request.finish_reason = "cancelled"
         if request in self.waiting:
             self.waiting.remove(request)
-        for at, row in enumerate(self.rows):
-            if row.request is request:
-                self.remove(at)
+        for row, sequence in enumerate(self.running):
+            if sequence.request is request:
+                self.remove(row)
                 break
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One token more for each request whose prompt was read; returns those that got one."""
+        """Decode one token for each request whose prompt has been read, and read on in the others'
+        prompts; returns the requests that got a token."""
         self.admit()
-        running = self.rows[: self.decoding]
-        served = running + self.rows[self.decoding : self.decoding + self.prefill_rows()]
-        new = self.decode(running) if running else []
-        read = served[len(running) :]
-        if read:
-            new += self.prefill(read)
-        served = [row for row in served if not row.unread]
-        for row, token in zip(served, new, strict=True):
-            self.append_token(row, token)
-        self.decoding = len(served)
-        for at in reversed(range(len(served))):  # from the end, as removing moves the last
-            if served[at].request.finish_reason:
-                self.remove(at)
-        return [row.request for row in served]
+        decoding = self.running[: self.num_decoding]
+        prefilling = self.running[self.num_decoding :][: self.num_prefilling()]
+        tokens = self.decode(decoding) if decoding else []
+        if prefilling:
+            tokens += self.prefill(prefilling)
+        # The last chunk of a prompt gives the first token of its reply: from now on it decodes.
+        served = [each for each in decoding + prefilling if not each.prompt_left]
+        for sequence, token in zip(served, tokens, strict=True):
+            self.append_token(sequence, token)
+        self.num_decoding = len(served)
+        for row in reversed(range(len(served))):  # backwards: removing a row moves the last one
+            if served[row].request.finish_reason:
+                self.remove(row)
+        return [each.request for each in served]
 
     def admit(self) -> None:
-        """Give free places to waiting requests. Those that share a beginning which another row is
-        just reading wait until it has been read."""
-        put_off = []
-        for _ in range(len(self.waiting)):  # other threads may append meanwhile
-            if len(self.rows) == self.slots:
+        """Give free slots to waiting requests. A request waits while another one prefills the
+        prefix that they share, and then copies it."""
+        deferred = []
+        for _ in range(len(self.waiting)):  # not `while`: other threads may append meanwhile
+            if len(self.running) == self.slots:
                 break
             request = self.waiting.popleft()
-            shared, source = self.longest_shared(request.prompt)
-            if source is not None and self.rows[source].length < shared:
-                put_off.append(request)
+            shared, source = self.longest_shared_prefix(request.prompt)
+            if source is not None and self.running[source].length < shared:
+                deferred.append(request)
                 continue
-            row = Sequence(request, self.model.config.vocab_size, self.model.device)
+            sequence = Sequence(request, self.model.config.vocab_size, self.model.device)
             if source is not None:
-                self.memory.move(source, len(self.rows), shared)
-                row.length = shared
-            self.rows.append(row)
-        self.waiting.extendleft(reversed(put_off))
+                self.kv_cache.copy(source, len(self.running), shared)
+                sequence.length = shared
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(deferred))
 
-    def longest_shared(self, prompt: list[int]) -> tuple[int, int | None]:
-        """How many first tokens a row's prompt has in common with this one, and the row that has
-        most of them; None if copying would not pay. The last token is always read: its logits are
-        wanted."""
+    def longest_shared_prefix(self, prompt: list[int]) -> tuple[int, int | None]:
+        """The length of the longest prefix that this prompt shares with that of a running sequence,
+        and the row of that sequence; None if copying would not pay."""
         best: tuple[int, int | None] = (MIN_SHARED_PREFIX - 1, None)
-        for at, row in enumerate(self.rows):
-            other, most = row.request.prompt, len(prompt) - 1
+        most = len(prompt) - 1  # the last token is always computed: its logits are needed
+        for row, sequence in enumerate(self.running):
+            other = sequence.request.prompt
             if prompt[:MIN_SHARED_PREFIX] == other[:MIN_SHARED_PREFIX]:
                 pairs = zip(prompt[:most], other, strict=False)
                 shared = next(
                     (n for n, (a, b) in enumerate(pairs) if a != b), min(most, len(other))
                 )
                 if shared > best[0]:
-                    best = shared, at
+                    best = shared, row
         return best
 
     # -- the two kinds of forward pass ---------------------------------------------------------
 
-    def decode(self, rows: list[Sequence]) -> list[int]:
-        tokens = [row.request.tokens[-1:] for row in rows]
-        return self.sample_tokens(rows, self.forward(0, rows, tokens)[:, -1])
+    def decode(self, sequences: list[Sequence]) -> list[int]:
+        """The next token of each sequence."""
+        tokens = [each.request.tokens[-1:] for each in sequences]
+        return self.sample_tokens(sequences, self.forward(0, sequences, tokens)[:, -1])
 
-    def prefill_rows(self) -> int:
-        """How many of the rows that are being read have their turn in this step: as many as fit
-        its tokens when all are padded to the longest part."""
+    def num_prefilling(self) -> int:
+        """The number of prefilling sequences that this step reads: as many as fit into
+        `prefill_tokens` when all chunks are padded to the longest."""
         budget, longest = self.prefill_tokens, 0
         if budget is None:
-            return len(self.rows) - self.decoding
-        for n, row in enumerate(self.rows[self.decoding :]):
-            longest = max(longest, min(row.unread, budget))
+            return len(self.running) - self.num_decoding
+        for n, sequence in enumerate(self.running[self.num_decoding :]):
+            longest = max(longest, min(sequence.prompt_left, budget))
             if longest * (n + 1) > budget:
                 return n
-        return len(self.rows) - self.decoding
+        return len(self.running) - self.num_decoding
 
-    def prefill(self, rows: list[Sequence]) -> list[int]:
-        """Read on in prompts; the first new token of each whose end is reached."""
-        most = self.prefill_tokens or max(row.unread for row in rows)
-        parts = [row.request.prompt[row.length :][:most] for row in rows]
-        ends = [len(part) - 1 for part in parts]
-        kept = sorted(set(ends))  # logits at these places only
-        logits = self.forward(self.decoding, rows, parts, kept)
-        done = [n for n, row in enumerate(rows) if not row.unread]
-        chosen = logits[done, [kept.index(ends[n]) for n in done]]
-        return self.sample_tokens([rows[n] for n in done], chosen) if done else []
+    def prefill(self, sequences: list[Sequence]) -> list[int]:
+        """Read the next chunk of each prompt; returns the first token of each reply whose prompt
+        ends here."""
+        most = self.prefill_tokens or max(each.prompt_left for each in sequences)
+        chunks = [each.request.prompt[each.length :][:most] for each in sequences]
+        last = [len(chunk) - 1 for chunk in chunks]
+        kept = sorted(set(last))  # logits are needed at these positions only
+        logits = self.forward(self.num_decoding, sequences, chunks, kept)
+        done = [n for n, each in enumerate(sequences) if not each.prompt_left]
+        logits = logits[done, [kept.index(last[n]) for n in done]]
+        return self.sample_tokens([sequences[n] for n in done], logits) if done else []
 
     def forward(
         self,
         first: int,
-        rows: list[Sequence],
-        parts: list[list[int]],
+        sequences: list[Sequence],
+        chunks: list[list[int]],
         kept: list[int] | None = None,
     ) -> Tensor:
-        """Logits [B, T, V], or at the places `kept` only, of more tokens for neighbouring rows.
-        Shorter parts are padded on the right, where the next tokens will be."""
+        """Logits [B, T, V], or at the positions `kept` only, of the next tokens of the sequences in
+        rows first, first + 1, …"""
         device = self.model.device
-        T = max(map(len, parts))
-        tokens = torch.tensor([part + [0] * (T - len(part)) for part in parts], device=device)
-        starts = [row.length for row in rows]
-        cache = self.memory.slice(first, starts, T)
-        mask = positions = None  # where all rows begin at the same place causality says it all
-        if min(starts) < max(starts) or not self.own:
+        # Shorter chunks are padded on the right. What padding leaves in the cache lies behind each
+        # row's length: causality hides it, and the next tokens overwrite it.
+        T = max(map(len, chunks))
+        tokens = torch.tensor([chunk + [0] * (T - len(chunk)) for chunk in chunks], device=device)
+        lengths = [each.length for each in sequences]
+        cache = self.kv_cache.view(first, lengths, T)
+        mask = positions = None  # rows of equal length need no mask but the model's own
+        if min(lengths) < max(lengths) or not self.is_minimind:
             steps = torch.arange(T, device=device)
-            positions = torch.tensor(starts, device=device)[:, None] + steps  # [B, T]
-            columns = torch.arange(max(starts) + T, device=device)
-            mask = (columns <= positions[..., None])[:, None]  # [B, 1, T, S]
+            positions = torch.tensor(lengths, device=device)[:, None] + steps  # [B, T]
+            mask = causal_mask(positions, max(lengths) + T)  # [B, 1, T, S]
         outputs = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -255,48 +262,48 @@ class Engine:
             logits_to_keep=0 if kept is None else torch.tensor(kept, device=device),
             **{CACHE_ARGUMENT: cache},
         )
-        for row, part in zip(rows, parts, strict=True):
-            row.length += len(part)
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            sequence.length += len(chunk)
         return outputs.logits
 
     # -- tokens --------------------------------------------------------------------------------
 
-    def sample_tokens(self, rows: list[Sequence], logits: Tensor) -> list[int]:
-        """The next token of each row from logits [B, V]; rows of the same settings together."""
+    def sample_tokens(self, sequences: list[Sequence], logits: Tensor) -> list[int]:
+        """The next token of each sequence from logits [B, V]; sequences with the same sampling
+        parameters are sampled together."""
         logits = logits.float()
-        free = logits
-        if any(row.request.constraint for row in rows):
+        unconstrained = logits
+        if any(each.request.constraint for each in sequences):
             logits = logits.clone()
-            for row, own in zip(rows, logits, strict=True):
-                if row.request.constraint:
-                    own[~row.request.constraint.allowed()] = -torch.inf
+            for sequence, row in zip(sequences, logits, strict=True):
+                if sequence.request.constraint:
+                    row[~sequence.request.constraint.allowed()] = -torch.inf
         groups = defaultdict(list)
-        for n, row in enumerate(rows):
-            groups[row.request.sampling.filters].append(n)
-        chosen = [0] * len(rows)
+        for n, sequence in enumerate(sequences):
+            groups[sequence.request.sampling.group_key].append(n)
+        tokens = [0] * len(sequences)
         for members in groups.values():
-            some = [rows[n] for n in members]
-            their = logits if len(some) == len(rows) else logits[members]
-            tokens = sample(
-                their,
-                some[0].request.sampling,
-                [row.seen for row in some],
-                [row.counts for row in some],
-                [row.generator for row in some],
+            group = [sequences[n] for n in members]
+            sampled = sample(
+                logits if len(group) == len(sequences) else logits[members],
+                group[0].request.sampling,
+                [each.seen for each in group],
+                [each.counts for each in group],
+                [each.generator for each in group],
             )
-            for n, token in zip(members, tokens.tolist(), strict=True):
-                constraint = rows[n].request.constraint
-                chosen[n] = constraint.accept(token) if constraint else token
-        if any(row.request.top_logprobs is not None for row in rows):
-            record_logprobs(rows, free.log_softmax(-1), chosen)
-        return chosen
+            for n, token in zip(members, sampled.tolist(), strict=True):
+                constraint = sequences[n].request.constraint
+                tokens[n] = constraint.accept(token) if constraint else token
+        if any(each.request.top_logprobs is not None for each in sequences):
+            record_logprobs(sequences, unconstrained.log_softmax(-1), tokens)
+        return tokens
 
-    def append_token(self, row: Sequence, token: int) -> None:
-        """A token to a request, which it may be the last of."""
-        request, sampling = row.request, row.request.sampling
+    def append_token(self, sequence: Sequence, token: int) -> None:
+        """Append a token to a reply, and finish the request if it ends here."""
+        request, sampling = sequence.request, sequence.request.sampling
         request.tokens.append(token)
-        row.seen[token] = True
-        row.counts[token] += 1
+        sequence.seen[token] = True
+        sequence.counts[token] += 1
         if request.detokenizer:
             request.detokenizer.feed(token)
         if token in (self.stop_ids if sampling.stop_ids is None else sampling.stop_ids):
@@ -308,100 +315,34 @@ class Engine:
         if request.detokenizer and request.finish_reason:
             request.detokenizer.end()
 
-    def remove(self, at: int) -> None:
-        """Give up a row: the last decoding one takes its place, and the last of all takes that
-        one's, so that each kind stays one slice."""
-        last = len(self.rows) - 1
-        if at < self.decoding:
-            self.decoding -= 1
-            self.move(self.decoding, at)
-            at = self.decoding
-        self.move(last, at)
-        self.rows.pop()
+    def remove(self, row: int) -> None:
+        """Free a row. The last decoding sequence moves there, and the last of all moves to the row
+        of that one, so that both kinds remain one slice."""
+        last = len(self.running) - 1
+        if row < self.num_decoding:
+            self.num_decoding -= 1
+            self.move(self.num_decoding, row)
+            row = self.num_decoding
+        self.move(last, row)
+        self.running.pop()
 
     def move(self, source: int, target: int) -> None:
         if source != target:
-            self.memory.move(source, target, self.rows[source].length)
-            self.rows[target] = self.rows[source]
+            self.kv_cache.copy(source, target, self.running[source].length)
+            self.running[target] = self.running[source]
 
 
-def record_logprobs(rows: list[Sequence], logprobs: Tensor, chosen: list[int]) -> None:
-    """Note in requests that want it how likely their new tokens were; logprobs [B, V]."""
-    for row, own, token in zip(rows, logprobs, chosen, strict=True):
-        if row.request.top_logprobs is not None:
-            values, ids = own.topk(row.request.top_logprobs)
+def record_logprobs(sequences: list[Sequence], logprobs: Tensor, tokens: list[int]) -> None:
+    """Store the log-probs [B, V] of the new tokens in the requests that ask for them."""
+    for sequence, row, token in zip(sequences, logprobs, tokens, strict=True):
+        if sequence.request.top_logprobs is not None:
+            values, ids = row.topk(sequence.request.top_logprobs)
             top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            row.request.logprobs.append(TokenLogprob(own[token].item(), top))
+            sequence.request.logprobs.append(TokenLogprob(row[token].item(), top))
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:
-    """The ids after which a reply is over."""
+    """The ids of the tokens that end a reply."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = model.config.eos_token_id if ids is None else ids
     return [ids] if isinstance(ids, int) else list(ids or [])
-
-
-# -- keys and values -------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of all rows, [R, K, capacity, D] for each layer; grows when it must."""
-
-    def __init__(self, rows: int, capacity: int = 256):
-        self.rows, self.capacity = rows, capacity
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def slice(self, first: int, starts: list[int], tokens: int) -> "KVCacheView":
-        """A cache for a forward pass of neighbouring rows, with room for that many more tokens."""
-        while self.capacity < max(starts) + tokens:
-            self.capacity *= 2
-        return KVCacheView(self, first, starts, tokens)
-
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, of the capacity that is wanted now."""
-        if number == len(self.layers):
-            self.layers.append(
-                tuple(like.new_empty(self.rows, like.shape[1], 0, like.shape[3]) for _ in "kv")
-            )
-        stored = self.layers[number]
-        if stored[0].shape[2] < self.capacity:
-            R, K, length, D = stored[0].shape
-            grown = tuple(each.new_zeros(R, K, self.capacity, D) for each in stored)
-            for old, new in zip(stored, grown, strict=True):
-                new[:, :, :length] = old
-            self.layers[number] = stored = grown
-        return stored
-
-    def move(self, source: int, target: int, length: int) -> None:
-        for stored in self.layers:
-            for each in stored:
-                each[target, :, :length] = each[source, :, :length]
-
-
-class KVCacheView:
-    """What a model sees of it in one forward pass: the interface of a transformers cache, as far as
-    models use it. Each row goes on where it ends."""
-
-    def __init__(self, memory: KVCache, first: int, starts: list[int], tokens: int):
-        self.memory, self.starts = memory, starts
-        self.rows = slice(first, first + len(starts))
-        self.even = min(starts) == max(starts)
-        self.end = max(starts) + tokens
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return max(self.starts)
-
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, *args, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Put [B, K, T, D] behind what the rows have; returns them whole, [B, K, S, D]."""
-        found = []
-        for stored, new in zip(self.memory.layer(layer, key), (key, value), strict=True):
-            rows = stored[self.rows]
-            if self.even:
-                rows[:, :, self.starts[0] : self.end] = new
-            else:
-                for row, own, start in zip(rows, new, self.starts, strict=True):
-                    row[:, start : start + new.shape[2]] = own
-            found.append(rows[:, :, : self.end])
-        return tuple(found)

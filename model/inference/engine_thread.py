@@ -1,5 +1,5 @@
-"""The engine in a thread of its own: for an asyncio program such as the server, which follows a
-request, and for any other, which starts it and is told."""
+"""The engine in a thread of its own: `stream` for asyncio programs such as the server, `start`
+with a callback for all others."""
 
 import asyncio
 import queue
@@ -12,10 +12,10 @@ from model.inference.engine import Engine, Request
 
 
 class EngineThread:
-    """Runs an engine's steps while it has requests.
+    """Runs the steps of an engine while it has requests.
 
-    All methods but `run` are for the program's own thread. An error in the model ends all requests
-    with that error and not the thread.
+    The methods above `run` may be called from other threads. An error in the model ends all
+    requests with that error, and the thread goes on.
     """
 
     def __init__(self, engine: Engine):
@@ -27,22 +27,22 @@ class EngineThread:
         self.thread.start()
 
     async def stream(self, request: Request) -> AsyncIterator[int]:
-        """Have a request decoded; yields the number of its tokens whenever there are more, and ends
-        with it. Whoever stops listening cancels it.
+        """Decode a request; yields its number of tokens whenever there are more, and ends with it.
+        Closing this iterator cancels the request.
 
         Raises:
             ValueError, QueueFull: as Engine.submit, before anything is yielded.
         """
-        loop, steps = asyncio.get_running_loop(), asyncio.Queue()
+        loop, updates = asyncio.get_running_loop(), asyncio.Queue()
 
-        def tell(error: Exception | None) -> None:
-            step = len(request.tokens), request.finish_reason, error
-            loop.call_soon_threadsafe(steps.put_nowait, step)
+        def on_update(error: Exception | None) -> None:
+            update = len(request.tokens), request.finish_reason, error
+            loop.call_soon_threadsafe(updates.put_nowait, update)
 
         try:
-            self.start(request, tell)
+            self.start(request, on_update)
             while True:
-                count, reason, error = await steps.get()
+                count, reason, error = await updates.get()
                 if error:
                     raise error
                 yield count
@@ -51,14 +51,14 @@ class EngineThread:
         finally:
             self.cancel(request)
 
-    def start(self, request: Request, tell: Callable[[Exception | None], None]) -> None:
-        """Have a request decoded. `tell` is called in the engine's thread whenever there are more
-        tokens, and with the error if one ended it.
+    def start(self, request: Request, on_update: Callable[[Exception | None], None]) -> None:
+        """Decode a request. `on_update` is called in the engine's thread whenever there are more
+        tokens, with the error if one ended the request, else with None.
 
         Raises:
             ValueError, QueueFull: as Engine.submit.
         """
-        self.callbacks[request] = tell
+        self.callbacks[request] = on_update
         try:
             self.engine.submit(request)
         except Exception:
@@ -67,11 +67,11 @@ class EngineThread:
         self.calls.put(lambda: None)  # wakes the thread
 
     def cancel(self, request: Request) -> None:
-        """Give up a request if it still runs, and tell no more of it."""
-        self.calls.put(lambda: self.forget(request))
+        """Stop a request if it still runs; its callback is not called any more."""
+        self.calls.put(lambda: self.drop(request))
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """The result of something else that is done with the model, between two steps."""
+        """Run a function that uses the model between two steps; returns its result."""
         done: Future = Future()
 
         def run() -> None:
@@ -84,7 +84,7 @@ class EngineThread:
         return done.result()
 
     def stop(self, seconds: float) -> None:
-        """Finish what runs, for at most so long, and end."""
+        """Finish all requests, for at most `seconds`, and end the thread."""
         self.calls.put(None)
         self.thread.join(seconds)
 
@@ -104,16 +104,16 @@ class EngineThread:
     def step(self) -> None:
         try:
             for request in self.engine.step():
-                self.tell(request)
-        except Exception as error:  # out of memory, most likely: the others can go on with others
+                self.notify(request)
+        except Exception as error:  # most likely out of memory: later requests may fit
             for request in list(self.callbacks):
                 self.engine.cancel(request)
-                self.tell(request, error)
+                self.notify(request, error)
 
-    def tell(self, request: Request, error: Exception | None = None) -> None:
+    def notify(self, request: Request, error: Exception | None = None) -> None:
         if callback := self.callbacks.get(request):
             callback(error)
 
-    def forget(self, request: Request) -> None:
+    def drop(self, request: Request) -> None:
         self.engine.cancel(request)
         self.callbacks.pop(request, None)

@@ -1,7 +1,7 @@
-"""Tokens and text out of a language model, for chat, evaluation and samples during training.
+"""Generation for chat, evaluation and samples during training, on top of engine.py.
 
-`decode` yields the tokens of a batch of prompts step by step; `generate` collects them. The work is
-done by engine.py. Models of transformers work too.
+`decode` yields the tokens of a batch of prompts step by step, `generate` collects them,
+`generate_text` decodes them. Models of transformers work too.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,17 @@ from model.inference.sampling import SamplingParams
 def decode(
     model: PreTrainedModel, prompts: list[list[int]], sampling: SamplingParams
 ) -> Iterator[dict[int, int]]:
-    """Decode a batch step by step; each step yields {row: its new token} for rows still running.
+    """Decode a batch of prompts; each step yields {index of the prompt: its new token} for those
+    that still run.
 
-    A row ends with a stop token (which is yielded) or after max_new_tokens, and then leaves the
-    batch. Rows do not influence each other.
+    A reply ends with a stop token (which is yielded) or after max_new_tokens. The replies do not
+    depend on what else is in the batch.
 
     Raises:
         ValueError: a prompt is empty, or longer than the model's positions allow.
     """
     engine = Engine(model, slots=max(1, len(prompts)), prefill_tokens=None)
-    requests = [Request(prompt, sampling, row) for row, prompt in enumerate(prompts)]
+    requests = [Request(prompt, sampling, index) for index, prompt in enumerate(prompts)]
     if not requests:
         raise ValueError("every prompt needs at least one token")
     was_training = model.training
@@ -43,11 +44,11 @@ def decode(
 def generate(
     model: PreTrainedModel, prompts: list[list[int]], sampling: SamplingParams
 ) -> list[list[int]]:
-    """The new tokens of each prompt, a final stop token included."""
+    """The reply to each prompt as tokens, with its final stop token."""
     replies: list[list[int]] = [[] for _ in prompts]
     for step in decode(model, prompts, sampling):
-        for row, token in step.items():
-            replies[row].append(token)
+        for index, token in step.items():
+            replies[index].append(token)
     return replies
 
 
@@ -58,23 +59,24 @@ def generate_text(
     sampling: SamplingParams,
     batch_size: int = 64,
 ) -> Iterator[str]:
-    """The replies as text, in the order of the prompts, decoded a batch at a time."""
+    """The replies as text in the order of the prompts, generated a batch at a time."""
     for start in range(0, len(prompts), batch_size):
         for reply in generate(model, prompts[start : start + batch_size], sampling):
             yield tokenizer.decode(reply, skip_special_tokens=True)
 
 
-# -- weights in half the bytes ---------------------------------------------------------------------
+# -- float16 weights on a CPU ----------------------------------------------------------------------
 
 
 def pack_for_cpu_decoding(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model on a CPU two to three times as fast at decoding, and unfit for anything else.
+    """Pack the linear layers for decoding on an x86 CPU: two to three times as fast. The model can
+    do nothing else afterwards.
 
-    To decode a token is to read every weight and to do little with it, so that bytes are time. Our
-    files hold float16 numbers: kept as such they are half the bytes of float32, and exact. FBGEMM,
-    which is part of PyTorch on x86, multiplies from them in float32, and shares a single row out to
-    all cores, where F.linear uses one. Models of other numbers or on other machines stay as they
-    are.
+    Decoding one token reads every weight once and computes little, so its time is the bytes of the
+    weights. Weight files are float16; kept so, they are half the bytes of float32, and exact.
+    FBGEMM (part of PyTorch on x86) multiplies float32 rows by them and uses all cores for a single
+    row, where F.linear uses one. A model whose weights are not exactly float16, or on another
+    machine, stays as it is.
     """
     on_x86 = model.device.type == "cpu" and torch.backends.quantized.engine in ("x86", "fbgemm")
     linears = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
@@ -86,7 +88,7 @@ def pack_for_cpu_decoding(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Fp16Linear(nn.Module):
-    """nn.Linear with its weights in float16, for float32 rows on an x86 CPU. No gradients."""
+    """nn.Linear with float16 weights for float32 inputs, on an x86 CPU. No gradients."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

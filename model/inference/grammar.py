@@ -1,8 +1,8 @@
-"""Replies that follow a grammar, such as JSON of a schema, whatever the model would rather say.
+"""Constrained decoding: replies that follow a grammar, such as the JSON of a schema.
 
-llguidance tells which tokens may come next. Here is what it does not know: that the reply must also
-be whole when its tokens run out. After each token the shortest way to an end is sought, and a token
-after which there would be no more room for it is not taken.
+llguidance says which tokens may come next. It does not know max_new_tokens, which would cut a reply
+in the middle of its JSON. So after each token a short completion is searched, and a token that does
+not leave room for its completion is replaced by the first token of the last one.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
 
-# In this order a JSON value ends soonest: close what is open, then the shortest of what must come.
+# Tried in this order, a JSON value ends soonest: close what is open, then the shortest value.
 CLOSING_TEXTS = (
     '"',
     "}",
@@ -36,20 +36,20 @@ CLOSING_TEXTS = (
     ",",
     ',"',
 )
-MAX_COMPLETION = 2000  # tokens; an end farther away is taken for none
+MAX_COMPLETION = 2000  # tokens; a longer completion counts as none
 
 
 class GrammarCompiler:
-    """What a tokenizer's tokens are to llguidance."""
+    """Compiles grammars for a tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         self.tokens: LLTokenizer = from_tokenizer(tokenizer)
         ids = (tokenizer.encode(text, add_special_tokens=False) for text in CLOSING_TEXTS)
-        self.closers = [ids[0] for ids in ids if len(ids) == 1]
+        self.closing_tokens = [ids[0] for ids in ids if len(ids) == 1]
 
     def compile_json_schema(self, schema: dict[str, Any], max_new_tokens: int) -> "Grammar":
-        """JSON of a schema, without superfluous white space."""
+        """JSON that follows a schema, without optional white space."""
         compact = {**schema, "x-guidance": {"whitespace_flexible": False}}
         return Grammar(
             self, LLMatcher.grammar_from_json_schema(json.dumps(compact)), max_new_tokens
@@ -60,47 +60,47 @@ class GrammarCompiler:
 
 
 class Grammar:
-    """A constraint of the engine (engine.py): what may come next in one reply.
+    """The state of a grammar in one reply: a Constraint of the engine.
 
     Raises:
-        UserError: the grammar is wrong, or no reply of so few tokens follows it.
+        UserError: the grammar is not valid, or no reply of max_new_tokens can follow it.
     """
 
-    def __init__(self, grammars: GrammarCompiler, grammar: str, max_new_tokens: int):
-        self.grammars, self.left = grammars, max_new_tokens
-        self.eos = grammars.tokens.eos_token
-        self.matcher = LLMatcher(grammars.tokens, grammar)
+    def __init__(self, compiler: GrammarCompiler, grammar: str, max_new_tokens: int):
+        self.compiler, self.tokens_left = compiler, max_new_tokens
+        self.eos = compiler.tokens.eos_token
+        self.matcher = LLMatcher(compiler.tokens, grammar)
         if self.matcher.is_error():
             reason = self.matcher.get_error().strip().split("\n")[0]
             raise UserError(f"the schema cannot be followed: {reason}")
-        self.bits = allocate_token_bitmask(1, grammars.tokens.vocab_size)
-        end = self.shortest_completion()
-        if end is None or len(end) > self.left:
-            raise UserError(f"no reply of {self.left} tokens can follow the schema")
-        self.end = end
+        self.bitmask = allocate_token_bitmask(1, compiler.tokens.vocab_size)
+        completion = self.shortest_completion()
+        if completion is None or len(completion) > self.tokens_left:
+            raise UserError(f"no reply of {self.tokens_left} tokens can follow the schema")
+        self.completion = completion
 
     def allowed(self) -> Tensor:
         """[V], bool."""
-        return self.mask()[: self.grammars.tokens.vocab_size]
+        return self.token_mask()[: self.compiler.tokens.vocab_size]
 
     def accept(self, token: int) -> int:
-        """The token, or another one if after it the reply could not be whole in time."""
-        self.left -= 1
+        """Accept the token, or replace it if the reply could not be completed in time after it."""
+        self.tokens_left -= 1
         self.matcher.consume_token(token)
-        end = self.shortest_completion()
-        if end is None or len(end) > self.left:
+        completion = self.shortest_completion()
+        if completion is None or len(completion) > self.tokens_left:
             self.matcher.rollback(1)
-            token, end = self.end[0], self.end[1:]
+            token, completion = self.completion[0], self.completion[1:]
             self.matcher.consume_token(token)
-        self.end = end
+        self.completion = completion
         return token
 
-    def mask(self) -> Tensor:
-        fill_next_token_bitmask(self.matcher, self.bits, 0)
-        return (self.bits[0][:, None] >> torch.arange(32)).bitwise_and(1).bool().flatten()
+    def token_mask(self) -> Tensor:
+        fill_next_token_bitmask(self.matcher, self.bitmask, 0)
+        return (self.bitmask[0][:, None] >> torch.arange(32)).bitwise_and(1).bool().flatten()
 
     def shortest_completion(self) -> list[int] | None:
-        """Tokens after which the reply is whole, EOS the last; not always the fewest there are."""
+        """Tokens that complete the reply, EOS last; found greedily, so not always the fewest."""
         path: list[int] = []
         try:
             while not self.matcher.is_stopped() and len(path) < MAX_COMPLETION:
@@ -118,7 +118,7 @@ class Grammar:
             return self.eos
         if forced := self.matcher.compute_ff_tokens():
             return forced[0]
-        for token in self.grammars.closers:
+        for token in self.compiler.closing_tokens:
             if self.matcher.validate_tokens([token]):
                 return token
-        return int(self.mask().nonzero()[0])
+        return int(self.token_mask().nonzero()[0])

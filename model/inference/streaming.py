@@ -1,4 +1,4 @@
-"""Tokens as they come → text as early as it can be shown."""
+"""Incremental detokenization: text is shown as soon as its tokens allow."""
 
 from collections.abc import Iterable, Iterator
 
@@ -7,62 +7,63 @@ from transformers import PreTrainedTokenizerBase
 
 
 class StreamingDetokenizer:
-    """The text of a reply, which grows by tokens and ends before a stop string.
+    """The text of a reply that grows by tokens and ends before a stop string.
 
-    A Chinese character or an emoji can be several tokens: its bytes are held back until it is
-    whole, and so is what may turn out to be the beginning of a stop string. What is incomplete at
-    the end comes out as the replacement character.
+    Two things are held back: the bytes of an incomplete character (a Chinese character or an emoji
+    can be several tokens), and a suffix that may turn out to be the beginning of a stop string.
+    What is incomplete at the end becomes the replacement character.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str] = ()):
         self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        self.decoded = ""  # all characters that are whole
-        self.text = ""  # of them, what is sure to be said
-        self.taken = 0
+        self.decoded = ""  # all complete characters
+        self.text = ""  # the part of it that may be shown
+        self.read_chars = 0
         self.stopped = False
 
     def feed(self, token: int) -> None:
+        """Append a token."""
         self.ids.append(token)
-        self.grow(self.decoder.step(self.tokenizer.backend_tokenizer, token) or "")
+        self.append(self.decoder.step(self.tokenizer.backend_tokenizer, token) or "")
 
     def end(self) -> None:
-        """No more tokens come."""
+        """Release what is held back: no more tokens come."""
         if not self.stopped:
             whole = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-            self.grow(whole[len(self.decoded) :], last=True)
+            self.append(whole[len(self.decoded) :], last=True)
 
     def read(self) -> str:
-        """What is new since the last time. Another thread may be feeding."""
-        text, taken = self.text, self.taken
-        self.taken = len(text)
-        return text[taken:]
+        """The text since the last call. Another thread may call `feed` meanwhile."""
+        text, start = self.text, self.read_chars
+        self.read_chars = len(text)
+        return text[start:]
 
-    def grow(self, piece: str, last: bool = False) -> None:
+    def append(self, piece: str, last: bool = False) -> None:
         if self.stopped:
             return
         self.decoded += piece
+        # a stop string that ends in the new piece may begin before it
         start = max(0, len(self.text) - max(map(len, self.stop), default=0))
         found = [at for stop in self.stop if (at := self.decoded.find(stop, start)) >= 0]
         if found:
             self.stopped = True
             self.text = self.decoded[: min(found)]
         else:
-            held = 0 if last else self.beginning_of_a_stop()
+            held = 0 if last else self.partial_stop()
             self.text = self.decoded[: len(self.decoded) - held]
 
-    def beginning_of_a_stop(self) -> int:
-        """How many of the last characters are the beginning of a stop string."""
-        lengths = [n for stop in self.stop for n in range(1, len(stop))]
-        return max((n for n in lengths if self.ends_like_a_stop(n)), default=0)
-
-    def ends_like_a_stop(self, n: int) -> bool:
-        return any(len(stop) > n and self.decoded.endswith(stop[:n]) for stop in self.stop)
+    def partial_stop(self) -> int:
+        """The length of the longest suffix that is a proper prefix of a stop string."""
+        lengths = [
+            n for stop in self.stop for n in range(1, len(stop)) if self.decoded.endswith(stop[:n])
+        ]
+        return max(lengths, default=0)
 
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
-    """The pieces of a text, as its tokens come."""
+    """The text of tokens, in pieces, as they come."""
     stream = StreamingDetokenizer(tokenizer)
     for token in tokens:
         stream.feed(token)

@@ -1,1 +1,1 @@
-"""What scripts/eval_benchmark.py needs of the third-party evaluation harness."""
+"""Metrics of finished models: exact match, and adapters to lm-evaluation-harness."""

@@ -1,5 +1,5 @@
-"""MiniMind in the harness of the field, lm-evaluation-harness: its models, and benchmarks that lie
-in a folder. scripts/eval_benchmark.py is the command.
+"""Adapters to lm-evaluation-harness: MiniMind as its model, and benchmarks from a local folder.
+The command is scripts/eval_benchmark.py.
 """
 
 import csv
@@ -32,11 +32,11 @@ from model.inference.streaming import StreamingDetokenizer
 
 class Benchmark(NamedTuple):
     title: str
-    task: str  # the harness's name; of C-Eval and CMMLU that of the group of all subjects
-    definitions: str  # the harness's folder that defines it
-    folders: tuple[str, ...]  # what its folder in --local may be called
-    metric: str  # the figure that is quoted most
-    shots: int = 0  # solved examples before each question
+    task: str  # name in the harness; of C-Eval and CMMLU the group of all subjects
+    definitions: str  # folder of its definition in the harness
+    folders: tuple[str, ...]  # accepted names of its folder in --local
+    metric: str  # the metric that is usually reported
+    num_fewshot: int = 0  # default number of examples before each question
 
 
 ARC = ("ai2_arc", "arc", "ARC-V1-Feb2018-2")
@@ -55,68 +55,75 @@ BENCHMARKS = {
     "arc_challenge": Benchmark("ARC challenge", "arc_challenge", "arc", ARC, "acc_norm"),
     "hellaswag": Benchmark("HellaSwag", "hellaswag", "hellaswag", ("hellaswag",), "acc_norm"),
     "piqa": Benchmark("PIQA", "piqa", "piqa", ("piqa", "physicaliqa-train-dev"), "acc_norm"),
-    "gsm8k": Benchmark("GSM8K", "gsm8k", "gsm8k", ("gsm8k",), "exact_match,strict-match", shots=5),
+    "gsm8k": Benchmark("GSM8K", "gsm8k", "gsm8k", ("gsm8k",), "exact_match,strict-match", 5),
 }
 
 
-def tasks_of(benchmark: Benchmark, local: str = "") -> TaskManager:
-    """The harness's definitions of a benchmark, which fetch its questions from the Hugging Face
-    Hub, or have them from the folder `local`.
+def make_task_manager(benchmark: Benchmark, local: str = "") -> TaskManager:
+    """The harness's tasks of a benchmark, with questions from the Hugging Face Hub, or from the
+    folder `local`.
 
     Raises:
-        UserError: a file is missing there, or is not what it should be.
+        UserError: a file is missing there, or has the wrong content.
     """
     folder = Path(lm_eval.tasks.__file__).parent / benchmark.definitions
     manager = TaskManager(include_path=folder, include_defaults=False)
-    members = manager.task_index[benchmark.task].cfg["task"]  # of a group; or its own name
+    members = manager.task_index[benchmark.task].cfg["task"]  # of a group; otherwise its own name
     for name in ([members] if isinstance(members, str) else members) if local else ():
         entry = manager.task_index[name]
         config = load_yaml(entry.yaml_path, resolve_func=True)
         entry.cfg = config | local_data(config, Path(local), benchmark)
-        entry.yaml_path = None  # or it would be read again
+        entry.yaml_path = None  # otherwise the harness reads the file again
     return manager
 
 
-# What a split may be called in files. C-Eval and CMMLU have five solved examples of each subject
-# as "dev"; others call their validation data so.
-ALIASES = {"validation": ("validation", "valid", "val", "dev"), "val": ("val", "validation")}
-# Where a split may lie in its benchmark's folder, as the Hub has it or as its authors do.
-OF_A_PART = """{part}/{split}-*.parquet {part}/{split}.* {split}/{part}.* {split}/{part}_{split}.*
-    {part}_{split}.* {part}/{part}-{split}.* data/{part}/{split}.*""".split()
-ALONE = """{split}-*.parquet {split}.* data/{split}-*.parquet data/{split}.*
+# Accepted names of a split in files. In C-Eval and CMMLU "dev" is a split of its own, with five
+# examples of each subject; elsewhere it is another name of the validation split.
+SPLIT_ALIASES = {"validation": ("validation", "valid", "val", "dev"), "val": ("val", "validation")}
+# Where the file of a split may be in the folder of its benchmark: as on the Hub, or as published.
+PART_PATTERNS = """{part}/{split}-*.parquet {part}/{split}.* {split}/{part}.*
+    {split}/{part}_{split}.* {part}_{split}.* {part}/{part}-{split}.*
+    data/{part}/{split}.*""".split()
+PLAIN_PATTERNS = """{split}-*.parquet {split}.* data/{split}-*.parquet data/{split}.*
     plain_text/{split}-*.parquet *_{split}.*""".split()
 
 
 def local_data(config: dict[str, Any], local: Path, benchmark: Benchmark) -> dict[str, Any]:
-    """What in a task's config makes it read the files that lie in a folder, with the columns that
-    they have on the Hub."""
-    part = config.get("dataset_name") or ""  # the subject; or such as ARC-Easy, or main
+    """Changes of a task's config that make it read local files, with the columns that they have on
+    the Hub."""
+    part = config.get("dataset_name") or ""  # a subject, or a configuration such as ARC-Easy, main
     kinds = ("test_split", "validation_split", "training_split", "fewshot_split")
     names = {kind: config[kind] for kind in kinds if config.get(kind)}
     needed = {names.get("test_split") or names["validation_split"], names.get("fewshot_split")}
     data = {}
     for split in set(names.values()):
-        files = find_files(local, benchmark, part, ALIASES.get(split, (split,)))
+        files = find_files(local, benchmark, part, SPLIT_ALIASES.get(split, (split,)))
         if files:
             try:
-                rows = [as_on_the_hub(row) for file in files for row in read_rows(file)]
+                rows = [to_hub_columns(row) for file in files for row in read_rows(file)]
                 data[split] = Dataset.from_list(rows)
-            except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's are ValueErrors
-                why = f"{files[0]} is not a file of {benchmark.title}: {error}"
-                raise UserError(why) from error
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ) as error:  # pyarrow's errors are ValueErrors
+                raise UserError(
+                    f"{files[0]} is not a file of {benchmark.title}: {error}"
+                ) from error
         elif split in needed:
-            place = local / benchmark.folders[0] / part / f"{split}.jsonl"
+            path = local / benchmark.folders[0] / part / f"{split}.jsonl"
             raise UserError(
-                f"--local lacks {benchmark.title}: {place} should be a file, or the same as .csv "
+                f"--local lacks {benchmark.title}: {path} should exist, or the same file as .csv "
                 "or .parquet"
             )
     absent = {kind: None for kind, split in names.items() if split not in data}
     return absent | {"custom_dataset": lambda **_: data}
 
 
-def find_files(local: Path, benchmark: Benchmark, part: str, names: tuple[str, ...]) -> list[Path]:
-    """The files of a split, in order; none if it is not there."""
-    patterns = (OF_A_PART if part else []) + (ALONE if part in ("", "main") else [])
+def find_files(local: Path, benchmark: Benchmark, part: str, splits: tuple[str, ...]) -> list[Path]:
+    """The files of a split, in order; none if there are none."""
+    patterns = (PART_PATTERNS if part else []) + (PLAIN_PATTERNS if part in ("", "main") else [])
     for folder in (local / name for name in benchmark.folders):
         files = {
             path.relative_to(folder).as_posix().lower(): path
@@ -124,9 +131,9 @@ def find_files(local: Path, benchmark: Benchmark, part: str, names: tuple[str, .
             if path.suffix in (".parquet", ".jsonl", ".csv")
         }
         for pattern in patterns:
-            for name in names:
-                wanted = pattern.format(part=part, split=name).lower()
-                if found := [path for place, path in files.items() if fnmatch(place, wanted)]:
+            for split in splits:
+                wanted = pattern.format(part=part, split=split).lower()
+                if found := [path for name, path in files.items() if fnmatch(name, wanted)]:
                     return found
     return []
 
@@ -144,12 +151,12 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     yield from rows
 
 
-def as_on_the_hub(row: dict[str, Any]) -> dict[str, Any]:
-    """The question of ARC and OpenBookQA in columns; their authors' files nest it."""
+def to_hub_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """PackedDataset of ARC and OpenBookQA as on the Hub; the published files nest the question."""
     question = row.get("question")
     if not isinstance(question, dict):
         return row
-    choices = {what: [each[what] for each in question["choices"]] for what in ("text", "label")}
+    choices = {key: [choice[key] for choice in question["choices"]] for key in ("text", "label")}
     stem = question["stem"]
     return row | {"question": stem, "question_stem": stem, "choices": choices}
 
@@ -159,49 +166,53 @@ def evaluate(
     benchmark: Benchmark,
     manager: TaskManager,
     *,
-    shots: int | None = None,
+    num_fewshot: int | None = None,
     limit: int | None = None,
     chat_template: bool = False,
 ) -> dict[str, Any]:
-    """A model's figures on a benchmark: the one quoted most and its standard error, and all.
+    """Evaluate a model on a benchmark.
 
-    The chance level is what guessing gives: one over the number of answers, averaged over the
-    questions; 0 where an answer is to be written.
+    Returns:
+        accuracy (the benchmark's usual metric) with standard error, all metrics as "figures", and
+        the accuracy of guessing as "chance": one over the number of answers, averaged over the
+        questions; 0 where the model writes the answer.
     """
-    found = lm_eval.simple_evaluate(
+    if num_fewshot is None:
+        num_fewshot = benchmark.num_fewshot
+    output = lm_eval.simple_evaluate(
         model,
         tasks=[benchmark.task],
         task_manager=manager,
-        num_fewshot=benchmark.shots if shots is None else shots,
+        num_fewshot=num_fewshot,
         limit=limit,
         apply_chat_template=chat_template,
     )
-    figures = {
+    metrics = {
         name: float(value)
-        for name, value in found["results"][benchmark.task].items()
+        for name, value in output["results"][benchmark.task].items()
         if "," in name and value != "N/A"
     }
-    metric, _, kind = benchmark.metric.partition(",")
-    kind = kind or "none"
-    samples = {  # one question may be in several times, filtered in several ways
+    metric, _, filter_name = benchmark.metric.partition(",")
+    filter_name = filter_name or "none"
+    samples = {  # a question is in once for each filter of its answer
         (task, sample["doc_id"]): sample
-        for task in found["samples"]
-        for sample in found["samples"][task]
+        for task in output["samples"]
+        for sample in output["samples"][task]
     }
-    written = kind != "none"
-    chances = [0.0 if written else 1 / len(sample["arguments"]) for sample in samples.values()]
+    is_generated = filter_name != "none"
+    chances = [0.0 if is_generated else 1 / len(sample["arguments"]) for sample in samples.values()]
     return {
         "title": benchmark.title,
         "metric": benchmark.metric,
-        "accuracy": figures[f"{metric},{kind}"],
-        "standard_error": figures.get(f"{metric}_stderr,{kind}"),
+        "accuracy": metrics[f"{metric},{filter_name}"],
+        "standard_error": metrics.get(f"{metric}_stderr,{filter_name}"),
         "chance": sum(chances) / len(chances),
         "questions": len(samples),
-        "shots": benchmark.shots if shots is None else shots,
-        "figures": figures,
+        "shots": num_fewshot,
+        "figures": metrics,
         "subjects": {
-            task: found["results"][task][f"{metric},{kind}"]
-            for task in found["samples"]
+            task: output["results"][task][f"{metric},{filter_name}"]
+            for task in output["samples"]
             if task != benchmark.task
         },
     }
@@ -211,24 +222,23 @@ def evaluate(
 
 
 class HarnessModel(TemplateLM):
-    """A MiniMind or any other causal model, as the harness asks it: how likely is a continuation
-    of a context, and what does it write?"""
+    """A causal model for the harness: log-likelihoods of continuations, and greedy generation."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 16,
-        longest: int = 2048,
+        max_length: int = 2048,
     ):
         """
         Args:
-            longest: tokens of context and continuation at most; what is before them is left out.
+            max_length: of context and continuation, in tokens; the context is cut from the left.
         """
         super().__init__()
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        positions = getattr(model.config, "max_position_embeddings", None) or longest
-        self.max_length = min(positions, longest)
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        self.max_length = min(positions, max_length)
 
     @property
     def eot_token_id(self) -> int:
@@ -246,9 +256,9 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Control tokens are read as such: a chat template writes them."""
-        bos = self.tokenizer.bos_token  # which the template may have written already
-        if add_special_tokens is None:
+        """Special tokens in the text are encoded as such: chat templates write them."""
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:  # the template may have written BOS already
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
@@ -269,61 +279,63 @@ class HarnessModel(TemplateLM):
         disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:
-        """log p of each continuation, and whether it is what greedy decoding would write.
+        """log p of each continuation, and whether it is what greedy decoding would generate.
 
-        What the model reads is everything but the last token, so that the answers A, B, C and D to
-        a question are one row. Rows of about the same length share a batch, the longest first.
+        The last token is predicted, but not an input, so that the answers A, B, C and D to a
+        question share one input. Inputs of about the same length share a batch, the longest first.
         """
-        rows = defaultdict(list)  # what the model reads → the requests that it answers
+        requests_of = defaultdict(list)  # input → its (index, continuation)s
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"an answer has {len(continuation)} tokens, and the model {self.max_length}"
+                    f"an answer has {len(continuation)} tokens, more than the {self.max_length} "
+                    "of the model"
                 )
-            read = (context + continuation)[:-1][-self.max_length :]
-            rows[tuple(read)].append((number, continuation))
-        order = sorted(rows, key=len, reverse=True)
+            inputs = (context + continuation)[:-1][-self.max_length :]
+            requests_of[tuple(inputs)].append((number, continuation))
+        order = sorted(requests_of, key=len, reverse=True)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm, leave=False)
         for at in range(0, len(order), self.batch_size):
             batch = order[at : at + self.batch_size]
-            # padding stands behind the text, where causal attention does not see it
+            # padding on the right: with causal attention no token sees it
             ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
-            for row, read in enumerate(batch):
-                ids[row, : len(read)] = torch.tensor(read)
+            for row, inputs in enumerate(batch):
+                ids[row, : len(inputs)] = torch.tensor(inputs)
             logits = self.model(ids.to(self.model.device), use_cache=False).logits  # [B, T, V]
-            for row, read in enumerate(batch):
-                for number, continuation in rows[read]:
-                    begin = len(read) - len(continuation)
-                    log_probs = logits[row, begin : len(read)].float().log_softmax(-1)  # [n, V]
+            for row, inputs in enumerate(batch):
+                for number, continuation in requests_of[inputs]:
+                    # logits at t predict t + 1: the last inputs predict the continuation
+                    start = len(inputs) - len(continuation)
+                    log_probs = logits[row, start : len(inputs)].float().log_softmax(-1)  # [n, V]
                     tokens = torch.tensor(continuation, device=log_probs.device)
-                    likeliest = bool((log_probs.argmax(-1) == tokens).all())
+                    is_greedy = bool((log_probs.argmax(-1) == tokens).all())
                     total = log_probs.gather(1, tokens[:, None]).sum().item()
-                    answers[number] = total, likeliest
-                bar.update(len(rows[read]))
+                    answers[number] = total, is_greedy
+                bar.update(len(requests_of[inputs]))
         bar.close()
         return answers
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        raise NotImplementedError("scripts/eval_ppl.py measures whole texts")
+        raise NotImplementedError("scripts/eval_ppl.py evaluates whole texts")
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, until a stop string, greedily."""
+        """The generated text after each context, up to a stop string; greedy unless do_sample."""
         engine = Engine(self.model, slots=self.batch_size, prefill_tokens=None)
         texts = []
         for request in requests:
             context, settings = request.args
-            most = settings.get("max_gen_toks", 256)
+            max_new_tokens = settings.get("max_gen_toks", 256)
             temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
             until = settings.get("until") or []
             texts.append(
                 StreamingDetokenizer(self.tokenizer, [until] if isinstance(until, str) else until)
             )
-            prompt = self.tok_encode(context)[-(self.max_length - most) :]
-            sampling = SamplingParams(max_new_tokens=most, temperature=temperature)
+            prompt = self.tok_encode(context)[-(self.max_length - max_new_tokens) :]
+            sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
             engine.submit(Request(prompt, sampling, len(texts), detokenizer=texts[-1]))
         bar = tqdm(total=len(requests), desc="answers", disable=disable_tqdm, leave=False)
         while engine.busy:

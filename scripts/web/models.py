@@ -117,7 +117,7 @@ def serve_model(args: ChatArgs, model: FoundModel, lora: Path | None) -> ServedM
 def serve_once(key: tuple[str, str, float], _args: ChatArgs) -> ServedModel:
     """Cached by key, so that visitors share a model, and newly trained weights are loaded again."""
     loaded = load_chat_model(_args)
-    engine = Engine(loaded.model, slots=MAX_BATCH, queue=MAX_QUEUE)
+    engine = Engine(loaded.model, slots=MAX_BATCH, max_queue=MAX_QUEUE)
     return ServedModel(key, loaded, EngineThread(engine))
 
 

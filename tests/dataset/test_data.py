@@ -868,7 +868,7 @@ def test_show_batch_tells_in_a_table_what_is_trained(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--first", "9"], "there is no row 9; the data makes 1 rows"),
+        (["--first", "9"], "there is no row 9; the data has 1 rows"),
         (["--rows", "0"], "--rows must be at least 1"),
         (["--kind", "text"], 'line 1 of .* has no "text"'),
         (["--kind", "dpo"], "invalid choice"),

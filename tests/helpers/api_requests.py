@@ -4,7 +4,7 @@ import time
 
 from dataset.lm_dataset import encode_chat
 from model.inference.generation import generate
-from model.inference.sampling import Sampling
+from model.inference.sampling import SamplingParams
 
 HELLO = [{"role": "user", "content": "你好, who are you?"}]
 GREEDY = dict(model="minimind", messages=HELLO, temperature=0, max_tokens=12)
@@ -35,7 +35,7 @@ def json_of(schema: dict) -> dict:
 def expected(server, tokenizer, messages=HELLO, most=12):
     """Prompt ids, greedy tokens and text of the model, without a server."""
     ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-    tokens = generate(server.model, [ids], Sampling(most, temperature=0))[0]
+    tokens = generate(server.model, [ids], SamplingParams(most, temperature=0))[0]
     return ids, tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
 

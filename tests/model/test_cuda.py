@@ -27,10 +27,10 @@ def ids():
     return torch.randint(128, POSITIONS.shape, generator=torch.Generator().manual_seed(0))
 
 
-# -- documents instead of a mask -------------------------------------------------------------------
+# -- varlen attention ------------------------------------------------------------------------------
 
 
-def test_edges_are_where_documents_begin():
+def test_cu_seqlens_are_where_documents_start():
     cu_seqlens, max_seqlen = varlen_metadata(POSITIONS)
     assert cu_seqlens.tolist() == [0, 40, 41, 64, 128, 135, 185, 192]
     assert (cu_seqlens.dtype, max_seqlen) == (torch.int32, 64)
@@ -50,7 +50,7 @@ def test_a_row_begins_a_document_whatever_its_first_position():
         (6, None, None, torch.Tensor),
     ],
 )
-def test_documents_are_for_packed_rows_alone(past, attention_mask, position_ids, kind):
+def test_varlen_metadata_is_for_packed_rows_only(past, attention_mask, position_ids, kind):
     visible = make_attention_mask(
         torch.zeros(3, 64, 8), past, attention_mask, position_ids, varlen=True
     )

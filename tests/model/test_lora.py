@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 @pytest.fixture
 def make_lora(make_model):
-    """A model with additions that are not zero."""
+    """A model with an adapter that is not zero."""
 
     def make(settings: LoraConfig = SETTINGS, **fields):
         model = make_model(**fields)
@@ -62,7 +62,7 @@ def test_it_begins_as_nothing_at_all(make_model, fields):
 
 
 @torch.no_grad()
-def test_an_addition_by_hand():
+def test_an_adapter_by_hand():
     linear = nn.Linear(2, 1, bias=False)
     linear.weight.copy_(torch.tensor([[1.0, 2.0]]))
     layer = LoraLinear(linear, LoraConfig(r=1, alpha=3.0))
@@ -100,7 +100,7 @@ def test_merged_for_good_is_an_ordinary_model(make_lora, make_model):
     assert all(torch.equal(w, w.half().float()) for n, w in plain.named_parameters() if "proj" in n)
 
 
-def test_experts_with_additions_are_not_grouped_past_them(make_lora):
+def test_experts_with_adapters_are_not_grouped(make_lora):
     """The grouped product reads the weights alone."""
     model = make_lora(use_moe=True).train()
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_experts_with_additions_are_not_grouped_past_them(make_lora):
     assert_close(model(IDS).logits, expected)
 
 
-def test_only_additions_are_trained(make_lora):
+def test_only_the_adapter_is_trained(make_lora):
     model = make_lora(LoraConfig(r=2))
     model(IDS, labels=IDS).loss.backward()
     trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
@@ -119,14 +119,14 @@ def test_only_additions_are_trained(make_lora):
 
 @pytest.mark.parametrize(
     ("target", "complaint"),
-    [("query", "no linear layer query; it has .*q_proj"), ("lm_head", "is the embedding, tied")],
+    [("query", "no linear layer query; it has .*q_proj"), ("lm_head", "is tied to the embedding")],
 )
 def test_layers_that_are_not_there_or_not_for_it(make_model, target, complaint):
     with pytest.raises(UserError, match=complaint):
         add_lora(make_model(), LoraConfig(target_modules=[target]))
 
 
-# -- peft as the truth -----------------------------------------------------------------------------
+# -- against peft ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def saved(make_lora, tokenizer, tmp_path) -> Path:
 
 
 @torch.no_grad()
-def test_a_file_has_the_additions_alone_and_their_settings(saved, make_lora, make_model):
+def test_a_file_holds_the_adapter_and_its_config_only(saved, make_lora, make_model):
     state = torch.load(saved, weights_only=True)
     assert state.keys() == lora_state(make_lora()).keys()
     assert all(weight.dtype == torch.float16 for weight in state.values())
@@ -171,14 +171,14 @@ def test_a_file_has_the_additions_alone_and_their_settings(saved, make_lora, mak
     ],
     ids=["layers", "width"],
 )
-def test_additions_of_another_model_are_refused(saved, make_model, fields, words):
+def test_an_adapter_of_another_model_is_refused(saved, make_model, fields, words):
     with pytest.raises(UserError, match=words):
         load_lora(make_model(**fields), saved)
 
 
-def test_additions_without_their_settings_are_refused(saved, make_model):
+def test_an_adapter_without_its_config_is_refused(saved, make_model):
     saved.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="no .json with LoRA's settings"):
+    with pytest.raises(UserError, match="no .json with the LoRA config"):
         load_lora(make_model(), saved)
 
 
@@ -201,7 +201,7 @@ def test_the_base_stays_as_it_is_to_the_bit(lora, trajectory, fields):
 
 
 def test_a_base_from_a_file_is_resumed_and_kept(lora, killed, tokenizer):
-    """The checkpoint holds the additions alone; the base comes from its file again."""
+    """The checkpoint holds the adapter only; the base is loaded from its file again."""
     base = lora.stage.init_model(lora.stage.Args(**lora.settings(seed=7)), tokenizer)
     path = lora.folder / "full_sft_32.pth"
     save_weights(base, path, stage="full_sft", tokenizer=tokenizer, origin={})
@@ -222,7 +222,7 @@ def test_the_loss_falls_and_the_file_is_named_after_the_data(lora):
     assert lora.saved()["model"].keys() == torch.load(path, weights_only=True).keys()
 
 
-def test_an_addition_belongs_to_the_model_it_was_trained_on(lora, tokenizer):
+def test_an_adapter_belongs_to_the_model_it_was_trained_on(lora, tokenizer):
     base = lora.stage.init_model(lora.stage.Args(**lora.settings()), tokenizer)
     metrics = lora(max_steps=3, learning_rate=1e-2, val_share=0.3)
     load_lora(base, lora.folder / "a" / "out" / "lora" / "data_32.pth")
@@ -242,7 +242,7 @@ def test_bad_settings_are_named(lora, change):
 
 
 def test_a_persona_is_not_a_model(saved):
-    with pytest.raises(UserError, match="does not describe|no MiniMind weights|does not fit"):
+    with pytest.raises(UserError, match="does not describe|not hold MiniMind weights|does not fit"):
         load_model(saved)
 
 

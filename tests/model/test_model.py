@@ -1,10 +1,7 @@
 """The model against transformers' own, its invariances, and numbers worked out by hand."""
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
 from peers import peer_with_weights
 from torch.testing import assert_close
 from transformers import (
@@ -12,23 +9,14 @@ from transformers import (
     DynamicCache,
     StaticCache,
 )
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from model import losses
-from model.attention import eager_attention, sdpa_attention
-from model.formats.hf_format import to_hf_config
-from model.losses import IGNORE_INDEX, cross_entropy_sum
+from model.formats.minimind_format import ROUTER_BIAS
+from model.losses import IGNORE_INDEX
 from model.model_minimind import (
     MiniMindConfig,
     MiniMindForCausalLM,
     MiniMindForScoring,
-    RMSNorm,
-    SwiGLU,
-    apply_rotary_emb,
-    rope_cos_sin,
 )
-from model.rope import yarn
-from model.weights import ROUTER_BIAS
 
 # Two rows of documents of 4, 3 and 5 tokens, and of 7 and 5.
 PACKED = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4]])
@@ -45,11 +33,6 @@ INPUTS = {
     "packed": dict(position_ids=PACKED),
     "packed_one_row_for_all": dict(position_ids=PACKED[:1]),
 }
-
-
-@pytest.fixture
-def ids():
-    return torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 PAIRS = {
@@ -91,7 +74,7 @@ def real(inputs, logits):
     return logits if mask is None else logits[mask.bool()]
 
 
-# -- transformers' models as the truth -------------------------------------------------------------
+# -- against transformers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
@@ -209,44 +192,6 @@ def test_the_future_is_hidden(make_model, ids):
     assert torch.equal(model(ids).logits[:, :8], model(changed).logits[:, :8])
 
 
-# -- attention written out -------------------------------------------------------------------------
-
-FUNCTIONS = (sdpa_attention, eager_attention)
-
-
-@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
-@torch.no_grad()
-def test_attention_by_hand_gives_the_logits_of_the_fused_one(make_model, ids, inputs):
-    fused, by_hand = (make_model(flash_attn=flag)(ids, **inputs).logits for flag in (True, False))
-    assert_close(real(inputs, fused), real(inputs, by_hand), atol=2e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("queries", "mask"),
-    [
-        (6, None),
-        (1, None),
-        (3, torch.ones(3, 6, dtype=torch.bool).tril(3)),
-        (3, torch.randn(2, 1, 3, 6)),
-    ],
-    ids=["causal", "one_query", "bool_mask_with_past", "float_mask"],
-)
-def test_attention_by_hand_equals_the_fused_kernel(queries, mask):
-    torch.manual_seed(0)
-    query = torch.randn(2, 4, queries, 8, requires_grad=True)
-    key, value = torch.randn(2, 2, 2, 6, 8).unbind()
-    outputs = [f(query, key, value, mask, 0.0) for f in FUNCTIONS]
-    assert_close(*outputs)
-    gradients = [torch.autograd.grad(out.square().sum(), query)[0] for out in outputs]
-    assert_close(*gradients, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("attend", FUNCTIONS)
-def test_a_query_that_sees_nothing_gives_no_nan(attend):
-    query, key, value = torch.randn(1, 1, 1, 4), *torch.randn(2, 1, 1, 2, 4)
-    assert attend(query, key, value, torch.zeros(1, 1, 1, 2, dtype=bool), 0.0).isfinite().all()
-
-
 # -- arguments of forward --------------------------------------------------------------------------
 
 
@@ -266,43 +211,6 @@ def test_inputs_embeds_take_the_place_of_ids(make_model, ids):
     assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("number", [7, torch.tensor(7)], ids=["int", "tensor"])
-@torch.no_grad()
-def test_num_items_in_batch_divides_the_summed_loss(make_model, ids, number):
-    model = make_model()
-    labels = ids.clone()
-    labels[0, :5] = IGNORE_INDEX
-    mean = model(ids, labels=labels).loss
-    counted = 11 + 7  # the first label of a row is never predicted
-    assert_close(model(ids, labels=labels, num_items_in_batch=number).loss, mean * counted / 7)
-
-
-@torch.no_grad()
-def test_loss_without_logits(make_model, ids):
-    model = make_model()
-    outputs = model(ids, labels=ids, return_logits=False)
-    assert outputs.logits is None
-    assert torch.equal(outputs.loss, model(ids, labels=ids).loss)
-
-
-def test_log_probs_are_those_of_the_logits(make_model, ids, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK_SIZE", 5)  # several chunks
-    model = make_model()
-    labels = ids.clone()
-    labels[0, :5] = IGNORE_INDEX
-    log_probs = model(ids, labels=labels, return_log_probs=True, temperature=0.7).log_probs
-    expected = (model(ids).logits[:, :-1] / 0.7).log_softmax(-1)
-    expected = expected.gather(-1, ids[:, 1:, None])[..., 0].masked_fill(labels[:, 1:] < 0, 0)
-    assert_close(log_probs, expected, atol=1e-5, rtol=0)
-    weights = torch.linspace(-1, 1, 22).view(2, 11)
-    for got, wanted in zip(
-        torch.autograd.grad((log_probs * weights).sum(), list(model.parameters())),
-        torch.autograd.grad((expected * weights).sum(), list(model.parameters())),
-        strict=True,
-    ):
-        assert_close(got, wanted, atol=1e-4, rtol=1e-4)
-
-
 @torch.no_grad()
 def test_scores_are_a_linear_function_of_the_last_hidden_states(make_model, ids):
     model = make_model()
@@ -311,67 +219,6 @@ def test_scores_are_a_linear_function_of_the_last_hidden_states(make_model, ids)
     hidden = model(ids, output_hidden_states=True, position_ids=PACKED).hidden_states[-1]
     scores = scorer(ids, position_ids=PACKED).scores
     assert_close(scores, (hidden * scorer.score.weight).sum(-1))
-
-
-def test_no_labels_at_all_give_zero_loss_and_gradients(make_model, ids):
-    model = make_model()
-    loss = model(ids, labels=torch.full_like(ids, IGNORE_INDEX)).loss
-    loss.backward()
-    assert loss.item() == 0
-    assert all((weight.grad == 0).all() for weight in model.parameters())
-
-
-@pytest.mark.parametrize(("labels", "fused"), [(1100, True), (100, True), (10, False), (0, False)])
-def test_cross_entropy_equals_that_of_the_logits(monkeypatch, labels, fused):
-    calls = []
-    original = F.linear_cross_entropy
-    monkeypatch.setattr(
-        F, "linear_cross_entropy", lambda *a, **k: calls.append(1) or original(*a, **k)
-    )
-    torch.manual_seed(0)
-    hidden = torch.randn(2, 600, 16, requires_grad=True)
-    head = torch.randn(50, 16, requires_grad=True)
-    target = torch.full((1200,), IGNORE_INDEX)
-    target[torch.randperm(1200)[:labels]] = torch.randint(50, (labels,))  # 1100: three chunks
-    target = target.view(2, 600)
-
-    loss, count = cross_entropy_sum(hidden, head, target)
-    logits = (hidden @ head.T).flatten(0, 1)
-    expected = F.cross_entropy(logits, target.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
-    assert (count.item(), bool(calls)) == (labels, fused)
-    assert_close(loss, expected)
-    for got, wanted in zip(
-        torch.autograd.grad(loss, (hidden, head)),
-        torch.autograd.grad(expected, (hidden, head)),
-        strict=True,
-    ):
-        assert_close(got, wanted, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [
-        10,
-        100,
-    ],
-)
-def test_loss_of_a_half_precision_model_is_summed_in_float32(labels):
-    hidden, head = torch.ones(1, 100, 16), torch.ones(50, 16)
-    target = torch.zeros(1, 100, dtype=torch.long)
-    target[:, labels:] = IGNORE_INDEX
-    loss, _ = cross_entropy_sum(hidden.bfloat16(), head.bfloat16(), target)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(labels * math.log(50), rel=1e-4)  # all tokens alike
-
-
-def test_loss_under_autocast_is_float32_and_never_fused(make_model, ids, monkeypatch):
-    model = make_model(num_hidden_layers=1, hidden_size=16)  # with 22 labels: else fused
-    expected = model(ids, labels=ids).loss
-    monkeypatch.setattr(F, "linear_cross_entropy", None)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(ids, labels=ids).loss
-    assert loss.dtype == torch.float32
-    assert_close(loss, expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -450,14 +297,6 @@ def test_bfloat16_is_near_float32(make_model, ids):
     assert_close(outputs.loss.float(), expected, rtol=0.02, atol=0)
 
 
-def test_casting_the_model_keeps_the_rotation_exact(make_model):
-    model = make_model().to(torch.bfloat16)
-    cos, _ = rope_cos_sin(model.config, torch.tensor([[200]]))
-    angle = 200 * 1e6 ** (-2 / model.config.head_dim)  # of the second pair of a head
-    assert cos.dtype == torch.float32
-    assert cos[0, 0, 0, 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -474,103 +313,12 @@ def test_sizes_that_do_not_fit_are_refused(fields):
         MiniMindConfig(**{**dict(hidden_size=64, num_attention_heads=4), **fields})
 
 
-# -- numbers worked out by hand --------------------------------------------------------------------
+# -- initial weights -------------------------------------------------------------------------------
 
 
 def test_intermediate_size_is_a_multiple_of_64():
     assert MiniMindConfig().intermediate_size == 1408  # 512 · 8/3 = 1365.3 = 21.3 · 64
     assert MiniMindConfig(hidden_size=768).intermediate_size == 2048  # exactly 32 · 64
-
-
-def test_rms_norm_by_hand():
-    norm = RMSNorm(2, eps=0.5)
-    norm.weight.data = torch.tensor([1.0, 2.0])
-    # mean(3², 4²) = 12.5, with eps 13, √13 = 3.605551
-    assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([0.832050, 2.218801]))
-
-
-def test_swiglu_by_hand():
-    mlp = SwiGLU(MiniMindConfig(hidden_size=2, intermediate_size=1, num_attention_heads=1,
-                                num_key_value_heads=1))  # fmt: skip
-    mlp.gate_proj.weight.data = torch.tensor([[2.0, 0.0]])
-    mlp.up_proj.weight.data = torch.tensor([[0.0, 3.0]])
-    mlp.down_proj.weight.data = torch.tensor([[5.0], [-1.0]])
-    # gate = 2, SiLU(2) = 2 / (1 + e⁻²) = 1.761594; up = 3; product 5.284783
-    assert_close(mlp(torch.tensor([1.0, 1.0])), torch.tensor([26.423913, -5.284783]))
-
-
-def rope(position: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For heads of 4 numbers: two pairs, which turn by 1 and by 100^(-1/2) = 0.1 a position."""
-    config = MiniMindConfig(
-        hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=100.0
-    )
-    return rope_cos_sin(config, torch.tensor([[position]]))
-
-
-def test_rope_turns_each_pair_by_its_angle():
-    heads = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 1, 4)  # pairs (0, 2) and (1, 3)
-    turned = apply_rotary_emb(heads, *rope(2)).flatten()
-    # angles 2 · 1 and 2 · 0.1: cos 2, cos 0.2, sin 2, sin 0.2
-    assert_close(turned, torch.tensor([-0.416147, 0.980067, 0.909297, 0.198669]))
-
-
-def test_rope_frequencies_of_the_default():
-    cos, sin = rope_cos_sin(MiniMindConfig(), torch.tensor([[1]]))  # by 1e6^(-2i/64)
-    assert cos.shape == sin.shape == (1, 1, 1, 64)
-    angles = torch.atan2(sin, cos).flatten()
-    assert_close(angles[[0, 1, 16, 31, 32]], torch.tensor([1, 0.649382, 1e-3, 1.539927e-6, 1]))
-
-
-YARN = {  # as SPEC has them: the default, an older and a newer MiniMind
-    "default": dict(yarn_factor=4.0, yarn_beta_fast=32.0),
-    "older": dict(yarn_factor=4.0, yarn_beta_fast=4.0),
-    "newer": dict(yarn_factor=16.0, yarn_beta_fast=32.0, yarn_attention_factor=1.0),
-    "short": dict(yarn_factor=2.0, yarn_original_length=512, yarn_beta_slow=2.0),
-}
-
-
-@pytest.mark.parametrize("settings", YARN.values(), ids=YARN)
-def test_yarn_equals_that_of_transformers(settings):
-    config = MiniMindConfig(inference_rope_scaling=True, rope_theta=1e5, **settings)
-    positions = torch.tensor([[0, 1, 100, 2047, 2048, 9000, 32000]])
-    peer = LlamaRotaryEmbedding(to_hf_config(config))
-    expected = peer(torch.zeros(1), positions)
-    for found, other in zip(rope_cos_sin(config, positions), expected, strict=True):
-        assert_close(found[:, 0], other, atol=2e-3, rtol=0)  # of angles up to 32000, in float32
-
-
-def test_yarn_by_hand():
-    """Heads of 64, theta 1e6, length 2048: a pair turns 2048 · 1e6^(-i/32) / 2π times."""
-    config = MiniMindConfig(inference_rope_scaling=True)
-    # 32 times: i = 32 · ln(2048 / 64π) / ln 1e6 = 5.37; once: 13.40. So mixed from 5 to 14
-    frequencies = 1e6 ** (-torch.arange(32) / 32)
-    slowed, scale = yarn(config, frequencies)
-    assert_close(slowed[:6], frequencies[:6])
-    assert_close(slowed[14:], frequencies[14:] / 4)
-    assert_close(slowed[8], frequencies[8] * (6 / 9 + 3 / 9 / 4))
-    assert scale == pytest.approx(0.1 * math.log(4) + 1)
-
-
-def test_rope_products_depend_on_the_distance_only():
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 1, 1, 1, 4)
-
-    def product(at, other):
-        turned = [apply_rotary_emb(x, *rope(n)) for x, n in ((query, at), (key, other))]
-        return (turned[0] * turned[1]).sum()
-
-    assert_close(product(7, 3), product(54, 50))
-    assert abs(product(7, 3) - product(7, 4)) > 0.01
-
-
-def test_attention_by_hand_on_two_tokens():
-    query = torch.tensor([[1.0], [2.0]]).view(1, 1, 2, 1)
-    key = torch.tensor([[0.0], [1.0]]).view(1, 1, 2, 1)
-    value = torch.tensor([[10.0], [20.0]]).view(1, 1, 2, 1)
-    # the first sees itself only; the second has scores 0 and 2, e²/(1 + e²) = 0.880797
-    expected = torch.tensor([10.0, 18.807971])
-    for attend in FUNCTIONS:
-        assert_close(attend(query, key, value, None, 0.0).flatten(), expected)
 
 
 def test_initial_weights():
@@ -583,8 +331,3 @@ def test_initial_weights():
     for weight in (layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight, model.lm_head.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.02)
     assert (layer.input_layernorm.weight == 1).all()
-
-
-def test_untrained_loss_is_that_of_guessing(make_model, ids):
-    model = make_model(initializer_range=0.02)
-    assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(128), rel=0.01)

@@ -14,7 +14,7 @@ from model.feed_forward import (
     load_balancing_loss,
     loop_experts,
     supports_grouped_mm,
-    update_router_bias,
+    update_bias,
 )
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, load_scoring_model
@@ -43,7 +43,7 @@ def hidden():
     return torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(1))
 
 
-# -- the sum ---------------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def hidden():
     [{}, dict(norm_topk_prob=False), dict(n_shared_experts=0), dict(scoring_func="sigmoid")],
     ids=str,
 )
-def test_each_token_has_the_weighted_sum_of_its_experts(make_mixture, hidden, fields):
+def test_output_is_the_weighted_sum_of_the_selected_experts(make_mixture, hidden, fields):
     mixture = make_mixture(**fields)
     out, _ = mixture(hidden)
     for token, found in zip(hidden.flatten(0, 1), out.flatten(0, 1), strict=True):
@@ -151,13 +151,11 @@ def test_the_loss_of_a_model_is_that_of_its_layers(make_model):
     assert_close((plain.loss, plain.aux_loss), (outputs.loss, torch.tensor(0.0)))
 
 
-def test_the_bias_is_nudged_towards_balance(make_mixture):
+def test_router_bias_moves_towards_balance(make_mixture):
     mixture = make_mixture(scoring_func="sigmoid", bias_update_speed=0.01)
-    update_router_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
+    update_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
     assert_close(mixture.e_score_correction_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
-    update_router_bias(
-        make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0])
-    )  # softmax: nothing to nudge
+    update_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax: nothing to nudge
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
@@ -176,7 +174,7 @@ def test_balance_comes_about(make_mixture, scoring_func):
             optimizer.step()
             optimizer.zero_grad()
         busiest.append((mixture.tokens_per_expert.max() / mixture.tokens_per_expert.mean()).item())
-        update_router_bias(mixture, mixture.tokens_per_expert)
+        update_bias(mixture, mixture.tokens_per_expert)
         mixture.tokens_per_expert.zero_()
     assert busiest[0] > 1.6 and np.mean(busiest[-5:]) < 1.2, (busiest[0], busiest[-5:])
 
@@ -211,7 +209,7 @@ def test_settings_that_do_not_fit_are_refused(fields):
 
 
 @pytest.mark.parametrize("settings", [MOE, SIGMOID], ids=["softmax", "sigmoid"])
-def test_a_mixture_is_trained_logged_and_saved(any_stage, settings):
+def test_moe_is_trained_logged_and_saved(any_stage, settings):
     if any_stage.stage is train_lora:
         settings = {**settings, "lora_targets": ["gate_proj", "down_proj"]}
     metrics = any_stage(**settings, epochs=3)
@@ -219,7 +217,7 @@ def test_a_mixture_is_trained_logged_and_saved(any_stage, settings):
     assert all(len(record["expert_load"]) == 2 for record in records)  # a figure a layer
     assert all(1 <= figure <= 4 for record in records for figure in record["expert_load"])
     (path,) = (any_stage.folder / "a" / "out").rglob("*_32_moe.pth")
-    if any_stage.stage is train_lora:  # which saves additions alone
+    if any_stage.stage is train_lora:  # which saves the adapter only
         return
     load = load_scoring_model if any_stage.stage is train_reward else load_model
     saved = load(path)
@@ -244,7 +242,7 @@ def test_however_a_window_is_cut_the_training_is_the_same(train, settings):
 
 
 @pytest.mark.parametrize("settings", [MOE, SIGMOID], ids=["softmax", "sigmoid"])
-def test_a_resumed_mixture_is_one_that_was_never_stopped(train, killed, settings):
+def test_resumed_moe_training_equals_one_never_stopped(train, killed, settings):
     """Also where the checkpoint lies between two lines of the log."""
     common = dict(**settings, save_interval=1, log_interval=2, max_steps=4)
     train("whole", **common)
@@ -253,7 +251,7 @@ def test_a_resumed_mixture_is_one_that_was_never_stopped(train, killed, settings
     assert same(everything(train, "cut"), everything(train, "whole"))
 
 
-def test_a_mixture_starts_from_a_mixture(train):
+def test_moe_training_starts_from_an_moe_model(train):
     train("a", **MOE, max_steps=1)
     (path,) = (train.folder / "a" / "out").glob("*.pth")
     folder = dict(save_dir=str(path.parent), hidden_size=None, num_hidden_layers=None)

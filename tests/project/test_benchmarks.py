@@ -31,12 +31,12 @@ from trainer.common.evaluation import evaluate_loss
 )
 def test_when_a_curve_passes_a_figure(figure, seconds):
     curve = [(0.0, 4.0), (10.0, 3.0), (20.0, 2.5), (30.0, 2.0)]
-    assert speedrun.passing(curve, figure) == pytest.approx(seconds)
+    assert speedrun.time_to_reach(curve, figure) == pytest.approx(seconds)
 
 
 def test_a_curve_that_never_passes():
     with pytest.raises(ValueError, match="ends at 3.0, above 2"):
-        speedrun.passing([(0.0, 4.0), (10.0, 3.0)], 2.0)
+        speedrun.time_to_reach([(0.0, 4.0), (10.0, 3.0)], 2.0)
 
 
 def test_the_plain_way_has_a_document_a_row(tmp_path):
@@ -62,7 +62,7 @@ def test_as_many_updates_as_fit_the_time():
         "pretrain", "a", "b", recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2"
     )
     recipe.trainer = speedrun.train_pretrain
-    recipe.tokens_of_a_row = 512
+    recipe.tokens_per_row = 512
     recipe.fixed, recipe.per_row = 0.5, 0.25
     assert recipe.steps_within(0.9) == 0
     assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
@@ -110,7 +110,7 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
     model = make_model(vocab_size=6400)
     peer = peer_of(model.config, use_cache=False)
     peer.load_state_dict(model.state_dict())
-    plain = speedrun.held_out_figure(args)(peer.eval())
+    plain = speedrun.make_evaluate(args)(peer.eval())
 
     _, kind, figure, _ = speedrun.STAGES[stage]
     ctx = Context.create(TrainArgs(device="cpu"))
@@ -123,8 +123,8 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (dict(size="256"), "as 768x16"),
-        (dict(data_path=""), "name what to train"),
+        (dict(size="256"), "such as 768x16"),
+        (dict(data_path=""), "are required"),
         (dict(stage="full_sft"), "--from_weight"),
     ],
 )
@@ -143,7 +143,7 @@ def test_better_by_more_than_two_standard_errors():
         )
         for gain in gains
     ]
-    loss, accuracy = stage_distillation.verdict(rows)
+    loss, accuracy = stage_distillation.mean_gains(rows)
     assert (loss["gain"], loss["error"]) == pytest.approx((0.2, 0.1 / math.sqrt(3)))
     assert loss["met"] and loss["after"] == pytest.approx(0.3)
     assert accuracy["error"] == pytest.approx(0.030551, abs=1e-6) and not accuracy["met"]
@@ -161,13 +161,13 @@ def test_the_peer_in_llama_cpp_decodes_rows_of_any_length(make_model):
         assert peer.generate(prompts, 12) == expected
 
 
-def test_a_stage_is_judged_by_its_targets():
+def test_rows_of_a_stage_have_its_targets():
     before = {"skill_accuracy": 0.5}
     after = {"preference_accuracy": 0.9, "skill_accuracy": 0.46, "seconds": 3.0}
-    level, gain = stages.judged("dpo", 42, before, after)
+    level, gain = stages.target_rows("dpo", 42, before, after)
     assert (level["metric"], level["target"], level["met"]) == ("preference_accuracy", 0.85, True)
     assert (gain["metric"], gain["target"], gain["met"]) == ("skill_accuracy", 0.47, False)
-    assert gain["beside"] == {"preference_accuracy": 0.9, "seconds": 3.0}
+    assert gain["details"] == {"preference_accuracy": 0.9, "seconds": 3.0}
 
 
 def test_what_fits_grows_with_memory_and_shrinks_with_the_model():

@@ -184,7 +184,7 @@ def test_another_head_is_refused(make_rewards, tokenizer, tmp_path):
     config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
     about = dict(stage="reward", tokenizer=tokenizer, origin={})
     save_weights(MiniMindForCausalLM(config), tmp_path / "reward_32.pth", **about)
-    with pytest.raises(UserError, match="is no reward model"):
+    with pytest.raises(UserError, match="is not a reward model"):
         make_rewards("model")
 
 

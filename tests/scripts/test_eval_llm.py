@@ -13,8 +13,9 @@ import torch
 from eval_llm import Args
 from model.command_line import parse_arguments
 from model.errors import UserError
+from model.inference.loading import yarn_settings
 from model.model_lora import LoraConfig, add_lora, lora_layers, save_lora
-from model.weights import ROOT, load_model, save_weights, weight_path, yarn_settings
+from model.weights import ROOT, load_model, save_weights, weight_path
 from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 
 

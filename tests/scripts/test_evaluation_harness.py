@@ -45,7 +45,7 @@ def test_log_likelihoods_are_those_of_the_exported_model(make_model, tokenizer, 
     theirs = HFLM(peer, tokenizer=tokenizer, device="cpu", batch_size=1, max_length=64)
     expected = theirs.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
     for batch_size in (1, 3, 8):
-        ours = harness.HarnessModel(model, tokenizer, batch_size, longest=64)
+        ours = harness.HarnessModel(model, tokenizer, batch_size, max_length=64)
         found = ours.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
         assert [total for total, _ in found] == pytest.approx([t for t, _ in expected], abs=2e-3)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -95,7 +95,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def subjects(task: str) -> list[str]:
-    manager = harness.tasks_of(harness.BENCHMARKS[task])
+    manager = harness.make_task_manager(harness.BENCHMARKS[task])
     names = manager.task_index[harness.BENCHMARKS[task].task].cfg["task"]
     return [manager.task_index[name].cfg["dataset_name"] for name in names]
 
@@ -223,7 +223,9 @@ def test_accuracies_are_those_counted_by_hand(local, save, tokenizer, tmp_path, 
 
 
 def test_cmmlu_in_a_folder(local):
-    tasks = harness.tasks_of(harness.BENCHMARKS["cmmlu"], str(local)).load(["cmmlu"])["tasks"]
+    tasks = harness.make_task_manager(harness.BENCHMARKS["cmmlu"], str(local)).load(["cmmlu"])[
+        "tasks"
+    ]
     asked = {task.config.dataset_name: [*task.test_docs()["Question"]] for task in tasks.values()}
     assert asked == {subject: [f"{subject}？"] for subject in subjects("cmmlu")}
     assert len(asked) == 67
@@ -234,7 +236,7 @@ def test_cmmlu_in_a_folder(local):
 
 def test_a_benchmark_that_is_not_there(tmp_path):
     args = eval_benchmark.Args(tasks=["piqa"], local=str(tmp_path))
-    with pytest.raises(UserError, match="--local lacks PIQA: .*piqa/validation.jsonl should be"):
+    with pytest.raises(UserError, match="--local lacks PIQA: .*piqa/validation.jsonl should exist"):
         eval_benchmark.main(args)
 
 
@@ -257,9 +259,9 @@ def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"tasks": ["mmlu"]}, "--tasks mmlu is unknown; there are ceval"),
-        ({"limit": -1}, "--limit must not be negative"),
-        ({"compare": ["/none.json"]}, "is no file that --json has written"),
+        ({"tasks": ["mmlu"]}, "--tasks mmlu is unknown; known are ceval"),
+        ({"limit": -1}, "--limit must be at least 0"),
+        ({"compare": ["/none.json"]}, "is not a file written by --json"),
     ],
 )
 def test_mistakes_are_told(settings, told):

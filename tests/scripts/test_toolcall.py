@@ -350,7 +350,7 @@ def evaluate(save, monkeypatch):
     def run(*flags, says=None, **fields) -> dict:
         path = save(max_position_embeddings=2048, num_hidden_layers=1, **fields)
         if says:
-            monkeypatch.setattr(eval_toolcall, "replies", says)
+            monkeypatch.setattr(eval_toolcall, "generate_replies", says)
         words = ["--weight", str(path), "--device", "cpu"]
         args = parse_arguments(eval_toolcall.Args, arguments=[*words, *map(str, flags)])
         return eval_toolcall.main(args)
@@ -415,7 +415,7 @@ def test_the_command_on_the_demos_tasks(evaluate, capsys):
     "flags, sentence",
     [
         (["--max_turns", "0"], "--max_turns must be at least 1"),
-        (["--temperature", "-1"], "--temperature must not be negative"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
         (["--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--weight", "nothing"], "no weights"),
     ],

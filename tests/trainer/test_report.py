@@ -191,7 +191,7 @@ def test_a_recipe_needs_a_run_that_was_evaluated(train, tmp_path):
     train("a", max_steps=2)
     with pytest.raises(UserError, match="has no evaluation on held-out data"):
         write_recipe(tmp_path, "a")
-    with pytest.raises(UserError, match="no log of a training"):
+    with pytest.raises(UserError, match="not a training log"):
         write_recipe(tmp_path, "b")
 
 
@@ -234,9 +234,9 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
 
 
 def test_mistakes_in_comparing(tmp_path):
-    with pytest.raises(UserError, match="--runs names what to compare"):
+    with pytest.raises(UserError, match="--runs needs the runs to compare"):
         compare_runs.Args()
-    with pytest.raises(UserError, match="no log of a training"):
+    with pytest.raises(UserError, match="not a training log"):
         compare_runs.main(compare_runs.Args(runs=[str(tmp_path / "x")]))
     with pytest.raises(UserError, match="the same run twice"):
-        compare_runs.names(["out/a", "out/a.pth"])
+        compare_runs.short_names(["out/a", "out/a.pth"])

@@ -102,9 +102,9 @@ def test_the_wrong_head_is_told(make_scoring, save, tokenizer, tmp_path):
     reward = tmp_path / "reward_64.pth"
     scoring = make_scoring(vocab_size=len(tokenizer))
     save_weights(scoring, reward, stage="reward", tokenizer=tokenizer, origin={})
-    with pytest.raises(UserError, match="reward_64.pth is a reward model, which says how good"):
+    with pytest.raises(UserError, match="reward_64.pth is a reward model, which scores texts"):
         load_model(reward)
-    with pytest.raises(UserError, match="full_sft_64.pth is no reward model: it has no score.wei"):
+    with pytest.raises(UserError, match="full_sft_64.pth is not a reward model: it has no score"):
         load_scoring_model(save())
     state = torch.load(reward)
     del state["model.norm.weight"]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from dataset.packing import Batch, TrainingData
 from dataset.pairs import PreferenceBatch
 from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
-from model.feed_forward import moe_layers, update_router_bias
+from model.feed_forward import moe_layers, update_bias
 from model.model_minimind import CausalLMOutput
 from trainer.common.context import Context
 
@@ -131,6 +131,6 @@ def update_router_biases(ctx: Context, model: nn.Module) -> Tensor | None:
     if ctx.world_size > 1:
         dist.all_reduce(load)
     for layer, of_layer in zip(layers, load, strict=True):
-        update_router_bias(layer, of_layer)
+        update_bias(layer, of_layer)
         layer.tokens_per_expert.zero_()
     return load

@@ -41,7 +41,7 @@ def alone(model, request: Request) -> list[int]:
     return same.tokens
 
 
-# -- neighbours ------------------------------------------------------------------------------------
+# -- batching and prefix sharing -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [{}, dict(use_moe=True), dict(qk_norm=True)], ids=str)
@@ -108,7 +108,7 @@ def test_a_shared_beginning_is_read_once(model, prefill):
         assert request.tokens == alone(model, request)
 
 
-# -- going -----------------------------------------------------------------------------------------
+# -- cancelling and stopping -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("when", ["waiting", "reading", "decoding"])
@@ -125,7 +125,7 @@ def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(model, when):
             engine.step()
     engine.cancel(victim)
     assert victim.finish_reason == "cancelled"
-    assert all(row.request is not victim for row in engine.rows)
+    assert all(each.request is not victim for each in engine.running)
     told = list(victim.tokens)
     finish(engine)
     assert victim.tokens == told
@@ -148,7 +148,7 @@ def test_a_stop_token_ends_a_reply(model):
 
 
 def test_no_more_requests_wait_than_the_queue_has_room_for(model):
-    engine = Engine(model, slots=2, queue=3)
+    engine = Engine(model, slots=2, max_queue=3)
     for _ in range(5):
         engine.submit(Request([4], SETTINGS[0]))
     with pytest.raises(QueueFull, match="3 requests are waiting"):
@@ -160,7 +160,7 @@ def test_no_more_requests_wait_than_the_queue_has_room_for(model):
     engine.submit(Request([4], SETTINGS[0]))
 
 
-# -- what is told, and what is allowed -------------------------------------------------------------
+# -- log-probs and constraints ---------------------------------------------------------------------
 
 
 def test_log_probs_are_those_of_the_model(model):

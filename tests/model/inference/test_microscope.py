@@ -139,7 +139,7 @@ def test_a_model_that_is_prepared_to_decode_shows_the_same(make_model):
 
 @pytest.mark.parametrize("ids", [[], [1] * 257])
 def test_a_text_must_fit(make_model, ids):
-    with pytest.raises(ValueError, match="where a text has 1 to 256"):
+    with pytest.raises(ValueError, match="where 1 to 256 are possible"):
         observe(make_model(), ids)
 
 
