@@ -311,8 +311,8 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(new_log_probs, batch, args.clip_epsilon, args.clip_epsilon)
                 stats.sums["critic_loss"] += critic_loss.item()
             run.update(model, optimizer)
-            # The advantages are those of π_old. The further π is from it, the less they say about
-            # π, and the clip acts only on tokens, not on their sum: so better ask anew.
+            # The advantages are those of π_old: the further π is from it, the less they say about
+            # π. The clip limits each token's ratio, but not the sum over all of them.
             if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
 
