@@ -17,7 +17,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from dataset.lm_dataset import encode_text, token_bytes
 from model.weights import load_tokenizer
-from scripts.train_tokenizer import CONTROL, PIECES
+from scripts.train_tokenizer import CONTROL, SPLIT_PATTERN
 from scripts.train_tokenizer import train as train_bpe
 
 WORDS = Counter({"low": 5, "lower": 2, "newest": 6, "widest": 3})
@@ -43,7 +43,7 @@ def join(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 def count_pieces(texts: list[str]) -> Counter[str]:
     """How often each piece of text comes that merges do not cross: words, digits, signs."""
-    cut = pre_tokenizers.Split(Regex(PIECES), "isolated").pre_tokenize_str
+    cut = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated").pre_tokenize_str
     return Counter(piece for text in texts for piece, _ in cut(text))
 
 

@@ -11,8 +11,7 @@ FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messag
 are read as one text. Of any other file each 500 characters are a document.
 """
 
-import gzip
-import json
+import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.lm_dataset import encode_segments
+from dataset.encoding import encode_segments
+from dataset.jsonl import Row, error_at, open_data, read_rows
+from dataset.text import count_chinese
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
@@ -68,42 +69,42 @@ def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTER
 
 
 def read_documents(path: str | Path, characters: int = CHARACTERS) -> Iterator[str]:
-    if ".jsonl" in Path(path).suffixes:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                yield text_of(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(
-                    f"{path}, line {number} is neither "
-                    '{"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
-                ) from error
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if ".jsonl" in path.suffixes:
+        for number, row in read_rows(path):
+            with error_at(path, number):
+                text = text_of(row)
+            yield text
     else:
-        text = "".join(read_lines(path))
+        text = read_text(path)
         step = characters or len(text)
         yield from (text[at : at + step] for at in range(0, len(text), step))
 
 
-def text_of(row: dict) -> str:
-    if "text" in row:
-        return row["text"] + ""
-    return "\n".join(message["content"] or "" for message in row["conversations"])
-
-
-def read_lines(path: str | Path) -> Iterator[str]:
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    opened = gzip.open if path.suffix == ".gz" else open
+def text_of(row: Row) -> str:
+    if isinstance(row.get("text"), str):
+        return row["text"]
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            yield from file
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text: {error}") from error
+        return "\n".join(message["content"] or "" for message in row["conversations"])
+    except (KeyError, TypeError):
+        raise UserError(
+            'is neither {"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
+        ) from None
+
+
+def read_text(path: Path) -> str:
+    with open_data(path) as (_, file):
+        try:
+            return io.TextIOWrapper(file, encoding="utf-8").read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} cannot be read as text: {error}") from error
 
 
 def language(text: str) -> str:
     """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
-    chinese = sum("\u4e00" <= c <= "\u9fff" for c in text)
+    chinese = count_chinese(text)
     latin = sum(c.isascii() and c.isalpha() for c in text)
     if not chinese and not latin:
         return "other"

@@ -2,23 +2,24 @@ r"""Train the tokenizer: byte-level BPE, the control tokens and the chat templat
 
     python scripts/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl --output_dir mine
 
-BPE (arXiv 1508.07909) starts from the 256 bytes and, again and again, makes a new token of the two
-neighbours that stand together most often. So what a vocabulary is good at depends on how often
-each text counts, and counting is what this script does itself:
+BPE (arXiv 1508.07909) starts from the 256 bytes and repeatedly merges the pair of neighbouring
+tokens that is most frequent. So the vocabulary depends on how often each text counts, and the
+counting is what this script does itself:
 
-1. The text is cut into pieces (words, single digits, runs of signs, line breaks) that no token
-   reaches across. Chinese has no spaces: there a piece is the text between two punctuation marks.
-2. A piece counts once in a document, a sentence once in all files: a name that one article repeats,
-   or an article that ten rows quote, must not buy tokens that other text has no use for. Of a
-   long document only the beginning counts (--max_bytes).
+1. The text is split into pre-tokens (words, single digits, runs of punctuation, line breaks), and
+   no token crosses their borders. Chinese has no spaces: there a pre-token is the text between two
+   punctuation marks.
+2. A pre-token counts once per document and a sentence once in all files: a name that one article
+   repeats, or an article that ten rows quote, should not get tokens that other text has no use for.
+   Of a long document only the first --max_bytes count.
 3. A document counts as often as the weights of its file, its language and its content say.
-4. `tokenizers` makes the merges from the counted pieces.
+4. `tokenizers` learns the merges from the counted pre-tokens.
 
 Rows may be {"text": …}, {"conversations": […]} or {"chosen": […], "rejected": […]}, in .jsonl or
 .jsonl.gz; any other file is plain text.
 
-The tokenizer in model/ was made so, from a permissively licensed corpus (medicine, classical
-history, school arithmetic and reading tasks count little, for they are not what a chat is like)
+The tokenizer in model/ was trained by this command, on a permissively licensed corpus (medicine,
+classical history, school arithmetic and reading tasks count little, since a chat is not like them)
 and the demo data:
 
     python -m dataset.demo --output out/demo/data
@@ -30,11 +31,9 @@ and the demo data:
             '[Hh]ow (many|much)=0.1' '[Aa]rticle|[Ss]ummar|[Hh]eadline|passage|Reuters=0.25'
 """
 
-import gzip
 import json
 import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -43,7 +42,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dataset.lm_dataset import TAGS
+from dataset.encoding import TAGS
+from dataset.jsonl import Row, error_at, open_data, parse_row
+from dataset.text import count_chinese, is_chinese
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, ROOT, atomic_write, write_json
@@ -51,12 +52,12 @@ from model.weights import OUT, ROOT, atomic_write, write_json
 TEMPLATE = ROOT / "dataset" / "chat_template.jinja"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # never shown: ids 0, 1, 2
-RESERVED = [f"<|reserved_{number}|>" for number in range(5)]  # for what you may want to add
+RESERVED = [f"<|reserved_{number}|>" for number in range(5)]  # for your own extensions
 CONTROL = [*SPECIAL, *TAGS, *RESERVED]  # tags are tokens too, but part of the answer's text
 ROLES = ["system", "user", "assistant"]  # every turn begins with one: they count in every document
 
-# How text is cut into pieces: Qwen2's rule, which llama.cpp knows by the name "qwen2".
-PIECES = (
+# Pre-tokenization: Qwen2's regular expression, which llama.cpp knows as "qwen2".
+SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with one space or sign before them
     r"|\p{N}"  # one digit
@@ -64,24 +65,23 @@ PIECES = (
     r"|\s*[\r\n]+"  # line breaks
     r"|\s+(?!\S)|\s+"  # other white space
 )
-CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 SENTENCE = re.compile(r"[^\n.!?。！？；]*[\n.!?。！？；]+|[^\n.!?。！？；]+$")
-COPIES = 4  # how finely a weight is resolved: a piece that counts 2.25 is given 9 times
-HELD_OUT = 100  # one document in so many is not trained on, and measured instead
+COPIES = 4  # resolution of the weights: a pre-token that counts 2.25 is repeated 9 times
+HELD_OUT = 100  # every 100th document is held out, to measure on
 
 
 @dataclass
 class Args:
-    data_path: list[str] = option([], "the text: .jsonl, .jsonl.gz or plain text, several files")
-    file_weight: list[float] = option([], "how much each of these files counts (default: 1)")
-    zh_weight: float = option(1.0, "how much a document counts that has Chinese in it")
+    data_path: list[str] = option([], "files to train on: .jsonl, .jsonl.gz or plain text")
+    file_weight: list[float] = option([], "weight of each of these files (default: 1)")
+    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
     row_weight: list[str] = option(
-        [], "'REGEX=NUMBER': how much a document counts in which REGEX is found (first match)"
+        [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
     )
-    max_bytes: int = option(3000, "count no more than this of a document, in UTF-8 bytes")
-    vocab_size: int = option(6400, "tokens in all")
-    output_dir: str = option(str(OUT / "tokenizer"), "where tokenizer.json is written")
-    eval_path: list[str] = option([], "measure on these files too")
+    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
+    vocab_size: int = option(6400, "size of the vocabulary")
+    output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
+    eval_path: list[str] = option([], "files to measure the compression on too")
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
@@ -97,13 +97,13 @@ def main(args: Args) -> dict[str, dict[str, float]]:
             f"256 bytes and the {len(CONTROL)} control tokens"
         )
 
-    counts, held_out = count_pieces(files, args)
+    counts, held_out = count_pretokens(files, args)
     tokenizer = train(counts, args.vocab_size)
     save(tokenizer, Path(args.output_dir))
 
     measured = {"held out": measure(tokenizer, held_out)}
     for file in eval_files:
-        measured[file.name] = measure(tokenizer, (row.chat for row in read_rows([file])))
+        measured[file.name] = measure(tokenizer, (each.chat for each in read_documents([file])))
     print(f"{tokenizer.get_vocab_size()} tokens in {args.output_dir}; characters per token:")
     for name, result in measured.items():
         print(f"  {name:24}", *(f"{language} {value:.3f}" for language, value in result.items()))
@@ -114,12 +114,12 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 
 
 @dataclass
-class Row:
-    """A document: its texts (of one text, or of the messages)."""
+class Document:
+    """The texts of a document, or of the messages of a conversation."""
 
-    file: int  # number of the file
-    texts: list[str]  # all of it
-    chat: list[str]  # without what neither user nor assistant wrote
+    file: int  # index of its file in --data_path
+    texts: list[str]  # all of them
+    chat: list[str]  # those of user and assistant
 
 
 def check_file(path: str) -> Path:
@@ -128,61 +128,56 @@ def check_file(path: str) -> Path:
     return Path(path)
 
 
-def read_rows(files: list[Path]) -> Iterator[Row]:
-    """The documents of the files, one after the other, with a progress bar in bytes."""
+def read_documents(files: list[Path]) -> Iterator[Document]:
+    """The documents of all files, with a progress bar in bytes."""
     size = sum(file.stat().st_size for file in files)
     done = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", leave=False) as bar:
         for number, file in enumerate(files):
             name = file.name.removesuffix(".gz")
-            read = read_jsonl if name.endswith((".jsonl", ".json")) else read_plain
-            try:
-                with open(file, "rb") as raw:
-                    lines = gzip.open(raw) if file.suffix == ".gz" else raw
-                    for texts, chat in read(file, lines):
-                        yield Row(number, texts, chat)
-                        bar.update(done + raw.tell() - bar.n)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file} is no UTF-8 text: {error.reason}") from error
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"{file} cannot be read: {error}") from error
+            read = read_json_lines if name.endswith((".jsonl", ".json")) else read_plain_text
+            with open_data(file) as (raw, lines):
+                for texts, chat in read(file, lines):
+                    yield Document(number, texts, chat)
+                    bar.update(done + raw.tell() - bar.n)
             done += file.stat().st_size
 
 
-def read_jsonl(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
+def read_json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
     """(all texts, those of user and assistant) of each line."""
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number} is not valid JSON: {error}") from error
-        if isinstance(row, dict) and isinstance(row.get("text"), str):
-            yield [row["text"]], [row["text"]]
-            continue
-        keys = ("conversations", "chosen", "rejected")
-        lists = [row[key] for key in keys if key in row] if isinstance(row, dict) else []
-        messages = [m for messages in lists if isinstance(messages, list) for m in messages]
-        if not messages or not all(isinstance(message, dict) for message in messages):
-            raise UserError(
-                f'{file}, line {number} has no "text", "conversations", or "chosen" and "rejected"'
-            )
-        texts = [
-            text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
-            for message in messages
-            for key in ("tools", "reasoning_content", "content", "tool_calls")
-            if (text := message.get(key))
-        ]
-        speakers = [m for m in messages if m.get("role") in ("user", "assistant")]
-        yield texts, [m["content"] for m in speakers if isinstance(m.get("content"), str)]
+        if line.strip():
+            with error_at(file, number):
+                texts = texts_of(parse_row(line))
+            yield texts
 
 
-def read_plain(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
-    """Plain text in stretches of some thousand characters, cut at line breaks."""
+def texts_of(row: Row) -> tuple[list[str], list[str]]:
+    """All texts of a row, and those of user and assistant."""
+    if isinstance(row.get("text"), str):
+        return [row["text"]], [row["text"]]
+    lists = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
+    messages = [m for messages in lists if isinstance(messages, list) for m in messages]
+    if not messages or not all(isinstance(message, dict) for message in messages):
+        raise UserError('has no "text", "conversations", or "chosen" and "rejected"')
+    texts = [
+        text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+        for message in messages
+        for key in ("tools", "reasoning_content", "content", "tool_calls")
+        if (text := message.get(key))
+    ]
+    speakers = [m for m in messages if m.get("role") in ("user", "assistant")]
+    return texts, [m["content"] for m in speakers if isinstance(m.get("content"), str)]
+
+
+def read_plain_text(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
+    """Plain text in documents of some thousand characters, split at line breaks."""
     text = ""
-    for line in lines:
-        text += line.decode()
+    for number, line in enumerate(lines, start=1):
+        try:
+            text += line.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"line {number} of {file} is not UTF-8 ({error.reason})") from error
         if len(text) > 2000:
             yield [text], [text]
             text = ""
@@ -193,7 +188,7 @@ def read_plain(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], 
 def language(texts: list[str]) -> str:
     """zh: more than half of the visible characters are Chinese; en: none is; else mixed."""
     text = "".join(texts)
-    chinese = len(CHINESE.findall(text))
+    chinese = count_chinese(text)
     if not chinese:
         return "en"
     return "zh" if chinese > len("".join(text.split())) / 2 else "mixed"
@@ -202,31 +197,31 @@ def language(texts: list[str]) -> str:
 # -- counting --------------------------------------------------------------------------------------
 
 
-def count_pieces(files: list[Path], args: Args) -> tuple[Counter[str], list[list[str]]]:
-    """How much each piece counts, and the documents that were held out."""
-    cut = pre_tokenizers.Split(Regex(PIECES), "isolated").pre_tokenize_str
-    weight = weigher(files, args)
+def count_pretokens(files: list[Path], args: Args) -> tuple[Counter[str], list[list[str]]]:
+    """The weighted count of each pre-token, and the held-out documents."""
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated").pre_tokenize_str
+    weight = document_weights(files, args)
     counts: Counter[str] = Counter()
     held_out: list[list[str]] = []
     sentences: set[int] = set()  # hashes of those that were counted
-    for number, row in enumerate(read_rows(files), start=1):
+    for number, document in enumerate(read_documents(files), start=1):
         if number % HELD_OUT == 0:
-            held_out.append(row.chat)
+            held_out.append(document.chat)
             continue
-        pieces: dict[str, None] = {}  # a set that keeps its order
-        room = args.max_bytes
-        for text in row.texts:
-            text = text.encode(errors="replace")[:room].decode(errors="ignore")
-            room -= len(text.encode())
-            pieces.update(dict.fromkeys(piece for piece, _ in cut(unseen(text, sentences))))
-        worth = weight(row)
-        for piece in [*pieces, *ROLES]:
-            counts[piece] += worth
+        found: dict[str, None] = {}  # the document's pre-tokens: a set that keeps its order
+        bytes_left = args.max_bytes
+        for text in document.texts:
+            text = text.encode(errors="replace")[:bytes_left].decode(errors="ignore")
+            bytes_left -= len(text.encode())
+            found.update(dict.fromkeys(part for part, _ in split(unseen(text, sentences))))
+        document_weight = weight(document)
+        for pretoken in [*found, *ROLES]:
+            counts[pretoken] += document_weight
     return counts, held_out
 
 
 def unseen(text: str, sentences: set[int]) -> str:
-    """`text` without the sentences that came before (very short ones stay)."""
+    """`text` without the sentences that were counted before (very short ones stay)."""
     new = []
     for sentence in SENTENCE.findall(text):
         key = hash(sentence.strip())
@@ -236,7 +231,7 @@ def unseen(text: str, sentences: set[int]) -> str:
     return "".join(new)
 
 
-def weigher(files: list[Path], args: Args) -> Callable[[Row], float]:
+def document_weights(files: list[Path], args: Args) -> Callable[[Document], float]:
     """The function that says how much a document counts."""
     file_weights = args.file_weight or [1.0] * len(files)
     if len(file_weights) != len(files):
@@ -255,10 +250,10 @@ def weigher(files: list[Path], args: Args) -> Callable[[Row], float]:
     if min([args.zh_weight, *file_weights, *(number for _, number in rules)]) < 0:
         raise UserError("a weight is below 0; 0 leaves the documents out")
 
-    def weight(row: Row) -> float:
-        text = "\n".join(row.texts)
-        worth = file_weights[row.file] * (args.zh_weight if CHINESE.search(text) else 1)
-        return worth * next((number for rule, number in rules if rule.search(text)), 1)
+    def weight(document: Document) -> float:
+        text = "\n".join(document.texts)
+        base = file_weights[document.file] * (args.zh_weight if is_chinese(text) else 1)
+        return base * next((number for rule, number in rules if rule.search(text)), 1)
 
     return weight
 
@@ -267,7 +262,7 @@ def weigher(files: list[Path], args: Args) -> Callable[[Row], float]:
 
 
 def train(counts: Counter[str], vocab_size: int) -> Tokenizer:
-    """BPE over pieces, each as often as it counts."""
+    """BPE over the weighted pre-tokens."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()  # all 256 bytes, so that nothing is unknown
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE())
@@ -287,7 +282,7 @@ def train(counts: Counter[str], vocab_size: int) -> Tokenizer:
             f"--vocab_size that is smaller than {vocab_size}"
         )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), to_bytes]
+        [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), to_bytes]
     )
     tokenizer.decoder = decoders.ByteLevel()
     # The trainer marks all of CONTROL as special, and decoding would drop the tags.
@@ -298,14 +293,14 @@ def train(counts: Counter[str], vocab_size: int) -> Tokenizer:
 
 
 def copies(counts: Counter[str]) -> Iterator[str]:
-    """The trainer counts for itself: give it each piece as often as it counts, with \\0 between."""
-    owed = 0.0  # rounding is carried over, so that small weights are kept on average
-    for piece, count in counts.items():
-        owed += count * COPIES
-        times = int(owed)
-        owed -= times
-        if times and "\0" not in piece:
-            yield "\0".join([piece] * times)
+    """Each pre-token as often as it counts, joined by \\0: the trainer does its own counting."""
+    remainder = 0.0  # rounding is carried over, so that small weights are kept on average
+    for pretoken, count in counts.items():
+        remainder += count * COPIES
+        times = int(remainder)
+        remainder -= times
+        if times and "\0" not in pretoken:
+            yield "\0".join([pretoken] * times)
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> None:
@@ -331,7 +326,7 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def measure(tokenizer: Tokenizer, documents: Iterable[list[str]]) -> dict[str, float]:
-    """Characters per token, over all documents of a language (see `language`; mixed ones apart)."""
+    """Characters per token, by the documents' `language`."""
     characters: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for texts in documents:

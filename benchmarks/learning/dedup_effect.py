@@ -18,12 +18,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dataset.jsonl import read_lines
 from dataset.prepare.resumable import sha256_of
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
 from scripts import prepare_data
-from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
+from scripts.eval_ppl import bits_per_byte, read_texts
 from trainer import train_pretrain
 from trainer.common.hardware import describe_machine
 
@@ -48,7 +49,7 @@ def make_data(args: Args) -> dict[str, Path]:
     """Write the three data sets; returns their files."""
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
-    lines = list(islice(read_lines(args.data_path), args.documents))
+    lines = [line for _, line in islice(read_lines(args.data_path), args.documents)]
     rng = np.random.default_rng(args.seed)
     repeated = rng.choice(len(lines), int(args.repeated_share * len(lines)), replace=False)
     copies = [line for number in repeated for line in [lines[number]] * (args.copies - 1)]
@@ -56,7 +57,7 @@ def make_data(args: Args) -> dict[str, Path]:
     files = {}
     for name, rows in datasets.items():
         files[name] = out / f"{name.replace(' ', '_')}.jsonl"
-        files[name].write_text("".join(rows), encoding="utf-8")
+        files[name].write_bytes(b"".join(rows))
     deduplicated = {name: out / f"{path.stem}_dedup.jsonl" for name, path in files.items()}
     for name, path in files.items():
         prepare_data.dedup(

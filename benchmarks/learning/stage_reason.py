@@ -18,8 +18,8 @@ from typing import Any
 from rich.console import Console
 from trainings import run_trainer
 
-from dataset.demo.files import read_jsonl, write_jsonl
 from dataset.grading import grade
+from dataset.jsonl import load_rows, write_rows
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.inference.generation import generate
@@ -58,8 +58,8 @@ def reason(
     """
     out.mkdir(parents=True, exist_ok=True)
     reasoning, direct = data / "r1_mix_1024.jsonl", out / "r1_direct.jsonl"
-    write_jsonl(direct, [without_reasoning(row) for row in read_jsonl(reasoning)])
-    questions = read_jsonl(data / "r1_mix_1024_val.jsonl")
+    write_rows(direct, [without_reasoning(row) for row in load_rows(reasoning)])
+    questions = load_rows(data / "r1_mix_1024_val.jsonl")
     values = dict(direct=direct, reasoning=reasoning)
     start = base / f"full_sft_{HIDDEN_SIZE}.pth"
     results = {}

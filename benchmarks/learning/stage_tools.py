@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from trainings import run_trainer
 
-from dataset.demo.files import read_jsonl, write_jsonl
+from dataset.jsonl import load_rows, write_rows
 from model.command_line import parse_arguments
 from scripts import eval_toolcall
 from trainer import train_agent, train_full_sft
@@ -73,8 +73,8 @@ def agent(
 def prepare(base: Path, data: Path, out: Path, max_steps: int, console: Console) -> Path:
     """Make the undertrained tool model, once, and the questions for RL; returns its weights."""
     start = out / f"agent_start_{SIZE}.pth"
-    questions = map(first_exchange, read_jsonl(data / "tools.jsonl"))
-    write_jsonl(out / "first_questions.jsonl", filter(is_learnable, questions))
+    questions = map(first_exchange, load_rows(data / "tools.jsonl"))
+    write_rows(out / "first_questions.jsonl", filter(is_learnable, questions))
     if not start.exists():
         values = dict(seed=42, base=base, data=data, out=out, size=SIZE)
         train(train_full_sft, PARTIAL_SFT, values, max_steps, console)

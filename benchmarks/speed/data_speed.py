@@ -22,7 +22,6 @@ such a page several times; the sum of unique set sizes (USS, used where there is
 it.
 """
 
-import gzip
 import os
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -43,7 +42,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from dataset.demo.files import write_demo_data
-from dataset.lm_dataset import check_file, load_documents, parse_row
+from dataset.jsonl import check_file, read_lines, read_rows
+from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
@@ -109,19 +109,9 @@ def temporary_folder(directory: str) -> Iterator[Path]:
         yield Path(name)
 
 
-def open_lines(path: Path) -> BinaryIO:
-    """Open a .jsonl or .jsonl.gz file for reading line by line."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
 def detect_kind(path: Path) -> str:
     """The format of a file by its first row: "text" or "conversations"."""
-    with open_lines(path) as file:
-        line = next((line for line in file if line.strip()), b"{}")
-    try:
-        row = parse_row(line)
-    except UserError as error:
-        raise UserError(f"the first row of {path} {error}") from None
+    _, row = next(read_rows(path), (0, {}))
     for kind in STAGES:
         if kind in row:
             return kind
@@ -136,13 +126,12 @@ def write_repeated(source: Path, target: Path, size: float) -> int:
     with open(target, "wb") as out, bar:
         while written < size:
             before = written
-            with open_lines(source) as file:
-                for line in file:
-                    new = out.write(line if line.endswith(b"\n") else line + b"\n")
-                    written += new
-                    bar.update(new)
-                    if written >= size:
-                        break
+            for _, line in read_lines(source):
+                new = out.write(line if line.endswith(b"\n") else line + b"\n")
+                written += new
+                bar.update(new)
+                if written >= size:
+                    break
             if written == before:
                 raise UserError(f"{source} is empty")
     return written

@@ -46,7 +46,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dataset.demo.files import write_demo_data
-from dataset.lm_dataset import encode_chat, load_documents, parse_row, read_lines
+from dataset.jsonl import load_rows, read_lines
+from dataset.lm_dataset import encode_chat, load_documents
 from dataset.pairs import PreferenceDataset
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
@@ -125,7 +126,7 @@ def prepare_pairs(args: Args, folder: Path) -> dict[str, float]:
             f"{source} has {len(pairs)} pairs that are short enough, and {wanted} are needed"
         )
     chosen = random.Random(0).sample(range(len(pairs)), wanted)
-    lines = [line for some in read_lines(source) for line in some.lines if line.strip()]
+    lines = [line for _, line in read_lines(source) if line.strip()]
     kept = b"".join(lines[pairs.indices[pair]].rstrip() + b"\n" for pair in chosen)
     (folder / "dpo.jsonl").write_bytes(kept)
     save_initial_weights(args, folder, tokenizer)
@@ -140,7 +141,7 @@ def prepare_prompts(args: Args, folder: Path) -> dict[str, float]:
         write_demo_data(folder / "demo")
         source = folder / "demo" / "rlaif-mini.jsonl"
     tokenizer, wanted = load_tokenizer(), args.updates * args.batch_size
-    rows = [parse_row(line) for some in read_lines(source) for line in some.lines if line.strip()]
+    rows = load_rows(source)
     if len(rows) < wanted:
         raise UserError(f"{source} has {len(rows)} prompts, and {wanted} are needed")
     rows = random.Random(0).sample(rows, wanted)

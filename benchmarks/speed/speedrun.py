@@ -40,6 +40,7 @@ from peers import peer_of
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from dataset.jsonl import read_lines
 from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset, collate
 from dataset.sampler import GlobalBatchSampler
@@ -48,7 +49,7 @@ from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import OUT, load_model, load_tokenizer, write_json
-from scripts.eval_ppl import bits_per_byte, read_lines, read_texts
+from scripts.eval_ppl import bits_per_byte, read_texts
 from trainer import train_full_sft, train_pretrain
 from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context
@@ -298,10 +299,10 @@ class Recipe:
         self.held_out = folder / "val.jsonl"
         if kind == "text":
             texts = read_texts(args.val_path, DOCUMENTS)
-            lines = [json.dumps({"text": text}) + "\n" for text in texts]
+            lines = [json.dumps({"text": text}).encode() + b"\n" for text in texts]
         else:
-            lines = list(islice(read_lines(args.val_path), DOCUMENTS))
-        self.held_out.write_text("".join(lines), encoding="utf-8")
+            lines = [line for _, line in islice(read_lines(args.val_path), DOCUMENTS)]
+        self.held_out.write_bytes(b"".join(lines))
         # time of a step = fixed + rows · per_row, from two measurements
         few, many = map(self.trial, (2, 8) if args.device == "cpu" else (32, 128))
         self.per_row = (many.seconds - few.seconds) / (many.rows - few.rows)

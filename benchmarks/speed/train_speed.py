@@ -66,7 +66,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from dataset.lm_dataset import check_file, load_documents
+from dataset.jsonl import check_file
+from dataset.lm_dataset import load_documents
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX

@@ -9,8 +9,6 @@ them, and grades. No training file contains what a test or a "_val" file asks.
 """
 
 import argparse
-import json
-import os
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -18,6 +16,7 @@ from random import Random
 from dataset.demo import stages
 from dataset.demo.skills import LANGUAGES, SKILLS, Table
 from dataset.demo.stages import TRAIN, VAL, Material
+from dataset.jsonl import load_rows, write_rows
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT
 
@@ -51,8 +50,11 @@ def textbook_test(m: Material, rng: Random) -> Table:
 
 def load_tests(directory: Path | str) -> dict[str, Table]:
     """The rows of both tests, as "skills" and "textbook". UserError if there are none yet."""
-    names = ("skills", "textbook")
-    return {name: read_jsonl(Path(directory) / f"{name}_test.jsonl") for name in names}
+    paths = {name: Path(directory) / f"{name}_test.jsonl" for name in ("skills", "textbook")}
+    for path in paths.values():
+        if not path.is_file():
+            raise UserError(f"there is no {path}; `python -m dataset.demo` makes the demo data")
+    return {name: load_rows(path) for name, path in paths.items()}
 
 
 # -- reading and writing ---------------------------------------------------------------------------
@@ -72,38 +74,11 @@ TESTS = {
 }
 
 
-def read_jsonl(path: Path) -> Table:
-    """The objects of a file. UserError names the line that is none."""
-    if not path.is_file():
-        raise UserError(f"there is no {path}; `python -m dataset.demo` makes the demo data")
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number} is not JSON: {error}") from None
-    return rows
-
-
-def write_jsonl(path: Path, rows: Table) -> None:
-    """One object a line; a reader sees the whole file or none."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def load_tables(source: Path = SOURCE) -> dict[str, Table]:
     """The hand-written tables by name; textbook_*.jsonl are one, "textbook"."""
     tables: dict[str, Table] = {"textbook": []}
     for path in sorted(source.rglob("*.jsonl"), key=lambda path: path.name):
-        rows = read_jsonl(path)
+        rows = load_rows(path)
         if path.name.startswith("textbook_"):
             for row, lang in product(rows, LANGUAGES):
                 row[lang]["answers"] = [row[lang].pop("answer")]
@@ -138,7 +113,7 @@ def write_demo_data(output: Path | str = OUTPUT, seed: int = 42) -> dict[str, in
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, rows in files.items():
-            write_jsonl(output / name, rows)
+            write_rows(output / name, rows)
     except OSError as error:
         why = f"cannot write to {output}: {error.strerror}; choose another --output"
         raise UserError(why) from None

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from dataset.demo.skills import LANGUAGES, SKILLS, Problem, Skill, Table, calculations
+from dataset.text import is_chinese
 from dataset.tools.builtin import MEANINGS, TOOLS, WEEKDAYS, call_tool
 
 TRAIN, VAL = "train", "val"
@@ -75,11 +76,6 @@ def split(
 def same(text: str) -> str:
     """What is left of a phrasing when case, spaces and punctuation do not count."""
     return "".join(filter(str.isalnum, text.casefold()))
-
-
-def is_chinese(text: str) -> bool:
-    """Whether there is any Chinese character in it."""
-    return any("一" <= char <= "鿿" for char in text)
 
 
 class Material:

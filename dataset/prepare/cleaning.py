@@ -24,10 +24,11 @@ from typing import Any
 import ftfy
 import numpy as np
 
-from dataset.lm_dataset import Message
+from dataset.encoding import Message
 from dataset.prepare.resumable import Done
 from dataset.prepare.sources import Raw, kind_of, to_row
-from dataset.prepare.words import hash_ngrams, hash_words, language_of, words_of
+from dataset.prepare.words import hash_ngrams, hash_words, words_of
+from dataset.text import language_of
 from model.errors import UserError
 
 REPAIR = ftfy.TextFixerConfig(

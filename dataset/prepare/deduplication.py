@@ -27,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from dataset.lm_dataset import parse_json
+from dataset.jsonl import parse_json
 from dataset.prepare.cleaning import as_line
 from dataset.prepare.resumable import Done
 from dataset.prepare.sources import Raw, read_raw, to_row, whole_text

@@ -5,9 +5,7 @@ side of a split in every mixture, and with it all its copies. The order is that 
 which the seed changes. Of each row some 30 bytes stand in memory; the rows stay on disk.
 """
 
-import gzip
 import shutil
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataset.jsonl import decode, error_at, open_data, read_lines
 from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import Done
 from dataset.prepare.sources import Raw, whole_text
@@ -44,11 +43,8 @@ def unpacked(files: list[Path], folder: Path) -> list[Path]:
         if path.suffix == ".gz":
             folder.mkdir(parents=True, exist_ok=True)
             plain.append(folder / f"{number}.jsonl")
-            try:
-                with gzip.open(path) as source, open(plain[-1], "wb") as target:
-                    shutil.copyfileobj(source, target, 2**20)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{path} is damaged, or no .gz file: {error}") from error
+            with open_data(path) as (_, source), open(plain[-1], "wb") as target:
+                shutil.copyfileobj(source, target, 2**20)
         else:
             plain.append(path)
     return plain
@@ -74,18 +70,17 @@ def index_rows(files: list[Path], given: list[Path]) -> Index:
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", leave=False) as bar:
         for number, path in enumerate(files):
             start = 0
-            with open(path, "rb") as file:
-                for at, line in enumerate(file, start=1):
-                    if line.strip():
-                        row = row_of(
-                            Raw(str(given[number]), at, line.decode("utf-8-sig"), is_json=True)
-                        )
-                        key = int.from_bytes(exact_key(whole_text(row))[:8], "little")
-                        columns.append((number, start, len(line), key))
-                    start += len(line)
-                    bar.update(len(line))
-                    if len(columns) == 50_000:
-                        pack()
+            for at, line in read_lines(path):
+                if line.strip():
+                    with error_at(given[number], at):
+                        text = decode(line)
+                    row = row_of(Raw(str(given[number]), at, text, is_json=True))
+                    key = int.from_bytes(exact_key(whole_text(row))[:8], "little")
+                    columns.append((number, start, len(line), key))
+                start += len(line)
+                bar.update(len(line))
+                if len(columns) == 50_000:
+                    pack()
     pack()
     if not parts:
         raise UserError(f"{', '.join(names)} hold no rows")

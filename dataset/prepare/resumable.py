@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dataset.lm_dataset import end_with
+from dataset.lm_dataset import exit_with_parent
 from model.errors import UserError
 from model.weights import write_json
 
@@ -165,7 +165,7 @@ def start(work: Callable[[Any], Done], parent: int) -> None:
     worker_runs = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def run(chunk: Any) -> Done:

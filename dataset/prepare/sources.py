@@ -15,13 +15,10 @@ What a row is follows from its fields:
 
 import codecs
 import csv
-import gzip
 import io
 import json
 import sys
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from dataset.lm_dataset import Message, check_messages, parse_json
+from dataset.encoding import Message, check_messages
+from dataset.jsonl import open_data, parse_json
 from model.errors import UserError
 
 SAMPLE = 2**20  # bytes from which an encoding is guessed
@@ -99,24 +97,17 @@ def read_raw(
     with tqdm(total=size, unit="B", unit_scale=True, desc=about, leave=False) as bar:
         for path in files:
             try:
-                with opened(path) as (raw, file):
+                with open_data(path) as (raw, file):
                     for row in rows_of(path, file, encoding, per_document):
                         yield row
                         bar.update(max(0, done + raw.tell() - bar.n))
-            except (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowInvalid, csv.Error) as error:
+            except (pa.ArrowInvalid, csv.Error) as error:
                 raise UserError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
             except (UnicodeError, LookupError) as error:
                 raise UserError(f"{path}: {error}; name its --encoding") from error
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
             done += path.stat().st_size
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file on disk (for its position), and what it holds."""
-    with open(path, "rb") as raw:
-        yield raw, gzip.open(raw) if path.suffix == ".gz" else raw
 
 
 def rows_of(path: Path, file: BinaryIO, encoding: str, per_document: str) -> Iterator[Raw]:
@@ -181,7 +172,7 @@ def detect_encoding(path: Path) -> str:
 
     GB18030 stands for its subsets GB2312 and GBK, as a browser does it.
     """
-    with opened(path) as (_, file):
+    with open_data(path) as (_, file):
         sample = file.read(SAMPLE)
     if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import ROWS, Segments, encode_segments
+from dataset.encoding import SEGMENTERS, Segments, encode_segments
 from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import Done
 from dataset.prepare.sources import Raw, kind_of, whole_text
-from dataset.prepare.words import language_of
+from dataset.text import language_of
 from model.errors import UserError
 
 LANGUAGES = ("zh", "en", "other", "none")
@@ -60,10 +60,10 @@ class Measure:
 def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Segments]:
     """What the trainers make of a row: one document, or two of a preference."""
     if kind_of(row) == "text":
-        found = [ROWS["text"](tokenizer, row)]
+        found = [SEGMENTERS["text"](tokenizer, row)]
     else:
         sides = [row[n] for n in ("conversations", "chosen", "rejected") if n in row]
-        found = [ROWS["conversations"](tokenizer, {"conversations": side}) for side in sides]
+        found = [SEGMENTERS["conversations"](tokenizer, {"conversations": side}) for side in sides]
     return [segments for segments in found if segments]
 
 

@@ -28,16 +28,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fields
 from dataset.grading import grade
-from dataset.lm_dataset import (
-    Message,
-    check_file,
-    check_messages,
-    encode_chat,
-    parse_row,
-    read_lines,
-    with_lists,
-)
+from dataset.jsonl import check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
 from dataset.tools.builtin import Result, call_tool
 from model.errors import UserError
@@ -84,7 +77,7 @@ def task_of(row: dict[str, Any]) -> Task:
     Raises:
         UserError: it is no conversation, asks nothing, or tells no answer.
     """
-    messages = [with_lists(message) for message in check_messages(row.get("conversations"))]
+    messages = [parse_tool_fields(message) for message in check_messages(row.get("conversations"))]
     questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
     if not questions:
         raise UserError("asks nothing: there is no user's message")
@@ -129,13 +122,9 @@ def read_tasks(path: str | Path) -> list[Task]:
         UserError: names the line that is none.
     """
     tasks = []
-    for stretch in read_lines(check_file(path)):
-        for number, line in enumerate(stretch.lines, stretch.first):
-            if line.strip():
-                try:
-                    tasks.append(task_of(parse_row(line)))
-                except UserError as error:
-                    raise UserError(f"line {number} of {path} {error}") from None
+    for number, row in read_rows(check_file(path)):
+        with error_at(path, number):
+            tasks.append(task_of(row))
     if not tasks:
         raise UserError(f"{path} holds no tasks")
     return tasks

@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dataset.demo.files import read_jsonl, write_demo_data, write_jsonl
+from dataset.demo.files import write_demo_data
 from dataset.demo.stages import same
+from dataset.jsonl import load_rows, write_rows
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.weights import OUT, weight_path, write_json
@@ -65,14 +66,12 @@ def main(args: Args) -> dict[str, Any]:
     load_chat_model(ModelArgs(weight=weights, device=args.device))  # errors show before the work
     write_demo_data(data, seed=42)
 
-    persona, sft = (
-        read_jsonl(data / f"{name}.jsonl") for name in ("lora_identity", "sft_mini_512")
-    )
+    persona, sft = (load_rows(data / f"{name}.jsonl") for name in ("lora_identity", "sft_mini_512"))
     rng = Random(args.seed)
     replay = rng.sample(without_conflicts(sft, persona), REPLAYED_CHATS)
     rows = persona * PERSONA_EPOCHS + replay
     rng.shuffle(rows)  # packing puts neighbours into one row: every batch should have both kinds
-    write_jsonl(out / "persona_and_replay.jsonl", rows)
+    write_rows(out / "persona_and_replay.jsonl", rows)
 
     console.rule("1. LoRA")
     values = dict(data=data, out=out, device=args.device, width=width)
@@ -127,7 +126,7 @@ def evaluate(loaded: ChatModel, data: Path, limit: int) -> dict[str, float]:
     skills = [exact_match(model, tokenizer, name, rows) for name, rows in tests.items()]
     accuracies = {}
     for name, file in (("persona", "lora_identity_val"), ("persona_trained", "lora_identity")):
-        pairs = [pair for row in read_jsonl(data / f"{file}.jsonl") for pair in exchanges(row)]
+        pairs = [pair for row in load_rows(data / f"{file}.jsonl") for pair in exchanges(row)]
         rows = [{"prompt": question, "answer": answer} for question, answer in pairs]
         accuracies[name] = exact_match(model, tokenizer, name, rows[: limit or None])
     return accuracies | {"skills_mean": sum(skills) / len(skills), "textbook": textbook}

@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
 from model.inference.generation import pack_for_cpu_decoding
-from model.model_lora import load_lora, merge_and_unload
 from model.inference.loading import load_for_chat, yarn_settings
+from model.model_lora import load_lora, merge_and_unload
 from model.weights import count_parameters, find_weights
 from scripts.serving.arguments import ModelArgs
 from trainer.common.hardware import resolve_device, resolve_dtype

@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 
 from dataset import lm_dataset
+from dataset.encoding import encode_segments
+from dataset.jsonl import read_chunks
 from dataset.lm_dataset import (
     encode_chat,
-    encode_segments,
     encode_text,
     load_documents,
-    read_lines,
     token_bytes,
 )
 from dataset.packing import (
@@ -32,6 +32,7 @@ from dataset.packing import (
     collate,
     split_documents,
 )
+from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
 from model.errors import UserError
 from model.weights import ROOT, load_tokenizer
 
@@ -404,14 +405,14 @@ def test_workers_change_nothing_but_the_time(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["jsonl", "jsonl.gz"])
-def test_a_file_passes_in_short_stretches(tmp_path, packed):
+def test_a_file_is_read_in_chunks_of_lines(tmp_path, packed):
     content = b"".join(line(f"{n}") for n in range(1234))
     path = tmp_path / ("data.jsonl" + ".gz" * packed)
     path.write_bytes(gzip.compress(content) if packed else content)
-    stretches = list(read_lines(path))
-    assert [(s.first, len(s.lines)) for s in stretches] == [(1, 500), (501, 500), (1001, 234)]
-    assert sum(s.consumed for s in stretches) == path.stat().st_size
-    assert b"".join(part for s in stretches for part in s.lines) == content
+    chunks = list(read_chunks(path, 500))
+    assert [(s.first, len(s.lines)) for s in chunks] == [(1, 500), (501, 500), (1001, 234)]
+    assert sum(s.bytes_read for s in chunks) == path.stat().st_size
+    assert b"".join(part for s in chunks for part in s.lines) == content
 
 
 def chat(*messages) -> bytes:
@@ -593,7 +594,7 @@ def test_every_token_is_read_once_and_predicted_once(lengths, row_length, packin
 
 
 def test_rows_know_only_the_chosen_documents():
-    rows = PackedDataset(documents_of([3, 4, 5, 6]), 8, chosen=np.array([1, 3]))
+    rows = PackedDataset(documents_of([3, 4, 5, 6]), 8, indices=np.array([1, 3]))
     batch = collate([rows[r] for r in range(len(rows))])
     assert sorted(batch.input_ids[batch.input_ids > 0].tolist()) == [4, 5, 6, 7, *range(13, 19)]
 
@@ -703,7 +704,14 @@ def test_a_document_cannot_feel_what_stands_beside_it(tiny_model):
 # -- order -----------------------------------------------------------------------------------------
 
 SETTINGS = [
-    dict(rows=rows, batch_size=batch, accumulation_steps=steps, ranks=ranks, epochs=n, batch_ramp=r)
+    dict(
+        num_samples=rows,
+        batch_size=batch,
+        accumulation_steps=steps,
+        world_size=ranks,
+        epochs=n,
+        batch_ramp=r,
+    )
     for rows, batch, steps, ranks, n, r in product(
         (1, 2, 5, 12, 13), (1, 3), (1, 2), (1, 2, 3), (1, 3), (0, 3)
     )
@@ -711,7 +719,7 @@ SETTINGS = [
 
 
 def windows(rank=0, start=0, **setting) -> list[list[int | None]]:
-    sampler = GlobalBatchSampler(setting.pop("rows"), rank=rank, **setting)
+    sampler = GlobalBatchSampler(setting.pop("num_samples"), rank=rank, **setting)
     sampler.start = start
     return list(sampler)
 
@@ -719,7 +727,7 @@ def windows(rank=0, start=0, **setting) -> list[list[int | None]]:
 def as_one_rank_sees_them(setting, start=0) -> list[list[int]]:
     """Windows of all ranks put together: their micro-batches in turn, without fillers."""
     together = []
-    ranks = [windows(rank, start, **setting) for rank in range(setting["ranks"])]
+    ranks = [windows(rank, start, **setting) for rank in range(setting["world_size"])]
     for parts in zip(*ranks, strict=True):
         size = min(setting["batch_size"], len(parts[0]))  # the first rank's first is a full one
         micro = [[part[at : at + size] for at in range(0, len(part), size)] for part in parts]
@@ -731,7 +739,7 @@ def as_one_rank_sees_them(setting, start=0) -> list[list[int]]:
 def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
     for setting in SETTINGS:
         order = [row for window in as_one_rank_sees_them(setting) for row in window]
-        rows, epochs = setting["rows"], setting["epochs"]
+        rows, epochs = setting["num_samples"], setting["epochs"]
         by_epoch = [order[at : at + rows] for at in range(0, len(order), rows)]
         assert len(by_epoch) == epochs
         assert all(sorted(epoch) == list(range(rows)) for epoch in by_epoch)
@@ -740,21 +748,21 @@ def test_each_row_comes_once_an_epoch_in_an_order_of_its_own():
 
 
 def test_the_order_depends_on_the_seed_alone():
-    common = dict(rows=40, batch_size=3)
+    common = dict(num_samples=40, batch_size=3)
     assert windows(seed=1, **common) == windows(seed=1, **common) != windows(seed=2, **common)
 
 
 def test_any_number_of_ranks_walks_through_the_same_windows():
     for setting in SETTINGS:
-        steps = setting["ranks"] * setting["accumulation_steps"]
-        alone = {**setting, "ranks": 1, "accumulation_steps": steps}
+        steps = setting["world_size"] * setting["accumulation_steps"]
+        alone = {**setting, "world_size": 1, "accumulation_steps": steps}
         assert as_one_rank_sees_them(setting) == windows(**alone)
 
 
 def test_a_rank_gets_a_filler_only_where_rows_run_out():
     for setting in SETTINGS:
         full = setting["batch_size"] * setting["accumulation_steps"]
-        ranks = [windows(rank, **setting) for rank in range(setting["ranks"])]
+        ranks = [windows(rank, **setting) for rank in range(setting["world_size"])]
         for parts in zip(*ranks, strict=True):
             if any(None in part for part in parts):
                 assert sum(row is not None for part in parts for row in part) < full * len(parts)
@@ -772,21 +780,21 @@ def test_going_on_from_any_window_gives_the_rest():
             sampler.start = place
             assert list(sampler) == whole[done:]
             assert len(sampler) == len(whole) - done
-            place = next(sampler.windows(), (place, place))[1]
+            place = next(sampler.bounds(), (place, place))[1]
 
 
 def test_going_on_with_other_ranks_drops_and_repeats_no_row():
     rows, epochs = 13, 2
-    alone = dict(rows=rows, batch_size=2, epochs=epochs)
+    alone = dict(num_samples=rows, batch_size=2, epochs=epochs)
     order = [row for window in windows(**alone) for row in window]
     for ranks, steps, start in product((1, 2, 3), (1, 2), (2, 8, 13, 15)):
-        setting = {**alone, "ranks": ranks, "accumulation_steps": steps}
+        setting = {**alone, "world_size": ranks, "accumulation_steps": steps}
         rest = [row for window in as_one_rank_sees_them(setting, start) for row in window]
         assert rest == order[start:]
 
 
 def test_windows_grow_with_what_is_trained():
-    growing = dict(rows=100, batch_size=4, batch_ramp=10, first_window=2)
+    growing = dict(num_samples=100, batch_size=4, batch_ramp=10, initial_batch_size=2)
     sizes = list(map(len, windows(**growing, accumulation_steps=4)))
     assert sizes[:10] == [2] * 10  # up to row 20 a tenth would be less
     trained = np.cumsum([0, *sizes])[:-1]
@@ -797,8 +805,8 @@ def test_windows_grow_with_what_is_trained():
 
 def test_small_windows_are_shared_out_evenly():
     for rank, count in ((0, 2), (1, 2), (2, 1)):
-        common = dict(rows=100, batch_size=8, batch_ramp=10, ranks=3)
-        first = windows(rank, **common, first_window=5)[0]
+        common = dict(num_samples=100, batch_size=8, batch_ramp=10, world_size=3)
+        first = windows(rank, **common, initial_batch_size=5)[0]
         assert len(first) == count and None not in first
 
 

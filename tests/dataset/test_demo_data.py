@@ -324,7 +324,7 @@ def formatted(prompt: str, zh: bool) -> str:
 
 
 def test_same_bytes_on_any_machine(data, tmp_path):
-    command = [sys.executable, "-m", "dataset.demo.files", "--output", tmp_path]
+    command = [sys.executable, "-m", "dataset.demo", "--output", tmp_path]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # ASCII by default
     odd = {**os.environ, "PYTHONHASHSEED": "7", **plain}
     run = subprocess.run(command, cwd=ROOT, env=odd, capture_output=True, encoding="utf-8")
@@ -347,7 +347,7 @@ def test_another_seed_asks_other_problems(data, tmp_path):
 
 def test_a_folder_that_cannot_be_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "dataset.demo.files", "--output", tmp_path / "file" / "data"]
+    command = [sys.executable, "-m", "dataset.demo", "--output", tmp_path / "file" / "data"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr.startswith("error: cannot write to")
     assert len(run.stderr.splitlines()) == 1

@@ -26,7 +26,8 @@ from toy import ended, fork, text_file
 from dataset.lm_dataset import load_documents
 from dataset.prepare import cleaning, deduplication, resumable, sources
 from dataset.prepare.cleaning import Dropped, Filters
-from dataset.prepare.words import hash_words, language_of, words_of
+from dataset.prepare.words import hash_words, words_of
+from dataset.text import language_of
 from model.errors import UserError
 from scripts import prepare_data
 from scripts.prepare_data import main

@@ -248,9 +248,9 @@ def test_a_file_has_its_name_only_once_it_is_on_the_disk(train, monkeypatch):
 
 
 def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage, monkeypatch):
-    monkeypatch.setattr(lm_dataset, "LINES_PER_TASK", 1)
-    encode = lm_dataset.encode_task
-    monkeypatch.setattr(lm_dataset, "encode_task", lambda *args: time.sleep(0.1) or encode(*args))
+    monkeypatch.setattr(lm_dataset, "LINES_PER_CHUNK", 1)
+    encode = lm_dataset.encode_chunk
+    monkeypatch.setattr(lm_dataset, "encode_chunk", lambda *args: time.sleep(0.1) or encode(*args))
     kind = KINDS[any_stage.write_data]
     load = partial(
         load_documents,
@@ -259,7 +259,7 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
         load_tokenizer(),
         cache=any_stage.folder / "cache",
     )
-    monkeypatch.setattr(lm_dataset, "FEW_BYTES", 0)  # use processes even for this
+    monkeypatch.setattr(lm_dataset, "MIN_BYTES_FOR_WORKERS", 0)  # use processes even for this
     process = fork(lambda: load(workers=2))
     workers = []
     while len(workers) < 2:

@@ -12,14 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import (
-    Message,
-    check_file,
-    check_messages,
-    encode_chat,
-    parse_row,
-    read_lines,
-)
+from dataset.jsonl import check_file, error_at, read_rows
+from dataset.lm_dataset import Message, check_messages, encode_chat
 from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
 from model.errors import UserError
@@ -158,21 +152,16 @@ def load_prompts(
     template_args = {"open_thinking": True} if ctx.args.reasoning else {}
     prompts, too_long = [], 0
     for path in paths:
-        for stretch in read_lines(check_file(path)):
-            for number, line in enumerate(stretch.lines, stretch.first):
-                if not line.strip():
-                    continue
-                try:
-                    messages, *truth = (parse or parse_prompt_row)(parse_row(line))
-                    encoded = encode_chat(
-                        tokenizer, messages, add_generation_prompt=True, **template_args
-                    )
-                except UserError as error:
-                    raise UserError(f"line {number} of {path} {error}") from None
-                if len(encoded.ids) > max_seq_len:
-                    too_long += 1
-                else:
-                    prompts.append(Prompt(len(prompts), messages, encoded.ids, *truth))
+        for number, row in read_rows(check_file(path)):
+            with error_at(path, number):
+                messages, *truth = (parse or parse_prompt_row)(row)
+                encoded = encode_chat(
+                    tokenizer, messages, add_generation_prompt=True, **template_args
+                )
+            if len(encoded.ids) > max_seq_len:
+                too_long += 1
+            else:
+                prompts.append(Prompt(len(prompts), messages, encoded.ids, *truth))
     if too_long:
         left_out = f"{too_long:,} prompts are longer than --max_seq_len {max_seq_len}"
         if not prompts:

@@ -46,6 +46,7 @@ from transformers import (
 from dataset.grading import grade, normalize_text
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import REASONING_TAGS, parse_reasoning, tagged_answer
+from dataset.text import is_chinese
 from model.errors import UserError
 from model.weights import find_weights, load_scoring_model
 from trainer.common.context import Context
@@ -197,11 +198,7 @@ def same_language(completion: Completion) -> float:
     question = completion.prompt.messages[-1]["content"]
     letters = list(filter(str.isalpha, completion.text))
     chinese = sum(map(is_chinese, letters)) / max(1, len(letters))
-    return chinese if any(map(is_chinese, question)) else float(bool(letters)) * (1 - chinese)
-
-
-def is_chinese(character: str) -> bool:
-    return "一" <= character <= "鿿"
+    return chinese if is_chinese(question) else float(bool(letters)) * (1 - chinese)
 
 
 def distinct_ngrams(tokens: list[int], n: int = 3) -> float:
