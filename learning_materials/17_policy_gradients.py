@@ -21,6 +21,7 @@ from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForScoring
 from trainer import train_grpo, train_ppo, train_spo
+from trainer.common.context import Context
 from trainer.rl.batches import UpdateStats, micro_batches
 from trainer.rl.policy import policy_inputs
 from trainer.rl.prompts import Prompt
@@ -106,8 +107,8 @@ def learn(name: str, updates: int = 20) -> list[float]:
     language, model = Language(), small_model()
     train(model, (language.batch(8) for _ in range(15)))
     args = TRAINERS[name].Args(update_batch_size=64)
-    run = SimpleNamespace(args=args, device="cpu", tokenizer=SimpleNamespace(pad_token_id=0))
-    run.forward, run.sum_over_ranks = lambda *_, **__: nullcontext(), lambda *own: list(own)
+    ctx = Context(args, torch.device("cpu"), torch.float32, compile=False)
+    run = SimpleNamespace(ctx=ctx, forward=lambda *_, **__: nullcontext())
     tracker = train_spo.ValueTracker(64, train_spo.Args())
     both = train_ppo.ActorCritic(
         model, MiniMindForScoring.from_language_model(copy.deepcopy(model))
@@ -121,14 +122,14 @@ def learn(name: str, updates: int = 20) -> list[float]:
         scores = (language.next[before, texts] > 0).float().mean(1)
         pairs = zip(asked.tolist(), texts.tolist(), strict=True)
         answers = [Completion(Prompt(0, [], [a], None), text, "", True) for a, text in pairs]
-        (batch,) = micro_batches(answers, len(answers), 0, "cpu")
+        (batch,) = micro_batches(answers, len(answers), 0, ctx.device)
         if name == "PPO":
             train_ppo.compute_advantages(run, both, None, [batch], scores)
         elif name == "GRPO":
             batch.advantages = train_grpo.group_advantages(scores.view(-1, G), True).view(-1, 1)
         else:
             unexpected = scores - torch.from_numpy(tracker.values[asked])
-            batch.advantages = train_spo.normalize(run, unexpected).float()[:, None]
+            batch.advantages = train_spo.normalize(ctx, unexpected).float()[:, None]
             tracker.update(asked, scores.numpy())
         for _ in range(args.update_epochs):
             log_pi, values, _ = both(**policy_inputs(batch, args.temperature))
@@ -138,7 +139,7 @@ def learn(name: str, updates: int = 20) -> list[float]:
                 loss = actor + args.vf_coef * critic
             else:
                 loss = TRAINERS[name].policy_loss(log_pi, batch, args).sum()
-            (loss / UpdateStats(run, [batch]).num_tokens).backward()
+            (loss / UpdateStats(ctx, [batch]).num_tokens).backward()
             optimizer.step()
             optimizer.zero_grad()
         curve.append(scores.mean().item())
