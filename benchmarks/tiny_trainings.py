@@ -37,6 +37,8 @@ from transformers import (  # noqa: F401  only what is named is imported
 
 PACKAGES = ("model", "dataset", "trainer", "scripts", "eval_llm")
 
+ERRORS = "malformed unknown_tool bad_arguments failed unfinished endless too_long".split()
+UNCHANGED = ["reward", "success", *(f"error_{kind}" for kind in ERRORS)]
 REWARDS = "answer number similarity format language length repetition name arguments".split()
 # Keys of metrics.jsonl that have another name after the change, or one of several; "": gone.
 RENAMED = {
@@ -67,7 +69,7 @@ RENAMED = {
 }
 RENAMED |= {
     f"val_{old}": " ".join(f"eval_{new}" for new in names.split())
-    for old, names in (RENAMED | {"reward": "reward", "success": "success"}).items()
+    for old, names in (RENAMED | {name: name for name in UNCHANGED}).items()
     if not old.startswith("val_")
 }
 
