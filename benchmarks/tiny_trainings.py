@@ -37,6 +37,7 @@ from transformers import (  # noqa: F401  only what is named is imported
 
 PACKAGES = ("model", "dataset", "trainer", "scripts", "eval_llm")
 
+REWARDS = "answer number similarity format language length repetition name arguments".split()
 # Keys of metrics.jsonl that have another name after the change, or one of several; "": gone.
 RENAMED = {
     "lr": "learning_rate",
@@ -53,6 +54,21 @@ RENAMED = {
     "rejected_reward": "rewards/rejected rejected_reward",
     "val_accuracy": "eval_rewards/accuracies eval_accuracy",
     "val_margin": "eval_rewards/margins eval_margin",
+    "flat_groups": "frac_reward_zero_std",
+    "length": "completions/mean_length",
+    "empty": "completions/empty_ratio",
+    "finished": "",  # 1 − completions/clipped_ratio
+    "moved": "approx_kl",
+    "clipped": "clip_fraction",
+    "value": "critic_value tracker_value",  # PPO's, and SPO's
+    "calls": "tools/call_frequency",
+    "reward_failed": "",  # a count, and a share now
+    **{f"reward_{name}": f"rewards/{name}/mean" for name in REWARDS},
+}
+RENAMED |= {
+    f"val_{old}": " ".join(f"eval_{new}" for new in names.split())
+    for old, names in (RENAMED | {"reward": "reward", "success": "success"}).items()
+    if not old.startswith("val_")
 }
 
 

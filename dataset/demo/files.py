@@ -1,11 +1,11 @@
-"""The embedded data of every stage: made in seconds, the same bytes everywhere, worth talking to.
+"""The demo's data for every stage: generated in seconds, the same bytes on every machine.
 
     python -m dataset.demo --output out/demo/data --seed 42
 
-What was written by hand lies in dataset/demo/texts/: a bilingual textbook on language models,
-small talk, words, phrases, and the prompts of the skills. skills.py computes problems and
-their answers, stages.py puts both together, and this page writes the files, the tests beside
-them, and grades. No training file contains what a test or a "_val" file asks.
+The hand-written part is in dataset/demo/texts/: a bilingual textbook on language models, small
+talk, words, phrases, and the prompts of the skills. skills.py computes problems and their answers,
+material.py combines both and splits them, stages.py and tool_stage.py make the rows, and this
+module writes the files and the tests. No training file contains what a test or a "_val" file asks.
 """
 
 import argparse
@@ -13,16 +13,16 @@ from itertools import product
 from pathlib import Path
 from random import Random
 
-from dataset.demo import stages
+from dataset.demo import stages, tool_stage
+from dataset.demo.material import TRAIN, VAL, Material
 from dataset.demo.skills import LANGUAGES, SKILLS, Table
-from dataset.demo.stages import TRAIN, VAL, Material
 from dataset.jsonl import load_rows, write_rows
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT
 
 SOURCE = Path(__file__).with_name("texts")
 OUTPUT = OUT / "demo" / "data"
-VAL_ROWS = 600  # at most, in each _val file
+MAX_VAL_ROWS = 600  # in each _val file
 
 
 # -- the tests -------------------------------------------------------------------------------------
@@ -30,13 +30,13 @@ VAL_ROWS = 600  # at most, in each _val file
 
 def skills_test(m: Material, rng: Random) -> Table:
     """Every held-out problem in both languages."""
-    asked = [
+    exchanges = [
         m.pose(skill, problem, lang, rng)
         for skill in SKILLS
         for problem, lang in product(m.problems[skill.name][VAL], LANGUAGES)
     ]
     fields = ("lang", "prompt", "answer")
-    return [{"skill": e.kind} | {field: getattr(e, field) for field in fields} for e in asked]
+    return [{"skill": e.kind} | {field: getattr(e, field) for field in fields} for e in exchanges]
 
 
 def textbook_test(m: Material, rng: Random) -> Table:
@@ -65,7 +65,7 @@ FILES = {
     "dpo": (stages.dpo, "DPO: a better and a worse answer, with the reason"),
     "rlaif-mini": (stages.rlaif, "PPO, GRPO, SPO: prompts with checkable answers"),
     "r1_mix_1024": (stages.r1, "reasoning: sums thought through in steps"),
-    "tools": (stages.tools, "tool calls: a calculator, a clock, units, a dictionary"),
+    "tools": (tool_stage.tools, "tool calls: a calculator, a clock, units, a dictionary"),
     "lora_identity": (stages.lora, "LoRA: a persona, the cheerful captain of a ship"),
 }
 TESTS = {
@@ -97,7 +97,7 @@ def demo_rows(name: str, held_out: bool, seed: int = 42, material: Material | No
     make, _ = FILES[name]
     rows = make(material or Material(load_tables(), seed), part, rng)
     rng.shuffle(rows)
-    return rows[:VAL_ROWS] if held_out else rows
+    return rows[:MAX_VAL_ROWS] if held_out else rows
 
 
 def write_demo_data(output: Path | str = OUTPUT, seed: int = 42) -> dict[str, int]:
@@ -121,9 +121,9 @@ def write_demo_data(output: Path | str = OUTPUT, seed: int = 42) -> dict[str, in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the demo data of every stage.")
+    parser = argparse.ArgumentParser(description="Generate the demo data of every stage.")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=42, help="another one asks other problems")
+    parser.add_argument("--seed", type=int, default=42, help="another seed gives other problems")
     args = parser.parse_args()
     with exit_on_user_error():
         counts = write_demo_data(args.output, args.seed)

@@ -1,11 +1,12 @@
-"""The skills of the demo: kinds of problems with one right answer, computed.
+"""The skills of the demo: kinds of problems whose one correct answer is computed.
 
-A skill is two small functions and a row (or several) of dataset/demo/texts/skills.jsonl.
+A skill is two small functions and one or several rows of dataset/demo/texts/skills.jsonl.
 Answers that take several steps show their working, each step of which is easy: a small model can
-learn rules that it could not apply at one go. They are right only if the working is right too.
+learn rules that it could not apply in one step. An answer is right only if its working is too.
 `problems(tables, rng)` lists its problems, each once, in canonical form: a problem is the same in
-any language, phrasing or order of arguments. Skills that name the same function hold out the same
-problems. `solve(problem, lang, variant, rng)` fills the slots of a prompt, "answer" among them.
+any language, phrasing or order of arguments. Skills with the same function hold out the same
+problems, since the name of the function is part of the seed. `solve(problem, lang, variant, rng)`
+fills the slots of a prompt, "answer" among them.
 """
 
 import json
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, product
 from random import Random
 
-from dataset.tools.builtin import WEEKDAYS
+from dataset.tools.builtin import MEANINGS, WEEKDAYS
 
 LANGUAGES = ("zh", "en")
 
 Table = list[dict]  # the rows of a JSONL file
 Problem = tuple
 
-UNITS = (  # source, target (each zh, en), factor; sixties are asked up to 20 only
+UNITS = (  # source, target (each zh, en), factor; with a factor of 60 up to 20 only
     (("厘米", "centimetres"), ("毫米", "millimetres"), 10),
     (("米", "metres"), ("厘米", "centimetres"), 100),
     (("千米", "kilometres"), ("米", "metres"), 1000),
@@ -48,7 +49,7 @@ def sums(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 
 def addition(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
-    """Tens and ones apart: 37 + 45 = 70 + 12 = 82."""
+    """Tens and ones are added separately: 37 + 45 = 70 + 12 = 82."""
     a, b = rng.sample(problem, 2)
     tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
     working = f" = {tens} + {ones}" if tens else ""
@@ -56,7 +57,7 @@ def addition(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
 
 
 def two_digits(problem: Problem) -> bool:
-    """Neither number small or round: such a problem is never a step of another's working."""
+    """Neither number is small or round: such a problem is never a step of another's working."""
     return all(n > 9 and n % 10 for n in problem)
 
 
@@ -100,8 +101,8 @@ def words(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 
 def made_up_words(tables: dict[str, Table], rng: Random) -> list[Problem]:
-    """Vowels and consonants in turn, and beginnings of words with ends of others, so that letters
-    are learnt rather than a list of words."""
+    """Alternating vowels and consonants, and beginnings of words with ends of others, so that the
+    model learns letters and not a list of words."""
     real = [word for (word,) in words(tables, rng)]
     made = []
     for _ in range(700):
@@ -121,7 +122,7 @@ def reversing(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
 
 
 def spelling(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
-    """In capitals, which the tokenizer leaves in small pieces: a rule can be learnt."""
+    """In capitals, which the tokenizer splits into short tokens: a rule can be learnt."""
     (word,) = problem
     return {"word": word.upper(), "answer": "-".join(word)}
 
@@ -162,7 +163,7 @@ def days(tables: dict[str, Table], rng: Random) -> list[Problem]:
 
 
 def weekday(problem: Problem, lang: str, variant: str, rng: Random) -> dict:
-    """Whole weeks do not count, the rest is walked: 9 = 1 × 7 + 2: 0 Monday, 1 Tuesday, …"""
+    """Whole weeks are dropped, the rest is counted: 9 = 1 × 7 + 2: 0 Monday, 1 Tuesday, …"""
     day, n = problem
     weeks, rest = divmod(n, 7)
     names = WEEKDAYS[lang]
@@ -275,11 +276,25 @@ def calculations(tables: dict[str, Table], rng: Random) -> list[Problem]:
     return distinct(drawn)
 
 
+def conversions(tables: dict[str, Table], rng: Random) -> list[Problem]:
+    """(value, place in the table's list of units), for tools.jsonl only."""
+    (row,) = (row for row in tables["tool_use"] if row["kind"] == "conversion")
+    return list(product(range(2, 100), range(len(row["units"]))))
+
+
+def lookups(tables: dict[str, Table], rng: Random) -> list[Problem]:
+    """Words of the dictionary."""
+    return list(MEANINGS)
+
+
+TOOL_PROBLEMS = {"calculator": calculations, "convert_units": conversions, "dictionary": lookups}
+
+
 @dataclass(frozen=True)
 class Skill:
-    """One kind of problem with one right answer.
+    """One kind of problem with one correct answer.
 
-    `practice` adds problems to train on only; `testable` says which ones may be held out.
+    `practice` adds problems for training only; `testable` says which ones may be held out.
     """
 
     name: str

@@ -1,16 +1,16 @@
-"""Rows as they come → rows fit for training, and the reason where one is not.
+"""Raw rows → rows to train on, or the reason why one is dropped.
 
-In this order, each by rules that a person can read below:
+In this order, each by rules written out below:
 
 1. repair: mojibake and broken Unicode (ftfy), control and invisible characters, white space;
-2. boilerplate: lines such as "All rights reserved" leave a text, which goes if little else stays;
-3. filters on length, language, repetition and the share of signs;
+2. boilerplate: lines such as "All rights reserved" are removed, and the text if little else stays;
+3. filters on length, language, repetition and the share of punctuation;
 4. personal data masked: mail addresses, phone, identity and card numbers;
-5. control tokens such as <|im_end|> made harmless.
+5. control tokens such as <|im_end|> escaped.
 
-On 5: dataset/lm_dataset.py already encodes such names, wherever a person wrote them, as characters;
-here they are spelt with spaces besides, <| im_end |>, for other programs that read the file. Tags
-such as <think> stay, for they are part of what an assistant says.
+On 5: dataset/encoding.py already encodes such names, wherever a person wrote them, as characters;
+for other programs that read the file they are also spelt with spaces here, <| im_end |>. Tags such
+as <think> stay, since they are part of what an assistant says.
 """
 
 import json
@@ -25,8 +25,8 @@ import ftfy
 import numpy as np
 
 from dataset.encoding import Message
-from dataset.prepare.resumable import Done
-from dataset.prepare.sources import Raw, kind_of, to_row
+from dataset.prepare.resumable import ChunkResult
+from dataset.prepare.sources import RawRow, kind_of, to_row
 from dataset.prepare.words import hash_ngrams, hash_words, words_of
 from dataset.text import language_of
 from model.errors import UserError
@@ -37,14 +37,14 @@ REPAIR = ftfy.TextFixerConfig(
     unescape_html="auto",
 )
 REPLACEMENT = "\ufffd"
-MOST_DAMAGED = 1e-3  # share of characters that could not be decoded
+MAX_DAMAGED = 1e-3  # share of characters that could not be decoded
 INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff\ufff9-\ufffc\ufffe\uffff]")
 SPACES = re.compile("[\u00a0\u2000-\u200a\u202f\u205f]")
 END_OF_LINE = re.compile(r"[ \t\u3000]+$", re.MULTILINE)
 EMPTY_LINES = re.compile(r"\n{3,}")
 SIGN = re.compile(r"[^\w\s]|_")
 REPEATED_WORDS = 8  # words in the n-grams by which repetition is measured
-LONGEST_BOILERPLATE = 120  # characters
+MAX_BOILERPLATE_LINE = 120  # characters
 BOILERPLATE = re.compile(
     r"""(?ix)
     \ball\ rights\ reserved\b | ^\W*(copyright|\(c\)|©) | \b(uses?|accept)\ (all\ )?cookies\b
@@ -63,7 +63,7 @@ CONTROL = re.compile(r"<([|｜])\s*([\w▁ .-]{1,40}?)\s*\1>")
 
 @dataclass
 class Filters:
-    """What a row must be like to be kept."""
+    """The limits within which a row is kept."""
 
     min_chars: int
     max_chars: int
@@ -81,32 +81,32 @@ class Dropped(Exception):
 
 
 def repair(text: str) -> str:
-    """The text as its author meant it. Dropped if too much of it was lost in decoding."""
+    """Undo mojibake, remove invisible characters. Dropped if too much was lost in decoding."""
     if text.isascii() and "&" not in text and text.isprintable():
         return text.strip()
     text = ftfy.fix_text(text, REPAIR)
-    if text.count(REPLACEMENT) > max(1, MOST_DAMAGED * len(text)):  # one: where a text was cut off
+    if text.count(REPLACEMENT) > max(1, MAX_DAMAGED * len(text)):  # one: where a text was cut off
         raise Dropped("encoding: characters lost")
     text = SPACES.sub(" ", INVISIBLE.sub("", text).replace(REPLACEMENT, ""))
     return EMPTY_LINES.sub("\n\n", END_OF_LINE.sub("", text)).strip("\n ")
 
 
-def neutralise(text: str) -> str:
-    """Spell names of control tokens with spaces, <| im_end |>, so that no tokenizer takes them."""
+def escape_control_tokens(text: str) -> str:
+    """Spell control tokens with spaces, <| im_end |>, so that no tokenizer recognises them."""
     return CONTROL.sub(r"<\1 \2 \1>", text)
 
 
 def without_boilerplate(text: str) -> str:
-    """Without the lines of a web page that are about the page.
+    """Remove the lines of a web page that are about the page, not its content.
 
-    Only from texts of several lines: a single one, or a short poem, may be about copyright.
-    Dropped if less than half of the text stays.
+    Only from texts of at least three lines: a single line may be about copyright. Dropped if less
+    than half of the text stays.
     """
     lines = text.split("\n")
     if len(lines) < 3:
         return text
     kept = [
-        line for line in lines if len(line) > LONGEST_BOILERPLATE or not BOILERPLATE.search(line)
+        line for line in lines if len(line) > MAX_BOILERPLATE_LINE or not BOILERPLATE.search(line)
     ]
     if len(kept) == len(lines):
         return text
@@ -120,7 +120,7 @@ def without_boilerplate(text: str) -> str:
 
 
 def repetition(text: str) -> float:
-    """Share of a text that was there before: of its 8-word runs, or of the text of its lines.
+    """Share of a text that is repeated: of its 8-word n-grams, or of the characters of its lines.
 
     Texts of fewer than 16 words have 0, those of fewer than 4 lines are measured by words only.
     """
@@ -136,7 +136,7 @@ def repetition(text: str) -> float:
     return share
 
 
-def sign_share(text: str) -> float:
+def punctuation_share(text: str) -> float:
     """Share of the visible characters that are neither letters nor digits."""
     visible = len(text) - sum(map(str.isspace, text))
     return len(SIGN.findall(text)) / max(1, visible)
@@ -153,7 +153,7 @@ def check(text: str, filters: Filters) -> None:
         raise Dropped("language")
     if repetition(text) > filters.max_repetition:
         raise Dropped("repetition")
-    if sign_share(text) > filters.max_signs:
+    if punctuation_share(text) > filters.max_signs:
         raise Dropped("signs")
 
 
@@ -201,10 +201,10 @@ PERSONAL: list[tuple[str, re.Pattern, Callable[[str], bool]]] = [
 
 
 def mask_personal(text: str, counts: Counter) -> str:
-    """Put [email], [phone], [id number] and [card number] in their places, and count them.
+    """Replace them by [email], [phone], [id number] and [card number], and count them.
 
-    Numbers that can be checked are: an identity or card number whose check digit is wrong is some
-    other number. Names and addresses of people stay, for no rule finds them.
+    Check digits are verified: an identity or card number whose check digit is wrong is some other
+    number. Names and addresses of people stay, since no rule finds them.
     """
     if not any(map(str.isdigit, text)) and "@" not in text:
         return text
@@ -224,18 +224,18 @@ def masked(name: str, is_real: Callable[[str], bool], counts: Counter, found: re
 
 
 def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[str, Any]:
-    """The row as it is kept; `counts` gains what was changed. Dropped if it is not kept."""
+    """The cleaned row; changes are added to `counts`. Raises Dropped if it is not kept."""
 
     def clean(text: str) -> str:
         repaired = repair(text)
         counts["changed: repaired"] += repaired != text
-        return safe(repaired)
+        return mask_and_escape(repaired)
 
-    def safe(text: str) -> str:
+    def mask_and_escape(text: str) -> str:
         masked = mask_personal(text, counts) if filters.mask else text
-        harmless = neutralise(masked)
-        counts["changed: control tokens made harmless"] += harmless != masked
-        return harmless
+        escaped = escape_control_tokens(masked)
+        counts["changed: control tokens made harmless"] += escaped != masked
+        return escaped
 
     def clean_message(message: Message) -> Message:
         cleaned = dict(message)
@@ -244,7 +244,7 @@ def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[st
                 cleaned[name] = clean(message[name])
         for name in ("tools", "tool_calls"):  # JSON, perhaps in a string: only masked
             if message.get(name):
-                cleaned[name] = each_text(message[name], safe)
+                cleaned[name] = each_text(message[name], mask_and_escape)
         return cleaned
 
     if "text" in row:
@@ -253,7 +253,7 @@ def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[st
         plain = without_boilerplate(repaired)
         counts["changed: boilerplate removed"] += plain != repaired
         check(plain, filters)
-        return {**row, "text": safe(plain)}
+        return {**row, "text": mask_and_escape(plain)}
     names = [name for name in ("conversations", "chosen", "rejected") if name in row]
     cleaned = {**row, **{name: [clean_message(m) for m in row[name]] for name in names}}
     for name in names:
@@ -265,16 +265,17 @@ def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[st
     if "chosen" in row and cleaned["chosen"] == cleaned["rejected"]:
         raise Dropped("chosen is rejected")
     said = "\n".join(m.get("content") or "" for name in names for m in cleaned[name])
-    if "chosen" not in row:  # which says the prompt twice
+    if "chosen" not in row:
         check(said, filters)
     else:
         for name in names:
+            # each side alone: both together say the prompt twice, which would count as repetition
             check("\n".join(m.get("content") or "" for m in cleaned[name]), filters)
     return cleaned
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every string in it changed."""
+    """Apply `change` to every string in a JSON value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -285,7 +286,7 @@ def each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def flattened(row: dict[str, Any]) -> dict[str, Any]:
-    """A conversation as a text for pretraining: what was said, a paragraph a turn."""
+    """A conversation as a text for pretraining, a paragraph a turn."""
     if "text" in row:
         return row
     said = [m.get("content") or "" for m in row.get("conversations") or row["chosen"]]
@@ -294,14 +295,14 @@ def flattened(row: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Cleaner:
-    """A chunk of raw rows → JSON lines of those that are kept, and of those that are not."""
+    """A chunk of raw rows → JSON lines of the rows that are kept, and of those that are dropped."""
 
     filters: Filters
-    kind: str  # text, conversations or preference
+    kind: str  # text, conversations or preferences
     text_field: str = ""
     with_dropped: bool = False
 
-    def __call__(self, chunk: list[Raw]) -> Done:
+    def __call__(self, chunk: list[RawRow]) -> ChunkResult:
         kept, dropped, counts, examples = [], [], Counter(), {}
         for raw in chunk:
             counts["rows read"] += 1
@@ -320,9 +321,9 @@ class Cleaner:
             kept.append(as_line(row))
         counts["rows kept"] += len(kept)
         files = [kept, dropped] if self.with_dropped else [kept]
-        return Done(["".join(lines).encode() for lines in files], counts, examples)
+        return ChunkResult(["".join(lines).encode() for lines in files], counts, examples)
 
-    def read(self, raw: Raw) -> dict[str, Any]:
+    def read(self, raw: RawRow) -> dict[str, Any]:
         try:
             row = to_row(raw, self.text_field)
         except UserError as error:
@@ -335,7 +336,7 @@ class Cleaner:
         return row
 
 
-def shown(raw: Raw) -> str:
+def shown(raw: RawRow) -> str:
     text = raw.content if isinstance(raw.content, str) else json.dumps(raw.content, default=str)
     return text[:100].strip()
 

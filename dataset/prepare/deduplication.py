@@ -1,16 +1,16 @@
-"""Rows that were there before, or nearly, or that give away a benchmark's questions.
+"""Exact duplicates, near duplicates, and rows that contain a benchmark's questions.
 
-- exact: the same text but for white space and Unicode's spelling (NFC); the first row stays.
+- exact: the same text but for white space and Unicode normalisation (NFC); the first row stays.
 - near: a Jaccard similarity of the sets of 5-word runs of at least `threshold`, by MinHash (Broder
   1997; datasketch) and locality sensitive hashing: a signature of 128 minima is cut into bands of
-  rows, and rows that agree in a whole band are compared by their signatures. Similarity is carried
-  on along a chain, and of those that hang together the first stays. A Chinese character is a word.
-- evaluation: a run of 13 words (as in GPT-3, arXiv 2005.14165) that stands in an evaluation file
-  too; of a question of 8 to 12 words the whole of it, and a shorter one not at all.
+  rows, and rows that agree in a whole band are compared by their signatures. Similarity is taken
+  as transitive, and the first row of each connected component stays. A Chinese character is a word.
+- evaluation: a 13-gram of words (as in GPT-3, arXiv 2005.14165) that an evaluation file has too; of
+  a question of 8 to 12 words all of it, and a shorter one is not looked for.
 
-datasketch computes the signatures and chooses the bands; its index, which is a dict of all of
-them, takes kilobytes a row. Here signatures and bands are written to files, 0.6 kB a row, and one
-band at a time is sorted, so that about 80 bytes a row stand in memory, however long the rows are.
+datasketch computes the signatures and chooses the bands; its index, a dict of all of them, takes
+kilobytes a row. Here signatures and bands are written to files, 0.6 kB a row, and one band at a
+time is sorted, so that about 80 bytes a row are in memory, however long the rows are.
 """
 
 import json
@@ -29,24 +29,24 @@ from tqdm import tqdm
 
 from dataset.jsonl import parse_json
 from dataset.prepare.cleaning import as_line
-from dataset.prepare.resumable import Done
-from dataset.prepare.sources import Raw, read_raw, to_row, whole_text
+from dataset.prepare.resumable import ChunkResult
+from dataset.prepare.sources import RawRow, read_raw, to_row, whole_text
 from dataset.prepare.words import hash_ngrams, hash_words, words_of
 from model.errors import UserError
 
 SHINGLE = 5  # words
 SHORTEST_QUESTION = 8  # words
-# Bands that let few near duplicates slip: a wrong candidate only costs a comparison. At a threshold
-# of 0.8 and 128 minima they find 87% of what is 0.8 similar, and 99.9% of what is 0.9.
+# Bands that miss few near duplicates: a false candidate only costs a comparison. At a threshold of
+# 0.8 and 128 minima they find 87% of pairs of similarity 0.8, and 99.9% of those of 0.9.
 WEIGHTS = (0.1, 0.9)  # of false positives and false negatives
 KEPT, EXACT, NEAR, EVALUATION = range(4)
 REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate", EVALUATION: "in an evaluation file"}
-FEW = 10_000  # shingles that are hashed in one go: a table of num_perm times as many numbers
-BLOCK = 2**16  # rows of a file that are looked at in one go
+SHINGLES_PER_UPDATE = 10_000  # hashed at once, in a table of num_perm times as many numbers
+BLOCK = 2**16  # rows of a file that are processed at once
 
 
-def row_of(raw: Raw) -> dict:
-    """A row that is in MiniMind's formats already. UserError, with its place, if it is not."""
+def checked_row(raw: RawRow) -> dict:
+    """The row, which must be in one of MiniMind's formats. UserError, with its place, if not."""
     try:
         return to_row(raw)
     except UserError as error:
@@ -56,7 +56,7 @@ def row_of(raw: Raw) -> dict:
 
 
 def exact_key(text: str) -> bytes:
-    """16 bytes, the same for texts that differ in white space or in Unicode's spelling only."""
+    """16 bytes, the same for texts that differ only in white space or Unicode normalisation."""
     return blake2b(
         " ".join(unicodedata.normalize("NFC", text).split()).encode(), digest_size=16
     ).digest()
@@ -67,12 +67,12 @@ def exact_key(text: str) -> bytes:
 
 @dataclass
 class Questions:
-    """The n-grams of evaluation files: for each n, their hashes in order."""
+    """The n-grams of evaluation files: for each n, their sorted hashes."""
 
     ngrams: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def are_in(self, words: np.ndarray) -> bool:
-        """Whether a text with these hashed words holds one of them."""
+    def occur_in(self, words: np.ndarray) -> bool:
+        """Whether a text with these hashed words contains one of them."""
         for n, known in self.ngrams.items():
             here = hash_ngrams(words, n)
             at = np.searchsorted(known, here)
@@ -82,13 +82,13 @@ class Questions:
 
 
 def read_questions(files: list[Path], overlap: int = 13) -> Questions:
-    """All texts in evaluation files of any format: each string of each row is one.
+    """The n-grams of all texts in evaluation files of any format: each string of each row is one.
 
     Args:
-        overlap: words in the runs by which they are recognised.
+        overlap: n, of the n-grams by which a text is recognised.
 
     Raises:
-        UserError: a file holds no text that is long enough to be recognised.
+        UserError: a file has no text that is long enough to be recognised.
     """
     found: dict[int, list[np.ndarray]] = {}
     for path in files:
@@ -117,7 +117,7 @@ def strings_in(value: object) -> Iterator[str]:
 
 @dataclass
 class Signer:
-    """A chunk of rows → the files that deduplication works on, a record of fixed size a row."""
+    """A chunk of rows → a record of fixed size per row in each of `Signatures`' files."""
 
     threshold: float
     num_perm: int
@@ -126,12 +126,12 @@ class Signer:
     def __post_init__(self) -> None:
         lsh = MinHashLSH(self.threshold, self.num_perm, WEIGHTS)
         self.bands, self.rows = lsh.b, lsh.r  # as many bands, of as many rows each
-        self.empty = MinHash(self.num_perm, hashfunc=int)  # words are hashed already
+        self.empty = MinHash(self.num_perm, hashfunc=int)  # words are already hashed
 
-    def __call__(self, chunk: list[Raw]) -> Done:
-        texts = [whole_text(row_of(raw)) for raw in chunk]
+    def __call__(self, chunk: list[RawRow]) -> ChunkResult:
+        texts = [whole_text(checked_row(raw)) for raw in chunk]
         words = [hash_words(words_of(text)) for text in texts]
-        leaks = np.array([self.questions.are_in(some) for some in words], np.uint8)
+        leaks = np.array([self.questions.occur_in(some) for some in words], np.uint8)
         signatures = np.stack([self.signature(some) for some in words])
         keys = b"".join(map(exact_key, texts))
         outputs = [
@@ -140,14 +140,14 @@ class Signer:
             signatures.tobytes(),
             self.band_keys(signatures).tobytes(),
         ]
-        return Done(outputs, Counter({"rows read": len(chunk)}))
+        return ChunkResult(outputs, Counter({"rows read": len(chunk)}))
 
     def signature(self, words: np.ndarray) -> np.ndarray:
-        """[num_perm] uint32; all ones for a text too short to be nearly another."""
+        """[num_perm] uint32; all ones, no signature, for a text of fewer than SHINGLE words."""
         minhash = self.empty.copy()
         ngrams = np.unique(hash_ngrams(words, SHINGLE) >> np.uint64(32))
-        for begin in range(0, len(ngrams), FEW):
-            minhash.update_batch(ngrams[begin : begin + FEW].tolist())
+        for begin in range(0, len(ngrams), SHINGLES_PER_UPDATE):
+            minhash.update_batch(ngrams[begin : begin + SHINGLES_PER_UPDATE].tolist())
         return minhash.hashvalues
 
     def band_keys(self, signatures: np.ndarray) -> np.ndarray:
@@ -160,8 +160,8 @@ class Signer:
 
 
 @dataclass
-class Signed:
-    """What a Signer wrote, on disk."""
+class Signatures:
+    """The files that a Signer wrote, and what follows from them."""
 
     folder: Path
     threshold: float
@@ -175,7 +175,7 @@ class Signed:
         return (self.folder / "leaks").stat().st_size
 
     def band(self, number: int) -> np.ndarray:
-        """[rows] uint64: a column of the file, read in blocks."""
+        """[rows] uint64: the keys of one band, a column of the file, read in blocks."""
         column = np.empty(len(self), np.uint64)
         with open(self.folder / "bands", "rb") as file:
             for begin in range(0, len(self), BLOCK):
@@ -183,35 +183,35 @@ class Signed:
                 column[begin : begin + len(block)] = block[:, number]
         return column
 
-    def verdicts(self, near: bool = True) -> np.ndarray:
-        """[rows] uint8: KEPT, EXACT, NEAR (looked for if `near`) or EVALUATION."""
-        verdict = np.where(np.fromfile(self.folder / "leaks", np.uint8) > 0, EVALUATION, KEPT)
-        verdict = verdict.astype(np.uint8)
-        self.find_exact(verdict)
+    def decide(self, near: bool = True) -> np.ndarray:
+        """[rows] uint8: KEPT, EXACT, NEAR (only if `near`) or EVALUATION."""
+        decision = np.where(np.fromfile(self.folder / "leaks", np.uint8) > 0, EVALUATION, KEPT)
+        decision = decision.astype(np.uint8)
+        self.find_exact(decision)
         if near:
-            self.find_near(verdict)
-        return verdict
+            self.find_near(decision)
+        return decision
 
-    def find_exact(self, verdict: np.ndarray) -> None:
+    def find_exact(self, decision: np.ndarray) -> None:
         """Mark all but the first row of each key, among those that are kept."""
         keys = np.fromfile(self.folder / "keys", "V16").view("<u8").reshape(-1, 2)
-        rows = np.flatnonzero(verdict == KEPT)
+        rows = np.flatnonzero(decision == KEPT)
         order = rows[np.lexsort((rows, keys[rows, 1], keys[rows, 0]))]
         again = (keys[order[1:]] == keys[order[:-1]]).all(1)
-        verdict[order[1:][again]] = EXACT
+        decision[order[1:][again]] = EXACT
 
-    def find_near(self, verdict: np.ndarray) -> None:
+    def find_near(self, decision: np.ndarray) -> None:
         """Mark all but the first row of each group of near duplicates, among those kept."""
         if not len(self):
             return
-        rows = np.flatnonzero(verdict == KEPT)
-        group = np.arange(len(self), dtype=np.int32)  # the first row that each hangs together with
+        rows = np.flatnonzero(decision == KEPT)
+        group = np.arange(len(self), dtype=np.int32)  # first row of the component of each row
         signatures = np.memmap(
             self.folder / "signatures", np.uint32, "r", shape=(len(self), self.num_perm)
         )
         for number in tqdm(range(self.bands), desc="comparing bands", leave=False):
             keys = self.band(number)[rows]
-            order = np.argsort(keys, kind="stable")  # so that rows of a bucket stay in order
+            order = np.argsort(keys, kind="stable")  # rows of a bucket stay in order
             keys = keys[order]
             edges = np.flatnonzero(np.diff(keys, prepend=~keys[:1], append=~keys[-1:]))
             sizes = np.diff(edges)
@@ -220,15 +220,15 @@ class Signed:
                 if keys[begin]:
                     bucket = rows[order[begin : begin + size]]
                     pairs += self.similar(bucket, signatures, group)
-            group = joined(group, pairs)
-        verdict[rows[group[rows] != rows]] = NEAR
+            group = merge_components(group, pairs)
+        decision[rows[group[rows] != rows]] = NEAR
 
     def similar(
         self, bucket: np.ndarray, signatures: np.ndarray, group: np.ndarray
     ) -> list[np.ndarray]:
-        """[2, …] pairs of rows of a bucket, which join what hangs together.
+        """[2, …] pairs of similar rows of a bucket, enough to connect its components.
 
-        Each row is compared with those that no earlier one has reached: once where all are alike.
+        Each row is compared with those not yet reached: only once each, if all are similar.
         """
         pairs, reached = [], []
         while len(bucket):
@@ -245,8 +245,8 @@ class Signed:
         return pairs
 
 
-def joined(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
-    """[rows] the first row of each row's group, after the groups of each pair are one."""
+def merge_components(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
+    """[rows] the first row of each row's component, the components of each pair merged."""
     if not pairs:
         return group
     left, right = group[np.concatenate(pairs, 1)]
@@ -258,25 +258,25 @@ def joined(group: np.ndarray, pairs: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass
-class Selected:
-    """A chunk of (row, verdict) → the lines of the rows that are kept, as they were."""
+class Selector:
+    """A chunk of (row, decision) → the unchanged lines of the rows that are kept."""
 
     with_dropped: bool = False
 
-    def __call__(self, chunk: list[tuple[Raw, int]]) -> Done:
+    def __call__(self, chunk: list[tuple[RawRow, int]]) -> ChunkResult:
         kept, dropped, counts, examples = [], [], Counter(), {}
-        for raw, verdict in chunk:
+        for raw, decision in chunk:
             line = raw.content if raw.content.endswith("\n") else raw.content + "\n"
             counts["rows read"] += 1
-            if verdict == KEPT:
+            if decision == KEPT:
                 kept.append(line)
                 continue
-            name = f"dropped: {REASONS[verdict]}"
+            name = f"dropped: {REASONS[decision]}"
             counts[name] += 1
             examples.setdefault(name, []).append(f"{raw.place()}: {line[:100].strip()}")
             if self.with_dropped:
-                about = {"file": raw.path, "number": raw.number, "reason": REASONS[verdict]}
+                about = {"file": raw.path, "number": raw.number, "reason": REASONS[decision]}
                 dropped.append(as_line({**about, "row": json.loads(line)}))
         counts["rows kept"] += len(kept)
         files = [kept, dropped] if self.with_dropped else [kept]
-        return Done(["".join(lines).encode() for lines in files], counts, examples)
+        return ChunkResult(["".join(lines).encode() for lines in files], counts, examples)

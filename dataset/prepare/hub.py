@@ -1,7 +1,7 @@
-"""Files of the hubs of models and data: downloaded, resumed, and checked by size and hash.
+"""Downloads from Hugging Face and ModelScope: resumed, and checked by size and hash.
 
-A file arrives as `.{name}.partial` and gets its name when its size and hash are what the hub says,
-so that what is there is whole. Of a file that is partly there only the rest is fetched.
+A file is downloaded as `.{name}.partial` and renamed when its size and hash are what the hub says,
+so that a file with its final name is complete. A partial download is resumed.
 """
 
 import hashlib
@@ -59,18 +59,18 @@ HUBS = ("huggingface", "modelscope")
 
 @dataclass
 class Remote:
-    """A file on a hub, and what it must be when it is here."""
+    """A file on a hub, with the size and hash that the download must have."""
 
     name: str
     size: int | None
     sha256: str = ""
-    git_hash: str = ""  # of a small file, that git itself holds
+    git_hash: str = ""  # of a small file, which is in git itself and not in LFS
 
     def checked_by(self) -> str:
         return "sha256" if self.sha256 else "git hash" if self.git_hash else "size"
 
     def hash_of(self, path: Path) -> str:
-        """The hash of a local file of the kind that the hub knows."""
+        """The hash of a local file, of the type that the hub gives."""
         digest = hashlib.sha256() if self.sha256 else hashlib.sha1()
         if not self.sha256:
             digest.update(f"blob {path.stat().st_size}\0".encode())  # as git hashes a file
@@ -80,7 +80,7 @@ class Remote:
         return digest.hexdigest()
 
     def check(self, path: Path) -> str:
-        """Why the file is not what the hub has, or ""."""
+        """What is wrong with a local file, or ""."""
         if self.size is not None and path.stat().st_size != self.size:
             return f"has {path.stat().st_size:,} bytes instead of {self.size:,}"
         known = self.sha256 or self.git_hash
@@ -91,7 +91,7 @@ class Remote:
 
 @contextmanager
 def plain_errors(where: str, repo: str) -> Iterator[None]:
-    """What a hub and the network complain of, as one sentence."""
+    """Errors of a hub and of the network as one sentence."""
     try:
         yield
     except RevisionNotFoundError as error:
@@ -115,8 +115,8 @@ def plain_errors(where: str, repo: str) -> Iterator[None]:
         ) from error
 
 
-class HuggingFace:
-    """A repository on Hugging Face, or on whatever speaks its language at `endpoint`."""
+class HuggingFaceRepo:
+    """A repository on Hugging Face, or on a mirror with its API at `endpoint`."""
 
     def __init__(self, repo: str, repo_type: str, revision: str, endpoint: str):
         self.api = HfApi(endpoint=endpoint or None)
@@ -140,7 +140,7 @@ class HuggingFace:
         ]
 
     def fetch(self, remote: Remote, partial: Path) -> None:
-        """Append to `partial` what it does not hold yet."""
+        """Append the rest of the file to `partial`."""
         url = hf_hub_url(
             self.repo,
             remote.name,
@@ -149,7 +149,7 @@ class HuggingFace:
             endpoint=self.where,
         )
         there = partial.stat().st_size if partial.exists() else 0
-        # Compressed on the way, a part of a file could not be asked for.
+        # a range of a compressed response would not be a range of the file
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         with plain_errors(self.where, self.repo), open(partial, "ab") as file:
             http_get(
@@ -162,7 +162,7 @@ class HuggingFace:
             )
 
 
-class ModelScope:
+class ModelScopeRepo:
     """A repository on ModelScope, through its own package, which resumes by itself."""
 
     def __init__(self, repo: str, repo_type: str, revision: str, endpoint: str):
@@ -191,7 +191,7 @@ class ModelScope:
         ]
 
     def fetch(self, remote: Remote, partial: Path) -> None:
-        folder = partial.parent / ".modelscope"  # where it keeps what it has of a file
+        folder = partial.parent / ".modelscope"  # its own partial downloads
         with self.errors():
             path = self.download(
                 self.repo, remote.name, revision=self.revision, local_dir=str(folder)
@@ -201,7 +201,7 @@ class ModelScope:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Its errors are of many kinds, and those of the network are OSErrors."""
+        """Its errors have many types, and those of the network are OSErrors."""
         try:
             yield
         except UserError:
@@ -216,16 +216,16 @@ class ModelScope:
 
 def open_repo(
     hub: str, repo: str, repo_type: str, revision: str = "", endpoint: str = ""
-) -> HuggingFace | ModelScope:
-    kind = ModelScope if hub == "modelscope" else HuggingFace
+) -> HuggingFaceRepo | ModelScopeRepo:
+    kind = ModelScopeRepo if hub == "modelscope" else HuggingFaceRepo
     return kind(repo, repo_type, revision, endpoint)
 
 
 def choose(remotes: list[Remote], names: list[str], repo: str) -> list[Remote]:
-    """The files of these names (or patterns such as *.json); all if there are none.
+    """The files with these names (or patterns such as *.json); all if there are none.
 
     Raises:
-        UserError: one is not there; the sentence says what is.
+        UserError: one does not exist; the message lists those that do.
     """
     if not names:
         return [file for file in remotes if not file.name.startswith(".git")]
@@ -239,8 +239,10 @@ def choose(remotes: list[Remote], names: list[str], repo: str) -> list[Remote]:
     return chosen
 
 
-def download(repo: HuggingFace | ModelScope, remote: Remote, folder: Path) -> tuple[Path, bool]:
-    """The file in `folder`, and whether it had to be fetched.
+def download(
+    repo: HuggingFaceRepo | ModelScopeRepo, remote: Remote, folder: Path
+) -> tuple[Path, bool]:
+    """Path of the file in `folder`, and whether it was downloaded now.
 
     Raises:
         UserError: the network fails, or the file is damaged and was removed.

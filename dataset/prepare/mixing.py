@@ -1,8 +1,8 @@
-"""Several files → one in an order of its own: weighted, split, and by length if wished.
+"""Several files → one shuffled file: weighted, split, and sorted by length if asked for.
 
-What is decided about a row follows from a hash of its text, so that the same row is on the same
-side of a split in every mixture, and with it all its copies. The order is that of another hash,
-which the seed changes. Of each row some 30 bytes stand in memory; the rows stay on disk.
+Which split a row belongs to follows from a hash of its text, so that a text and all its copies are
+on the same side in every mixture. The order is that of another hash, which depends on the seed.
+About 30 bytes a row are in memory; the rows stay on disk.
 """
 
 import shutil
@@ -15,15 +15,15 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.jsonl import decode, error_at, open_data, read_lines
-from dataset.prepare.deduplication import exact_key, row_of
-from dataset.prepare.resumable import Done
-from dataset.prepare.sources import Raw, whole_text
+from dataset.prepare.deduplication import checked_row, exact_key
+from dataset.prepare.resumable import ChunkResult
+from dataset.prepare.sources import RawRow, whole_text
 from model.errors import UserError
 
 
 @dataclass
 class Index:
-    """Where the rows of all files begin, how long they are, and a hash of each."""
+    """Position, size and hash of the rows of all files."""
 
     files: list[Path]  # of plain JSON lines
     names: list[str]  # as the user knows them
@@ -36,8 +36,8 @@ class Index:
         return len(self.key)
 
 
-def unpacked(files: list[Path], folder: Path) -> list[Path]:
-    """The files themselves, or what is in them where they are compressed, in `folder`."""
+def decompressed(files: list[Path], folder: Path) -> list[Path]:
+    """The files, those that are .gz decompressed into `folder`."""
     plain = []
     for number, path in enumerate(files):
         if path.suffix == ".gz":
@@ -51,10 +51,10 @@ def unpacked(files: list[Path], folder: Path) -> list[Path]:
 
 
 def index_rows(files: list[Path], given: list[Path]) -> Index:
-    """Look at every row once. UserError for a line that is no row of MiniMind's formats.
+    """Read every row once. UserError for a line that is no row of MiniMind's formats.
 
     Args:
-        files: of plain JSON lines, made from those that were `given`.
+        files: plain JSON lines, decompressed from the `given` files.
     """
     names = [path.name for path in given]
     columns: list[tuple[int, int, int, int]] = []
@@ -74,7 +74,7 @@ def index_rows(files: list[Path], given: list[Path]) -> Index:
                 if line.strip():
                     with error_at(given[number], at):
                         text = decode(line)
-                    row = row_of(Raw(str(given[number]), at, text, is_json=True))
+                    row = checked_row(RawRow(str(given[number]), at, text, is_json=True))
                     key = int.from_bytes(exact_key(whole_text(row))[:8], "little")
                     columns.append((number, start, len(line), key))
                 start += len(line)
@@ -87,8 +87,8 @@ def index_rows(files: list[Path], given: list[Path]) -> Index:
     return Index(files, names, *(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def spread(key: np.ndarray, purpose: str) -> np.ndarray:
-    """[rows] float64 in [0, 1): another number for each purpose from the same hash."""
+def uniform_hash(key: np.ndarray, purpose: str) -> np.ndarray:
+    """[rows] float64 in [0, 1): numbers that depend on the hash and the purpose alone."""
     salt = np.uint64(int.from_bytes(blake2b(purpose.encode(), digest_size=8).digest(), "little"))
     mixed = key ^ salt
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
@@ -96,13 +96,15 @@ def spread(key: np.ndarray, purpose: str) -> np.ndarray:
     return (mixed >> np.uint64(11)) / 2.0**53
 
 
-def copies(index: Index, weights: list[float], size: float, most: float) -> np.ndarray:
-    """[rows] how often each row comes.
+def repeats_of_rows(
+    index: Index, weights: list[float], size: float, max_repeat: float
+) -> np.ndarray:
+    """[rows] how often each row is repeated.
 
     Args:
-        weights: of the files: their shares of the output's bytes; none: every row once.
+        weights: of the files, as shares of the output's bytes; none: every row once.
         size: bytes of the output; 0: as many as fill the shares without repeating a row.
-        most: how often a row may come at most.
+        max_repeat: how often a row may be repeated.
 
     Raises:
         UserError: a file is too small for its share.
@@ -117,18 +119,18 @@ def copies(index: Index, weights: list[float], size: float, most: float) -> np.n
         size = min(h / s for h, s in zip(held, shares, strict=True) if s)
     repeats = np.divide(shares * size, held, out=np.zeros(len(held)), where=held > 0)
     for name, repeat in zip(index.names, repeats, strict=True):
-        if repeat > most + 1e-9:
+        if repeat > max_repeat + 1e-9:
             raise UserError(
                 f"{name} would have to be repeated {repeat:.1f} times; give it less --weight, "
-                f"a smaller --megabytes, or raise --max_repeat {most:g}"
+                f"a smaller --megabytes, or raise --max_repeat {max_repeat:g}"
             )
     wanted = repeats[index.file]
     whole = np.floor(wanted + 1e-9)
-    # the part of a file that comes once more is chosen by each row's hash and its exact size
+    # the rows of a file that are repeated once more are chosen by hash, up to the exact size
     more = np.zeros(len(index), bool)
     for number in range(len(index.files)):
         rows = np.flatnonzero(index.file == number)
-        rows = rows[np.argsort(spread(index.key[rows], "part"), kind="stable")]
+        rows = rows[np.argsort(uniform_hash(index.key[rows], "part"), kind="stable")]
         bytes_wanted = shares[number] * size - (whole[rows] * index.size[rows]).sum()
         more[rows] = np.cumsum(index.size[rows]) <= bytes_wanted + 0.5
     return (whole + more).astype(np.int64)
@@ -145,18 +147,18 @@ class Plan:
 def plan(
     index: Index, times: np.ndarray, val_share: float, stages: int, order: str, seed: int
 ) -> Plan:
-    """Which rows go where.
+    """Which rows go into which output.
 
     Args:
-        times: [rows] how often each comes.
+        times: [rows] how often each is repeated.
         val_share: share of the texts that is held out, each once.
-        stages: outputs, of about as many bytes each; several: from short rows to long ones.
+        stages: number of outputs, of about equal bytes; several: from short rows to long ones.
         order: "shuffled", "length" (short rows first) or "kept" (as in the files).
     """
-    held_out = spread(index.key, "held out") < val_share
+    held_out = uniform_hash(index.key, "held out") < val_share
     rows = np.repeat(np.arange(len(index)), np.where(held_out, 0, times))
     copy = np.arange(len(rows)) - np.searchsorted(rows, rows)  # which copy of its row
-    place = spread(index.key[rows] + copy.astype(np.uint64), f"order {seed}")
+    place = uniform_hash(index.key[rows] + copy.astype(np.uint64), f"order {seed}")
     by = {
         "shuffled": lambda: np.argsort(place, kind="stable"),
         "length": lambda: np.lexsort((place, index.size[rows])),
@@ -177,13 +179,13 @@ def plan(
 
 
 @dataclass
-class Reader:
+class LineReader:
     """A chunk of rows of the index → their lines."""
 
     files: list[Path]
     names: list[str]
 
-    def __call__(self, chunk: list[tuple[int, int, int]]) -> Done:
+    def __call__(self, chunk: list[tuple[int, int, int]]) -> ChunkResult:
         lines, opened = [], {}
         try:
             for number, start, size in chunk:
@@ -197,10 +199,10 @@ class Reader:
                 file.close()
         counts = Counter(f"rows of {self.names[number]}" for number, *_ in chunk)
         counts["rows"] = len(chunk)
-        return Done([b"".join(lines)], counts)
+        return ChunkResult([b"".join(lines)], counts)
 
 
-def rows_at(index: Index, rows: np.ndarray):
+def positions(index: Index, rows: np.ndarray):
     """(file, start, size) of each."""
     for begin in range(0, len(rows), 50_000):
         some = rows[begin : begin + 50_000]

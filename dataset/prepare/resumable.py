@@ -1,10 +1,10 @@
-"""Work over many rows that may be stopped at any moment and goes on from there later.
+"""Processing of many rows that may be stopped at any moment and resumed later.
 
-Rows come in chunks; a function turns each chunk into bytes, in several processes; the bytes are
-appended to the outputs in the chunks' order. Every few seconds the outputs are flushed to disk and
-a small file beside them notes how many chunks they hold, and how long they are. A later run with
-the same inputs and settings cuts off what was written after that and goes on with the next chunk,
-so that a run that was killed and one that was not leave the same bytes.
+A function turns each chunk of rows into bytes, in several processes, and the bytes are appended to
+the outputs in the order of the chunks. Every few seconds the outputs are flushed to disk and a
+progress file records how many chunks they hold and how long they are. A later run with the same
+inputs and settings truncates the outputs to that length and continues with the next chunk, so that
+a run that was killed and one that was not write the same bytes.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ HASH_BLOCK = 2**20
 
 
 @dataclass
-class Done:
-    """What came of a chunk: the bytes for each output, what was counted, and some examples."""
+class ChunkResult:
+    """The bytes of a chunk for each output, its counts, and some examples."""
 
     outputs: list[bytes]
     counts: Counter = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class Done:
 
 @dataclass
 class Progress:
-    """How far the outputs are, as the file beside them says."""
+    """How far the outputs are written, as the progress file says."""
 
     key: str
     chunks: int = 0
@@ -51,59 +51,61 @@ class Progress:
     examples: dict[str, list[str]] = field(default_factory=dict)
     finished: bool = False
 
-    def add(self, done: Done, most_examples: int = 3) -> None:
+    def add(self, result: ChunkResult, max_examples: int = 3) -> None:
         self.chunks += 1
-        self.sizes = [size + len(more) for size, more in zip(self.sizes, done.outputs, strict=True)]
-        for name, count in done.counts.items():
+        self.sizes = [
+            size + len(more) for size, more in zip(self.sizes, result.outputs, strict=True)
+        ]
+        for name, count in result.counts.items():
             self.counts[name] = self.counts.get(name, 0) + count
-        for name, some in done.examples.items():
+        for name, some in result.examples.items():
             known = self.examples.setdefault(name, [])
-            known += some[: most_examples - len(known)]
+            known += some[: max_examples - len(known)]
 
 
 def process(
     chunks: Iterable[Any],
-    work: Callable[[Any], Done],
+    work: Callable[[Any], ChunkResult],
     outputs: list[Path],
-    note: Path,
+    progress_file: Path,
     key: Any,
     workers: int = 1,
 ) -> Progress:
-    """Run `work` over `chunks` and append what it gives to `outputs`, or go on doing so.
+    """Apply `work` to `chunks` and append its results to `outputs`, or continue a stopped run.
 
     Args:
         chunks: the same ones in the same order in every run.
         work: called in other processes if there are several workers, so it must be picklable.
-        note: the file that remembers how far it is. It stays, and says when all is finished.
-        key: what the outputs depend on; with another key the work begins from its start.
+        progress_file: stays after the end, and then says that all is finished.
+        key: what the outputs depend on; with another key the work starts from the beginning.
 
     Raises:
         UserError: the outputs cannot be written, or a chunk is wrong.
     """
     digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:24]
     partial = [path.with_name(f".{path.name}.partial") for path in outputs]
-    progress = read_progress(note, digest, partial)
+    progress = read_progress(progress_file, digest, partial)
     if progress.finished and all(path.exists() for path in outputs):
         return progress
     try:
-        note.parent.mkdir(parents=True, exist_ok=True)
+        progress_file.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             files = [stack.enter_context(open(path, "ab")) for path in partial]
             progress.sizes = progress.sizes or [0] * len(files)
             for file, size in zip(files, progress.sizes, strict=True):
                 file.truncate(size)
             saved = time.monotonic()
-            for done in map_chunks(islice(chunks, progress.chunks, None), work, workers):
-                for file, content in zip(files, done.outputs, strict=True):
+            for result in map_chunks(islice(chunks, progress.chunks, None), work, workers):
+                for file, content in zip(files, result.outputs, strict=True):
                     file.write(content)
-                progress.add(done)
+                progress.add(result)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     flush(files)
-                    write_json(note, vars(progress))
+                    write_json(progress_file, vars(progress))
                     saved = time.monotonic()
             flush(files)
         progress.finished = True
-        write_json(note, vars(progress))
+        write_json(progress_file, vars(progress))
         for path, written in zip(outputs, partial, strict=True):
             os.replace(written, path)
     except OSError as error:
@@ -112,10 +114,10 @@ def process(
     return progress
 
 
-def read_progress(note: Path, key: str, partial: list[Path]) -> Progress:
-    """What the note says, if it is of the same work and the files hold what it says."""
+def read_progress(progress_file: Path, key: str, partial: list[Path]) -> Progress:
+    """The recorded progress, if it is of the same work and the files are as long as it says."""
     with suppress(OSError, ValueError, TypeError):
-        progress = Progress(**json.loads(note.read_text(encoding="utf-8")))
+        progress = Progress(**json.loads(progress_file.read_text(encoding="utf-8")))
         whole = progress.finished or all(
             path.stat().st_size >= size for path, size in zip(partial, progress.sizes, strict=True)
         )
@@ -140,16 +142,20 @@ def flush(files: list[Any]) -> None:
         os.fsync(file.fileno())
 
 
-def map_chunks(chunks: Iterable[Any], work: Callable[[Any], Done], workers: int) -> Iterator[Done]:
-    """work(chunk) for each chunk in order; some chunks at a time stand in memory."""
+def map_chunks(
+    chunks: Iterable[Any], work: Callable[[Any], ChunkResult], workers: int
+) -> Iterator[ChunkResult]:
+    """work(chunk) for each chunk in order, with a few chunks at a time in memory."""
     if workers <= 1:
         yield from map(work, chunks)
         return
-    with ProcessPoolExecutor(workers, initializer=start, initargs=(work, os.getpid())) as pool:
+    with ProcessPoolExecutor(
+        workers, initializer=start_worker, initargs=(work, os.getpid())
+    ) as pool:
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(run, chunk))
+                waiting.append(pool.submit(run_in_worker, chunk))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
@@ -160,16 +166,16 @@ def map_chunks(chunks: Iterable[Any], work: Callable[[Any], Done], workers: int)
             pool.shutdown(cancel_futures=True)
 
 
-def start(work: Callable[[Any], Done], parent: int) -> None:
-    global worker_runs  # sent once to each process, not with every chunk
-    worker_runs = work
+def start_worker(work: Callable[[Any], ChunkResult], parent: int) -> None:
+    global worker_function  # sent once to each process, not with every chunk
+    worker_function = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def run(chunk: Any) -> Done:
-    return worker_runs(chunk)
+def run_in_worker(chunk: Any) -> ChunkResult:
+    return worker_function(chunk)
 
 
 # -- chunks and hashes -----------------------------------------------------------------------------
@@ -188,8 +194,8 @@ def in_chunks(rows: Iterable[Any], size_of: Callable[[Any], int], most_rows: int
         yield chunk
 
 
-def seen(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """What tells that a file is still the same: its name, size and time of change."""
+def stamps_of(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file, by which a changed file is recognised."""
     return [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
 

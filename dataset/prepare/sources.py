@@ -1,7 +1,7 @@
-"""Files as people have them → the rows of MiniMind's formats.
+"""Files in common formats → rows in MiniMind's formats.
 
-Read are plain text, JSON lines, JSON lists, CSV, TSV and Parquet, each but Parquet also as .gz.
-What a row is follows from its fields:
+Plain text, JSON lines, JSON lists, CSV, TSV and Parquet are read, all but Parquet also as .gz. The
+fields of a row decide what it is:
 
 | fields | is | becomes |
 |---|---|---|
@@ -10,7 +10,7 @@ What a row is follows from its fields:
 | messages of role/content | OpenAI | {"conversations"} |
 | instruction, input, output, system, history | Alpaca | {"conversations"} |
 | prompt and response or completion, question and answer | a pair | {"conversations"} |
-| chosen and rejected, as messages or as text with a prompt | preference | {"chosen", "rejected"} |
+| chosen and rejected, as messages or as text with a prompt | preferences | {"chosen", "rejected"} |
 """
 
 import codecs
@@ -34,7 +34,7 @@ from model.errors import UserError
 
 SAMPLE = 2**20  # bytes from which an encoding is guessed
 TEXT_FIELDS = ("text", "content", "raw_content")
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
+QUESTION_ANSWER_FIELDS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"))
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -50,8 +50,8 @@ SHAREGPT_ROLES = {
 
 
 @dataclass(slots=True)
-class Raw:
-    """A row as it stands in a file: a line of JSON, a text, or the fields of a table."""
+class RawRow:
+    """A row as a file has it: a line of JSON, a text, or the fields of a table."""
 
     path: str
     number: int  # of the line or row, from 1
@@ -82,12 +82,12 @@ def check_input(paths: list[str]) -> list[Path]:
 
 def read_raw(
     files: list[Path], encoding: str = "", per_document: str = "file", about: str = "reading"
-) -> Iterator[Raw]:
-    """All rows of all files, one after the other, with a progress bar in bytes.
+) -> Iterator[RawRow]:
+    """All rows of all files, with a progress bar in bytes.
 
     Args:
-        encoding: of text, JSON and CSV; "": UTF-8, or what the beginning of the file looks like.
-        per_document: what is one document of a plain text: its "file", "paragraph" or "line".
+        encoding: of text, JSON and CSV; "": detected from the beginning of the file.
+        per_document: unit of a plain text that is one document: "file", "paragraph" or "line".
 
     Raises:
         UserError: a file is damaged, or is not what its name says.
@@ -110,14 +110,14 @@ def read_raw(
             done += path.stat().st_size
 
 
-def rows_of(path: Path, file: BinaryIO, encoding: str, per_document: str) -> Iterator[Raw]:
+def rows_of(path: Path, file: BinaryIO, encoding: str, per_document: str) -> Iterator[RawRow]:
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind == ".parquet":
         number = 0
         for batch in pq.ParquetFile(file).iter_batches(batch_size=500):
             for row in batch.to_pylist():
                 number += 1
-                yield Raw(str(path), number, row)
+                yield RawRow(str(path), number, row)
         return
     text = io.TextIOWrapper(
         file, encoding=encoding or detect_encoding(path), errors="replace", newline=""
@@ -125,22 +125,22 @@ def rows_of(path: Path, file: BinaryIO, encoding: str, per_document: str) -> Ite
     if kind in (".jsonl", ".ndjson"):
         for number, line in enumerate(text, start=1):
             if line.strip():
-                yield Raw(str(path), number, line, is_json=True)
+                yield RawRow(str(path), number, line, is_json=True)
     elif kind == ".json":
         for number, row in enumerate(json_list(path, text.read()), start=1):
-            yield Raw(str(path), number, row)
+            yield RawRow(str(path), number, row)
     elif kind in (".csv", ".tsv"):
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         table = csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")
         for number, row in enumerate(table, start=2):
-            yield Raw(str(path), number, {k: v for k, v in row.items() if k and v is not None})
+            yield RawRow(str(path), number, {k: v for k, v in row.items() if k and v is not None})
     else:
         for number, document in documents_of(text, per_document):
-            yield Raw(str(path), number, document)
+            yield RawRow(str(path), number, document)
 
 
 def json_list(path: Path, text: str) -> list[Any]:
-    """The rows of a .json file, which is a list (and is in memory as a whole) or JSON lines."""
+    """The rows of a .json file that is a list, which is read into memory as a whole."""
     try:
         rows = json.loads(text)
     except ValueError as error:
@@ -168,9 +168,9 @@ def documents_of(lines: Iterator[str], per_document: str) -> Iterator[tuple[int,
 
 
 def detect_encoding(path: Path) -> str:
-    """UTF-8 if the beginning of the file is, UTF-16 with a mark, else what it looks like.
+    """UTF-8 if the beginning of the file is, UTF-16 with a byte order mark, else a guess.
 
-    GB18030 stands for its subsets GB2312 and GBK, as a browser does it.
+    GB18030 replaces its subsets GB2312 and GBK, as in browsers.
     """
     with open_data(path) as (_, file):
         sample = file.read(SAMPLE)
@@ -190,11 +190,11 @@ def detect_encoding(path: Path) -> str:
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def to_row(raw: Raw, text_field: str = "") -> dict[str, Any]:
-    """A row of MiniMind's formats. UserError if it is none that is known.
+def to_row(raw: RawRow, text_field: str = "") -> dict[str, Any]:
+    """The row in one of MiniMind's formats. UserError if its format is unknown.
 
     Args:
-        text_field: the field that holds the text, where it has a name of its own.
+        text_field: the field that holds the text, where it is none of TEXT_FIELDS.
     """
     fields = parse_json(raw.content) if raw.is_json else raw.content
     if isinstance(fields, str):
@@ -206,14 +206,14 @@ def to_row(raw: Raw, text_field: str = "") -> dict[str, Any]:
             raise UserError(f"has no text in {text_field!r}")
         return {"text": fields[text_field]}
     if fields.get("chosen") is not None and fields.get("rejected") is not None:
-        return preference(fields)
+        return preferences(fields)
     for name in ("conversations", "messages"):
         if fields.get(name) is not None:
             kept = {name: fields[name] for name in ("answer",) if fields.get(name) is not None}
             return {"conversations": messages_of(fields, fields[name]), **kept}
     if isinstance(fields.get("instruction"), str) and isinstance(fields.get("output"), str):
         return {"conversations": alpaca(fields)}
-    for question, answer in PAIRS:
+    for question, answer in QUESTION_ANSWER_FIELDS:
         if isinstance(fields.get(question), str) and isinstance(fields.get(answer), str):
             return {"conversations": check_messages(turns((fields[question], fields[answer])))}
     for name in TEXT_FIELDS:
@@ -224,8 +224,8 @@ def to_row(raw: Raw, text_field: str = "") -> dict[str, Any]:
 
 
 def kind_of(row: dict[str, Any]) -> str:
-    """text, conversations or preference"""
-    return "preference" if "chosen" in row else "text" if "text" in row else "conversations"
+    """text, conversations or preferences"""
+    return "preferences" if "chosen" in row else "text" if "text" in row else "conversations"
 
 
 def turns(*pairs: tuple[str, str]) -> list[Message]:
@@ -237,7 +237,7 @@ def turns(*pairs: tuple[str, str]) -> list[Message]:
 
 
 def alpaca(fields: dict[str, Any]) -> list[Message]:
-    """instruction and input are one message; history holds earlier turns."""
+    """Alpaca: instruction and input make one message; history holds earlier turns."""
     given = [fields["instruction"], fields.get("input") or ""]
     question = "\n".join(part for part in given if part.strip())
     earlier = fields.get("history") or []
@@ -277,13 +277,13 @@ def message_of(given: dict[str, Any]) -> Message:
         return message
     role = SHAREGPT_ROLES.get(str(given["from"]).lower())
     if role is None:
-        raise UserError(f"has a message from {given['from']!r}, which is nobody known")
+        raise UserError(f"has a message from {given['from']!r}, whose role is unknown")
     if given["from"] == "function_call":
         return {"role": role, "content": "", "tool_calls": given.get("value")}
     return {"role": role, "content": given.get("value")}
 
 
-def preference(fields: dict[str, Any]) -> dict[str, Any]:
+def preferences(fields: dict[str, Any]) -> dict[str, Any]:
     """Both sides as whole conversations."""
     sides = {}
     prompt = fields.get("prompt") or fields.get("instruction") or fields.get("question") or []
@@ -301,7 +301,7 @@ def preference(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def texts_of(row: dict[str, Any]) -> Iterator[str]:
-    """Every text of a row, as a person reads it: for measuring and comparing."""
+    """Every text of a row, for statistics and deduplication."""
     if "text" in row:
         yield row["text"]
     for name in ("conversations", "chosen", "rejected"):

@@ -1,4 +1,4 @@
-"""What is in a data file: tokens, lengths, languages, compression, and what comes most often."""
+"""Statistics of a data file: tokens, lengths, languages, compression, most frequent texts."""
 
 import zlib
 from collections import Counter
@@ -10,9 +10,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dataset.encoding import SEGMENTERS, Segments, encode_segments
-from dataset.prepare.deduplication import exact_key, row_of
-from dataset.prepare.resumable import Done
-from dataset.prepare.sources import Raw, kind_of, whole_text
+from dataset.prepare.deduplication import checked_row, exact_key
+from dataset.prepare.resumable import ChunkResult
+from dataset.prepare.sources import RawRow, kind_of, whole_text
 from dataset.text import language_of
 from model.errors import UserError
 
@@ -21,13 +21,13 @@ RECORD = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("label_tokens", "<u4"), (
 
 
 @dataclass
-class Measure:
-    """A chunk of rows → a record of each, and sums."""
+class RowMeasurer:
+    """A chunk of rows → a record of each row, and sums."""
 
     tokenizer: PreTrainedTokenizerBase
 
-    def __call__(self, chunk: list[Raw]) -> Done:
-        rows = [row_of(raw) for raw in chunk]
+    def __call__(self, chunk: list[RawRow]) -> ChunkResult:
+        rows = [checked_row(raw) for raw in chunk]
         texts = [whole_text(row) for row in rows]
         segments, owner = [], []
         for number, (raw, row) in enumerate(zip(chunk, rows, strict=True)):
@@ -54,11 +54,11 @@ class Measure:
             counts[f"rows: {language}"] += 1
             counts[f"kind: {kind_of(row)}"] += 1
         counts["bytes compressed"] = len(zlib.compress("\n".join(texts).encode()))
-        return Done([records.tobytes()], counts)
+        return ChunkResult([records.tobytes()], counts)
 
 
 def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Segments]:
-    """What the trainers make of a row: one document, or two of a preference."""
+    """The documents that the trainers make of a row: one, or two of a preference pair."""
     if kind_of(row) == "text":
         found = [SEGMENTERS["text"](tokenizer, row)]
     else:
@@ -68,7 +68,7 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> lis
 
 
 def summary(records: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
-    """The figures, by language and in all."""
+    """The figures, by language and in total."""
     tokens = records["tokens"]
     percent = (5, 25, 50, 75, 95, 99)
     by_language = {}
@@ -100,7 +100,7 @@ def summary(records: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
 
 
 def top_duplicates(records: np.ndarray, most: int) -> dict[int, int]:
-    """{number of the first row: how often its text comes} of the most frequent texts."""
+    """{number of the first row: number of copies} of the most frequent texts."""
     _, first, times = np.unique(records["key"], return_index=True, return_counts=True)
     order = np.lexsort((first, -times))[:most]
     return {int(first[i]): int(times[i]) for i in order if times[i] > 1}

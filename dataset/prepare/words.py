@@ -1,4 +1,4 @@
-"""Words of a text in any language, and hashes of their n-grams."""
+"""Words of a text in any language, and hashes of their n-grams, for deduplication."""
 
 import re
 from zlib import crc32
@@ -7,7 +7,7 @@ import numpy as np
 
 from dataset.text import HAN
 
-# A Chinese character is a word of its own; a sign counts too: 2 + 2 is not 2 - 2.
+# A Chinese character is a word; so is an operator: 2 + 2 is not 2 - 2.
 WORD = re.compile(rf"[{HAN}]|[^\W_{HAN}]+|[+\-*/=<>%^$#@&|~]")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # an odd number of high entropy
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataset.demo.files import write_demo_data
-from dataset.demo.stages import same
+from dataset.demo.material import phrasing_key
 from dataset.jsonl import load_rows, write_rows
 from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
@@ -111,9 +111,9 @@ def exchanges(row: dict) -> list[tuple[str, str]]:
 def without_conflicts(rows: list[dict], persona: list[dict]) -> list[dict]:
     """The conversations without the earlier answers to the persona's questions, wherever they are
     given: replaying them would train against the persona."""
-    questions = {same(question) for row in persona for question, _ in exchanges(row)}
+    questions = {phrasing_key(question) for row in persona for question, _ in exchanges(row)}
     pairs = [pair for row in rows for pair in exchanges(row)]
-    conflicts = {answer for question, answer in pairs if same(question) in questions}
+    conflicts = {answer for question, answer in pairs if phrasing_key(question) in questions}
     return [row for row in rows if all(answer not in conflicts for _, answer in exchanges(row))]
 
 

@@ -27,6 +27,12 @@ OLD_KEYS = {
     "lr": "learning_rate",
     "tokens": "num_tokens",
     "changed_share": "changed_fraction",
+    "flat_groups": "frac_reward_zero_std",
+    "length": "completions/mean_length",
+    "empty": "completions/empty_ratio",
+    "moved": "approx_kl",
+    "clipped": "clip_fraction",
+    "calls": "tools/call_frequency",
 }
 
 
@@ -200,12 +206,13 @@ def with_new_keys(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def new_key(key: str) -> str:
     """Today's name of a metric: val_loss → eval_loss, recipe_val_bpb → recipe_eval_bpb."""
-    key = OLD_KEYS.get(key, key)
-    for prefix in ("", "recipe_"):
-        if key.startswith(f"{prefix}val_"):
-            name = key.removeprefix(f"{prefix}val_")
-            return f"{prefix}eval_{OLD_KEYS.get(name, name)}"
-    return key
+    if key.startswith("recipe_"):
+        return "recipe_" + new_key(key.removeprefix("recipe_"))
+    if key.startswith("val_"):
+        return "eval_" + new_key(key.removeprefix("val_"))
+    if key.startswith("reward_") and key not in ("reward_std", "reward_failed"):
+        return f"rewards/{key.removeprefix('reward_')}/mean"
+    return OLD_KEYS.get(key, key)
 
 
 def finite(number: float) -> float | None:

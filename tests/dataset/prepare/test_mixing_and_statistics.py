@@ -1,0 +1,146 @@
+"""Mixtures, splits and curricula; statistics against what the trainers read; mistakes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from prepare_samples import CHAT, CHINESE, sentences, texts, write_lines
+from toy import text_file
+
+from dataset.lm_dataset import load_documents
+from model.errors import UserError
+from scripts.prepare_data import main
+
+
+def test_weights_are_shares_of_bytes(tmp_path):
+    long = [sentences(n, 40) for n in range(300)]
+    short = [sentences(n, 10) for n in range(300, 1200)]
+    a, b = text_file(tmp_path / "a.jsonl", long), text_file(tmp_path / "b.jsonl.x.jsonl", short)
+    out = tmp_path / "out.jsonl"
+    words = f"mix --input {a} {b} --weight 3 1 --output {out} --workers 1 --max_repeat 3".split()
+    main([*words, "--megabytes", "0.2"])
+    rows = Counter(texts(out))
+    sizes = [
+        sum(n * (len(t) + 14) for t, n in rows.items() if t in set(of)) for of in (long, short)
+    ]
+    assert sum(sizes) == pytest.approx(200_000, rel=0.01)
+    assert sizes[0] / sum(sizes) == pytest.approx(0.75, abs=0.01)
+    repeats = {rows[text] for text in long}
+    assert max(repeats) - min(repeats) <= 1  # every row about as often as the others
+    assert max(rows[text] for text in short) == 1
+    with pytest.raises(UserError, match="repeated"):
+        main([*words, "--megabytes", "2", "--force"])
+
+
+def test_copies_of_a_text_are_on_one_side_of_a_split(tmp_path):
+    rows = [sentences(n % 500, 8) for n in range(1500)]
+    given, other = (
+        text_file(tmp_path / "a.jsonl", rows),
+        text_file(tmp_path / "b.jsonl", rows[:100]),
+    )
+    out = tmp_path / "out.jsonl"
+    main(f"mix --input {given} --output {out} --val_share 0.1 --workers 1".split())
+    train, val = texts(out), texts(tmp_path / "out_val.jsonl")
+    assert set(train).isdisjoint(val)
+    assert set(train) | set(val) == set(rows)
+    assert len(val) == len(set(val)) and 30 <= len(val) <= 70
+    assert len(train) == len(rows) - 3 * len(val)
+    more = tmp_path / "more.jsonl"
+    main(f"mix --input {other} --output {more} --val_share 0.1 --seed 7 --workers 1".split())
+    assert set(texts(tmp_path / "more_val.jsonl")) == set(rows[:100]) & set(val)
+
+
+def test_a_curriculum_goes_from_short_to_long(tmp_path):
+    rows = [sentences(n, 3 + n % 60) for n in range(600)]
+    given = text_file(tmp_path / "a.jsonl", rows)
+    main(f"mix --input {given} --output {tmp_path}/out.jsonl.gz --stages 3 --workers 1".split())
+    stages = [texts(tmp_path / f"out_{n}.jsonl.gz") for n in (1, 2, 3)]
+    assert sorted(sum(stages, [])) == sorted(rows)
+    for earlier, later in zip(stages, stages[1:], strict=False):
+        assert max(map(len, earlier)) <= min(map(len, later))
+    sizes = [sum(len(text) + 14 for text in stage) for stage in stages]
+    assert max(sizes) < 1.02 * min(sizes)
+    main(f"mix --input {given} --output {tmp_path}/b.jsonl --order length --workers 1".split())
+    lengths = list(map(len, texts(tmp_path / "b.jsonl")))
+    assert lengths == sorted(lengths)
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def test_stats_counts_what_the_trainers_read(tmp_path, tokenizer, capsys):
+    rows = [*(sentences(n, 5 + n) for n in range(20)), CHINESE, CHINESE, CHINESE, "2 + 2 = 4"]
+    given = text_file(tmp_path / "a.jsonl", rows)
+    figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
+        "figures"
+    ]
+    documents = load_documents(given, "text", tokenizer)
+    lengths = [len(ids) for ids in documents["input_ids"]]
+    everything = figures["languages"]["all"]
+    assert everything["tokens"] == sum(lengths)
+    assert figures["tokens_a_row"]["p50"] == int(np.percentile(lengths, 50))
+    assert figures["tokens_a_row"]["longest"] == max(lengths)
+    assert everything["bytes_per_token"] == pytest.approx(
+        sum(len(text.encode()) for text in rows) / sum(lengths), abs=1e-3
+    )
+    rows_of = {language: of["rows"] for language, of in figures["languages"].items()}
+    assert rows_of == {"zh": 3, "en": 20, "none": 1, "all": 24}
+    assert figures["exact_duplicates"] == 2
+    assert figures["most_frequent"] == [{"times": 3, "text": CHINESE}]
+    assert "3 times" in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stats_of_conversations_count_what_is_trained(tmp_path, tokenizer):
+    given = write_lines(tmp_path / "a.jsonl", [{"conversations": CHAT}] * 4)
+    figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
+        "figures"
+    ]
+    documents = load_documents(given, "conversations", tokenizer)
+    assert figures["tokens_trained"] == sum(int(row.sum()) for row in documents["loss_mask"])
+    assert figures["languages"]["all"]["tokens"] == sum(map(len, documents["input_ids"]))
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("clean --output o.jsonl", "nothing to read"),
+        ("clean --input none.txt --output o.jsonl", "none.txt does not exist"),
+        ("clean --input . --output o.jsonl", "is a folder"),
+        ("clean --input a.jsonl", "--output names"),
+        ("clean --input a.jsonl --output o.csv", "should be a .jsonl"),
+        ("clean --input a.jsonl --output a.jsonl", "cannot be written"),
+        ("clean --input a.jsonl --output o.jsonl --languages fr", "zh, en and other"),
+        ("clean --input a.jsonl --output o.jsonl --max_signs 2", "from 0 to 1"),
+        ("clean --input a.jsonl --output o.jsonl --what 1", "--help"),
+        ("clean --input bad.gz --output o.jsonl", "damaged"),
+        ("clean --input bad.parquet --output o.jsonl", "damaged"),
+        ("clean --input bad.json --output o.jsonl", "is not JSON"),
+        ("clean --input bad.jsonl --output o.jsonl", "none of the first rows"),
+        ("clean --input a.jsonl --output o.jsonl --encoding klingon", "name its --encoding"),
+        ("dedup --input bad.jsonl --output o.jsonl", "line 1 of bad.jsonl is not JSON"),
+        ("dedup --input a.jsonl --output o.jsonl --against few.txt", "no text of 8 words"),
+        ("dedup --input a.jsonl --output o.jsonl --threshold 0", "--threshold"),
+        ("dedup --input bad.parquet --output o.jsonl", "clean makes one of it"),
+        ("mix --input bad.jsonl.gz --output o.jsonl", "is damaged"),
+        ("mix --input a.jsonl --output o.jsonl --weight 1 2", "as many --weight"),
+        ("mix --input a.jsonl empty.jsonl --output o.jsonl --weight 1 2", "has a --weight"),
+        ("mix --input empty.jsonl --output o.jsonl", "hold no rows"),
+        ("stats --input bad.jsonl --output o.png", "line 1 of bad.jsonl"),
+        ("stats --input a.jsonl --output o.jsonl", "should be a .png"),
+        ("sing", "invalid choice"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, words, sentence):
+    monkeypatch.chdir(tmp_path)
+    text_file(tmp_path / "a.jsonl")
+    for name in ("bad.gz", "bad.jsonl.gz", "bad.parquet", "bad.json", "bad.jsonl"):
+        (tmp_path / name).write_bytes(b"{ this is none\n")
+    (tmp_path / "few.txt").write_text("a few words")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=sentence):
+        main([*words.split(), *(["--workers", "1"] if words != "sing" else [])])
+    assert not list(tmp_path.glob("o.*")) + list(tmp_path.glob(".o.*"))
