@@ -62,7 +62,7 @@ RENAMED = {
     "finished": "",  # 1 − completions/clipped_ratio
     "moved": "approx_kl",
     "clipped": "clip_fraction",
-    "value": "critic_value tracker_value",  # PPO's, and SPO's
+    "value": "",  # of ranks of unequal size: a mean over their tokens now
     "calls": "tools/call_frequency",
     "reward_failed": "",  # a count, and a share now
     **{f"reward_{name}": f"rewards/{name}/mean" for name in REWARDS},
