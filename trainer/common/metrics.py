@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.weights import atomic_write
 from trainer.common import hardware
@@ -38,6 +39,8 @@ OLD_KEYS = {
 
 class MetricLog:
     """Metrics since the last log line, and all lines so far."""
+
+    bar: tqdm  # the progress bar; Run.steps makes it
 
     def __init__(self, ctx: Context, path: Path, flops_per_token: float):
         """`flops_per_token`: for the share of the machine's peak that a run reaches (MFU)."""
@@ -130,7 +133,7 @@ class MetricLog:
 
     def means(self) -> dict[str, Any]:
         """Metrics since the last log line."""
-        means = {
+        means: dict[str, Any] = {
             "loss": finite(self.loss_sum / self.steps) if self.steps else None,
             "learning_rate": self.learning_rate,
             "grad_norm": finite(self.grad_norm),
