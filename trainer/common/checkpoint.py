@@ -242,7 +242,8 @@ def seed_everything(seed: int) -> None:
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator, in types that torch.load reads with weights_only."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
+    kind, keys, *rest = legacy
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), *rest],

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.model_minimind import MiniMindConfig
 from model.weights import atomic_write
@@ -39,6 +40,8 @@ OLD_KEYS = {
 
 class MetricLog:
     """Metrics since the last log line, and all lines so far."""
+
+    bar: tqdm  # the progress bar; Run.steps makes it
 
     def __init__(self, ctx: Context, path: Path, config: MiniMindConfig):
         self.ctx, self.path = ctx, path
@@ -131,7 +134,7 @@ class MetricLog:
 
     def means(self) -> dict[str, Any]:
         """Metrics since the last log line."""
-        means = {
+        means: dict[str, Any] = {
             "loss": finite(self.loss_sum / self.steps) if self.steps else None,
             "learning_rate": self.learning_rate,
             "grad_norm": finite(self.grad_norm),
