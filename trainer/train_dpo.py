@@ -139,7 +139,7 @@ def main(args: Args) -> dict[str, Any]:
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     # The reference is the model as it is now: before --resume loads trained weights into it.
     for data in (train_data, val_data) if val_data else (train_data,):
-        precompute_ref_log_probs(ctx, model, tokenizer, data)
+        precompute_ref_log_probs(ctx, model, tokenizer, data, run.oom_hint)
     run.resume(model, optimizer)
     loss_function = partial(
         dpo_loss,

@@ -262,7 +262,7 @@ MISTAKES = {
     "other sizes": (after_a_run(num_key_value_heads=4), "with num_key_value_heads 2, and this"),
     "experts of a dense model": (
         given(n_routed_experts=8),
-        "for a mixture of experts: --use_moe 1",
+        "has no effect without --use_moe 1",
     ),
     "two ways to balance": (
         given(use_moe=1, scoring_func="sigmoid", aux_loss_alpha=0.1),
@@ -382,7 +382,9 @@ def test_a_batch_that_cannot_fit_is_refused_with_one_that_would(any_stage, comma
     monkeypatch.setattr(hardware, "total_memory", lambda device: 6e6)
     said = run(any_stage, command, batch_size=12, max_seq_len=64)
     smaller, steps = re.search(r"--batch_size (\d+) with --accum\w+ (\d+) should", said).groups()
-    assert re.search(r"--batch_size 12 with (rows of 64|pairs of \d\d) tokens needs about", said)
+    assert re.search(
+        r"--batch_size 12 with (sequences of 64|pairs of \d\d) tokens needs about", said
+    )
     assert 1 <= int(smaller) <= 6 and int(smaller) * int(steps) >= 12
 
 

@@ -94,6 +94,7 @@ def map_pairs(
     pairs: PreferenceDataset,
     function: Callable[[ModelT, PreferenceBatch], Tensor],
     title: str = "",
+    oom_hint: str = "try a smaller one",
 ) -> Tensor:
     """`function(model, batch)` of both sides of every pair, [pairs, 2]; the ranks share the pairs
     out between them. With a title, under a progress bar."""
@@ -105,7 +106,7 @@ def map_pairs(
     for at in tqdm(starts, desc=title, leave=False, disable=not (title and ctx.is_main)):
         some = order[at : at + ctx.args.batch_size]
         batch = collate_pairs([pairs[index] for index in some], tokenizer.pad_token_id)
-        with oom_guard(ctx.args), ctx.autocast():
+        with oom_guard(ctx.args, oom_hint), ctx.autocast():
             values[some] = function(model, batch.to(ctx.device)).float()
     model.train()
     if ctx.world_size > 1:

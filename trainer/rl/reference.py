@@ -32,6 +32,7 @@ def precompute_ref_log_probs(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     pairs: PreferenceDataset,
+    oom_hint: str,
 ) -> None:
     """Give each pair its log-probabilities by the model as it is now. A LoRA adapter must still be
     0."""
@@ -40,7 +41,7 @@ def precompute_ref_log_probs(
     cached_ranks = ctx.all_reduce_sum(log_probs is not None)[0]
     if log_probs is None or cached_ranks < ctx.world_size:  # if it is missing on some rank
         title = "log-probs of the reference"
-        values = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs, title)
+        values = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs, title, oom_hint)
         log_probs = values.cpu().numpy()
         if ctx.is_main:
             with atomic_write(path) as file:
