@@ -18,7 +18,7 @@ docs: .venv/installed-docs  ## these texts as a site, out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "to read it: $(BIN)/python -m http.server --directory out/site"
 
-check: lint  ## what to run before each commit: style, notes and the fast tests
+check: lint types  ## what to run before each commit: style, types, notes and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
 lint: .venv/installed-dev  ## style of code and notes

@@ -26,6 +26,8 @@ Row = dict[str, Any]  # the JSON object of a line
 
 # -- files -----------------------------------------------------------------------------------------
 
+BinaryFile = BinaryIO | gzip.GzipFile  # in typeshed a GzipFile is no BinaryIO
+
 
 def check_file(path: str | Path) -> Path:
     """The absolute path of a data file; UserError if it cannot be read."""
@@ -40,7 +42,7 @@ def check_file(path: str | Path) -> Path:
 
 
 @contextmanager
-def open_data(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def open_data(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryFile]]:
     """The file on disk, whose position says how far it is read, and its decompressed content.
 
     Raises:

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
@@ -63,7 +63,7 @@ MIN_BYTES_FOR_WORKERS = 1_000_000  # for less, starting processes takes longer t
 
 
 def load_documents(
-    paths: str | Path | list[str | Path],
+    paths: str | Path | Sequence[str | Path],
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -213,6 +213,9 @@ def encode_chunks(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+worker_tokenizer: PreTrainedTokenizerBase  # of a worker process; start_worker sets it
 
 
 def start_worker(tokenizer: PreTrainedTokenizerBase, parent: int) -> None:

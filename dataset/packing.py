@@ -9,7 +9,7 @@ Letters in the shape comments: B sequences   T tokens of a sequence
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,8 +71,12 @@ class Batch:
         return self.map_tensors(Tensor.pin_memory)
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = map(function, (self.input_ids, self.labels, self.position_ids))
-        return Batch(*tensors, self.num_tokens, self.num_label_tokens, self.num_samples)
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            position_ids=function(self.position_ids),
+        )
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -245,6 +249,11 @@ def collate(sequences: list[list[dict[str, np.ndarray]]], pad_id: int = 0) -> Ba
             at = end
         position_ids[b, at:] = np.arange(longest - at)
         num_tokens += at
-    tensors = map(torch.from_numpy, (input_ids, labels, position_ids))
-    num_label_tokens = int((labels != IGNORE_INDEX).sum())
-    return Batch(*tensors, num_tokens, num_label_tokens, sum(map(bool, sequences)))
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        num_tokens=num_tokens,
+        num_label_tokens=int((labels != IGNORE_INDEX).sum()),
+        num_samples=sum(map(bool, sequences)),
+    )

@@ -6,7 +6,9 @@ work. `position_ids` restart at 0 with each document, which tells the model to k
 Letters in the shape comments: B sequences   T tokens of a sequence   N pairs of a batch
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +45,10 @@ class PreferenceBatch:
         """Page-locked memory, which a GPU reads while the CPU goes on (DataLoader calls this)."""
         return self.map_tensors(Tensor.pin_memory)
 
-    def map_tensors(self, function) -> "PreferenceBatch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
+        tensors = [field.name for field in fields(self) if field.type is Tensor]
+        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in tensors}
+        return replace(self, **mapped)
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -83,7 +86,7 @@ class PreferenceDataset(torch.utils.data.Dataset):
         self.indices = candidates[self.longer_side <= seq_len]
         self.lengths = lengths[self.indices]  # [pairs, 2]
         self.completion_lengths = label_counts(documents).reshape(-1, 2)[self.indices]
-        self.ref_log_probs = np.full((len(self), 2), np.nan, dtype=np.float32)
+        self.ref_log_probs: np.ndarray = np.full((len(self), 2), np.nan, dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -138,11 +141,11 @@ def label_counts(documents: Dataset) -> np.ndarray:
 
 
 def collate_pairs(
-    pairs: list[dict[str, list] | None], pad_id: int = 0, packing: bool = True
+    samples: list[dict[str, list] | None], pad_id: int = 0, packing: bool = True
 ) -> PreferenceBatch:
     """One batch of several pairs; without packing each document has a sequence of its own, padded
     to the longest."""
-    pairs = [pair for pair in pairs if pair is not None]
+    pairs = [pair for pair in samples if pair is not None]
     ids = [side for pair in pairs for side in pair["input_ids"]]
     loss_mask = [side for pair in pairs for side in pair["loss_mask"]]
     lengths = np.array([len(side) for side in ids], dtype=np.int64)
@@ -172,10 +175,18 @@ def collate_pairs(
         np.array([pair[name] for pair in pairs], dtype=np.float32).reshape(-1, 2)
         for name in ("completion_lengths", "ref_log_probs")
     )
-    arrays = (input_ids, labels, position_ids, document_ids, last_index.reshape(-1, 2))
-    tensors = map(torch.from_numpy, (*arrays, completion_lengths, ref_log_probs))
-    num_label_tokens = int(completion_lengths.sum())
-    return PreferenceBatch(*tensors, int(lengths.sum()), num_label_tokens, len(pairs))
+    return PreferenceBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        document_ids=torch.from_numpy(document_ids),
+        last_index=torch.from_numpy(last_index.reshape(-1, 2)),
+        completion_lengths=torch.from_numpy(completion_lengths),
+        ref_log_probs=torch.from_numpy(ref_log_probs),
+        num_tokens=int(lengths.sum()),
+        num_label_tokens=int(completion_lengths.sum()),
+        num_samples=len(pairs),
+    )
 
 
 def cheapest_packing(lengths: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Letters in the shape comments, as in model_minimind.py:
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,16 @@ class VarlenMetadata(NamedTuple):
 
 
 # -- masks -----------------------------------------------------------------------------------------
+
+
+class Cache(Protocol):
+    """What the model needs of a KV cache: those of transformers have it, and the engine's views."""
+
+    def get_seq_length(self) -> int: ...
+
+    def update(self, key: Tensor, value: Tensor, layer: int, /) -> tuple[Tensor, Tensor]:
+        """Append [B, K, T, D]; returns all that is cached of the layer, [B, K, S, D]."""
+        ...
 
 
 def make_attention_mask(
@@ -55,17 +65,17 @@ def make_attention_mask(
     T = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask[..., : past + T]  # prepared by the caller (engine.py, transformers)
-    packed = position_ids is not None
     # A single new token may attend to everything that is cached. Several tokens behind a cache
     # need a mask: is_causal would align the first query with the first key.
-    if attention_mask is None and not packed and (past == 0 or T == 1):
+    if attention_mask is None and position_ids is None and (past == 0 or T == 1):
         return None
-    if packed and attention_mask is None and uses_varlen(config, hidden, training):
+    varlen = attention_mask is None and uses_varlen(config, hidden, training)
+    if position_ids is not None and varlen:
         return varlen_metadata(position_ids.expand(len(hidden), T))
     mask = causal_mask(torch.arange(past, past + T, device=hidden.device)[None], past + T)
     if attention_mask is not None:
         mask = mask & attention_mask[:, None, None, : past + T].bool()
-    if packed:
+    if position_ids is not None:
         document = (position_ids == 0).cumsum(-1)  # [B or 1, T]: number of each token's document
         mask = mask & (document[:, None, None, :] == document[:, None, :, None])
     return mask
@@ -139,6 +149,7 @@ def varlen_attention(
     out = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal
     )
+    assert isinstance(out, Tensor)  # a tuple only with return_aux
     return out.view(B, T, H, D).transpose(1, 2)
 
 

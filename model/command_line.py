@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import MISSING, Field, field, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
@@ -109,7 +110,8 @@ class Parser(HfArgumentParser):
         plain, name = copy(field), self.rules[field.name].get("group")
         hidden = "no_effect" in self.rules[field.name]
         # argparse knows no rules
-        plain.metadata = {"help": argparse.SUPPRESS if hidden else field.metadata.get("help")}
+        about = argparse.SUPPRESS if hidden else field.metadata.get("help")
+        plain.metadata = MappingProxyType({"help": about})
         if name:
             if name not in self.groups:
                 self.groups[name] = self.add_argument_group(name)

@@ -98,6 +98,8 @@ class MiniMindConfig(PreTrainedConfig):
     @property
     def active_intermediate_size(self) -> int:
         """Width of the feed-forward computation that one token goes through in a layer."""
+        assert self.intermediate_size is not None  # __post_init__ has set both
+        assert self.moe_intermediate_size is not None
         if not self.use_moe:
             return self.intermediate_size
         return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size

@@ -9,7 +9,8 @@ Letters in the shape comments:
     E routed experts   k selected experts of a token
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
-        self.down_proj.writes_to_residual = True
+        self.down_proj.writes_to_residual = True  # type: ignore[assignment]  # a flag, no submodule
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -52,6 +53,9 @@ class MixtureOfExperts(nn.Module):
       after every optimizer step raised for experts with too few tokens (`update_bias`). So
       no auxiliary loss disturbs the gradient (V3 keeps a very small one per sequence).
     """
+
+    e_score_correction_bias: Tensor  # [E], with "sigmoid"
+    tokens_per_expert: Tensor  # [E]
 
     def __init__(self, config):
         super().__init__()
@@ -125,9 +129,10 @@ class MixtureOfExperts(nn.Module):
         # Grouped products read the weights of all experts. The few tokens of a decoding step need
         # the weights of a few only.
         many = torch.is_grad_enabled() or len(tokens) > 256
-        group = self.use_grouped_mm and many and supports_grouped_mm(tokens, self.experts[0])
+        experts: Any = self.experts  # nn.ModuleList does not declare the class of its items
+        group = self.use_grouped_mm and many and supports_grouped_mm(tokens, experts[0])
         run = grouped_experts if group else loop_experts
-        out = run(self.experts, tokens[order // k], count)  # [N · k, C]
+        out = run(experts, tokens[order // k], count)  # [N · k, C]
         out = out[order.argsort()].view(len(tokens), k, -1)  # back in the order of the tokens
         return (out * routing.weights.view(len(tokens), k, 1).to(out.dtype)).sum(1)
 
@@ -135,7 +140,7 @@ class MixtureOfExperts(nn.Module):
 # -- running the experts ---------------------------------------------------------------------------
 
 
-def loop_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+def loop_experts(experts: Sequence[SwiGLU], tokens: Tensor, count: Tensor) -> Tensor:
     """One expert after the other: tokens [N · k, C], sorted by expert, of which expert e has
     count[e] → [N · k, C]."""
     # In training an expert without tokens runs on an empty slice: its gradient is 0 and not None,
@@ -145,7 +150,7 @@ def loop_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tenso
     return torch.cat([expert(part) for expert, part in needed])
 
 
-def grouped_experts(experts: nn.ModuleList, tokens: Tensor, count: Tensor) -> Tensor:
+def grouped_experts(experts: Sequence[SwiGLU], tokens: Tensor, count: Tensor) -> Tensor:
     """The same as three grouped matrix products, each over all experts at once (F.grouped_mm)."""
     device = tokens.device.type
     dtype = torch.get_autocast_dtype(device) if autocasts(tokens) else tokens.dtype

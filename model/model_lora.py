@@ -58,7 +58,8 @@ class LoraLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, config: LoraConfig):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        like = dict(bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
+        weight = linear.weight
+        like: dict[str, Any] = dict(bias=False, device=weight.device, dtype=weight.dtype)
         self.lora_A = nn.Linear(linear.in_features, config.r, **like)
         self.lora_B = nn.Linear(config.r, linear.out_features, **like)
         # B = 0: training starts from the unchanged model. A must not be 0 too, or neither of them

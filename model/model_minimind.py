@@ -11,6 +11,7 @@ Letters in the shape comments:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention import (
+    Cache,
     VarlenMetadata,
     eager_attention,
     make_attention_mask,
@@ -102,7 +104,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: object | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         label_weights: Tensor | None = None,
@@ -113,7 +115,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         return_logits: bool = True,
         return_log_probs: bool = False,
         temperature: float = 1.0,
-        cache: object | None = None,
+        cache: Cache | None = None,
         **kwargs,  # transformers passes arguments that this model does not use
     ) -> CausalLMOutput:
         """Logits of the next token, and the loss if labels are given.
@@ -152,6 +154,7 @@ class MiniMindForCausalLM(MiniMindPreTrainedModel, GenerationMixin):
         # The shift: the state at position t predicts token t + 1, so the last state and the first
         # label have no partner.
         if return_log_probs:
+            assert labels is not None  # the log-probs are theirs
             states, targets = hidden[:, :-1], labels[:, 1:]
             log_probs = token_log_probs(states, self.lm_head.weight, targets, temperature)
         elif labels is not None:
@@ -226,11 +229,11 @@ class MiniMindModel(MiniMindPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: object | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool = False,
-        cache: object | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> MiniMindModelOutput:
         """The arguments of `MiniMindForCausalLM.forward`; returns last_hidden_state [B, T, C]."""
@@ -314,6 +317,10 @@ class Attention(nn.Module):
     """Causal self-attention with grouped queries (GQA): H query heads share K key/value heads, so
     the KV cache is H / K times smaller."""
 
+    q_norm: nn.Module  # RMSNorm, or without qk_norm the identity
+    k_norm: nn.Module
+    attention_fn: Callable[..., Tensor]
+
     def __init__(self, config: MiniMindConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -326,7 +333,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        self.o_proj.writes_to_residual = True
+        self.o_proj.writes_to_residual = True  # type: ignore[assignment]  # a flag, no submodule
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
@@ -338,7 +345,7 @@ class Attention(nn.Module):
         hidden: Tensor,
         cos_sin: tuple[Tensor, Tensor],
         mask: Tensor | VarlenMetadata | None,
-        past_key_values: object | None,
+        past_key_values: Cache | None,
         length: int,
     ) -> Tensor:
         """[B, T, C] → [B, T, C]. Only the first `length` positions of the cache are used."""

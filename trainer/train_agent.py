@@ -26,11 +26,11 @@ The data are SFT's conversations with tools: their calls and answers are the tru
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
@@ -38,7 +38,7 @@ from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, 
 from model.command_line import option
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer import train_grpo
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
@@ -57,7 +57,7 @@ from trainer.rl.prompts import (
     collate_prompts,
     read_prompts,
 )
-from trainer.rl.rewards import Rewards, answer_in, sum_count
+from trainer.rl.rewards import Rewards, answer_in, right_answer, sum_count
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
@@ -97,7 +97,7 @@ class Args(train_grpo.Args):
 class EpisodeCompletion(Completion):
     """An episode as a completion: its tokens are all that follow the prompt, tool results too."""
 
-    episode: Episode | None = None
+    episode: Episode = field(kw_only=True)
 
 
 def parse_task_row(row: dict) -> tuple:
@@ -106,20 +106,23 @@ def parse_task_row(row: dict) -> tuple:
     return task.messages, task.answer, task
 
 
-def new_episode(ctx: Context, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Episode:
+def new_episode(ctx: Context[Args], tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Episode:
+    assert prompt.task is not None  # parse_task_row gives every prompt one
     return Episode(prompt.task, tokenizer, open_thinking=ctx.args.reasoning)
 
 
 def to_completion(prompt: Prompt, episode: Episode) -> EpisodeCompletion:
     tokens = episode.ids[episode.prompt_length :]
     terminated = not {"unfinished", "endless", "too_long"} & set(episode.errors)
-    return EpisodeCompletion(prompt, tokens, episode.text, terminated, episode.action_mask, episode)
+    return EpisodeCompletion(
+        prompt, tokens, episode.text, terminated, episode.action_mask, episode=episode
+    )
 
 
 @eager
 def generate_episodes(
-    ctx: Context,
-    model: nn.Module,
+    ctx: Context[Args],
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     num_generations: int = 1,
@@ -154,7 +157,10 @@ def generate_episodes(
 
 
 def generate_greedy(
-    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    ctx: Context[Args],
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
 ) -> list[EpisodeCompletion]:
     """Episodes of the likeliest tokens, one a prompt."""
     args, sampling = ctx.args, SamplingParams(ctx.args.max_gen_len, temperature=0)
@@ -181,7 +187,7 @@ class ToolRewards:
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: Context[Args],
         tokenizer: PreTrainedTokenizerBase,
         hidden_size: int,
         prompts: PromptDataset,
@@ -202,7 +208,7 @@ class ToolRewards:
         # An answer that is right after a broken call was guessed. A reward for it would teach that
         # calls need not be right.
         rewards = rewards.masked_fill(torch.tensor(failed, dtype=torch.bool), 0.0)
-        correct = [grade(answer_in(each, self.args), each.prompt.answer) for each in completions]
+        correct = [grade(answer_in(each, self.args), right_answer(each)) for each in completions]
         errors = Counter(error for episode in episodes for error in episode.errors)
         sums = {
             "success": sum(yes and not no for yes, no in zip(correct, failed, strict=True)),
@@ -259,7 +265,7 @@ def main(args: Args) -> dict[str, Any]:
                     token_losses = policy_loss(outputs.log_probs, batch, args)
                     loss = aggregate_loss(token_losses, batch, args, stats)
                 run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
-                stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
+                stats.accumulate(outputs.log_probs, batch, *args.clip_range)
             run.update(model, optimizer)
 
         # Evaluate, log, save.

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
@@ -32,6 +32,7 @@ from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.losses import sum_label_weights
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import run_trainer
@@ -149,8 +150,8 @@ def held_out_questions(
 
 @eager
 def answer_questions(
-    ctx: Context,
-    model: nn.Module,
+    ctx: Context[Args],
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:

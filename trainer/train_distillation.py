@@ -43,7 +43,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
@@ -228,7 +228,11 @@ def load_teacher(
 
 
 def distillation_loss(
-    model: nn.Module, outputs: CausalLMOutput, teacher: nn.Module, batch: Batch, **settings: Any
+    model: MiniMindForCausalLM,
+    outputs: CausalLMOutput,
+    teacher: MiniMindForCausalLM,
+    batch: Batch,
+    **settings: Any,
 ) -> Tensor:
     """D(p_T ‖ p_S), summed over the label tokens of a batch.
 
@@ -251,8 +255,8 @@ def distillation_loss(
 @torch.no_grad()
 def evaluate_kl(
     ctx: Context,
-    model: nn.Module,
-    teacher: nn.Module,
+    model: MiniMindForCausalLM,
+    teacher: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     data: PackedDataset,
 ) -> float:
@@ -300,7 +304,7 @@ def prompts_of(batch: Batch) -> list[Prompt]:
 
 
 def generate_on_policy(
-    run: Run, model: nn.Module, global_batch: GlobalBatch
+    run: Run[Args], model: MiniMindForCausalLM, global_batch: GlobalBatch
 ) -> tuple[GlobalBatch, dict[str, Metric]]:
     """The questions of a global batch with the student's own answers, and metrics of these."""
     ctx, tokenizer = run.ctx, run.tokenizer
@@ -333,7 +337,7 @@ def main(args: Args) -> dict[str, Any]:
     model, teacher = prepare_model(ctx, model), teacher.to(ctx.device)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
-    settings = dict(temperature=args.temperature)
+    settings: dict[str, Any] = dict(temperature=args.temperature)
     settings["divergence"] = partial(divergence, kind=args.divergence, mixture=args.mixture)
 
     for global_batch in run.steps():
@@ -348,7 +352,7 @@ def main(args: Args) -> dict[str, Any]:
         num_label_tokens = global_batch.num_label_tokens  # of all ranks
         ce_sum = soft_sum = 0.0  # over this rank's tokens, for the log
         for batch in global_batch:
-            loss = 0.0
+            loss = torch.zeros((), device=ctx.device)
             with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(
                     **batch.inputs,

@@ -37,12 +37,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
 from model.command_line import option
 from model.model_lora import add_lora, save_lora
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
 from trainer.common.command import run_trainer
@@ -179,8 +180,8 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def evaluate_pairs(
-    ctx: Context,
-    model: nn.Module,
+    ctx: Context[Args],
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     pairs: PreferenceDataset,
     loss_function: Callable,

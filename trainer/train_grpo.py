@@ -40,10 +40,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.command_line import option
 from model.errors import UserError
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT, STAGE
 from trainer.common.command import run_trainer
@@ -56,6 +57,7 @@ from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_bat
 from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
 from trainer.rl.prompts import (
     Prompt,
+    PromptBatch,
     PromptDataset,
     collate_prompts,
     read_prompts,
@@ -109,6 +111,12 @@ class Args(RolloutArgs):
         if self.epsilon_high is None:
             self.epsilon_high = {"dapo": 0.28, "cispo": 5.0}.get(self.loss_type, self.epsilon)
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio is clipped."""
+        assert self.epsilon_high is not None  # __post_init__ has set it
+        return self.epsilon, self.epsilon_high
+
 
 # -- advantages ------------------------------------------------------------------------------------
 
@@ -151,13 +159,14 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
     ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
     # Minus, because the optimizer minimises and good completions are to become likelier. At ratio 1
     # the gradient is that of −A · log π.
+    low, high = args.clip_range
     if args.loss_type == "cispo":
         # the ratio corrects for samples of π_old as a constant weight; clipped, it is not silenced
-        loss = -ratio.clamp(max=args.epsilon_high).detach() * advantages * log_probs
+        loss = -ratio.clamp(max=high).detach() * advantages * log_probs
     else:
         # The minimum is the pessimistic choice: no gain beyond the clip, but what moved the wrong
         # way is still pulled back.
-        clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
+        clipped = ratio.clamp(1 - low, 1 + high)
         loss = -torch.min(ratio * advantages, clipped * advantages)
     if batch.ref_log_probs is not None:
         loss = loss + args.beta * kl_estimate(log_probs, batch.ref_log_probs)
@@ -188,9 +197,9 @@ def aggregate_loss(
 
 
 def generate_groups(
-    run: Run,
-    model: nn.Module,
-    rewards_of: Rewards,
+    run: Run[Args, PromptBatch],
+    model: MiniMindForCausalLM,
+    rewards_of: Callable[[Any], tuple[Tensor, dict[str, Metric]]],
     prompts: list[Prompt],
     train_data: PromptDataset,
     generate_fn: Callable = generate_completions,
@@ -263,7 +272,7 @@ def main(args: Args) -> dict[str, Any]:
                     token_losses = policy_loss(outputs.log_probs, batch, args)
                     loss = aggregate_loss(token_losses, batch, args, stats)
                 run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
-                stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon_high)
+                stats.accumulate(outputs.log_probs, batch, *args.clip_range)
             run.update(model, optimizer)
 
         # Evaluate, log, save.

@@ -58,7 +58,7 @@ from trainer.rl.policy import (
     make_save_fn,
     policy_inputs,
 )
-from trainer.rl.prompts import collate_prompts, read_prompts
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     completion_stats,
@@ -166,7 +166,7 @@ def whiten(ctx: Context, batches: list[RolloutBatch]) -> None:
 
 
 def compute_advantages(
-    run: Run,
+    run: Run[Args, PromptBatch],
     model: ActorCritic,
     reference: ReferenceModel | None,
     batches: list[RolloutBatch],
@@ -240,7 +240,9 @@ def ppo_loss(
     return (actor_loss * mask).sum(), (critic_loss * mask).sum()
 
 
-def minibatches(run: Run, batches: list[RolloutBatch]) -> Iterator[list[RolloutBatch]]:
+def minibatches(
+    run: Run[Args, PromptBatch], batches: list[RolloutBatch]
+) -> Iterator[list[RolloutBatch]]:
     """The batches of each update. Each epoch has another order, the same on all ranks; and on every
     rank there are as many updates, if need be of a batch without tokens."""
     args = run.ctx.args

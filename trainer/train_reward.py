@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
@@ -84,19 +84,22 @@ def main(args: Args) -> dict[str, Any]:
 
         # Evaluate, log, save.
         if val_data and run.is_due(args.eval_interval):
-            run.log_evaluation(**evaluate_pairs(ctx, model, tokenizer, val_data))
+            run.log_evaluation("", **evaluate_pairs(ctx, model, tokenizer, val_data))
         run.log(**pair_metrics(torch.cat(scores).detach()))
         run.save_every(model, optimizer)
     return run.finish()
 
 
-def end_scores(model: nn.Module, batch: PreferenceBatch) -> Tensor:
+def end_scores(model: MiniMindForScoring, batch: PreferenceBatch) -> Tensor:
     """[N, 2] scores of both sides of each pair."""
     return batch.gather_last(model(**batch.inputs).scores)
 
 
 def evaluate_pairs(
-    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: PreferenceDataset
+    ctx: Context,
+    model: MiniMindForScoring,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: PreferenceDataset,
 ) -> dict[str, float]:
     """Loss, accuracy and margin on held-out pairs, with mean and standard deviation of the scores,
     by which a user of the model can normalise them."""

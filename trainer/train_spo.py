@@ -39,10 +39,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.command_line import option
 from model.errors import UserError
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
 from trainer.common.command import run_trainer
@@ -53,6 +54,7 @@ from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
 from trainer.rl.policy import (
     ReferenceModel,
+    RolloutRun,
     add_lora_if_asked,
     log_probs,
     make_save_fn,
@@ -130,7 +132,7 @@ class ValueTracker:
         # beforehand and the advantage is 0.
         chances = np.sqrt(values * (1 - values)) + self.args.exploration
         chances = chances / chances.sum()
-        replace = count > np.count_nonzero(chances)
+        replace = bool(count > np.count_nonzero(chances))
         return np.random.default_rng(seed).choice(len(chances), count, replace, chances)
 
     def update(self, indices: np.ndarray, scores: np.ndarray) -> None:
@@ -200,7 +202,9 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 
 
 @torch.no_grad()
-def update_kl(run: Run, model: nn.Module, batches: list[RolloutBatch], stats: UpdateStats) -> float:
+def update_kl(
+    run: RolloutRun, model: MiniMindForCausalLM, batches: list[RolloutBatch], stats: UpdateStats
+) -> float:
     """D of this update: KL(π ‖ π_old) per token of its completions, over all ranks."""
     own = sum(
         (kl_estimate(log_probs(run, model, batch), batch.old_log_probs) * batch.completion_mask)

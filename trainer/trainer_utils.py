@@ -19,15 +19,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData, collate
+from model.config import MiniMindConfig
 from model.weights import save_weights, weight_name
 from trainer.common import hardware
 from trainer.common.checkpoint import (
@@ -43,8 +43,15 @@ from trainer.common.checkpoint import (
     seed_everything,
     trainable_fp16,
 )
-from trainer.common.context import Context, unwrap
-from trainer.common.loop import GlobalBatch, StopSignal, make_loader, update_router_biases
+from trainer.common.context import ArgsT, Context, unwrap, without_sync
+from trainer.common.loop import (
+    BatchT,
+    GlobalBatch,
+    StopSignal,
+    make_loader,
+    make_sampler,
+    update_router_biases,
+)
 from trainer.common.metrics import Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
 from trainer.common.recipes import RecipeComparison
@@ -55,60 +62,55 @@ from trainer.report.plots import plot_losses
 COMPILE_STEPS = 10  # compile new shapes only during the first steps; later ones run eagerly
 
 
-class Run:
+class Run(Generic[ArgsT, BatchT]):
     """Accumulation, schedule, log and checkpoints of one training: the verbs of its loop."""
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: Context[ArgsT],
         stage: str,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         train_data: TrainingData,
         val_data: TrainingData | None = None,
         *,
-        collate: Callable = collate,
+        collate: Callable[[list, int], BatchT] = collate,  # type: ignore[assignment]  # generic
         fingerprint: dict[str, str] | None = None,
     ):
-        """Plan the run and print the plan.
+        """Plan the run and print the plan. UserError if it cannot fit the machine, or a folder
+        cannot be written to.
 
         Args:
             model: before its first update.
             collate: makes a micro-batch of samples and the padding's id.
             fingerprint: what else makes this run another one than the arguments, the first weights
                 and the data do.
-
-        Raises:
-            UserError: it cannot fit the machine, or a folder cannot be written to.
         """
         args = ctx.args
-        self.ctx, self.stage, self.config, self.tokenizer = ctx, stage, model.config, tokenizer
-        self.name = weight_name(
-            args.save_weight or stage, self.config.hidden_size, self.config.use_moe
-        )
+        config = cast(MiniMindConfig, model.config)  # which nn.Module does not declare
+        self.ctx, self.stage, self.config, self.tokenizer = ctx, stage, config, tokenizer
+        self.name = weight_name(args.save_weight or stage, config.hidden_size, config.use_moe)
         # float16 gradients underflow without loss scaling
         self.scaler = torch.amp.GradScaler(ctx.device.type, enabled=ctx.dtype == torch.float16)
-        flops_per_token = hardware.flops_per_token(self.config, args.max_seq_len)
-        self.metrics = MetricLog(ctx, self.file(".metrics.jsonl"), flops_per_token)
+        self.metrics = MetricLog(ctx, self.file(".metrics.jsonl"), config)
         self.progress = Progress()
         self.start_step = 0  # of this process
-        self.epoch_fraction = 0.0  # of all samples, trained before this step; for the schedule
+        self.fraction_done = 0.0  # of the samples of all epochs, before this step
         self.stop = StopSignal()
-        self.loader = make_loader(ctx, train_data, tokenizer.pad_token_id, collate)
+        self.sampler = make_sampler(ctx, train_data)
+        self.loader = make_loader(ctx, train_data, self.sampler, tokenizer.pad_token_id, collate)
         self.plan = self.plan_steps()
-        self.recipe = (
-            RecipeComparison(ctx, stage, tokenizer, train_data, val_data) if args.recipe else None
-        )
+        self.recipe = None
+        if args.recipe:
+            self.recipe = RecipeComparison(ctx, stage, tokenizer, train_data, val_data)
         self.fingerprint = fingerprint_of(args, stage, model, tokenizer, train_data)
         self.fingerprint |= fingerprint or {}
-        # what the .json beside the weights says of how they were made
-        self.metadata = run_metadata(ctx, model, train_data, val_data)
-        lines, self.oom_hint = forecast(ctx, self.plan, model, train_data, val_data)
+        self.metadata = run_metadata(ctx, model, train_data, val_data)  # goes into the .json
+        lines, self.oom_hint = forecast(ctx, self.plan, model, self.config, train_data, val_data)
         ctx.print(*lines, *(self.recipe.lines() if self.recipe else []))
         self.initial_weights: dict[str, Tensor] = {}  # as float16, to see what training changed
         if ctx.is_main:
-            for directory in (args.save_dir, args.checkpoint_dir):
-                check_writable(directory)
+            check_writable(args.save_dir, args.checkpoint_dir)
         seed_everything(args.seed + ctx.rank)
 
     def file(self, suffix: str) -> Path:
@@ -121,8 +123,8 @@ class Run:
         return self.progress.step
 
     def plan_steps(self) -> Plan:
-        sampler, max_steps = self.loader.batch_sampler, self.ctx.args.max_steps
-        return Plan.of(self.name, sampler, self.progress, max_steps, self.metrics.peak_flops)
+        peak_flops, max_steps = self.metrics.peak_flops, self.ctx.args.max_steps
+        return Plan.of(self.name, self.sampler, self.progress, max_steps, peak_flops)
 
     # -- the loop's verbs, in their order
 
@@ -148,14 +150,14 @@ class Run:
             at = f"step {self.step} of {self.plan.total_steps}"
             ctx.print(f"resuming {path.name} at {at}: {state}")
             before = checkpoint["global_batch_size"]
-            now = self.loader.batch_sampler.global_batch_size
+            now = self.sampler.global_batch_size
             if before != now:
                 ctx.print(f"warning: a full update has {now} samples now, and had {before}")
         elif ctx.args.resume:
             ctx.print(f"no checkpoint {path} to resume: starting from the beginning")
         self.progress.tracker_id = self.metrics.open(self.name, self.progress.tracker_id)
 
-    def steps(self) -> Iterator[GlobalBatch]:
+    def steps(self) -> Iterator[GlobalBatch[BatchT]]:
         """The global batches from the current position to the end, or until a signal."""
         done, plan, self.start_step = self.progress, self.plan, self.progress.step
         bar = tqdm(
@@ -168,15 +170,15 @@ class Run:
         )
         self.metrics.bar = bar
         with self.stop.catch(), bar:
-            loader = iter(self.loader) if done.step < plan.total_steps else iter(())
+            loader: Iterator[list] = iter(self.loader) if done.step < plan.total_steps else iter(())
             self.metrics.start_clock()  # waiting for data counts
-            bounds = self.loader.batch_sampler.bounds()
+            bounds = self.sampler.bounds()
             for micro_batches, (before, after) in zip(loader, bounds, strict=False):
                 micro_batches = (batch.to(self.ctx.device) for batch in micro_batches)
                 global_batch = GlobalBatch.of(self.ctx, micro_batches)
                 done.step += 1
                 done.samples_seen = after
-                self.epoch_fraction = before / plan.total_samples
+                self.fraction_done = before / plan.total_samples
                 self.metrics.tokens += global_batch.num_tokens
                 yield global_batch
                 bar.update()
@@ -188,12 +190,11 @@ class Run:
     def forward(self, model: nn.Module, sync: bool) -> Iterator[None]:
         """A forward pass under autocast. Ranks exchange gradients only if `sync`, that is with the
         last micro-batch of a step."""
-        alone = isinstance(model, DistributedDataParallel) and not sync
         early = self.step - self.start_step <= COMPILE_STEPS
         with (
             hardware.oom_guard(self.ctx.args, self.oom_hint),
             self.ctx.compiler_stance("default" if early else "eager_on_recompile"),
-            model.no_sync() if alone else nullcontext(),
+            nullcontext() if sync else without_sync(model),
             self.ctx.autocast(),
         ):
             yield
@@ -216,7 +217,7 @@ class Run:
         nothing; several times in a row they end the run with a UserError."""
         args, done, metrics = self.ctx.args, self.progress, self.metrics
         factor = learning_rate_factor(
-            args.lr_schedule, done.step - 1, self.epoch_fraction, args.warmup_steps
+            args.lr_schedule, done.step - 1, self.fraction_done, args.warmup_steps
         )
         set_learning_rates(optimizer, factor)
         metrics.learning_rate = args.learning_rate * factor
@@ -281,7 +282,7 @@ class Run:
         }
         expected = self.recipe.expected_metrics(record) if self.recipe else {}
         self.metrics.write(record | expected)
-        if expected:
+        if self.recipe and expected:
             self.ctx.print(f"    {self.recipe.status(self.metrics.history)}")
 
     # -- saving and ending
@@ -318,7 +319,8 @@ class Run:
             **dict(changed_fraction=round(done.changed_fraction, 4), args=asdict(self.ctx.args)),
         }
         about = dict(stage=self.stage, tokenizer=self.tokenizer, origin=origin)
-        (save or save_weights)(model, self.file(".pth"), **about)
+        write: Callable = save or save_weights
+        write(model, self.file(".pth"), **about)
         save_checkpoint(  # last: a finished run has its weights
             self.checkpoint_path,
             model=model,
@@ -329,12 +331,11 @@ class Run:
             rng_states=rng_states,
             metrics=self.metrics,
             fingerprint=self.fingerprint,
-            global_batch_size=self.loader.batch_sampler.global_batch_size,
+            global_batch_size=self.sampler.global_batch_size,
         )
 
     def finish(self) -> dict[str, Any]:
-        """Close the log, draw the curves and write the report. Returns the last metrics and the
-        whole log."""
+        """Close the log, draw curves, write the report. Returns the last metrics and the log."""
         done, stopped, history = self.progress, self.stop.agreed, self.metrics.history
         result = {
             **dict(name=self.name, stopped=stopped, step=self.step, num_tokens=done.tokens),
@@ -352,8 +353,8 @@ class Run:
         plot_losses({self.name: history}, self.file(".loss.png"))
         page = self.file(".report.html")
         state = f"stopped at step {self.step} of {self.plan.total_steps}" if stopped else "finished"
-        about = dict(name=self.name, stage=self.stage, state=state, metadata=self.metadata)
-        write_report(page, self.ctx, **about, history=history, recipe=self.recipe)
+        about: dict[str, Any] = dict(name=self.name, stage=self.stage, metadata=self.metadata)
+        write_report(page, self.ctx, **about, state=state, history=history, recipe=self.recipe)
         if stopped:
             self.ctx.print(f"stopped at step {self.step}; --resume goes on from there")
         elif self.file(".pth").exists():

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, product
 from random import Random
+from typing import Any
 
 from dataset.tools.builtin import MEANINGS, WEEKDAYS
 
 LANGUAGES = ("zh", "en")
 
 Table = list[dict]  # the rows of a JSONL file
-Problem = tuple
+Problem = Any  # the numbers of a problem; of the dictionary's, a word
 
 UNITS = (  # source, target (each zh, en), factor; with a factor of 60 up to 20 only
     (("厘米", "centimetres"), ("毫米", "millimetres"), 10),

@@ -32,7 +32,7 @@ def as_json(value: object) -> str:
 
 def arguments_of(
     m: Material, use: dict, lang: str, part: str, rng: Random
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of a call, and the slots of the question."""
     problem = rng.choice(m.problems[use["tool"]][part])
     if use["tool"] == "dictionary" and part == TRAIN and rng.random() < 0.7:

@@ -255,7 +255,10 @@ def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[st
         check(plain, filters)
         return {**row, "text": mask_and_escape(plain)}
     names = [name for name in ("conversations", "chosen", "rejected") if name in row]
-    cleaned = {**row, **{name: [clean_message(m) for m in row[name]] for name in names}}
+    cleaned: dict[str, Any] = {
+        **row,
+        **{name: [clean_message(m) for m in row[name]] for name in names},
+    }
     for name in names:
         answers = [m for m in cleaned[name] if m["role"] == "assistant"]
         if not answers:

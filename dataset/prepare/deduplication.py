@@ -27,7 +27,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from dataset.jsonl import parse_json
 from dataset.prepare.cleaning import as_line
 from dataset.prepare.resumable import ChunkResult
 from dataset.prepare.sources import RawRow, read_raw, to_row, whole_text
@@ -94,7 +93,7 @@ def read_questions(files: list[Path], overlap: int = 13) -> Questions:
     for path in files:
         before = sum(map(len, found.values()))
         for raw in read_raw([path], about=f"reading {path.name}"):
-            for text in strings_in(parse_json(raw.content) if raw.is_json else raw.content):
+            for text in strings_in(raw.value()):
                 words = hash_words(words_of(text))
                 n = min(overlap, len(words))
                 if n >= SHORTEST_QUESTION:
@@ -264,8 +263,11 @@ class Selector:
     with_dropped: bool = False
 
     def __call__(self, chunk: list[tuple[RawRow, int]]) -> ChunkResult:
-        kept, dropped, counts, examples = [], [], Counter(), {}
+        kept: list[str] = []
+        dropped: list[str] = []
+        counts, examples = Counter(), {}
         for raw, decision in chunk:
+            assert isinstance(raw.content, str)  # a line: what is deduplicated is cleaned JSONL
             line = raw.content if raw.content.endswith("\n") else raw.content + "\n"
             counts["rows read"] += 1
             if decision == KEPT:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.errors import (
@@ -125,7 +126,7 @@ class HuggingFaceRepo:
 
     def files(self) -> list[Remote]:
         with plain_errors(self.where, self.repo):
-            about = self.api.repo_info(
+            about: Any = self.api.repo_info(  # of another class for each repo_type
                 self.repo, repo_type=self.repo_type, revision=self.revision, files_metadata=True
             )
         self.revision = about.sha or self.revision  # the same commit for all files

@@ -166,6 +166,9 @@ def map_chunks(
             pool.shutdown(cancel_futures=True)
 
 
+worker_function: Callable[[Any], ChunkResult]  # of a worker process; start_worker sets it
+
+
 def start_worker(work: Callable[[Any], ChunkResult], parent: int) -> None:
     global worker_function  # sent once to each process, not with every chunk
     worker_function = work

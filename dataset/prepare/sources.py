@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import charset_normalizer
 import pyarrow as pa
@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dataset.encoding import Message, check_messages
-from dataset.jsonl import open_data, parse_json
+from dataset.jsonl import BinaryFile, open_data, parse_json
 from model.errors import UserError
 
 SAMPLE = 2**20  # bytes from which an encoding is guessed
@@ -57,6 +57,12 @@ class RawRow:
     number: int  # of the line or row, from 1
     content: str | dict[str, Any]
     is_json: bool = False
+
+    def value(self) -> Any:
+        """The content, a line of JSON parsed."""
+        if self.is_json and isinstance(self.content, str):
+            return parse_json(self.content)
+        return self.content
 
     def place(self) -> str:
         return f"{Path(self.path).name}:{self.number}"
@@ -110,7 +116,7 @@ def read_raw(
             done += path.stat().st_size
 
 
-def rows_of(path: Path, file: BinaryIO, encoding: str, per_document: str) -> Iterator[RawRow]:
+def rows_of(path: Path, file: BinaryFile, encoding: str, per_document: str) -> Iterator[RawRow]:
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     if kind == ".parquet":
         number = 0
@@ -196,7 +202,7 @@ def to_row(raw: RawRow, text_field: str = "") -> dict[str, Any]:
     Args:
         text_field: the field that holds the text, where it is none of TEXT_FIELDS.
     """
-    fields = parse_json(raw.content) if raw.is_json else raw.content
+    fields = raw.value()
     if isinstance(fields, str):
         return {"text": fields}
     if not isinstance(fields, dict):

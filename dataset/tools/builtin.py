@@ -122,8 +122,9 @@ BINARY = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
 }
-UNARY = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-FUNCTIONS = {"sqrt": math.sqrt, "abs": abs, "round": round, "sin": math.sin, "cos": math.cos}
+UNARY: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+FUNCTIONS: dict[str, Callable] = {"sqrt": math.sqrt, "abs": abs, "round": round}
+FUNCTIONS |= {"sin": math.sin, "cos": math.cos}
 FUNCTIONS |= {"tan": math.tan, "log": math.log, "exp": math.exp}
 CONSTANTS = {"pi": math.pi, "e": math.e}
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "（": "(", "）": ")"})

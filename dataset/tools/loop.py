@@ -199,7 +199,7 @@ class Episode:
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, open_thinking: bool = False):
         self.task, self.tokenizer, self.open_thinking = task, tokenizer, open_thinking
-        options = {"add_generation_prompt": True, "open_thinking": open_thinking}
+        options: dict[str, Any] = {"add_generation_prompt": True, "open_thinking": open_thinking}
         if task.tools:  # where any model's template looks for them
             options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids

@@ -78,6 +78,8 @@ def architecture(config: MiniMindConfig) -> MODEL_ARCH:
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: MiniMindConfig) -> None:
     """The config in the terms of llama.cpp."""
+    assert config.intermediate_size is not None  # MiniMindConfig.__post_init__ has set both
+    assert config.moe_intermediate_size is not None
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

@@ -117,6 +117,7 @@ def to_hf_config(config: MiniMindConfig) -> PreTrainedConfig:
         elif shared:
             kind = Qwen2MoeConfig
             fields["num_experts"] = config.n_routed_experts
+            assert config.moe_intermediate_size is not None  # __post_init__ has set it
             size = shared * config.moe_intermediate_size
             fields |= {"shared_expert_intermediate_size": size, "qkv_bias": False}
         elif config.norm_topk_prob:

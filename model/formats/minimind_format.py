@@ -45,7 +45,9 @@ def config_from_shapes(
             f"{path} does not hold MiniMind weights: their shapes do not fit"
         ) from error
     newer = q_norm is not None
-    generation = {"yarn_factor": 16.0, "yarn_attention_factor": 1.0} if newer else {}
+    generation: dict[str, Any] = {}
+    if newer:
+        generation = {"yarn_factor": 16.0, "yarn_attention_factor": 1.0}
     if use_moe:
         generation |= {
             "use_moe": True,

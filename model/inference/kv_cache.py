@@ -26,13 +26,13 @@ class KVCache:
         """Keys and values of a layer, grown to the current capacity; `like` has the dtype and sizes
         of what will be written."""
         if number == len(self.layers):
-            self.layers.append(
-                tuple(like.new_empty(self.rows, like.shape[1], 0, like.shape[3]) for _ in "kv")
-            )
+            empty = like.new_empty(self.rows, like.shape[1], 0, like.shape[3])
+            self.layers.append((empty, empty))
         stored = self.layers[number]
         if stored[0].shape[2] < self.capacity:
             R, K, length, D = stored[0].shape
-            grown = tuple(each.new_zeros(R, K, self.capacity, D) for each in stored)
+            keys, values = (each.new_zeros(R, K, self.capacity, D) for each in stored)
+            grown = (keys, values)
             for old, new in zip(stored, grown, strict=True):
                 new[:, :, :length] = old
             self.layers[number] = stored = grown
@@ -71,4 +71,4 @@ class KVCacheView:
                 for row, tokens, length in zip(rows, new, self.lengths, strict=True):
                     row[:, length : length + tokens.shape[1]] = tokens
             whole.append(rows[:, :, : self.end])
-        return tuple(whole)
+        return whole[0], whole[1]

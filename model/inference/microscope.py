@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.attention import attention_weights, make_attention_mask
+from model.attention import VarlenMetadata, attention_weights, make_attention_mask
 from model.feed_forward import MixtureOfExperts, Routing
 from model.model_minimind import MiniMindBlock, MiniMindConfig
 from model.rope import apply_rotary_emb, rope_cos_sin
@@ -58,6 +58,7 @@ def observe(model: PreTrainedModel, ids: list[int]) -> Observation:
     hidden = torch.cat(outputs.hidden_states)  # [L + 1, T, C]
     cos_sin = rope_cos_sin(model.config, torch.arange(len(ids), device=model.device)[None])
     mask = make_attention_mask(model.config, hidden[:1], 0, None, None)
+    assert not isinstance(mask, VarlenMetadata)  # which packed documents alone have
     # the input of a layer is the output of the one before it
     blocks = list(zip(model.model.layers, hidden[:-1], strict=True))
     return Observation(

@@ -38,8 +38,8 @@ def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
         B * T,
         int((labels != IGNORE_INDEX).sum()),
         B,
+        torch.arange(B),
     )
-    batch.indices = torch.arange(B)
     batch.old_log_probs, batch.ref_log_probs = old, old + some(0.3)
     batch.advantages = torch.randn(B, 1, generator=g, dtype=torch.float64)
     batch.values, batch.returns = some(0.5), some(0.5)

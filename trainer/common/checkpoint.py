@@ -105,14 +105,15 @@ def hash_of(*arrays: np.ndarray | Tensor) -> str:
 # -- writing and reading ---------------------------------------------------------------------------
 
 
-def check_writable(directory: str) -> None:
+def check_writable(*directories: str) -> None:
     """UserError now, rather than after hours of training."""
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
+    for directory in directories:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def save_checkpoint(
@@ -241,7 +242,8 @@ def seed_everything(seed: int) -> None:
 def rng_state(device: torch.device) -> dict[str, Any]:
     """The state of every generator, in types that torch.load reads with weights_only."""
     version, numbers, gauss = random.getstate()
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
+    kind, keys, *rest = legacy
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [kind, keys.tolist(), *rest],

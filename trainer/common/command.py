@@ -53,7 +53,7 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
     if code and several:  # a thread that waits for a dead process would keep this one from ending
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:

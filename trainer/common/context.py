@@ -4,38 +4,45 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from typing_extensions import TypeVar  # with `default`, as typing's since Python 3.13
 
 from model.errors import UserError
 from trainer.common import hardware
 from trainer.common.arguments import TrainArgs
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+# `Context` alone means Context[TrainArgs]. Context[Args] knows a stage's own arguments too, and may
+# be given wherever a Context is wanted (covariant).
+ArgsT = TypeVar("ArgsT", bound=TrainArgs, default=TrainArgs, covariant=True)
+AnyArgs = TypeVar("AnyArgs", bound=TrainArgs)
+
 
 @dataclass(frozen=True)
-class Context:
+class Context(Generic[ArgsT]):
     """What evaluation, estimates, reports, recipes and rewards need to know of a training."""
 
-    args: TrainArgs
+    args: ArgsT
     device: torch.device
     dtype: torch.dtype  # of the forward pass; the weights are float32
     compile: bool  # whether blocks are compiled
     rank: int = 0
     world_size: int = 1
 
-    @classmethod
-    def create(cls, args: TrainArgs) -> "Context":
+    @staticmethod
+    def create(args: AnyArgs) -> "Context[AnyArgs]":
         """Resolve device and precision, and join the other ranks if torchrun started several."""
         device = hardware.resolve_device(args.device)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1:
             init_distributed(device, world_size)
-        return cls(
+        return Context(
             args=args,
             device=device,
             dtype=hardware.resolve_dtype(args.dtype, device),
@@ -97,6 +104,11 @@ def init_distributed(device: torch.device, world_size: int) -> None:
         torch.set_num_threads(max(1, hardware.physical_cores() // hardware.ranks_here()))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def without_sync(model: nn.Module) -> AbstractContextManager:
+    """Inside, backward passes leave each rank with its own gradients."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def unwrap(model: ModelT) -> ModelT:
     """The model inside DistributedDataParallel."""
     return model.module if isinstance(model, DistributedDataParallel) else model

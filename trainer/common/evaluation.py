@@ -3,26 +3,29 @@
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import encode_chat, token_bytes
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
-from dataset.pairs import PreferenceDataset, collate_pairs
+from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.losses import cross_entropy_sum
-from trainer.common.context import Context, unwrap
+from model.model_minimind import MiniMindForCausalLM
+from trainer.common.context import Context, ModelT, unwrap
 from trainer.common.hardware import oom_guard
 
+FunctionT = TypeVar("FunctionT", bound=Callable)
 
-def eager(evaluate: Callable) -> Callable:
+
+def eager(evaluate: FunctionT) -> FunctionT:
     """Run without compiled blocks: they are compiled for the shapes of training, and a KV cache or
     another shape would be compiled anew. The function's first argument is the context."""
 
@@ -31,13 +34,16 @@ def eager(evaluate: Callable) -> Callable:
         with ctx.compiler_stance("force_eager"):
             return evaluate(ctx, *args, **settings)
 
-    return evaluate_eagerly
+    return cast(FunctionT, evaluate_eagerly)
 
 
 @eager
 @torch.no_grad()
 def evaluate_loss(
-    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, data: PackedDataset
+    ctx: Context,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PackedDataset,
 ) -> dict[str, float]:
     """Loss on held-out sequences, which the ranks share out between them.
 
@@ -74,7 +80,7 @@ def evaluate_loss(
     }
 
 
-def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
+def sum_of_loss(model: MiniMindForCausalLM, hidden: Tensor, labels: Tensor) -> float:
     loss, _ = cross_entropy_sum(hidden[:, :-1], model.lm_head.weight, labels[:, 1:])
     return loss.item()
 
@@ -83,10 +89,10 @@ def sum_of_loss(model: nn.Module, hidden: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def map_pairs(
     ctx: Context,
-    model: nn.Module,
+    model: ModelT,
     tokenizer: PreTrainedTokenizerBase,
     pairs: PreferenceDataset,
-    function: Callable,
+    function: Callable[[ModelT, PreferenceBatch], Tensor],
     title: str = "",
 ) -> Tensor:
     """`function(model, batch)` of both sides of every pair, [pairs, 2]; the ranks share the pairs
@@ -110,7 +116,7 @@ def map_pairs(
 @eager
 def sample_continuation(
     ctx: Context,
-    model: nn.Module,
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     data: PackedDataset,
     length: int = 40,
@@ -129,7 +135,7 @@ def sample_continuation(
 @eager
 def sample_answer(
     ctx: Context,
-    model: nn.Module,
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     question: str,
     length: int = 60,

@@ -4,24 +4,40 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import TypeVar
 
 from dataset.packing import Batch, TrainingData
-from dataset.pairs import PreferenceBatch
 from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
 from model.feed_forward import moe_layers, update_bias
-from model.model_minimind import CausalLMOutput
+from model.model_minimind import CausalLMOutput, ScoreOutput
 from trainer.common.context import Context
 
 INITIAL_BATCH_TOKENS = 1024  # of the first optimizer step, with --batch_ramp
 
 
-class GlobalBatch(list[Batch | PreferenceBatch]):
+class MicroBatch(Protocol):
+    """What a global batch counts in its micro-batches, of whatever kind of data."""
+
+    @property
+    def num_label_tokens(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int: ...
+
+
+BatchT = TypeVar("BatchT", bound=MicroBatch, default=Batch)
+
+
+class GlobalBatch(list[BatchT]):
     """This rank's micro-batches of one optimizer step, and the totals over all ranks."""
 
     num_label_tokens: int  # tokens that carry loss: what the summed loss is divided by
@@ -29,7 +45,7 @@ class GlobalBatch(list[Batch | PreferenceBatch]):
     num_samples: int  # sequences, pairs or prompts
 
     @classmethod
-    def of(cls, ctx: Context, micro_batches: Iterable[Any]) -> "GlobalBatch":
+    def of(cls, ctx: Context, micro_batches: Iterable[BatchT]) -> "GlobalBatch[BatchT]":
         global_batch = cls(micro_batches)
         names = ("num_label_tokens", "num_tokens", "num_samples")
         local = (sum(getattr(batch, name) for batch in global_batch) for name in names)
@@ -38,7 +54,7 @@ class GlobalBatch(list[Batch | PreferenceBatch]):
         global_batch.num_tokens, global_batch.num_samples = tokens, samples
         return global_batch
 
-    def aux_loss(self, batch: Batch | PreferenceBatch, outputs: CausalLMOutput) -> Tensor | float:
+    def aux_loss(self, batch: BatchT, outputs: CausalLMOutput | ScoreOutput) -> Tensor | float:
         """The micro-batch's share of the load-balancing loss of experts, which is a mean over the
         samples of the global batch."""
         if outputs.aux_loss is None:
@@ -73,13 +89,10 @@ class StopSignal:
                 signal.signal(each, handler)
 
 
-def make_loader(
-    ctx: Context, train_data: TrainingData, pad_id: int, collate: Callable
-) -> DataLoader:
-    """Global batches as lists of this rank's micro-batches; their order depends on seed and epoch
-    alone."""
+def make_sampler(ctx: Context, train_data: TrainingData) -> GlobalBatchSampler:
+    """Which samples make each global batch; their order depends on seed and epoch alone."""
     args = ctx.args
-    sampler = GlobalBatchSampler(
+    return GlobalBatchSampler(
         len(train_data),
         batch_size=args.batch_size,
         accumulation_steps=args.accumulation_steps,
@@ -90,8 +103,19 @@ def make_loader(
         batch_ramp=args.batch_ramp,
         initial_batch_size=initial_batch_size(ctx, train_data.num_tokens / len(train_data)),
     )
+
+
+def make_loader(
+    ctx: Context,
+    train_data: TrainingData,
+    sampler: GlobalBatchSampler,
+    pad_id: int,
+    collate: Callable,
+) -> DataLoader:
+    """Global batches as lists of this rank's micro-batches."""
+    args = ctx.args
     return DataLoader(
-        train_data,
+        cast(Dataset, train_data),  # has all that a loader uses of one: its length and its samples
         batch_sampler=sampler,
         collate_fn=GlobalBatchCollator(args.batch_size, pad_id, collate),
         num_workers=args.num_workers,

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +41,19 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.8))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         for group in self.param_groups:
-            alike: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+            alike: dict[tuple, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     alike[matrix.shape].append(matrix)
             for matrices in alike.values():
                 self.step_stacked(matrices, group)
 
-    def step_stacked(self, matrices: list[nn.Parameter], group: dict) -> None:
-        """One update of matrices of the same shape."""
+    def step_stacked(self, matrices: list[Tensor], group: dict) -> None:
+        """One update of matrices of the same shape, all with a gradient."""
         momentum = group["momentum"]
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         buffers = [self.momentum_buffer(matrix) for matrix in matrices]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, buffers, momentum)
@@ -63,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(matrices, updates.unbind(), alpha=-group["lr"] * scale)
 
-    def momentum_buffer(self, matrix: nn.Parameter) -> Tensor:
+    def momentum_buffer(self, matrix: Tensor) -> Tensor:
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
@@ -148,7 +149,8 @@ def make_optimizer(
     """
     roles = split_parameters(model)
     matrices, embedding, norms = roles["matrices"], roles["embedding"], roles["norms"]
-    optimizers, rest = [], []
+    optimizers: list[torch.optim.Optimizer] = []
+    rest: list[dict[str, Any]] = []  # groups of AdamW
     if embedding:
         scale = embedding_lr_scale(width=embedding[0].shape[1])
         rest.append(dict(params=embedding, lr=scale * learning_rate, weight_decay=0.0))

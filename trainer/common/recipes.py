@@ -84,7 +84,7 @@ def with_recipe(argv: list[str], args_class: type) -> list[str]:
 def located(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags with absolute paths."""
 
-    def at(value: str | list[str]) -> str | list[str]:
+    def at(value: Any) -> Any:  # a path or a list of them
         return [at(each) for each in value] if isinstance(value, list) else normpath(ROOT / value)
 
     return {name: at(value) if name in PATHS else value for name, value in flags.items()}
@@ -159,7 +159,8 @@ class RecipeComparison:
         """The metric after this many tokens, interpolated; None before the first evaluation."""
         if not self.curve or num_tokens < self.curve[0][0]:
             return None
-        return float(np.interp(num_tokens, *zip(*self.curve, strict=True)))
+        tokens, values = zip(*self.curve, strict=True)
+        return float(np.interp(num_tokens, tokens, values))
 
     def expected_metrics(self, record: dict[str, Any]) -> dict[str, float]:
         """What the recipe's run had at this record of a log, to be written into it."""

@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from model.errors import UserError
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
 from model.weights import find_weights, load_model
 from trainer.common.arguments import TrainArgs
-from trainer.common.context import Context
+from trainer.common.context import Context, ModelT
 
 
 def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindForCausalLM:
@@ -45,7 +45,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
     return model.train()
 
 
-def prepare_model(ctx: Context, model: nn.Module) -> nn.Module:
+def prepare_model(ctx: Context, model: ModelT) -> ModelT:
     """The model on this rank's device, compiled where that pays, and with gradients averaged over
     the ranks."""
     model = model.to(ctx.device)
@@ -57,7 +57,8 @@ def prepare_model(ctx: Context, model: nn.Module) -> nn.Module:
         return model
     devices = [ctx.device] if ctx.device.type == "cuda" else None
     # buffers stay apart: each rank counts the load of its own experts
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    prepared = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    return cast(ModelT, prepared)  # called like the model; `unwrap` gives access to its parts
 
 
 def load_packed(
@@ -92,9 +93,9 @@ def load_pairs(
             f"every pair has a side longer than --max_seq_len {args.max_seq_len} (of the shortest "
             f"pair it has {train_data.longer_side.min()} tokens); raise it"
         )
-    val_data = (
-        PreferenceDataset(val_documents, args.max_seq_len, val_indices) if len(val_indices) else ()
-    )
+    if len(val_indices) == 0:
+        return train_data, None
+    val_data = PreferenceDataset(val_documents, args.max_seq_len, val_indices)
     return train_data, val_data if len(val_data) else None
 
 

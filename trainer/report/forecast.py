@@ -57,6 +57,7 @@ def forecast(
     ctx: Context,
     plan: Plan,
     model: nn.Module,
+    config: MiniMindConfig,
     train_data: TrainingData,
     val_data: TrainingData | None,
 ) -> tuple[list[str], str]:
@@ -71,7 +72,7 @@ def forecast(
     held_out = f"; held out: {len(val_data.indices):,} {val_data.document_unit}" if val_data else ""
     first, largest = plan.first_batch, plan.largest_batch
     sizes = f"{first} to {largest}" if first < largest else f"{first}"
-    memory, oom_hint = memory_forecast(ctx, model, train_data)
+    memory, oom_hint = memory_forecast(ctx, model, config, train_data)
     lines = [
         f"{plan.name}: {parameters / 1e6:.2f}M parameters, "
         f"{hardware.describe_machine(ctx.device)}, {dtype}, "
@@ -82,14 +83,14 @@ def forecast(
         memory,
     ]
     if plan.peak_flops:
-        work = hardware.flops_per_token(model.config, args.max_seq_len) * num_tokens
+        work = hardware.flops_per_token(config, args.max_seq_len) * num_tokens
         seconds = work / (0.4 * plan.peak_flops * ctx.world_size)
         lines.append(
             f"time: about {duration(seconds)}, if 40% of the machine's "
             f"{plan.peak_flops / 1e12:.2f} TFLOP/s are reached"
         )
     if args.from_weight == "none" and isinstance(train_data, PackedDataset):
-        size = model.config.vocab_size
+        size = config.vocab_size
         lines.append(
             f"loss: ln {size} = {math.log(size):.2f} at the start, a uniform guess; it falls fast "
             "at first"
@@ -101,7 +102,9 @@ def forecast(
     return lines, oom_hint
 
 
-def memory_forecast(ctx: Context, model: nn.Module, train_data: TrainingData) -> tuple[str, str]:
+def memory_forecast(
+    ctx: Context, model: nn.Module, config: MiniMindConfig, train_data: TrainingData
+) -> tuple[str, str]:
     """A line on memory, and which batch to try should it run out.
 
     Raises:
@@ -111,7 +114,7 @@ def memory_forecast(ctx: Context, model: nn.Module, train_data: TrainingData) ->
     batch_size = getattr(args, flag)
     samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
     fixed, per_token = training_memory(
-        model.config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     if args.needs_reference:
         fixed += 4 * count_parameters(model)

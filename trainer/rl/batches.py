@@ -6,7 +6,8 @@ model predicts from the tokens up to t.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,12 +24,13 @@ from trainer.rl.rollout import Completion
 class RolloutBatch(Batch):
     """Prompts with their completions, padded on the right; loss on the completions alone."""
 
-    indices: Tensor | None = None  # [B], int64: places in the list of completions
-    old_log_probs: Tensor | None = None  # [B, T − 1] of π_old, the policy that sampled
-    ref_log_probs: Tensor | None = None  # [B, T − 1] of π_ref
-    advantages: Tensor | None = None  # [B, 1], or [B, T − 1] in PPO
-    values: Tensor | None = None  # [B, T − 1], PPO: V_old, before the update
-    returns: Tensor | None = None  # [B, T − 1], PPO: the critic's targets
+    indices: Tensor  # [B], int64: places in the list of completions
+    ref_log_probs: Tensor | None = None  # [B, T − 1] of π_ref; None without a reference
+    # The rest is set between rollout and update; until then there is no such attribute.
+    old_log_probs: Tensor = field(init=False, repr=False)  # [B, T − 1] of π_old, which sampled
+    advantages: Tensor = field(init=False, repr=False)  # [B, 1], or [B, T − 1] in PPO
+    values: Tensor = field(init=False, repr=False)  # [B, T − 1], PPO: V_old, before the update
+    returns: Tensor = field(init=False, repr=False)  # [B, T − 1], PPO: the critic's targets
 
     @property
     def completion_mask(self) -> Tensor:
@@ -44,14 +46,14 @@ class RolloutBatch(Batch):
         it with a pass of its own, because the KL in its rewards needs log π_old before the update;
         the others with the first pass of the update, which costs nothing.
         """
-        if self.old_log_probs is None:
+        if not hasattr(self, "old_log_probs"):
             # Detached: π_old is a constant. With a gradient through it the ratio would be 1
             # whatever the weights are, and its gradient 0.
             self.old_log_probs = log_probs.detach()
 
 
 def micro_batches(
-    completions: list[Completion], batch_size: int, pad_id: int, device: torch.device
+    completions: Sequence[Completion], batch_size: int, pad_id: int, device: torch.device
 ) -> list[RolloutBatch]:
     """Batches of completions of similar length, so that little is padding. Without completions,
     one batch without tokens: every rank must take part in each update."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.model_lora import add_lora, disable_adapter, save_lora
 from model.model_minimind import MiniMindForCausalLM
@@ -13,7 +13,11 @@ from model.weights import save_weights
 from trainer.common.context import Context, unwrap
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch
+from trainer.rl.prompts import PromptBatch
 from trainer.trainer_utils import Run
+
+# what every trainer of reinforcement learning has
+RolloutRun = Run[RolloutArgs, PromptBatch]
 
 
 def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
@@ -44,7 +48,7 @@ def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:
     )
 
 
-def log_probs(run: Run, model: nn.Module, batch: RolloutBatch) -> Tensor:
+def log_probs(run: RolloutRun, model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
     """log π of each token of the completions, [B, T − 1], without gradient.
 
     The same computation as in an update. The engine's own log-probs would be cheaper, but a KV
@@ -58,13 +62,13 @@ class ReferenceModel:
     """π_ref, the policy before training: a frozen copy, or with LoRA the model with its adapter
     disabled, which needs no memory."""
 
-    def __init__(self, ctx: Context, model: MiniMindForCausalLM):
+    def __init__(self, ctx: Context[RolloutArgs], model: MiniMindForCausalLM):
         """To be made before --resume loads trained weights into the model."""
         self.copy = None
         if not ctx.args.use_lora:
             self.copy = copy.deepcopy(model).requires_grad_(False).to(ctx.device)
 
-    def log_probs(self, run: Run, model: nn.Module, batch: RolloutBatch) -> Tensor:
+    def log_probs(self, run: RolloutRun, model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
         """log π_ref, [B, T − 1]; `model` is the policy."""
         if self.copy is not None:
             return log_probs(run, self.copy, batch)

@@ -20,6 +20,7 @@ from model.errors import UserError
 from trainer.common.checkpoint import hash_of
 from trainer.common.context import Context
 from trainer.common.setup import split_held_out
+from trainer.rl.arguments import RolloutArgs
 
 
 @dataclass
@@ -119,7 +120,9 @@ def sample_prompts(data: PromptDataset, count: int, *seed: int) -> list[Prompt]:
 
 
 def read_prompts(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, parse_row: Callable | None = None
+    ctx: Context[RolloutArgs],
+    tokenizer: PreTrainedTokenizerBase,
+    parse_row: Callable | None = None,
 ) -> tuple[PromptDataset, PromptDataset | None]:
     """Prompts to train on, and held-out ones (None if none are asked for).
 
@@ -143,7 +146,7 @@ def read_prompts(
 
 
 def load_prompts(
-    ctx: Context,
+    ctx: Context[RolloutArgs],
     tokenizer: PreTrainedTokenizerBase,
     paths: list[str],
     parse: Callable | None = None,

@@ -9,18 +9,19 @@ import json
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import CACHE_VERSION
 from dataset.pairs import PreferenceBatch, PreferenceDataset
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import map_pairs
 
 
-def completion_log_probs(model: nn.Module, batch: PreferenceBatch) -> Tensor:
+def completion_log_probs(model: MiniMindForCausalLM, batch: PreferenceBatch) -> Tensor:
     """log p(completion | prompt) of both sides of each pair, [N, 2]."""
     outputs = model(**batch.inputs, labels=batch.labels, return_log_probs=True)
     return batch.sum_log_probs(outputs.log_probs)
@@ -28,7 +29,7 @@ def completion_log_probs(model: nn.Module, batch: PreferenceBatch) -> Tensor:
 
 def precompute_ref_log_probs(
     ctx: Context,
-    model: nn.Module,
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     pairs: PreferenceDataset,
 ) -> None:
@@ -36,7 +37,8 @@ def precompute_ref_log_probs(
     0."""
     path = cache_file(ctx, model, pairs)
     log_probs = read_cache(path, pairs)
-    if ctx.all_reduce_sum(log_probs is not None)[0] < ctx.world_size:  # missing on some rank
+    cached_ranks = ctx.all_reduce_sum(log_probs is not None)[0]
+    if log_probs is None or cached_ranks < ctx.world_size:  # if it is missing on some rank
         title = "log-probs of the reference"
         values = map_pairs(ctx, model, tokenizer, pairs, completion_log_probs, title)
         log_probs = values.cpu().numpy()
@@ -46,7 +48,7 @@ def precompute_ref_log_probs(
     pairs.ref_log_probs = log_probs
 
 
-def cache_file(ctx: Context, model: nn.Module, pairs: PreferenceDataset) -> Path:
+def cache_file(ctx: Context, model: MiniMindForCausalLM, pairs: PreferenceDataset) -> Path:
     """Beside the cached tokens, named after all that the log-probabilities depend on."""
     model = unwrap(model)
     state = {name: w for name, w in model.state_dict().items() if ".lora_" not in name}

@@ -28,7 +28,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ from trainer.rl.prompts import PromptDataset
 from trainer.rl.rollout import Completion
 
 Rule = Callable[[Completion, RolloutArgs], float]
+Part = Callable[[Sequence[Completion]], list[float]]  # a rule or a model, over all completions
 
 
 class Rewards:
@@ -69,7 +70,7 @@ class Rewards:
 
     def __init__(
         self,
-        ctx: Context,
+        ctx: Context[RolloutArgs],
         tokenizer: PreTrainedTokenizerBase,
         hidden_size: int,
         prompts: PromptDataset,
@@ -85,9 +86,7 @@ class Rewards:
             ctx.print("reward: " + " + ".join(terms))
         self.parts = {name: self.make_part(name, prompts) for name in self.weights}
 
-    def make_part(
-        self, name: str, prompts: PromptDataset
-    ) -> Callable[[list[Completion]], list[float]]:
+    def make_part(self, name: str, prompts: PromptDataset) -> Part:
         if name in NEED_ANSWERS:
             lacking = sum(prompt.answer is None for prompt in prompts.prompts)
             if lacking:
@@ -100,11 +99,12 @@ class Rewards:
         rule, args = self.rules[name], self.ctx.args
         return lambda completions: [safe_call(rule, each, args) for each in completions]
 
-    def __call__(self, completions: list[Completion]) -> tuple[Tensor, dict[str, Metric]]:
+    def __call__(self, completions: Sequence[Completion]) -> tuple[Tensor, dict[str, Metric]]:
         """[N] rewards, NaN where a part failed; and for the log (sum, count) of the rewards, of
         each part, and of the failures."""
         parts = {name: torch.tensor(part(completions)) for name, part in self.parts.items()}
-        rewards = sum(self.weights[name] * values for name, values in parts.items())
+        weighted = (self.weights[name] * values for name, values in parts.items())
+        rewards = sum(weighted, torch.zeros(len(completions)))
         metrics = {"reward": sum_count(rewards)}
         metrics |= {f"rewards/{name}/mean": sum_count(values) for name, values in parts.items()}
         failed = rewards.isnan().sum().item()
@@ -176,6 +176,12 @@ def answer_in(completion: Completion, args: RolloutArgs) -> str:
     return tagged_answer(completion.text) or ""
 
 
+def right_answer(completion: Completion) -> str:
+    """The row's "answer", which every row has if a rule of NEED_ANSWERS is used."""
+    assert completion.prompt.answer is not None
+    return completion.prompt.answer
+
+
 def similarity(text: str, answer: str) -> float:
     return SequenceMatcher(
         None, normalize_text(text), normalize_text(answer), autojunk=False
@@ -208,9 +214,9 @@ def distinct_ngrams(tokens: list[int], n: int = 3) -> float:
 
 
 RULES: dict[str, Rule] = {
-    "answer": lambda each, args: grade(answer_in(each, args), each.prompt.answer),
-    "number": lambda each, args: same_number(answer_in(each, args), each.prompt.answer),
-    "similarity": lambda each, args: similarity(answer_in(each, args), each.prompt.answer),
+    "answer": lambda each, args: grade(answer_in(each, args), right_answer(each)),
+    "number": lambda each, args: same_number(answer_in(each, args), right_answer(each)),
+    "similarity": lambda each, args: similarity(answer_in(each, args), right_answer(each)),
     "format": lambda each, args: format_reward(each.text, opened=args.reasoning),
     "language": lambda each, args: same_language(each),
     "length": lambda each, args: 1 - len(each.tokens) / args.max_gen_len,
@@ -225,7 +231,7 @@ NEED_ANSWERS = ("answer", "number", "similarity")
 class MiniMindRewardModel:
     """The score of train_reward.py's model at the end of the conversation."""
 
-    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, path: Path):
+    def __init__(self, ctx: Context[RolloutArgs], tokenizer: PreTrainedTokenizerBase, path: Path):
         self.tokenizer, self.device = tokenizer, ctx.device
         self.batch_size = ctx.args.update_batch_size
         if not path.exists():  # one of another width than the policy, then
@@ -234,13 +240,13 @@ class MiniMindRewardModel:
         self.model = model.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, completions: list[Completion]) -> list[float]:
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
         scores = []
         for start in range(0, len(completions), self.batch_size):
             scores += self.score_batch(completions[start : start + self.batch_size])
         return scores
 
-    def score_batch(self, completions: list[Completion]) -> list[float]:
+    def score_batch(self, completions: Sequence[Completion]) -> list[float]:
         rows = [encode_chat(self.tokenizer, conversation(each)).ids for each in completions]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -253,7 +259,9 @@ class HFRewardModel:
     """A reward model of transformers: a sequence classifier with one label, or a model with its own
     `get_score`, as internlm2-1_8b-reward has."""
 
-    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, own_model: Path):
+    def __init__(
+        self, ctx: Context[RolloutArgs], tokenizer: PreTrainedTokenizerBase, own_model: Path
+    ):
         path, trusted = ctx.args.reward_model_path, ctx.args.trust_remote_code
         self.device = ctx.device
         if not Path(path).is_dir():
@@ -275,7 +283,7 @@ class HFRewardModel:
         self.model.to(self.device).eval()
 
     @torch.no_grad()
-    def __call__(self, completions: list[Completion]) -> list[float]:
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
         return [self.score(each) for each in completions]
 
     def score(self, completion: Completion) -> float:
@@ -299,14 +307,16 @@ class LLMJudge:
         "Reply with the number alone.\n\nQuestion:\n{question}\n\nAnswer:\n{answer}"
     )
 
-    def __init__(self, ctx: Context, tokenizer: PreTrainedTokenizerBase, own_model: Path):
+    def __init__(
+        self, ctx: Context[RolloutArgs], tokenizer: PreTrainedTokenizerBase, own_model: Path
+    ):
         if not ctx.args.judge_url:
             raise UserError("the reward judge needs --judge_url, the base URL of an OpenAI API")
         self.url, self.model = ctx.args.judge_url, ctx.args.judge_model or "default"
         key = os.environ.get("OPENAI_API_KEY", "none")  # local servers need none
         self.client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=4, timeout=120)
 
-    def __call__(self, completions: list[Completion]) -> list[float]:
+    def __call__(self, completions: Sequence[Completion]) -> list[float]:
         return [self.grade(each) for each in completions]
 
     def grade(self, completion: Completion) -> float:
@@ -327,4 +337,8 @@ class LLMJudge:
 
 
 # Made with the context, the policy's tokenizer and the file of the project's own reward model.
-MODELS = {"model": MiniMindRewardModel, "transformers": HFRewardModel, "judge": LLMJudge}
+MODELS: dict[str, Callable[[Context[RolloutArgs], PreTrainedTokenizerBase, Path], Part]] = {
+    "model": MiniMindRewardModel,
+    "transformers": HFRewardModel,
+    "judge": LLMJudge,
+}

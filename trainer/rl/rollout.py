@@ -9,12 +9,12 @@ a completion depend on --seed, update and prompt alone, so that any number of ra
 completions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from model.inference.engine import Engine, Request
@@ -48,8 +48,8 @@ class Completion:
 
 @eager
 def generate_completions(
-    ctx: Context,
-    model: nn.Module,
+    ctx: Context[Any],
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     num_generations: int = 1,
@@ -61,6 +61,7 @@ def generate_completions(
     """`num_generations` completions of each prompt, neighbours in the list.
 
     Args:
+        ctx: its arguments are RolloutArgs, or have the same flags (train_distillation.py).
         step, attempt: parts of the seed; several rollouts of a step need different attempts.
         temperature: of sampling; default: --temperature.
     """
@@ -90,7 +91,7 @@ def make_seed(*numbers: int) -> int:
 
 
 def make_generate_fn(
-    ctx: Context, args: RolloutArgs, model: nn.Module, tokenizer: PreTrainedTokenizerBase
+    ctx: Context, args: RolloutArgs, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[list[GenerationRequest]], list[list[int]]]:
     """A function that samples from the model as it is now: requests → new tokens of each, a final
     EOS included."""
@@ -106,7 +107,7 @@ def generate_locally(
     args: RolloutArgs, model: MiniMindForCausalLM, requests: list[GenerationRequest]
 ) -> list[list[int]]:
     """Sample with the project's engine, --rollout_batch_size completions side by side."""
-    limits = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
+    limits: dict[str, Any] = dict(max_new_tokens=args.max_gen_len, temperature=args.temperature)
     queue = [
         Request(ids, SamplingParams(**limits, seed=seed), index=sample)
         for ids, seed, sample in requests
@@ -127,7 +128,7 @@ def generate_locally(
 # -- metrics and evaluation ------------------------------------------------------------------------
 
 
-def completion_stats(completions: list[Completion]) -> dict[str, Metric]:
+def completion_stats(completions: Sequence[Completion]) -> dict[str, Metric]:
     """Metrics: length, the share that --max_gen_len cut off, and the share without text."""
     count = len(completions)
     return {
@@ -138,7 +139,10 @@ def completion_stats(completions: list[Completion]) -> dict[str, Metric]:
 
 
 def generate_greedy(
-    ctx: Context, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
+    ctx: Context[RolloutArgs],
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
 ) -> list[Completion]:
     """The completion of the likeliest tokens, one a prompt."""
     sampling = SamplingParams(ctx.args.max_gen_len, temperature=0)
@@ -149,8 +153,8 @@ def generate_greedy(
 
 @eager
 def evaluate_policy(
-    ctx: Context,
-    model: nn.Module,
+    ctx: Context[RolloutArgs],
+    model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     val_data: PromptDataset,
     rewards: Callable,
