@@ -3,10 +3,8 @@
     documents = load_documents("pretrain_hq.jsonl", "text", tokenizer)
     documents[0]["input_ids"], documents[0]["loss_mask"]
 
-Three kinds of rows: "text" ({"text": …}), "conversations" ({"conversations": [messages]}) and
-"preferences" ({"chosen": [messages], "rejected": [messages]}, two documents a row). How a row
-becomes tokens and a loss mask is in encoding.py, and how documents become batches in packing.py and
-pairs.py.
+The kinds of rows, such as "text", and how a row becomes tokens and a loss mask are in encoding.py;
+how documents become batches is in packing.py and pairs.py.
 
 Files are tokenised once, by all cores, into an Arrow file that later runs map into memory; at no
 time is a whole file in RAM.
@@ -75,7 +73,7 @@ def load_documents(
     """The documents of one or several `.jsonl` / `.jsonl.gz` files, tokenised.
 
     Args:
-        kind: "text", "conversations" or "preferences", whose documents 2i and 2i + 1 are the
+        kind: of the rows, a key of SEGMENTERS. Documents 2i and 2i + 1 of "preferences" are the
             chosen and the rejected side of pair i.
         workers: processes to tokenise with; default: one a core.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dataset.lm_dataset import Encoded, encode_chat, encode_text
 from dataset.packing import PackedDataset, collate
 from model.attention import make_attention_mask
+from model.config import MiniMindConfig
 from model.losses import IGNORE_INDEX
 from model.weights import load_tokenizer
 
@@ -40,9 +41,8 @@ def documents(count: int) -> list[Encoded]:
 
 def mask_of(position_ids: Tensor) -> Tensor:
     """[T, T]: the attention mask that the model computes from a sequence's positions."""
-    return make_attention_mask(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[
-        0, 0
-    ]
+    hidden = torch.zeros(1, position_ids.shape[1], 1)
+    return make_attention_mask(MiniMindConfig(), hidden, 0, None, position_ids)[0, 0]
 
 
 def main(lesson: Lesson) -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from .config import MiniMindConfig
+
 
 class VarlenMetadata(NamedTuple):
     """The documents of packed rows, all rows laid end to end (FlashAttention's arguments).
@@ -39,11 +41,12 @@ class Cache(Protocol):
 
 
 def make_attention_mask(
+    config: MiniMindConfig,
     hidden: Tensor,
     past: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    varlen: bool = False,
+    training: bool = False,
 ) -> Tensor | VarlenMetadata | None:
     """The mask of a forward pass of T = hidden.shape[1] tokens: bool [B or 1, 1, T, S], True where
     a query may attend to a key.
@@ -54,10 +57,10 @@ def make_attention_mask(
         attention_mask: [B, S], 0 hides padding; or [B, 1, T, S], returned as it is.
         position_ids: [B or 1, T]; each 0 starts a document, and documents of a packed row do not
             attend to each other. None: one document a row. Only without a cache.
-        varlen: return packed documents as VarlenMetadata instead of a mask.
 
     Returns:
-        None where the mask is causal and nothing more: kernels have a fast path for that.
+        None where the mask is causal and nothing more: kernels have a fast path for that. For
+        packed documents VarlenMetadata instead of a mask, where varlen attention can run.
     """
     T = hidden.shape[1]
     if attention_mask is not None and attention_mask.dim() == 4:
@@ -66,7 +69,8 @@ def make_attention_mask(
     # need a mask: is_causal would align the first query with the first key.
     if attention_mask is None and position_ids is None and (past == 0 or T == 1):
         return None
-    if position_ids is not None and attention_mask is None and varlen:
+    varlen = attention_mask is None and uses_varlen(config, hidden, training)
+    if position_ids is not None and varlen:
         return varlen_metadata(position_ids.expand(len(hidden), T))
     mask = causal_mask(torch.arange(past, past + T, device=hidden.device)[None], past + T)
     if attention_mask is not None:
@@ -90,6 +94,11 @@ def varlen_metadata(position_ids: Tensor) -> VarlenMetadata:
     starts[:, 0] = True  # a row never continues the document of the row before it
     cu_seqlens = F.pad(starts.flatten().nonzero().flatten(), (0, 1), value=starts.numel())
     return VarlenMetadata(cu_seqlens.int(), position_ids.shape[1])
+
+
+def uses_varlen(config: MiniMindConfig, hidden: Tensor, training: bool) -> bool:
+    dropout = training and config.dropout > 0  # varlen_attn has no dropout
+    return config.flash_attn and not dropout and supports_varlen(hidden, config.head_dim)
 
 
 def supports_varlen(hidden: Tensor, head_dim: int) -> bool:
@@ -153,7 +162,14 @@ def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float
 ) -> Tensor:
     """The same, written out. The tests compare the fused kernels with it."""
-    key, value = (repeat_kv(x, query.shape[1] // key.shape[1]) for x in (key, value))
+    weights = attention_weights(query, key, mask)
+    value = repeat_kv(value, query.shape[1] // value.shape[1])
+    return F.dropout(weights, dropout) @ value
+
+
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(QKᵀ/√D), [B, H, T, D], [B, K, S, D] → [B, H, T, S]; each row sums to 1."""
+    key = repeat_kv(key, query.shape[1] // key.shape[1])
     # A dot product of D terms of variance 1 has variance D. Divided by √D, logits stay near 1 and
     # the softmax does not saturate, where it would have no gradient.
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # [B, H, T, S]
@@ -165,4 +181,4 @@ def eager_attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    return F.dropout(scores.softmax(-1), dropout) @ value
+    return scores.softmax(-1)

@@ -35,7 +35,6 @@ from .attention import (
     eager_attention,
     make_attention_mask,
     sdpa_attention,
-    supports_varlen,
 )
 from .config import CACHE_ARGUMENT, MiniMindConfig
 from .feed_forward import MixtureOfExperts, SwiGLU
@@ -253,7 +252,7 @@ class MiniMindModel(MiniMindPreTrainedModel):
         # A 0 in position_ids starts a document only while nothing is cached.
         documents = position_ids if past == 0 else None
         mask = make_attention_mask(
-            hidden, past, attention_mask, documents, self.uses_varlen(hidden)
+            self.config, hidden, past, attention_mask, documents, self.training
         )
         if position_ids is None:
             position_ids = torch.arange(past, length, device=hidden.device)[None]
@@ -284,12 +283,6 @@ class MiniMindModel(MiniMindPreTrainedModel):
             aux_loss=torch.stack(aux_losses).sum() if self.config.use_moe else None,
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             **{CACHE_ARGUMENT: past_key_values},
-        )
-
-    def uses_varlen(self, hidden: Tensor) -> bool:
-        dropout = self.training and self.config.dropout > 0  # varlen_attn has no dropout
-        return (
-            self.config.flash_attn and not dropout and supports_varlen(hidden, self.config.head_dim)
         )
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dataset.encoding import SEGMENTERS
 from dataset.lm_dataset import load_documents
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from model.command_line import option, parse_arguments
@@ -28,9 +29,8 @@ class Args:
     data_path: list[str] = option(
         [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl or .jsonl.gz"
     )
-    kind: Literal["conversations", "text", "preferences"] = option(
-        "conversations",
-        "format of the data: SFT, pretraining, or DPO (chosen and rejected in turn)",
+    kind: Literal[tuple(SEGMENTERS)] = option(
+        "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
     rows: int = option(1, "number of rows to show")
     first: int = option(0, "index of the first row to show")

@@ -33,6 +33,8 @@ from tqdm import tqdm
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset, collate
+from model import attention
+from model.attention import supports_varlen
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -101,8 +103,8 @@ def measure(method: str, config: MiniMindConfig, documents, args: Args) -> dict[
     else:
         model = MiniMindForCausalLM(config).to(DEVICE).train()
         optimizer = make_optimizer(model, "muon", 5e-4, 0.1)
-        if method == "packed":
-            model.model.uses_varlen = lambda hidden: False
+        packed = method == "packed"  # with a mask instead of varlen attention
+        attention.supports_varlen = (lambda *_: False) if packed else supports_varlen
         if method == "compiled":
             for block in model.model.layers:
                 block.compile()

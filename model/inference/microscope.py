@@ -9,7 +9,6 @@ Letters in the shape comments:
     V vocabulary   E routed experts   k selected experts, or most likely tokens
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.attention import causal_mask, repeat_kv
+from model.attention import VarlenMetadata, attention_weights, make_attention_mask
 from model.feed_forward import MixtureOfExperts, Routing
 from model.model_minimind import MiniMindBlock, MiniMindConfig
 from model.rope import apply_rotary_emb, rope_cos_sin
@@ -58,19 +57,21 @@ def observe(model: PreTrainedModel, ids: list[int]) -> Observation:
     outputs = model(input_ids=row, output_hidden_states=True, use_cache=False)
     hidden = torch.cat(outputs.hidden_states)  # [L + 1, T, C]
     cos_sin = rope_cos_sin(model.config, torch.arange(len(ids), device=model.device)[None])
+    mask = make_attention_mask(model.config, hidden[:1], 0, None, None)
+    assert not isinstance(mask, VarlenMetadata)  # which packed documents alone have
     # the input of a layer is the output of the one before it
     blocks = list(zip(model.model.layers, hidden[:-1], strict=True))
     return Observation(
         ids=row[0],
         hidden=hidden,
         logits=outputs.logits[0].float(),
-        attention=torch.stack([attention_weights(*block, cos_sin) for block in blocks]),
-        routing=[layer_routing(*block, cos_sin) for block in blocks],
+        attention=torch.stack([layer_attention(*block, cos_sin, mask) for block in blocks]),
+        routing=[layer_routing(*block, cos_sin, mask) for block in blocks],
     )
 
 
-def attention_weights(
-    block: MiniMindBlock, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]
+def layer_attention(
+    block: MiniMindBlock, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None
 ) -> Tensor:
     """softmax(QKᵀ/√D) of a layer from its input [T, C] → [H, T, T]; each row sums to 1.
 
@@ -81,25 +82,20 @@ def attention_weights(
     heads = (1, len(hidden), -1, attention.head_dim)
     query = attention.q_norm(attention.q_proj(inputs).view(heads)).transpose(1, 2)
     key = attention.k_norm(attention.k_proj(inputs).view(heads)).transpose(1, 2)
-    query, key = (
-        apply_rotary_emb(query, *cos_sin),
-        apply_rotary_emb(key, *cos_sin),
-    )  # [1, H, T, D], [1, K, T, D]
-    key = repeat_kv(key, query.shape[1] // key.shape[1])
-    scores = (query @ key.transpose(-1, -2) / math.sqrt(attention.head_dim))[0].float()
-    mask = causal_mask(torch.arange(len(hidden), device=hidden.device)[None], len(hidden))[0]
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    query = apply_rotary_emb(query, *cos_sin).float()  # [1, H, T, D]
+    key = apply_rotary_emb(key, *cos_sin).float()  # [1, K, T, D]
+    return attention_weights(query, key, mask)[0]
 
 
 def layer_routing(
-    block: MiniMindBlock, hidden: Tensor, cos_sin: tuple[Tensor, Tensor]
+    block: MiniMindBlock, hidden: Tensor, cos_sin: tuple[Tensor, Tensor], mask: Tensor | None
 ) -> Routing | None:
     """The routing of a layer from its input [T, C]: scores [T, E], experts [T, k], weights [T, k];
     None in a dense layer."""
     if not isinstance(block.mlp, MixtureOfExperts):
         return None
     inputs = block.input_layernorm(hidden)[None]
-    hidden = hidden + block.self_attn(inputs, cos_sin, None, None, len(hidden))
+    hidden = hidden + block.self_attn(inputs, cos_sin, mask, None, len(hidden))
     routing = block.mlp.route(block.post_attention_layernorm(hidden))
     return Routing(*(each[0] for each in routing))
 

@@ -7,7 +7,9 @@ import torch
 from torch.testing import assert_close
 from toy import logged
 
+from model import attention
 from model.attention import VarlenMetadata, make_attention_mask, supports_varlen, varlen_metadata
+from model.config import MiniMindConfig
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from trainer.common import loop
@@ -50,10 +52,12 @@ def test_a_row_begins_a_document_whatever_its_first_position():
         (6, None, None, torch.Tensor),
     ],
 )
-def test_varlen_metadata_is_for_packed_rows_only(past, attention_mask, position_ids, kind):
-    visible = make_attention_mask(
-        torch.zeros(3, 64, 8), past, attention_mask, position_ids, varlen=True
-    )
+def test_varlen_metadata_is_for_packed_rows_only(
+    past, attention_mask, position_ids, kind, monkeypatch
+):
+    monkeypatch.setattr(attention, "supports_varlen", lambda hidden, head_dim: True)
+    hidden = torch.zeros(3, 64, 8)
+    visible = make_attention_mask(MiniMindConfig(), hidden, past, attention_mask, position_ids)
     assert isinstance(visible, kind)
     if kind is VarlenMetadata:
         assert visible.cu_seqlens[-1] == 3 * 64
@@ -70,7 +74,7 @@ def test_documents_give_the_logits_and_gradients_of_the_mask(make_model, ids, fi
     results = []
     for dtype, varlen in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
         if not varlen:
-            monkeypatch.setattr(type(model.model), "uses_varlen", lambda self, hidden: False)
+            monkeypatch.setattr(attention, "supports_varlen", lambda hidden, head_dim: False)
         model.zero_grad()
         with autocast(CUDA, dtype):
             out = model(ids.to(CUDA), position_ids=POSITIONS.to(CUDA), labels=ids.to(CUDA))
