@@ -1,14 +1,14 @@
-"""Bits per byte of a model on text: the figure by which models with other tokenizers compare.
+"""Bits per byte of a model on text, comparable between models with different tokenizers.
 
     python scripts/eval_ppl.py --weight pretrain --data FILE [--json FILE]
     python scripts/eval_ppl.py --load_from ./MiniMind2 --data FILE        any transformers folder
 
-The rule: the first 500 characters of each document, each document alone, <|im_start|> (or what
-the tokenizer has to begin a text with) before it; the sum of −log2 p over all tokens after the
-first, divided by the UTF-8 bytes of the text. A byte costs 8 bits without a model.
+The rule: the first 500 characters of each document, each document alone, after <|im_start|> (or the
+tokenizer's own BOS token); the sum of −log2 p over all tokens after the first, divided by the UTF-8
+bytes of the text. Without a model a byte costs 8 bits.
 
 FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messages]}, whose contents
-are read as one text. Of any other file each 500 characters are a document.
+are joined to one text. In any other file every 500 characters are a document.
 """
 
 import io
@@ -37,17 +37,17 @@ from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
-LONGEST = 2048  # tokens that a model sees at once
+MAX_TOKENS = 2048  # of one forward pass; longer documents are split
 
 
 @dataclass
 class Args(ModelArgs):
     weight: str = option("pretrain", "own weights: the stage, or a .pth file")
-    data: str = option("", "JSONL or a text file, perhaps .gz")
-    documents: int = option(0, "how many documents, from the first; 0: all")
-    characters: int = option(CHARACTERS, "of each document, from the first; 0: all")
-    batch_size: int = option(16, "documents at a time")
-    json: str = option("", "also write the figures to this file")
+    data: str = option("", "a JSONL or text file, also .gz")
+    documents: int = option(0, "number of documents, from the first; 0: all")
+    characters: int = option(CHARACTERS, "characters of each document, from the first; 0: all")
+    batch_size: int = option(16, "documents in a batch")
+    json: str = option("", "write the results to this file too")
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -63,7 +63,7 @@ class Args(ModelArgs):
 
 
 def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTERS) -> list[str]:
-    """The beginnings of the first documents of a file; 0: all of it."""
+    """The first `characters` of the first `documents` of a file; 0: all of them."""
     texts = filter(None, read_documents(path, characters))
     return [text[: characters or None] for text in islice(texts, documents or None)]
 
@@ -103,7 +103,7 @@ def read_text(path: Path) -> str:
 
 
 def language(text: str) -> str:
-    """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
+    """zh, en or other: whichever of Chinese characters and ASCII letters there are more of."""
     chinese = count_chinese(text)
     latin = sum(c.isascii() and c.isalpha() for c in text)
     if not chinese and not latin:
@@ -112,7 +112,7 @@ def language(text: str) -> str:
 
 
 def length(text: str) -> str:
-    """The power of two that its number of characters lies above, as 64-127."""
+    """The range of its number of characters between two powers of two, as 64-127."""
     power = 2 ** (len(text).bit_length() - 1)
     return f"{power}-{2 * power - 1}"
 
@@ -120,27 +120,27 @@ def length(text: str) -> str:
 # -- bits ------------------------------------------------------------------------------------------
 
 
-class Stretch(NamedTuple):
-    """What a model sees at once of a document, and from which token on it is counted."""
+class Segment(NamedTuple):
+    """Part of a document for one forward pass, and from which token on it is counted."""
 
     document: int
     ids: list[int]
     counted: int
 
 
-def stretches(ids: list[int], document: int, longest: int) -> Iterator[Stretch]:
-    """A document in one, or if it is too long in several, each with half of the one before as
-    context; every token but the first is counted once."""
-    yield Stretch(document, ids[:longest], 1)
+def split_document(ids: list[int], document: int, longest: int) -> Iterator[Segment]:
+    """A document in one segment, or in several if it is too long, each with half of the one before
+    as context; every token but the first is counted once."""
+    yield Segment(document, ids[:longest], 1)
     half = longest // 2
     for at in range(half, len(ids) - longest + half, half):
-        yield Stretch(document, ids[at : at + longest], longest - half)
+        yield Segment(document, ids[at : at + longest], longest - half)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, after the one that begins a text."""
+    """The tokens of each text, after BOS."""
     begin = tokenizer.bos_token_id
-    begin = tokenizer.eos_token_id if begin is None else begin  # as Qwen's, which has no other
+    begin = tokenizer.eos_token_id if begin is None else begin  # Qwen's tokenizer has no BOS
     if begin is None:
         raise UserError("the tokenizer has no token that begins or ends a text")
     encoded = encode_segments(tokenizer, [[(begin, False), (text, True)] for text in texts])
@@ -153,27 +153,29 @@ def document_bits(
     documents: list[list[int]],
     batch_size: int = 16,
 ) -> list[float]:
-    """−log2 p of all tokens of each document but the first; those of about the same length share a
+    """−log2 p of all tokens of each document but the first; documents of similar length share a
     batch."""
-    longest = min(LONGEST, getattr(model.config, "max_position_embeddings", None) or LONGEST)
-    pieces = [s for n, ids in enumerate(documents) for s in stretches(ids, n, longest)]
-    pieces.sort(key=lambda piece: len(piece.ids))
+    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
+    segments = [s for n, ids in enumerate(documents) for s in split_document(ids, n, longest)]
+    segments.sort(key=lambda segment: len(segment.ids))
     bits = [0.0] * len(documents)
-    for at in tqdm(range(0, len(pieces), batch_size), desc="bits per byte", leave=False):
-        some = pieces[at : at + batch_size]
-        # padding stands behind the text, where causal attention does not see it
-        ids = torch.zeros(len(some), len(some[-1].ids), dtype=torch.long)
+    for at in tqdm(range(0, len(segments), batch_size), desc="bits per byte", leave=False):
+        batch = segments[at : at + batch_size]
+        # padding on the right, which causal attention does not see
+        ids = torch.zeros(len(batch), len(batch[-1].ids), dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
-        for row, piece in enumerate(some):
-            ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
-            labels[row, piece.counted : len(piece.ids)] = torch.tensor(piece.ids[piece.counted :])
+        for row, segment in enumerate(batch):
+            ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
+            labels[row, segment.counted : len(segment.ids)] = torch.tensor(
+                segment.ids[segment.counted :]
+            )
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        chosen = labels != IGNORE_INDEX
-        nats = F.cross_entropy(logits[chosen].float(), labels[chosen], reduction="none")
-        of_piece = nats.double().split(chosen.sum(1).tolist())
-        for piece, losses in zip(some, of_piece, strict=True):
-            bits[piece.document] += losses.sum().item() / math.log(2)
+        counted = labels != IGNORE_INDEX
+        nats = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+        by_segment = nats.double().split(counted.sum(1).tolist())
+        for segment, losses in zip(batch, by_segment, strict=True):
+            bits[segment.document] += losses.sum().item() / math.log(2)
     return bits
 
 
@@ -191,9 +193,9 @@ def bits_per_byte(
 # -- the report ------------------------------------------------------------------------------------
 
 
-def figures(texts: list[str], bits: list[float]) -> dict[str, float]:
-    """Bits per byte over some documents, with its standard error as a ratio of two sums over
-    independent documents; None for a single one."""
+def metrics(texts: list[str], bits: list[float]) -> dict[str, float]:
+    """Bits per byte over some documents, with the standard error of a ratio of two sums over
+    independent documents; None for a single document."""
     sizes = [len(text.encode()) for text in texts]
     ratio, n = sum(bits) / sum(sizes), len(texts)
     spread = sum((b - ratio * size) ** 2 for b, size in zip(bits, sizes, strict=True))
@@ -206,14 +208,14 @@ def figures(texts: list[str], bits: list[float]) -> dict[str, float]:
     }
 
 
-def by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[str, dict]:
-    """The figures of each group of documents, the groups in their natural order."""
+def group_by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[str, dict]:
+    """The metrics of each group of documents, the groups sorted."""
     groups: dict[str, list[int]] = {}
     for number, text in enumerate(texts):
         groups.setdefault(name(text), []).append(number)
     order = sorted(groups, key=lambda group: int(group.split("-")[0]) if "-" in group else 0)
     return {
-        group: figures([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
+        group: metrics([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
         for group in order
     }
 
@@ -231,11 +233,11 @@ def main(args: Args) -> dict[str, float]:
         "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
-        **figures(texts, bits),
+        **metrics(texts, bits),
         "perplexity": round(2 ** (sum(bits) / tokens), 3),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts) / tokens, 3),
-        "languages": by(language, texts, bits),
-        "lengths": by(length, texts, bits),
+        "languages": group_by(language, texts, bits),
+        "lengths": group_by(length, texts, bits),
     }
     show(result)
     if args.json:

@@ -48,10 +48,10 @@ def test_bits_are_those_of_each_document_alone(make_model, tokenizer, data, fiel
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 12, 13, 40])
 def test_each_token_of_a_long_document_counts_once_and_in_context(size, longest):
     ids, counted = list(range(size)), []
-    for stretch in eval_ppl.stretches(ids, 0, longest):
-        assert len(stretch.ids) <= longest
-        counted += stretch.ids[stretch.counted :]
-        assert stretch.counted == 1 or stretch.counted >= longest // 2
+    for segment in eval_ppl.split_document(ids, 0, longest):
+        assert len(segment.ids) <= longest
+        counted += segment.ids[segment.counted :]
+        assert segment.counted == 1 or segment.counted >= longest // 2
     assert counted == ids[1:]
 
 
@@ -81,7 +81,7 @@ def test_the_standard_error_is_the_spread_of_resampled_texts():
     bits = sizes * (2 + 0.5 * torch.randn(80, generator=generator))
     picks = torch.randint(0, 80, (4000, 80), generator=generator)
     spread = (bits[picks].sum(1) / sizes[picks].sum(1)).std().item()
-    error = eval_ppl.figures(["x" * n for n in sizes.tolist()], bits.tolist())["standard_error"]
+    error = eval_ppl.metrics(["x" * n for n in sizes.tolist()], bits.tolist())["standard_error"]
     assert error == pytest.approx(spread, rel=0.1)
 
 
