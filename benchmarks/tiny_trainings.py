@@ -37,6 +37,8 @@ from transformers import (  # noqa: F401  only what is named is imported
 
 PACKAGES = ("model", "dataset", "trainer", "scripts", "eval_llm")
 
+ERRORS = "malformed unknown_tool bad_arguments failed unfinished endless too_long".split()
+UNCHANGED = ["reward", "success", *(f"error_{kind}" for kind in ERRORS)]
 REWARDS = "answer number similarity format language length repetition name arguments".split()
 # Keys of metrics.jsonl that have another name after the change, or one of several; "": gone.
 RENAMED = {
@@ -60,14 +62,14 @@ RENAMED = {
     "finished": "",  # 1 − completions/clipped_ratio
     "moved": "approx_kl",
     "clipped": "clip_fraction",
-    "value": "critic_value tracker_value",  # PPO's, and SPO's
+    "value": "",  # of ranks of unequal size: a mean over their tokens now
     "calls": "tools/call_frequency",
     "reward_failed": "",  # a count, and a share now
     **{f"reward_{name}": f"rewards/{name}/mean" for name in REWARDS},
 }
 RENAMED |= {
     f"val_{old}": " ".join(f"eval_{new}" for new in names.split())
-    for old, names in (RENAMED | {"reward": "reward", "success": "success"}).items()
+    for old, names in (RENAMED | {name: name for name in UNCHANGED}).items()
     if not old.startswith("val_")
 }
 

@@ -27,9 +27,7 @@ from model.weights import ROOT
 
 NOTES = """README.md README_zh.md CLAUDE.md notes.md learning_log.md knowledge_base.md
     knowledge_base_en.md NOTE_UPDATE_GUIDE.md learning_materials/README.md
-    learning_materials/README_zh.md benchmarks/README.md benchmarks/RECIPE_LOG.md
-    docs/training.md docs/fine_tuning.md docs/rl.md docs/data.md docs/models.md docs/export.md
-    docs/serving.md docs/evaluation.md docs/code.md""".split()
+    learning_materials/README_zh.md benchmarks/README.md benchmarks/RECIPE_LOG.md""".split()
 ENTRY_PARTS = ["做了什么", "问题与解决", "反思", "下一步"]
 FENCE = re.compile(r"^ *```")
 HEADING = re.compile(r"^(#+) +(.+?) *$")
@@ -136,13 +134,18 @@ def defined_in(code: str) -> frozenset[str]:
 # -- what can be wrong -----------------------------------------------------------------------------
 
 
+def notes_of(root: Path) -> list[str]:
+    """NOTES, and the pages of docs/."""
+    return [*NOTES, *(f"docs/{page.name}" for page in sorted(root.glob("docs/*.md")))]
+
+
 def faults(root: Path) -> list[str]:
     """One line for each, such as "notes.md:12: no heading #x in README.md".
 
     Raises:
         UserError: a note is not there.
     """
-    pages = {name: Page(root, name) for name in NOTES}
+    pages = {name: Page(root, name) for name in notes_of(root)}
     found = []
     for page in pages.values():
         checks = (link_faults(root, page), number_faults(page), code_faults(root, page))
@@ -247,8 +250,9 @@ def log_faults(log: Page, index: Page) -> Iterator[str]:
 
 
 def main(args: Args) -> int:
-    found = faults(Path(args.root))
-    print("\n".join(found) or f"{len(NOTES)} notes, no fault found")
+    root = Path(args.root)
+    found = faults(root)
+    print("\n".join(found) or f"{len(notes_of(root))} notes, no fault found")
     return 1 if found else 0
 
 

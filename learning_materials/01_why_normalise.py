@@ -1,10 +1,10 @@
 """1. Why normalise?
 
-Question   What becomes of activations and gradients on their way through many layers, with a
-           normalisation between the layers and without?
-Concept    Each layer multiplies what comes in. Fifty factors of 0.8 make 0.00001, fifty of 1.25
-           make 70,000, and the gradient runs back through the same factors. RMSNorm divides by the
-           size of what came in, so that a layer's factor no longer matters.
+Question   How do activations and gradients change through many layers, with and without
+           normalisation between the layers?
+Concept    Each layer scales its input by a factor, its gain. Fifty factors of 0.8 make 0.00001,
+           fifty of 1.25 make 70,000, and the gradient is scaled by the same factors on its way
+           back. RMSNorm divides by the size of its input, so that the gain cancels.
 Equation   RMSNorm(x) = w * x / sqrt(mean(x^2) + eps)                            (arXiv 1910.07467)
            h <- h + layer(RMSNorm(h)), "pre-norm", as in our blocks              (arXiv 2002.04745)
 Predict    Does the norm only help large activations, or small ones too?
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from model.model_minimind import MiniMindForCausalLM, RMSNorm
 
 DEPTH, WIDTH = 48, 64
-GAINS = (0.8, 1.0, 1.25)  # what a layer multiplies sizes by, on average
+GAINS = (0.8, 1.0, 1.25)  # the factor by which a layer scales its input, on average
 
 
 def chain(gain: float, norm: nn.Module) -> list[float]:
-    """Gradient at each layer's input, of a chain of random matrices; the last layer first."""
+    """Gradient norm at each input of a chain of random matrices; the last layer first."""
     torch.manual_seed(0)
     inputs = [torch.randn(8, WIDTH, requires_grad=True)]
     for _ in range(DEPTH):
@@ -40,7 +40,7 @@ def without_norms(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
 
 
 def block_gradients(model: MiniMindForCausalLM, batch: dict[str, Tensor]) -> list[float]:
-    """The gradient of each block's first feed-forward matrix."""
+    """Gradient norm of each block's first feed-forward matrix."""
     model(**batch).loss.backward()
     return [layer.mlp.gate_proj.weight.grad.norm().item() for layer in model.model.layers]
 
@@ -65,13 +65,13 @@ def main(lesson: Lesson) -> None:
     spread = max(ratios[g, "with"] for g in GAINS) / min(ratios[g, "with"] for g in GAINS)
     assert spread < 2 and ratios[0.8, "without"] < 1e-3 and ratios[1.25, "without"] > 1e3
     lesson.conclude(
-        "Without a norm the gain is raised to the power of the depth. With it the three gains "
-        f"differ by a factor of {spread:.2f} only: both directions are mended, forward and back."
+        "Without a norm the gain is raised to the power of the depth. With RMSNorm the results "
+        f"for the three gains differ only by a factor of {spread:.2f}."
     )
 
     lesson.predict(
-        "Our model with 24 layers, its initial weights of std 0.02, 0.1 and 0.2. Which of them "
-        "could be trained if the norms were taken out?"
+        "Our model with 24 layers and initial weights of std 0.02, 0.1 and 0.2. Which of these "
+        "could be trained without the norms?"
     )
     batch = Language().batch(8)
     rows = []
@@ -87,23 +87,23 @@ def main(lesson: Lesson) -> None:
     assert small < 1e-5 and not large < 1e6  # "not less" is true of NaN too
     assert all(1e-3 < g < 1e2 for row in rows for g in row[1:3])
     lesson.conclude(
-        f"Without norms, std 0.02 gives blocks a gradient of {small:.0e}, and 0.2 gives {large}: "
-        "SwiGLU multiplies two copies of its input, so that sizes are squared again and again."
+        f"Without norms, the first block has a gradient of {small:.0e} with std 0.02, and {large} "
+        "with 0.2: SwiGLU multiplies two projections of its input, so each layer squares its scale."
     )
 
-    lesson.predict("12 layers of std 0.2, 40 updates. What is the loss with norms, and without?")
+    lesson.predict("12 layers of std 0.2, 40 steps. What is the loss with norms, and without?")
     ends = {}
     for name, change in (("with", lambda model: model), ("without", without_norms)):
         language = Language()  # the same sentences for both
         model = change(small_model(num_hidden_layers=12, initializer_range=0.2))
         losses = train(model, (language.batch(8) for _ in range(40)), 1e-3, "adamw")
         ends[name] = (losses[0], losses[1], losses[-1])
-    headers = ("norms", "loss before", "after 1 update", "after 39")
+    headers = ("norms", "first loss", "after 1 step", "after 39")
     lesson.table(*headers, rows=[(name, *losses) for name, losses in ends.items()])
     assert ends["with"][2] < 4.0 and not ends["without"][1] < 100
     lesson.conclude(
-        f"Guessing has ln 64 = 4.2. With norms the loss falls to {ends['with'][2]:.2f}. Without, "
-        f"it begins at {ends['without'][0]:.0f}, and steps along such gradients end in nan."
+        f"Uniform guessing has ln 64 = 4.2. With norms the loss falls to {ends['with'][2]:.2f}. "
+        f"Without, it starts at {ends['without'][0]:.0f}, and such large gradients lead to nan."
     )
 
     left.set(title=f"a chain of {DEPTH} matrices", xlabel="layers back from the output")
@@ -112,10 +112,10 @@ def main(lesson: Lesson) -> None:
         axes.set_ylabel("size of the gradient")
     lesson.save(figure)
 
-    lesson.exercise("Which input changes RMSNorm's output: 3x, -x, x + 3?", solution_1)
+    lesson.exercise("Which of 3x, -x, x + 3 changes the output of RMSNorm?", solution_1)
     lesson.exercise(
-        "How large is RMSNorm's own gradient for inputs of size 0.1, 1 and 10? (This is what "
-        "undoes the gain on the way back.)",
+        "How large is the gradient of RMSNorm itself for inputs of size 0.1, 1 and 10? (It "
+        "cancels the gain in the backward pass.)",
         solution_2,
     )
 
@@ -123,7 +123,7 @@ def main(lesson: Lesson) -> None:
 def solution_1(lesson: Lesson) -> None:
     norm, x = RMSNorm(WIDTH, eps=0.0), torch.randn(WIDTH)
     same = {n: torch.allclose(norm(y), norm(x)) for n, y in (("3x", 3 * x), ("x + 3", x + 3))}
-    lesson.print(f"the same output: {same}, and -x only turns the sign")
+    lesson.print(f"the same output: {same}; -x only changes the sign")
     assert same == {"3x": True, "x + 3": False} and torch.allclose(norm(-x), -norm(x))
 
 
@@ -133,7 +133,7 @@ def solution_2(lesson: Lesson) -> None:
         jacobian = torch.autograd.functional.jacobian(RMSNorm(4, 0.0), x)
         largest = torch.linalg.matrix_norm(jacobian, 2).item()
         lesson.print(f"size {size}: the gradient is multiplied by {largest:.2f}")
-        assert abs(largest * size - 1) < 1e-4  # inverse to the size
+        assert abs(largest * size - 1) < 1e-4  # inversely proportional to the size
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """2. RMSNorm against LayerNorm
 
 Question   LayerNorm subtracts the mean and divides by the standard deviation; RMSNorm only divides.
-           What is lost by leaving the mean in?
-Concept    Both keep the size of activations in bounds. LayerNorm also forgets a shift that all
-           numbers of a vector share: one direction of C. RMSNorm keeps it, and is cheaper.
+           What is lost if the mean is not subtracted?
+Concept    Both bound the size of activations. LayerNorm also removes a shift that all numbers of a
+           vector share, which is one direction out of C. RMSNorm keeps it, and is cheaper.
 Equation   LayerNorm(x) = w * (x - mean(x)) / sqrt(var(x) + eps) + b             (arXiv 1607.06450)
            RMSNorm(x)   = w * x / sqrt(mean(x^2) + eps)                          (arXiv 1910.07467)
-Predict    Where do the points of a plane go under each of the two?
+Predict    Where does each of the two map the points of a plane?
 """
 
 import torch
@@ -22,7 +22,7 @@ def main(lesson: Lesson) -> None:
     rms, layer = RMSNorm(WIDTH, 1e-5), nn.LayerNorm(WIDTH, 1e-5)
     x = torch.randn(8, WIDTH)
 
-    lesson.predict("Is RMSNorm what its equation says? And LayerNorm an RMSNorm of x - mean(x)?")
+    lesson.predict("Does RMSNorm compute its equation? Is LayerNorm an RMSNorm of x - mean(x)?")
     by_hand = rms.weight * x / (x.pow(2).mean(-1, keepdim=True) + rms.eps).sqrt()
     centred = rms(x - x.mean(-1, keepdim=True))
     differences = [(rms(x) - by_hand).abs().max().item(), (layer(x) - centred).abs().max().item()]
@@ -30,9 +30,9 @@ def main(lesson: Lesson) -> None:
     rows += [("LayerNorm - RMSNorm of the centred x", differences[1])]
     lesson.table("difference", "largest", rows=rows)
     assert max(differences) < 1e-5
-    lesson.conclude("Yes, and yes: the mean is the whole difference between the two.")
+    lesson.conclude("Yes, and yes: the mean is the only difference between the two.")
 
-    lesson.predict("Which of them notices that its input was scaled by 10? Shifted by 10?")
+    lesson.predict("Whose output changes if the input is multiplied by 10? If 10 is added?")
     rows = []
     for name, changed in (("10 x", 10 * x), ("x + 10", x + 10)):
         moved = [(norm(changed) - norm(x)).abs().max().item() for norm in (rms, layer)]
@@ -40,7 +40,7 @@ def main(lesson: Lesson) -> None:
     lesson.table("input", "RMSNorm moves by", "LayerNorm moves by", rows=rows)
     (_, *scaled), (_, *shifted) = rows
     assert max(scaled) < 1e-3 and shifted[0] > 0.5 and shifted[1] < 1e-3
-    lesson.conclude("Neither notices the scale; the shift only RMSNorm does.")
+    lesson.conclude("Both are invariant to scaling; only LayerNorm is invariant to a shift.")
 
     lesson.predict("Points of a plane (C = 2): what shape do they form after each norm?")
     points = torch.randn(400, 2)
@@ -56,11 +56,11 @@ def main(lesson: Lesson) -> None:
     lesson.print(f"RMSNorm: median radius {radius.median():.4f}; LayerNorm: {distinct} points")
     assert abs(radius.median() - 2**0.5) < 1e-3 and distinct == 2 and spread < 1e-2
     lesson.conclude(
-        "RMSNorm puts them on a circle of radius sqrt(2); LayerNorm, which gives one dimension "
-        "up for the mean, has only two points left. Of 512 dimensions one is no great loss."
+        "RMSNorm maps them to a circle of radius sqrt(2). LayerNorm removes one dimension, the "
+        "mean, so that only two points are left. One dimension out of 512 is a small loss."
     )
 
-    lesson.predict("Does a model that is trained with LayerNorm instead learn better?")
+    lesson.predict("Does a model learn better with LayerNorm instead of RMSNorm?")
     ends, seeds = {"RMSNorm": [], "LayerNorm": []}, (0, 1)
     for name, results in ends.items():
         for seed in seeds:
@@ -75,17 +75,16 @@ def main(lesson: Lesson) -> None:
     gap = abs(sum(ends["RMSNorm"]) - sum(ends["LayerNorm"])) / len(seeds)
     assert gap < 0.15 and max(sum(ends.values(), [])) < 0.8
     lesson.conclude(
-        f"The loss above the best possible one differs by {gap:.3f} nats: no reason to pay for a "
-        "mean and a bias."
+        f"The losses differ by {gap:.3f} nats: the mean and the bias are not worth their cost."
     )
     lesson.save(figure)
 
     lesson.exercise(
-        "RMSNorm's w can be multiplied into the matrix behind it, for serving. Show it, and "
-        "count what LayerNorm would need beyond that.",
+        "For inference, RMSNorm's w can be merged into the following matrix. Show it. What would "
+        "LayerNorm need in addition?",
         solution_1,
     )
-    lesson.exercise("What does eps do? Feed vectors of size 1, 0.01 and 0.0001.", solution_2)
+    lesson.exercise("What does eps do? Try vectors of size 1, 0.01 and 0.0001.", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
@@ -104,7 +103,7 @@ def solution_2(lesson: Lesson) -> None:
     norm = RMSNorm(WIDTH, 1e-5)
     direction = nn.functional.normalize(torch.randn(WIDTH), dim=0) * WIDTH**0.5  # of rms 1
     sizes = {size: norm(size * direction).pow(2).mean().sqrt().item() for size in (1, 1e-2, 1e-4)}
-    lesson.print(f"rms in: rms out  {sizes}: what is smaller than sqrt(eps) = 0.003 stays small")
+    lesson.print(f"rms in: rms out  {sizes}: inputs below sqrt(eps) = 0.003 stay small")
     assert sizes[1] > 0.99 and sizes[1e-4] < 0.1
 
 

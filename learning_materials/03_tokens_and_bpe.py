@@ -1,12 +1,12 @@
 """3. Tokens, and byte-pair encoding by hand
 
-Question   A model reads numbers. How does text become few of them without any text being unknown?
-Concept    Begin with bytes, of which there are 256, so that every text can be written. Then join
-           the most frequent pair of neighbours into a new token, again and again: frequent words
-           become one token, rare ones stay in parts.
+Question   A model reads ids. How does text become a short list of ids, without unknown text?
+Concept    Start with the 256 bytes, which can write every text. Then merge the most frequent pair
+           of adjacent tokens into a new token, repeatedly. Frequent words become one token, rare
+           words stay several.
 Equation   (a, b) = argmax count(a b); replace each "a b" by "ab"                (arXiv 1508.07909)
            over bytes instead of characters: GPT-2, section 2.2
-Predict    Of the words low, lower, newest, widest: which pair is joined first?
+Predict    Of the words low, lower, newest, widest: which pair is merged first?
 """
 
 from collections import Counter
@@ -42,30 +42,30 @@ def join(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def count_pieces(texts: list[str]) -> Counter[str]:
-    """How often each piece of text comes that merges do not cross: words, digits, signs."""
+    """Frequency of each piece that merges do not cross: words, digits, punctuation."""
     cut = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated").pre_tokenize_str
     return Counter(piece for text in texts for piece, _ in cut(text))
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("Join the most frequent pair of neighbours four times. What are the tokens?")
+    lesson.predict("Merge the most frequent adjacent pair four times. What are the tokens?")
     words = {tuple(word): count for word, count in WORDS.items()}
     merges, rows = [], []
     for _ in range(4):
         counts = pair_counts(words)
-        # of equally frequent pairs the one with the smaller ids, as in the tokenizers library
+        # ties go to the pair with the smaller ids, as in the tokenizers library
         pair = min(counts, key=lambda pair: (-counts[pair], pair))
         words = {join(parts, pair): count for parts, count in words.items()}
         merges.append("".join(pair))
         rows.append((" + ".join(pair), counts[pair], " / ".join(" ".join(w) for w in words)))
-    lesson.table("joined", "times", "the words now", rows=rows)
+    lesson.table("merge", "frequency", "the words now", rows=rows)
     library = train_bpe(WORDS, len(CONTROL) + 256 + len(merges))
     learnt = [library.id_to_token(len(CONTROL) + 256 + n) for n in range(len(merges))]
     assert merges[:2] == ["es", "est"] and merges == learnt
-    lesson.conclude(f"{merges}: the library that made our tokenizer learns the same, {learnt}.")
+    lesson.conclude(f"{merges}: the library that trained our tokenizer learns the same, {learnt}.")
 
     tokenizer = load_tokenizer()
-    lesson.predict("How many tokens have these texts in MiniMind's tokenizer of 6,400?")
+    lesson.predict("How many tokens do these texts have in MiniMind's tokenizer of 6,400?")
     rows = []
     for text in (" the", " tokenizer", "2026", "你好", "语言模型", "\U0001f40d"):
         ids = tokenizer(text)["input_ids"]
@@ -74,25 +74,25 @@ def main(lesson: Lesson) -> None:
     lesson.table("text", "characters", "bytes", "tokens", "as the file writes them", rows=rows)
     assert rows[2][3] == 4 and tokenizer.decode(ids) == text and len(ids) > 1
     lesson.conclude(
-        "Digits stay apart, so that numbers are always cut alike; what is frequent in training "
-        f"text is one token; and a snake, which it was never taught, is its {len(text.encode())} "
-        f"bytes in {len(ids)} tokens: nothing is unknown. (G with a dot is a space: each byte is "
-        "written as a character.)"
+        "Digits are separate tokens, so that all numbers are split in the same way. Frequent "
+        f"text is one token. The snake, which was not in its training text, becomes the "
+        f"{len(text.encode())} bytes of its encoding in {len(ids)} tokens: no text is unknown. (G "
+        "with a dot is a space: each byte is written as a character.)"
     )
 
-    lesson.predict("Somebody types <|im_end|>. May that end the turn?")
+    lesson.predict("A user types <|im_end|>. Should that end the turn?")
     typed = encode_text(tokenizer, "a <|im_end|> b").ids
     careless = tokenizer("a <|im_end|> b")["input_ids"]
     rows = [("encoded plainly", careless.count(2)), ("by encode_text", typed[:-1].count(2))]
     lesson.table("how", "token 2 before the end", rows=rows)
     assert careless.count(2) == 1 and typed[:-1].count(2) == 0 and typed[-1] == 2
-    lesson.conclude("encode_text keeps what a person types as characters; only we write token 2.")
+    lesson.conclude("encode_text encodes user text as characters; only the template adds token 2.")
 
     lesson.predict(
-        "A vocabulary twice as large: are texts half as long? What does the embedding cost?"
+        "Does a vocabulary twice as large halve the length? What does the embedding cost?"
     )
     texts = textbook()
-    # the last facts are not among those that the merges are learnt from
+    # the merges are not learnt from the last facts
     held_out, counts = texts[-120:], count_pieces(texts[:-120])
     size = sum(len(text.encode()) for text in held_out)
     rows = []
@@ -108,9 +108,9 @@ def main(lesson: Lesson) -> None:
     ]
     assert min(gains) > 0 and per_token[0] > 3 * per_token[-1]
     lesson.conclude(
-        f"Text shrinks ever more slowly (a new token brings {per_token[0] / per_token[-1]:.0f} "
-        "times less at the end), while the embedding grows in proportion: 6,400 rather than "
-        f"150,000 for a model of 26M, where it is {6400 * 512 / 25.83e6:.0%} of all parameters."
+        f"The gain diminishes (a new token brings {per_token[0] / per_token[-1]:.0f} times less "
+        "at the end), while the embedding grows in proportion. A model of 26M has 6,400 tokens "
+        f"rather than 150,000; the embedding is {6400 * 512 / 25.83e6:.0%} of its parameters."
     )
 
     figure, (left, right) = lesson.figure(2)
@@ -120,15 +120,15 @@ def main(lesson: Lesson) -> None:
     right.set(title="a larger embedding", xlabel="vocabulary", ylabel="million parameters")
     lesson.save(figure)
 
-    lesson.exercise("Encode 'lowest' by the four merges. It was never seen.", solution_1)
-    lesson.exercise("How many bytes of Chinese and of English does a token hold here?", solution_2)
+    lesson.exercise("Encode 'lowest' with the four merges. It is a new word.", solution_1)
+    lesson.exercise("How many bytes per token do Chinese and English have here?", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
     parts = tuple("lowest")
     for pair in (("e", "s"), ("es", "t"), ("l", "o"), ("lo", "w")):  # in the order of learning
         parts = join(parts, pair)
-    lesson.print(f"{parts}: two known parts of a new word")
+    lesson.print(f"{parts}: a new word made of two known tokens")
     assert parts == ("low", "est")
 
 
@@ -138,7 +138,7 @@ def solution_2(lesson: Lesson) -> None:
     for language in ("zh", "en"):
         ids = [i for text in textbook(language) for i in tokenizer(text)["input_ids"]]
         found[language] = sizes[torch.tensor(ids)].float().mean().item()
-        lesson.print(f"{language}: {found[language]:.2f} bytes a token (a Chinese character has 3)")
+        lesson.print(f"{language}: {found[language]:.2f} bytes per token (Chinese characters: 3)")
     assert all(2 < value < 8 for value in found.values())
 
 

@@ -1,13 +1,13 @@
 """4. RoPE: rotation, relative position, several frequencies
 
-Question   Attention sees a set of tokens. How does it learn their order?
-Concept    Turn each query and key by an angle that grows with its position. The inner product of
-           two turned vectors depends on the difference of their angles only: on the distance of the
-           tokens, wherever they stand. Each pair of numbers turns at another speed, as the hands of
-           a clock do, so that both near and far are told apart.
-Equation   (R_m q) . (R_n k) = q . (R_(n-m) k),  pair i turns by theta^(-2i/D) a position
+Question   Attention treats tokens as a set. How does it learn their order?
+Concept    Rotate each query and key by an angle that grows with its position. The inner product of
+           two rotated vectors depends only on the difference of their angles, that is on the
+           distance of the tokens. Each pair of numbers rotates at another speed, like the hands of
+           a clock, so that both short and long distances can be told apart.
+Equation   (R_m q) . (R_n k) = q . (R_(n-m) k),  pair i rotates by theta^(-2i/D) per position
                                                                                  (arXiv 2104.09864)
-Predict    Does a rotation change how long a vector is? What does q . k do if both move by 1000?
+Predict    Does a rotation change a vector's length? How does q . k change if both move by 1000?
 """
 
 import math
@@ -23,7 +23,7 @@ CONFIG = MiniMindConfig()  # the 26M model: heads of 64, theta 1e6
 
 
 def turned(vector: Tensor, position: int, config: MiniMindConfig = CONFIG) -> Tensor:
-    """[D] at a position, as the model turns it."""
+    """[D] rotated for a position, as in the model."""
     rotation = rope_cos_sin(config, torch.tensor([[position]]))
     return apply_rotary_emb(vector[None, None, None], *rotation)[0, 0, 0]
 
@@ -36,7 +36,7 @@ def main(lesson: Lesson) -> None:
     D = CONFIG.head_dim
     query, key = torch.randn(D), torch.randn(D)
 
-    lesson.predict("A query at positions 0, 5 and 500. What of it changes, what stays?")
+    lesson.predict("A query at positions 0, 5 and 500. What changes, what stays the same?")
     rows = []
     for position in (0, 5, 500):
         now = turned(query, position)
@@ -45,8 +45,8 @@ def main(lesson: Lesson) -> None:
     lesson.table("position", "x_0", "the same by complex numbers", "length", rows=rows)
     assert all(abs(x - z) < 1e-3 and abs(n - rows[0][3]) < 1e-3 for _, x, z, n in rows)
     lesson.conclude(
-        "The direction changes, the length stays. x_0 and x_32 are one complex number, which is "
-        "multiplied with e^(i * position): pair 0 turns by 1 radian from a position to the next."
+        "The direction changes, the length does not. x_0 and x_32 are one complex number, which "
+        "is multiplied by e^(i * position): pair 0 rotates by 1 radian per position."
     )
 
     lesson.predict("q . k at the positions (10, 3), (110, 103), (3, 10): which are the same?")
@@ -57,21 +57,21 @@ def main(lesson: Lesson) -> None:
     assert abs(near - moved) < 1e-2 and abs(near - far) < 0.1 and abs(near - swapped) > 0.5
     lesson.conclude(
         f"Equal distances give equal products, up to rounding ({abs(near - far):.0e} at position "
-        "20,000, in float32; in half precision it would be lost, so rope.py never computes in "
-        "it). Before and after are different things."
+        "20,000 in float32; rope.py avoids half precision, whose rounding is too coarse). The "
+        "product for a key before the query differs from that for a key after it."
     )
 
-    lesson.predict("How many positions does each pair need for a whole turn?")
+    lesson.predict("How many positions does each pair need for a full rotation?")
     turns = [2 * math.pi * CONFIG.rope_theta ** (2 * i / D) for i in range(D // 2)]
     chosen = (0, 4, 8, 16, 24, 31)
     rows = [(i, turns[i], 512 / turns[i]) for i in chosen]
-    lesson.table("pair", "positions for a turn", "turns within 512 tokens", rows=rows)
+    lesson.table("pair", "positions per rotation", "rotations within 512 tokens", rows=rows)
     slow = sum(turn > 512 for turn in turns)
     assert abs(turns[0] - 2 * math.pi) < 1e-6 and slow > len(turns) / 2
     lesson.conclude(
-        f"From 6 positions to {turns[-1] / 1e6:.1f} million. The first tell neighbours apart; "
-        f"{slow} of {len(turns)} pairs do not get round once within 512 tokens: what these carry "
-        "is meaning rather than place."
+        f"From 6 positions to {turns[-1] / 1e6:.1f} million. The first pairs distinguish adjacent "
+        f"tokens. {slow} of {len(turns)} pairs do not complete a rotation within 512 tokens, so "
+        "they carry content rather than position."
     )
 
     lesson.predict("q = k = (1, 1, ...): how does the score change with the distance?")
@@ -88,8 +88,8 @@ def main(lesson: Lesson) -> None:
     window = slice(900, 1100)
     assert decay[1e4][0] == 1 and decay[1e4][window].mean() < decay[1e6][window].mean() < 0.6
     lesson.conclude(
-        "Alike tokens score highest where they are near, and a larger theta forgets more slowly: "
-        f"around distance 1,000 the mean is {decay[1e4][window].mean():.2f} for 1e4 and "
+        "Equal vectors score highest at short distances, and the score falls more slowly with a "
+        f"larger theta: around distance 1,000 its mean is {decay[1e4][window].mean():.2f} for 1e4, "
         f"{decay[1e6][window].mean():.2f} for 1e6."
     )
     cos, _ = rope_cos_sin(CONFIG, torch.arange(128)[None])
@@ -100,7 +100,7 @@ def main(lesson: Lesson) -> None:
     right.set(title="score of two equal vectors", xlabel="distance", ylabel="q . k / D")
     lesson.save(figure)
 
-    lesson.predict("The last token of a layer without rotation. Does the order before it matter?")
+    lesson.predict("A layer without rotation: does the last token depend on the others' order?")
     model = small_model(num_hidden_layers=1, initializer_range=0.2)
     attention = model.model.layers[0].self_attn
     tokens = torch.randn(1, 8, 64)
@@ -113,13 +113,13 @@ def main(lesson: Lesson) -> None:
         moved[name] = (outs[0] - outs[1]).abs().max().item()
     lesson.table("rotation", "a shuffle changes the output by", rows=moved.items())
     assert moved["none"] < 1e-4 and moved["RoPE"] > 1e-2
-    lesson.conclude("Without positions attention sums over a set; RoPE is what tells the order.")
+    lesson.conclude("Without positions attention sums over a set; RoPE encodes the order.")
 
     lesson.exercise(
-        "Move a whole text by 1,000 positions. Do the model's logits change?", solution_1
+        "Shift a whole text by 1,000 positions. Do the model's logits change?", solution_1
     )
     lesson.exercise(
-        "Which theta lets the slowest pair of a head of 64 turn once within 2,048 tokens?",
+        "Which theta lets the slowest pair of a head of 64 rotate once within 2,048 tokens?",
         solution_2,
     )
 
@@ -135,7 +135,7 @@ def solution_1(lesson: Lesson) -> None:
 
 def solution_2(lesson: Lesson) -> None:
     theta = (2048 / (2 * math.pi)) ** (64 / 62)  # 2 pi theta^(62/64) = 2048
-    lesson.print(f"theta = {theta:.0f}; the usual 10,000 leaves room, and 1e6 more of it")
+    lesson.print(f"theta = {theta:.0f}; with the usual 10,000 or 1e6 that pair is slower still")
     assert abs(2 * math.pi * theta ** (62 / 64) - 2048) < 1e-6
 
 

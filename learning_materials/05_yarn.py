@@ -1,11 +1,12 @@
 """5. YaRN: longer texts than those of training
 
 Question   A model was trained on texts of 64 tokens. What happens at 256, and what helps?
-Concept    Beyond the trained length the slow pairs of RoPE reach angles that the model never saw.
-           To squeeze all positions (interpolation) blurs what the fast pairs know of neighbours.
-           YaRN squeezes only the slow ones, leaves the fast ones, and mixes those between.
-Equation   frequency_i <- frequency_i * ((1 - r_i) + r_i / s),  r_i = 0 for pairs that turn often
-           within the trained length, 1 for those that do not turn once; cos and sin times
+Concept    Beyond the trained length the low-frequency pairs of RoPE reach angles that the model
+           never saw. Position interpolation compresses all positions, which makes adjacent tokens
+           hard to distinguish. YaRN slows down only the low-frequency pairs, keeps the
+           high-frequency pairs, and interpolates in between.
+Equation   frequency_i <- frequency_i * ((1 - r_i) + r_i / s),  r_i = 0 for pairs that rotate often
+           within the trained length, 1 for those that do not rotate once; cos and sin times
            0.1 ln(s) + 1                                  (arXiv 2309.00071; before it: 2306.15595)
 Predict    Which pairs of numbers must not be slowed down, and why?
 """
@@ -23,8 +24,8 @@ TRAINED, LAG = 64, 8
 
 
 def turns(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
-    """[D/2]: how often each pair turns within the trained length, and its frequency with YaRN, as a
-    share of what it was."""
+    """[D/2]: rotations of each pair within the trained length, and its frequency with YaRN divided
+    by the one without."""
     pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
     frequencies = config.rope_theta**-pairs
     slowed, _ = yarn(config, frequencies)
@@ -32,7 +33,7 @@ def turns(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
 
 
 def echo(rows: int, length: int, noise: torch.Generator) -> dict[str, Tensor]:
-    """Nine of ten tokens repeat the one LAG places before: to know this, count places."""
+    """Nine of ten tokens repeat the token LAG positions earlier, which needs exact positions."""
     ids = torch.randint(32, (rows, length), generator=noise)
     repeats = torch.rand(rows, length, generator=noise) < 0.9
     for t in range(LAG, length):
@@ -43,14 +44,14 @@ def echo(rows: int, length: int, noise: torch.Generator) -> dict[str, Tensor]:
 
 
 def loss_at(model: MiniMindForCausalLM, length: int, how: str) -> float:
-    """On texts of a length, with RoPE as trained, interpolated, or YaRN."""
+    """Loss on texts of a length with RoPE as trained, interpolated, or YaRN."""
     factor = length / TRAINED
     model.config.inference_rope_scaling = how == "YaRN"
     model.config.yarn_factor, model.config.yarn_original_length = factor, TRAINED
     steps = torch.arange(length)[None] / (factor if how == "interpolated" else 1)
     noise, losses = torch.Generator().manual_seed(1), []
     for _ in range(4):
-        # from 1 on, for position 0 would begin another document
+        # positions start at 1, because position 0 would begin another document
         losses.append(model(**echo(8, length, noise), position_ids=steps + 1).loss.item())
     return sum(losses) / len(losses)
 
@@ -60,15 +61,15 @@ def main(lesson: Lesson) -> None:
     config = MiniMindConfig(inference_rope_scaling=True)
     often, share = turns(config)
     rows = [(i, often[i].item(), share[i].item()) for i in (0, 4, 5, 8, 10, 12, 13, 14, 20, 31)]
-    lesson.table("pair", "turns within 2,048 tokens", "frequency, of what it was", rows=rows)
+    lesson.table("pair", "rotations within 2,048 tokens", "frequency, with / without", rows=rows)
     assert (share[often > 33] == 1).all() and (share[often < 0.6] == 0.25).all()
     lesson.conclude(
-        f"{(share == 1).sum()} pairs that turn more than 32 times stay, {(share == 0.25).sum()} "
-        "that hardly turn once go 4 times slower, the others lie between. So no pair sees a new "
-        "angle, and neighbours are as far apart as ever."
+        f"{(share == 1).sum()} pairs with more than 32 rotations stay as they are. "
+        f"{(share == 0.25).sum()} that hardly complete one are 4 times slower, the others are in "
+        "between. No pair reaches a new angle, and adjacent tokens stay as distinct as before."
     )
 
-    lesson.predict("How does the largest of n softmax weights shrink with n? Who makes up for it?")
+    lesson.predict("How does the largest of n softmax weights shrink with n? What corrects it?")
     rows = []
     for n in (64, 256, 1024, 4096):
         scores = 2 * torch.randn(400, n)
@@ -78,15 +79,15 @@ def main(lesson: Lesson) -> None:
     lesson.table("keys", "largest weight", "0.1 ln(s) + 1", "with it, on q and on k", rows=rows)
     assert rows[-1][1] < rows[0][1] / 3 and 0.5 < rows[-1][3] / rows[0][1] < 1.5
     lesson.conclude(
-        "More keys flatten attention; a factor on cos and sin keeps it about as sharp as it was."
+        "More keys flatten attention; YaRN's factor on cos and sin keeps it about as sharp."
     )
 
     lesson.predict(
-        f"A model learns on {TRAINED} tokens to repeat what stood {LAG} places before. At 2 and 4 "
-        "times the length: what happens to plain RoPE, to interpolated positions, to YaRN?"
+        f"A model learns on {TRAINED} tokens to repeat the token {LAG} positions earlier. What "
+        "is the loss at 2 and 4 times the length of plain RoPE, interpolation and YaRN?"
     )
     noise = torch.Generator().manual_seed(0)
-    # theta 100, for 64 tokens are as few for it as 2,048 are for the usual one
+    # theta 100: 64 tokens are as short for it as 2,048 are for the usual theta
     sizes = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     model = small_model(vocab_size=32, rope_theta=1e2, **sizes)
     train(model, (echo(16, TRAINED, noise) for _ in range(200)), 1e-2)
@@ -98,8 +99,8 @@ def main(lesson: Lesson) -> None:
     plain, squeezed, ours = (found[how][-1] for how in ways)
     assert ours < plain - 0.15 and ours < squeezed - 0.5
     lesson.conclude(
-        f"At 256 RoPE has {plain:.2f}, interpolation {squeezed:.2f} (8 places look like 2 now), "
-        f"and YaRN {ours:.2f}; guessing has ln 32 = 3.47. None of them was trained further."
+        f"At 256 plain RoPE has {plain:.2f}, interpolation {squeezed:.2f} (8 positions look like "
+        f"2), YaRN {ours:.2f}; guessing has ln 32 = 3.47. None of them was trained further."
     )
 
     figure, (left, right) = lesson.figure(2)
@@ -116,17 +117,17 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise(
-        "From which pair on does MiniMind slow down? By hand, from beta_fast = 32.", solution_1
+        "From which pair on does YaRN slow down? Compute it from beta_fast = 32.", solution_1
     )
-    lesson.exercise("What does YaRN with factor 4 cost on texts that are short?", solution_2)
+    lesson.exercise("How much does YaRN with factor 4 cost on short texts?", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
-    # 2048 / (2 pi theta^(2i/D)) = 32 turns, solved for i, and down to a whole pair
+    # 2048 / (2 pi theta^(2i/D)) = 32 rotations, solved for i and rounded down
     first = math.floor(64 / 2 * math.log(2048 / (32 * 2 * math.pi)) / math.log(1e6))
     _, share = turns(MiniMindConfig(inference_rope_scaling=True))
     lesson.print(
-        f"pair {first} is the last that stays: {[round(s, 3) for s in share[4:8].tolist()]}"
+        f"pair {first} is the last unchanged one: {[round(s, 3) for s in share[4:8].tolist()]}"
     )
     assert share[first] == 1 and share[first + 1] < 1
 
@@ -141,7 +142,7 @@ def solution_2(lesson: Lesson) -> None:
         plain = model(**text).loss.item()
         model.config.inference_rope_scaling, model.config.yarn_original_length = True, TRAINED
         scaled = model(**text).loss.item()
-    lesson.print(f"{plain:.3f} without, {scaled:.3f} with it: switch it on for long texts only")
+    lesson.print(f"{plain:.3f} without, {scaled:.3f} with it: use YaRN for long texts only")
     assert scaled > plain
 
 

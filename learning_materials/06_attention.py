@@ -1,12 +1,12 @@
 """6. Attention, from the dot product to grouped queries and the KV cache
 
-Question   How does a token take what it needs from the tokens before it, and what does it cost?
-Concept    A query is compared with all keys by dot products; softmax makes weights of them; the
-           output is the weighted mean of the values. Several heads look for several things; groups
-           of heads share keys and values, so that less must be kept while decoding.
+Question   How does a token collect what it needs from the tokens before it, at what cost?
+Concept    A query is compared with all keys by dot products. Softmax turns these into weights, and
+           the output is the weighted mean of the values. Several heads look for different things;
+           groups of heads share keys and values, so that the KV cache is smaller.
 Equation   softmax(Q K^T / sqrt(D)) V                                            (arXiv 1706.03762)
            query head h reads key/value head floor(h / (H / K))                  (arXiv 2305.13245)
-Predict    Why the root of D? What happens without it, at D = 64?
+Predict    Why divide by the root of D? What happens without it, at D = 64?
 """
 
 import torch
@@ -19,8 +19,8 @@ from model.model_minimind import CACHE_ARGUMENT, MiniMindConfig
 
 def main(lesson: Lesson) -> None:
     lesson.predict(
-        "Keys (1,0), (0,1), (1,1), values 10, 20, 40; the query (4,0) asks. Which values does "
-        "the answer mix?"
+        "Keys (1,0), (0,1), (1,1), values 10, 20, 40, query (4,0). Which values does the output "
+        "mix?"
     )
     query, keys = torch.tensor([4.0, 0.0]), torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     values = torch.tensor([[10.0], [20], [40]])
@@ -35,7 +35,7 @@ def main(lesson: Lesson) -> None:
     assert abs(answer - ours.item()) < 1e-4 and weights[0] == weights[2] > 10 * weights[1]
     lesson.conclude(
         f"By hand {answer:.3f}, by the model's function {ours.item():.3f}. The first and third "
-        "key point along the query and share the weight; the second is at a right angle to it."
+        "key have the same product with the query and share the weight; the second is orthogonal."
     )
 
     lesson.predict("Random q and k of D numbers, 64 keys. How does the largest weight grow with D?")
@@ -48,8 +48,8 @@ def main(lesson: Lesson) -> None:
     assert all(abs(std / root - 1) < 0.1 for _, std, root, *_ in chance)
     assert chance[-1][3] > 0.9 and max(row[4] for row in chance) < 0.2
     lesson.conclude(
-        f"A sum of D products has a std of sqrt(D). Undivided, one key takes {chance[-1][3]:.0%} "
-        "at D = 1024 before anything is learnt, and a softmax that is sure has no gradient."
+        "A sum of D random products has a std of sqrt(D). Without the division, one key takes "
+        f"{chance[-1][3]:.0%} at D = 1024 before training, and a saturated softmax has no gradient."
     )
 
     lesson.predict("8 query heads, 2 key/value heads. Which query heads read which?")
@@ -62,10 +62,10 @@ def main(lesson: Lesson) -> None:
     lesson.table("query head", "reads head", rows=enumerate(shares))
     assert shares == [0, 0, 0, 0, 1, 1, 1, 1] and difference < 1e-5
     lesson.conclude(
-        f"Four each. The fused kernel and the hand-written one differ by {difference:.0e}."
+        f"Four each. The fused and the eager implementation differ by {difference:.0e}."
     )
 
-    lesson.predict("Token by token with a cache, or the whole text at once: the same logits?")
+    lesson.predict("Are the logits the same token by token with a KV cache and all at once?")
     model, ids = small_model(initializer_range=0.2).eval(), torch.randint(64, (1, 24))
     cache, parts = DynamicCache(config=model.config), []
     with torch.no_grad():
@@ -73,16 +73,16 @@ def main(lesson: Lesson) -> None:
         for t in range(24):
             parts.append(model(ids[:, t : t + 1], **{CACHE_ARGUMENT: cache}, use_cache=True).logits)
     difference = (torch.cat(parts, 1) - whole).abs().max().item()
-    again = sum(range(1, 25))  # without a cache every new token reads everything before it anew
+    again = sum(range(1, 25))  # without a cache each new token recomputes all tokens before it
     rows = [("with a cache", 24, difference), ("without", again, 0.0)]
     lesson.table("24 tokens", "positions computed", "largest difference of logits", rows=rows)
     assert difference < 1e-3 and cache.get_seq_length() == 24
     lesson.conclude(
-        f"The same, and {again / 24:.1f} times fewer positions. Causality allows it: keys and "
-        "values of earlier tokens do not depend on later ones."
+        f"Yes, with {again / 24:.1f} times fewer positions. The causal mask makes this possible: "
+        "keys and values of earlier tokens do not depend on later ones."
     )
 
-    lesson.predict("How much memory has the cache of the 26M model at 32,768 tokens, in float16?")
+    lesson.predict("How large is the KV cache of the 26M model at 32,768 tokens, in float16?")
     config, rows = MiniMindConfig(), []
     figure, (left, middle, right) = lesson.figure(3)
     lengths = torch.arange(0, 32769, 1024)
@@ -90,16 +90,16 @@ def main(lesson: Lesson) -> None:
         a_token = 2 * config.num_hidden_layers * heads * config.head_dim * 2  # keys and values
         rows.append((heads, a_token, a_token * 32768 / 2**20))
         middle.plot(lengths, a_token * lengths / 2**20, label=f"{heads} KV heads")
-    lesson.table("KV heads", "bytes a token", "MiB for 32,768 tokens", rows=rows)
+    lesson.table("KV heads", "bytes per token", "MiB for 32,768 tokens", rows=rows)
     assert rows[0][2] == 4 * rows[1][2] == 512
-    lesson.conclude("512 MiB with a head for each query head, ten times the model; 128 with our 2.")
+    lesson.conclude("512 MiB with 8 KV heads, ten times the size of the model; 128 MiB with our 2.")
 
     sizes, _, _, raw, divided = zip(*chance, strict=True)
     left.semilogx(sizes, raw, "o-", base=2, label="q . k")
     left.semilogx(sizes, divided, "o-", base=2, label="q . k / sqrt(D)")
     left.set(title="how sure chance is", xlabel="D", ylabel="largest of 64 weights")
     middle.set(title="the KV cache of the 26M model", xlabel="tokens", ylabel="MiB")
-    # where values are the rows of the identity, what comes out are the weights themselves
+    # with the identity matrix as values, the output is the attention weights
     query, key, one = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 16, 16), torch.eye(16)
     weights = eager_attention(query, key, one[None, None], None, 0)[0, 0]
     assert torch.allclose(weights.sum(-1), torch.ones(16)) and weights.triu(1).abs().max() == 0
@@ -110,15 +110,16 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise(
-        "Show that a query that is the mean of two keys' directions mixes both.", solution_1
+        "Show that a query in the mean direction of two keys mixes both values.", solution_1
     )
     lesson.exercise(
-        "Decoding 1,000 tokens: how many times more multiplications without a cache?", solution_2
+        "How many times more multiplications does decoding 1,000 tokens take without a cache?",
+        solution_2,
     )
 
 
 def solution_1(lesson: Lesson) -> None:
-    keys = 8 * torch.eye(4)  # four keys at right angles, far apart
+    keys = 8 * torch.eye(4)  # four orthogonal keys, far apart
     query = (keys[0] + keys[1]) / 2
     weights = (keys @ query / 4**0.5).softmax(-1)
     lesson.print(f"weights {[round(w, 4) for w in weights.tolist()]}")
@@ -131,7 +132,7 @@ def solution_2(lesson: Lesson) -> None:
     matrices = config.num_hidden_layers * (2 * C * C + 2 * C * 128 + 3 * C * inner)
 
     def work(new: int, seen: int) -> int:
-        """Multiplications for `new` positions that see `seen` each: matrices, q . k and w . v."""
+        """Multiplications for `new` positions with `seen` keys each: matrices, q . k, w . v."""
         return new * (matrices + 2 * config.num_hidden_layers * C * seen)
 
     cached = sum(work(1, t) for t in range(1, 1001))

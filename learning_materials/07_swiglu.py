@@ -1,12 +1,13 @@
 """7. SwiGLU
 
-Question   Two thirds of the parameters sit in feed-forward layers. Why do these have three
-           matrices nowadays, and not two?
-Concept    A gate: one projection decides, softly, how much of another one passes. Two numbers that
-           depend on the input are multiplied, which a sum followed by a bend does badly.
+Question   Two thirds of the parameters are in feed-forward layers. Why do these layers now have
+           three matrices instead of two?
+Concept    A gate: one projection decides, with a smooth weight, how much of another one passes. It
+           multiplies two functions of the input, which a linear layer with a nonlinearity
+           approximates badly.
 Equation   SwiGLU(x) = W_down (SiLU(W_gate x) * (W_up x)),  SiLU(z) = z * sigmoid(z)
                                                                                  (arXiv 2002.05202)
-Predict    Which learns the product of two of its inputs better, at equally many parameters?
+Predict    Which learns the product of two inputs better, with equally many parameters?
 """
 
 import torch
@@ -22,7 +23,7 @@ WIDTH = 48
 
 
 class TwoMatrices(nn.Module):
-    """The layer of the first transformers: W_down ReLU(W_up x), 4 times as wide inside."""
+    """The layer of the first transformers: W_down ReLU(W_up x), inner width 4 times the width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,7 +35,7 @@ class TwoMatrices(nn.Module):
 
 
 def gated(width: int) -> SwiGLU:
-    """With 8/3 of the width inside: three matrices of it are two of 4 times the width."""
+    """SwiGLU of inner width 8/3 * width: as many parameters as TwoMatrices."""
     config = MiniMindConfig(hidden_size=width, num_attention_heads=4, num_key_value_heads=2)
     return SwiGLU(config, intermediate_size=8 * width // 3)
 
@@ -56,43 +57,43 @@ def learn_products(layer: nn.Module, steps: int = 300) -> list[float]:
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("Is the module what the equation says?")
+    lesson.predict("Does the module compute the equation?")
     layer, x = gated(WIDTH), torch.randn(4, WIDTH)
     z, up = layer.gate_proj(x), layer.up_proj(x)
     by_hand = (z * torch.sigmoid(z) * up) @ layer.down_proj.weight.T
     difference = (by_hand - layer(x)).abs().max().item()
     assert difference < 1e-5
-    lesson.conclude(f"Largest difference {difference:.0e}.")
+    lesson.conclude(f"Yes; the largest difference is {difference:.0e}.")
 
-    lesson.predict("What do SiLU and ReLU, and their slopes, do for z = -2, -1, 0, 1, 2?")
+    lesson.predict("What are SiLU, ReLU and the slope of SiLU at z = -2, -1, 0, 1, 2?")
     z = torch.tensor([-2.0, -1, 0, 1, 2], requires_grad=True)
     slope = torch.autograd.grad(F.silu(z).sum(), z)[0]
     rows = zip(*(v.tolist() for v in (z, F.relu(z), F.silu(z), slope)), strict=True)
     lesson.table("z", "ReLU", "SiLU", "slope of SiLU", rows=rows)
     assert (slope[[0, 1]] != 0).all() and slope[2] == 0.5
     lesson.conclude(
-        "ReLU has no slope left of 0: a unit that is always there never learns again. SiLU's "
-        f"slope is {slope[1]:.2f} at -1, and it bends smoothly."
+        "ReLU has slope 0 for negative z: a unit whose input is always negative never learns "
+        f"again. SiLU is smooth, and its slope is {slope[1]:.2f} at -1."
     )
 
-    lesson.predict("Three matrices with 8/3 of the width inside, or two with 4: more parameters?")
+    lesson.predict("Three matrices with inner width 8/3, or two with 4: which has more parameters?")
     sizes = {"two matrices, ReLU": TwoMatrices(WIDTH), "SwiGLU": gated(WIDTH)}
     counts = {name: count_parameters(layer) for name, layer in sizes.items()}
     lesson.table("layer", "parameters", rows=counts.items())
     assert len(set(counts.values())) == 1
     lesson.conclude(
-        "Exactly as many. Our config rounds 8/3 up to a multiple of 64, for the hardware."
+        "Both have the same number. Our config rounds 8/3 up to a multiple of 64 for speed."
     )
 
-    lesson.predict("Both learn y_i = x_i * x_(i+1). What error is left, of 1 for guessing 0?")
+    lesson.predict("Both learn y_i = x_i * x_(i+1). What is the final error, if guessing 0 has 1?")
     errors = {name: learn_products(layer) for name, layer in sizes.items()}
     ends = {name: sum(e[-20:]) / 20 for name, e in errors.items()}
     lesson.table("layer", "error", rows=ends.items())
     ratio = ends["two matrices, ReLU"] / ends["SwiGLU"]
     assert ratio > 1.5
-    lesson.conclude(f"SwiGLU's error is {ratio:.1f} times smaller: products are what a gate is.")
+    lesson.conclude(f"SwiGLU's error is {ratio:.1f} times smaller, because a gate is a product.")
 
-    lesson.predict("And in a language model on simple text, where the next word needs no product?")
+    lesson.predict("And in a language model on a simple language that needs no products?")
     losses = {}
     for name in sizes:
         language, model = Language(), small_model()
@@ -104,8 +105,8 @@ def main(lesson: Lesson) -> None:
     gap = abs(losses["SwiGLU"] - losses["two matrices, ReLU"])
     assert gap < 0.2
     lesson.conclude(
-        f"{gap:.2f} nats apart: nothing to see on a toy. Shazeer's own measurement on real text "
-        "has SwiGLU ahead of ReLU by 0.04 to 0.05 nats, and credits it to 'divine benevolence'."
+        f"{gap:.2f} nats apart: no clear difference on a toy. On real text Shazeer measured SwiGLU "
+        "0.04 to 0.05 nats ahead of ReLU; he gives no explanation but 'divine benevolence'."
     )
 
     figure, (left, right) = lesson.figure(2)
@@ -118,9 +119,9 @@ def main(lesson: Lesson) -> None:
     right.set(title="learning products", xlabel="update", ylabel="mean squared error")
     lesson.save(figure)
 
-    lesson.exercise("Build x_1 * x_2 exactly from SiLU gates, with weights by hand.", solution_1)
+    lesson.exercise("Build x_1 * x_2 exactly from SiLU gates with weights set by hand.", solution_1)
     lesson.exercise(
-        "Another gate: sigmoid instead of SiLU (GLU), GELU (GEGLU), none (bilinear). Which learn "
+        "Try other gates: sigmoid (GLU), GELU (GEGLU), none (bilinear). Which of them learn "
         "products well?",
         solution_2,
     )
@@ -129,7 +130,8 @@ def main(lesson: Lesson) -> None:
 def solution_1(lesson: Lesson) -> None:
     a, b = torch.randn(5), torch.randn(5)
     product = F.silu(a) * b - F.silu(-a) * b  # SiLU(a) - SiLU(-a) = a (s(a) + s(-a)) = a
-    lesson.print(f"two gates, down weights +1 and -1: off by {(product - a * b).abs().max():.0e}")
+    error = (product - a * b).abs().max()
+    lesson.print(f"two gates with down weights +1 and -1: largest error {error:.0e}")
     assert torch.allclose(product, a * b, atol=1e-5)
 
 
@@ -141,7 +143,7 @@ def solution_2(lesson: Lesson) -> None:
         layer.forward = lambda x, m=layer, g=gate: m.down_proj(g(m.gate_proj(x)) * m.up_proj(x))
         ends[name] = sum(learn_products(layer)[-20:]) / 20
     lesson.table("gate", "error", rows=ends.items())
-    assert ends["bilinear"] < ends["GLU"]  # a pure product needs no bend at all
+    assert ends["bilinear"] < ends["GLU"]  # a pure product needs no nonlinearity
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""8. The residual stream, and how weights begin
+"""8. The residual stream and initialisation
 
-Question   Every block adds to one vector per token, the residual stream. How large may the first
-           random weights be, so that a deep model neither drowns nor shouts?
-Concept    What leaves the model is the embedding plus what each block has written. Random additions
-           of equal size grow like the root of their number, so those matrices that write begin
-           smaller by that root. Small logits at the start mean an honest "I do not know": ln V.
-Equation   h_L = h_0 + sum of all 2L additions                                  (arXiv 1512.03385)
+Question   Every block adds its output to one vector per token, the residual stream. How large may
+           the initial weights be, so that the stream of a deep model keeps its scale?
+Concept    The final state is the embedding plus the outputs of all layers. A sum of random outputs
+           of equal size grows like the root of their number, so the matrices that write to the
+           stream are initialised smaller by that root. Small logits at the start give every token
+           the same probability, and a loss of ln V.
+Equation   h_L = h_0 + sum of all 2L layer outputs                              (arXiv 1512.03385)
            std 0.02, of o_proj and down_proj 0.02 / sqrt(2L)        (GPT-2, section 2.3)
-Predict    What is the loss of a new model with 6,400 tokens, before it has seen anything?
+Predict    What is the loss of an untrained model with a vocabulary of 6,400 tokens?
 """
 
 import math
@@ -22,7 +23,7 @@ DEPTHS = (2, 8, 32)
 
 
 def unscaled(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """The same, but what writes to the stream begins as large as everything else."""
+    """The same model with the matrices that write to the stream as large as all others."""
     for module in model.modules():
         if getattr(module, "writes_to_residual", False):
             module.weight.data *= math.sqrt(2 * model.config.num_hidden_layers)
@@ -30,7 +31,7 @@ def unscaled(model: MiniMindForCausalLM) -> MiniMindForCausalLM:
 
 
 def stream(model: MiniMindForCausalLM, ids: Tensor) -> list[float]:
-    """rms of the stream before each block, and after the last."""
+    """RMS of the residual stream before each block and after the last."""
     sizes: list[float] = []
     size = lambda h: sizes.append(h.pow(2).mean().sqrt().item())  # noqa: E731
     for block in model.model.layers:
@@ -44,7 +45,7 @@ def stream(model: MiniMindForCausalLM, ids: Tensor) -> list[float]:
 def main(lesson: Lesson) -> None:
     ids = torch.randint(64, (4, 32))
 
-    lesson.predict("Add the embedding and all that the layers wrote. What is it?")
+    lesson.predict("What is the sum of the embedding and the outputs of all layers?")
     model, written = small_model(num_hidden_layers=8).eval(), []
     keep = lambda *call: written.append(call[-1])  # noqa: E731
     names = [("embedding", model.model.embed_tokens)]
@@ -58,16 +59,14 @@ def main(lesson: Lesson) -> None:
         model(ids)
     difference = (sum(written) - ends[0]).abs().max().item()
     shown = [(n, w.pow(2).mean().sqrt().item()) for (n, _), w in zip(names, written, strict=True)]
-    lesson.table("who writes", "rms of what is written", rows=[*shown[:3], *shown[-2:]])
+    lesson.table("layer", "rms of its output", rows=[*shown[:3], *shown[-2:]])
     assert difference < 1e-6
     lesson.conclude(
-        f"It is what the last norm reads (off by {difference:.0e}): the stream is nothing but a "
-        "sum, and the gradient reaches each of its terms without passing through the others."
+        f"It is the input of the last norm (largest difference {difference:.0e}). The stream is a "
+        "plain sum, so the gradient reaches each term without passing through the others."
     )
 
-    lesson.predict(
-        "How many times larger is the stream after 2, 8, 32 blocks than before the first?"
-    )
+    lesson.predict("By what factor does the stream grow through 2, 8 and 32 blocks?")
     figure, (left, right) = lesson.figure(2)
     rows = []
     for depth, colour in zip(DEPTHS, ("C0", "C1", "C2"), strict=True):
@@ -78,15 +77,15 @@ def main(lesson: Lesson) -> None:
         share = torch.linspace(0, 1, depth + 1)
         left.plot(share, [s / scaled[0] for s in scaled], color=colour, label=f"{depth} blocks")
         left.plot(share, [s / raw[0] for s in raw], color=colour, linestyle=":")
-    lesson.table("blocks", "growth as in MiniMind", "all weights alike", rows=rows)
+    lesson.table("blocks", "growth in MiniMind", "with all weights of the same std", rows=rows)
     (_, scaled_2, raw_2), *_, (_, scaled_32, raw_32) = rows
     assert scaled_32 / scaled_2 < 1.5 and raw_32 / raw_2 > 2.5
     lesson.conclude(
-        f"From 2 to 32 blocks the growth rises {scaled_32 / scaled_2:.1f} times with the root of "
-        f"2L, and {raw_32 / raw_2:.1f} times without (the root of 16 is 4)."
+        f"From 2 to 32 blocks the growth increases {scaled_32 / scaled_2:.1f}-fold with the factor "
+        f"1/sqrt(2L), and {raw_32 / raw_2:.1f}-fold without (the root of 16 is 4)."
     )
 
-    lesson.predict("The first loss with initial weights of std 0.02, 0.1, 0.3, 1, and V = 6400?")
+    lesson.predict("What is the first loss for initial std 0.02, 0.1, 0.3 and 1, with V = 6400?")
     rows, ids = [], torch.randint(6400, (8, 32))
     for std in (0.02, 0.1, 0.3, 1.0):
         model = small_model(vocab_size=6400, initializer_range=std)
@@ -96,8 +95,8 @@ def main(lesson: Lesson) -> None:
     lesson.table("std", "std of the logits", "loss", "ln 6400", rows=rows)
     assert abs(rows[0][2] - rows[0][3]) < 0.1 and rows[-1][2] > 2 * rows[-1][3]
     lesson.conclude(
-        f"With 0.02 it is ln V = {math.log(6400):.2f}: every token is equally likely. Large "
-        "weights are sure of something wrong, and training first has to unlearn it."
+        f"With 0.02 it is ln V = {math.log(6400):.2f}: every token is equally likely. With large "
+        "weights the model is confidently wrong, and training first has to undo this."
     )
     stds, _, losses, _ = zip(*rows, strict=True)
     right.loglog(stds, losses, "o-", label="first loss")
@@ -109,8 +108,8 @@ def main(lesson: Lesson) -> None:
 
     lesson.exercise("Check the std of every kind of matrix in a new 8-layer model.", solution_1)
     lesson.exercise(
-        "How much of the embedding is still seen at the end of 32 blocks (cosine), with the root "
-        "of 2L and without?",
+        "How similar is the stream after 32 blocks to the embedding (cosine), with the factor "
+        "1/sqrt(2L) and without?",
         solution_2,
     )
 
@@ -133,7 +132,7 @@ def solution_2(lesson: Lesson) -> None:
             model(ids)
             start = model.model.embed_tokens(ids)
         found[name] = torch.cosine_similarity(start, ends[0], dim=-1).mean().item()
-    lesson.table("the root of 2L", "cosine of h_0 and h_32", rows=found.items())
+    lesson.table("factor 1/sqrt(2L)", "cosine of h_0 and h_32", rows=found.items())
     assert found["with"] > 3 * found["without"]
 
 

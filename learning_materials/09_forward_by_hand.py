@@ -1,13 +1,13 @@
 """9. One forward pass by hand
 
-Question   What exactly happens between token ids and a loss? Nothing may stay a black box.
-Concept    Embedding, then per block: norm, queries, keys, values, rotation, attention, addition;
-           norm, SwiGLU, addition; then the last norm, the head, softmax. Here it is done once with
-           nothing but matrix products and elementwise arithmetic, and each number is compared with
-           what the model has at the same place.
+Question   What exactly happens between token ids and the loss?
+Concept    Embedding; in each block norm, queries, keys, values, rotation, attention, residual
+           addition, norm, SwiGLU, residual addition; then the last norm, the head, softmax. This
+           lesson computes it with matrix products and elementwise operations only, and compares
+           each number with the model's own.
 Equation   h <- h + W_o softmax(Q K^T / sqrt(D)) V;  h <- h + W_d (SiLU(W_g x) * W_u x)
            loss = mean over t of -log softmax(E h_t)[x_(t+1)]       (Llama, arXiv 2302.13971)
-Predict    13 tokens come in: how many of the model's predictions does the loss look at?
+Predict    The input has 13 tokens. How many predictions enter the loss?
 """
 
 import math
@@ -27,7 +27,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def turn(x: Tensor, theta: float) -> Tensor:
-    """RoPE by complex numbers: [heads, T, D]; number i and number i + D/2 are one of them."""
+    """RoPE with complex numbers, [heads, T, D]: real part i, imaginary part i + D/2."""
     half = x.shape[-1] // 2
     speed = theta ** (-torch.arange(half) / half)
     angle = torch.arange(x.shape[1])[:, None] * speed
@@ -36,7 +36,7 @@ def turn(x: Tensor, theta: float) -> Tensor:
 
 
 def forward(model: MiniMindForCausalLM, ids: Tensor) -> dict[str, Tensor]:
-    """ids [T] -> everything on the way, by name."""
+    """ids [T] -> all intermediate results, by name."""
     c, weights, seen = model.config, model.state_dict(), {}
     T, D, groups = len(ids), c.head_dim, c.num_attention_heads // c.num_key_value_heads
     h = seen["embedding"] = weights["model.embed_tokens.weight"][ids]  # [T, C]: rows of a table
@@ -89,25 +89,25 @@ def main(lesson: Lesson) -> None:
         outputs = model(ids[None], labels=ids[None])
         ours = forward(model, ids)
 
-    lesson.predict(f"{len(ids)} tokens: which shapes do they take on the way?")
+    lesson.predict(f"{len(ids)} tokens: which shapes do the intermediate results have?")
     rows = []
     for name, value in theirs.items():
         difference = (ours[name] - value).abs().max().item()
         first = f"{ours[name][-1, 0]:+.5f} {ours[name][-1, 1]:+.5f}"
         rows.append((name, str(list(value.shape)), first, f"{difference:.0e}"))
         assert difference < 1e-4 * max(1, value.abs().max().item()), name
-    lesson.table("what", "shape", "last token, by hand", "off by", rows=rows)
+    lesson.table("result", "shape", "last token, by hand", "difference", rows=rows)
     lesson.conclude(f"All {len(rows)} agree with the model's own numbers.")
 
-    lesson.predict("The loss: which rows of the logits are compared with which tokens?")
+    lesson.predict("For the loss, which rows of the logits are compared with which tokens?")
     logits, targets = ours["logits"][:-1], ids[1:]
     each = logits.exp().sum(-1).log() - logits[torch.arange(len(targets)), targets]
     words = [tokenizer.decode([i]).strip() for i in ids]
     rows = zip(words[:-1], words[1:], each.tolist(), strict=True)
-    lesson.table("reads (and all before)", "has to predict", "-log p", rows=rows)
+    lesson.table("last token of the input", "token to predict", "-log p", rows=rows)
     loss = each.mean().item()
     assert abs(loss - outputs.loss.item()) < 1e-4
-    lesson.conclude(f"Their mean is {loss:.5f}, the model's loss {outputs.loss.item():.5f}.")
+    lesson.conclude(f"Their mean is {loss:.5f}; the model's loss is {outputs.loss.item():.5f}.")
 
     figure, axes = lesson.figure(model.config.num_attention_heads, figsize=(11, 3.2))
     for head, panel in enumerate(axes):
@@ -120,7 +120,7 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise("Change the last token. Which rows of the logits change?", solution_1)
-    lesson.exercise("Where are the 25.83M parameters of MiniMind-small?", solution_2)
+    lesson.exercise("Which parts have how many of MiniMind-small's 25.83M parameters?", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
@@ -128,7 +128,7 @@ def solution_1(lesson: Lesson) -> None:
     ids = torch.arange(8)
     changed = torch.cat((ids[:-1], torch.tensor([50])))
     moved = (forward(model, ids)["logits"] - forward(model, changed)["logits"]).abs().amax(-1)
-    lesson.print(f"moved by {[f'{m:.0e}' for m in moved.tolist()]}: only its own row")
+    lesson.print(f"changes: {[f'{m:.0e}' for m in moved.tolist()]}; only its own row changes")
     assert (moved[:-1] == 0).all() and moved[-1] > 0
 
 

@@ -1,13 +1,13 @@
 """10. Cross-entropy, perplexity, bits per byte
 
-Question   The loss says 2.1. Is that good? And may it be compared with somebody else's 2.1?
-Concept    The loss is how surprised the model is by the token that really came, in nats. e to the
-           loss is among how many equally likely tokens it seems to choose. Tokens differ between
-           tokenizers, bytes do not: divided by the bytes, losses can be compared.
+Question   The loss is 2.1. Is that good? Can it be compared with the loss of another model?
+Concept    The loss is the mean negative log-probability of the correct token, in nats. Perplexity,
+           e to the loss, is the number of equally likely tokens with that loss. Tokens differ
+           between tokenizers, bytes do not: losses per byte can be compared.
 Equation   L = -1/N sum ln p(x_t | x_<t);  perplexity = e^L;  bits per byte = sum / (ln 2 * bytes)
            cross-entropy(p, q) = entropy(p) + KL(p || q) >= entropy(p)
                                    (Shannon 1948; bits per byte as in The Pile, arXiv 2101.00027)
-Predict    What is the loss of guessing among 6,400 tokens? Can a perfect model reach 0?
+Predict    What is the loss of a uniform guess among 6,400 tokens? Can a perfect model reach 0?
 """
 
 import math
@@ -21,24 +21,24 @@ from lesson import Language, Lesson, crops, small_model, teach, textbook, train
 from model.losses import cross_entropy_sum
 from scripts.train_tokenizer import train as train_bpe
 
-# facts to learn from, and others that are held out
+# training facts and held-out facts
 TEXTS = textbook()
 SEEN, HELD_OUT = "\n".join(TEXTS[:-120]), "\n".join(TEXTS[-120:])
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("The model gave the token that came p = 1, 1/2, 1/10, 1/6400. The loss of each?")
+    lesson.predict("The correct token has p = 1, 1/2, 1/10, 1/6400. What is the loss of each?")
     chances = (1.0, 0.5, 0.1, 1 / 6400)
     rows = [(p, -math.log(p) + 0.0, -math.log2(p) + 0.0, 1 / p) for p in chances]
     lesson.table("p", "nats", "bits", "perplexity", rows=rows)
     guess = F.cross_entropy(torch.zeros(1, 6400), torch.tensor([7])).item()
     assert abs(guess - math.log(6400)) < 1e-4 and abs(math.exp(guess) - 6400) < 1
-    lesson.conclude(f"Guessing costs ln 6400 = {guess:.2f} nats, what every training begins with.")
+    lesson.conclude(f"A uniform guess has ln 6400 = {guess:.2f} nats, the loss before training.")
 
     language = Language()
     lesson.predict(
-        "A language in which each word is followed by one of four. Its best model knows the true "
-        "chances p. What if it is more sure than that, or less (temperature 0.5, 2)?"
+        "In a language each word is followed by one of four others. The best model knows their "
+        "true probabilities p. What is the loss of a sharper or flatter model (temperature 0.5, 2)?"
     )
     ids = language.batch(64, 128)["input_ids"]
     true = language.next[ids[:, :-1]].log()  # [rows, T, V]: log p(next word)
@@ -51,14 +51,14 @@ def main(lesson: Lesson) -> None:
     best = min(rows, key=lambda row: row[1])
     assert best[0] == 1.0 and abs(best[2]) < 0.03
     lesson.conclude(
-        f"The truth is the best, and even it pays {best[1]:.2f} nats: the entropy, "
-        f"{language.entropy:.2f}, for a word has {best[3]:.1f} likely followers. No model can pay "
-        "less on new text."
+        f"The true distribution is the best, with {best[1]:.2f} nats: about the entropy, "
+        f"{language.entropy:.2f}, because each word has {best[3]:.1f} likely successors. No model "
+        "has a lower loss on new text."
     )
 
-    lesson.predict("Two batches: 10 tokens of loss 4, 90 tokens of loss 2. The loss of all?")
+    lesson.predict("Two batches: 10 tokens of loss 4, 90 tokens of loss 2. What is the total loss?")
     head, labels = torch.eye(8), torch.zeros(1, 100, dtype=torch.long)
-    wanted = torch.tensor([4.0] * 10 + [2.0] * 90)  # what token 0 shall cost
+    wanted = torch.tensor([4.0] * 10 + [2.0] * 90)  # the loss of token 0
     p = (-wanted).exp()[:, None]
     hidden = torch.cat((p, (1 - p).expand(-1, 7) / 7), dim=1).log()[None]  # [1, 100, 8]: logits
     parts = [(hidden[:, :10], labels[:, :10]), (hidden[:, 10:], labels[:, 10:])]
@@ -69,11 +69,11 @@ def main(lesson: Lesson) -> None:
     lesson.table("how", "loss", rows=rows)
     assert abs(by_sums - 2.2) < 1e-4 and abs(by_means - 3.0) < 1e-4
     lesson.conclude(
-        "0.1 * 4 + 0.9 * 2 = 2.2, not 3. A trainer must divide by the tokens of the whole update "
-        "(num_items_in_batch), or accumulation changes what is learnt."
+        "0.1 * 4 + 0.9 * 2 = 2.2, not 3. A trainer must divide by the tokens of the global batch "
+        "(num_items_in_batch), or gradient accumulation changes the result."
     )
 
-    lesson.predict("The same text in 300 and in 1,200 kinds of tokens. Which model has less loss?")
+    lesson.predict("The same text with vocabularies of 300 and 1,200. Which model has less loss?")
     rows, curves, size = [], {}, len(HELD_OUT.encode())
     for vocabulary in (300, 1200):
         bpe = train_bpe(Counter(SEEN.replace(" ", "\0 ").split("\0")), vocabulary)
@@ -88,9 +88,9 @@ def main(lesson: Lesson) -> None:
     (_, few_loss, _, few_bits), (_, many_loss, _, many_bits) = rows
     assert many_loss > 1.3 * few_loss and many_bits < 1.2 * few_bits
     lesson.conclude(
-        f"Longer tokens are harder to guess ({many_loss / few_loss:.2f} times the loss), but "
-        f"there are fewer of them: in bits per byte it is {many_bits / few_bits:.2f} times. "
-        "Losses of other tokenizers say nothing; bits per byte do."
+        f"Longer tokens are harder to predict ({many_loss / few_loss:.2f} times the loss), but "
+        f"there are fewer of them: {many_bits / few_bits:.2f} times the bits per byte. Losses of "
+        "different tokenizers cannot be compared; bits per byte can."
     )
 
     figure, (left, right) = lesson.figure(2)
@@ -105,7 +105,8 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise(
-        "What perplexity has a fair die, and one that shows 6 in half of all throws?", solution_1
+        "What is the perplexity of a fair die, and of one that shows 6 half of the time?",
+        solution_1,
     )
     lesson.exercise("How many bits per byte does zlib need for the held-out text?", solution_2)
 
@@ -113,7 +114,7 @@ def main(lesson: Lesson) -> None:
 def solution_1(lesson: Lesson) -> None:
     dice = {"fair": [1 / 6] * 6, "loaded": [0.1] * 5 + [0.5]}
     values = {name: math.exp(-sum(p * math.log(p) for p in die)) for name, die in dice.items()}
-    lesson.print(f"{values}: the loaded one is like a fair one of {values['loaded']:.1f} sides")
+    lesson.print(f"{values}: the loaded die is like a fair die with {values['loaded']:.1f} sides")
     assert abs(values["fair"] - 6) < 1e-9 > values["loaded"] - 6
 
 

@@ -1,11 +1,13 @@
 """11. Packing and masks
 
-Question   Documents have all lengths, a batch is a rectangle. What fills it, and who sees whom?
-Concept    Padding every document to the longest wastes most of the work. Packing lays several into
-           a row, each into the fullest row that has room for it. Then a mask must keep documents
-           apart, positions must restart, and labels say which tokens are to be learnt.
-Equation   key j is visible to query i if j <= i and both are of the same document
-           loss counts token t if trained_t and t is not the first of its document
+Question   Documents differ in length, but a batch is a rectangle. What fills it, and which tokens
+           may attend to which?
+Concept    Padding every document to the longest wastes most of the computation. Packing puts
+           several documents into one sequence, each into the fullest sequence with room for it.
+           Then the attention mask must separate documents, positions must restart with each
+           document, and the loss mask says which tokens carry loss.
+Equation   query i attends to key j if j <= i and both are of the same document
+           token t carries loss if loss_mask_t = 1 and t is not the first token of its document
                                                              (best-fit packing: arXiv 2404.10830)
 Predict    What share of a padded batch of this textbook is padding?
 """
@@ -37,7 +39,7 @@ def documents(count: int) -> list[Encoded]:
 
 
 def mask_of(position_ids: Tensor) -> Tensor:
-    """[T, T], as the model makes it from the positions of a row."""
+    """[T, T]: the attention mask that the model computes from a sequence's positions."""
     return make_attention_mask(torch.zeros(1, position_ids.shape[1], 1), 0, None, position_ids)[
         0, 0
     ]
@@ -47,16 +49,16 @@ def main(lesson: Lesson) -> None:
     tokenizer = load_tokenizer()
     some = dataset_of(documents(300))
 
-    lesson.predict(f"300 documents in rows of {ROW} tokens, padded or packed: how many rows?")
+    lesson.predict(f"How many sequences of {ROW} tokens do 300 documents need, padded or packed?")
     rows = {how: PackedDataset(some, ROW, packing=how == "packed") for how in ("padded", "packed")}
     figures = [(how, len(some), some.packing_efficiency) for how, some in rows.items()]
-    lesson.table("how", "rows", "share of real tokens", rows=figures)
+    lesson.table("how", "sequences", "share of real tokens", rows=figures)
     padded, packed = rows["padded"], rows["packed"]
     assert packed.num_tokens == padded.num_tokens
     assert packed.packing_efficiency > 0.95 > 0.5 > padded.packing_efficiency
-    lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer rows.")
+    lesson.conclude(f"The same tokens in {len(padded) / len(packed):.1f} times fewer sequences.")
 
-    lesson.predict("Three documents of 4, 3 and 5 tokens in one row: which keys does a token see?")
+    lesson.predict("Documents of 4, 3 and 5 tokens in a sequence: which keys does a token see?")
     row = [{"input_ids": list(range(size)), "loss_mask": [True] * size} for size in (4, 3, 5)]
     batch = collate([row])
     mask = mask_of(batch.position_ids)
@@ -66,9 +68,9 @@ def main(lesson: Lesson) -> None:
     assert mask.sum() == sum(size * (size + 1) // 2 for size in (4, 3, 5))
     assert (batch.labels[0] == IGNORE_INDEX).nonzero().flatten().tolist() == [0, 4, 7]
     lesson.conclude(
-        "Triangles along the diagonal. Positions restart, which tells the model all this; and "
-        "the first token of a document has no label, for nothing in its document could predict "
-        "it."
+        "Triangles along the diagonal. The model derives the mask from the positions, which "
+        "restart with each document. The first token of a document has no label, because nothing "
+        "in its document comes before it."
     )
 
     lesson.predict("Change the first document. Do the logits of the third change?")
@@ -79,11 +81,11 @@ def main(lesson: Lesson) -> None:
         with torch.no_grad():
             a, b = (model(x, position_ids=positions).logits for x in (batch.input_ids, other))
         moved[name] = (a - b)[0, 7:].abs().max().item()
-    lesson.table("how", "third document moves by", rows=moved.items())
+    lesson.table("how", "change of the third document's logits", rows=moved.items())
     assert moved["with position_ids"] == 0.0 and moved["without"] > 0.01
-    lesson.conclude("Not by a bit. Forget the positions, and all of them read each other.")
+    lesson.conclude("Not by a bit. Without position_ids the documents attend to each other.")
 
-    lesson.predict("Is the loss of the packed row that of its documents, each alone?")
+    lesson.predict("Is the loss of a packed sequence the loss of its separate documents?")
     with torch.no_grad():
         together = model(**batch.inputs, labels=batch.labels).loss.item()
         each = [collate([[piece]]) for piece in row]
@@ -91,10 +93,10 @@ def main(lesson: Lesson) -> None:
     separate = sum(alone).item() / batch.num_label_tokens
     assert abs(together - separate) < 1e-5
     lesson.conclude(
-        f"Packed {together:.6f}, one by one {separate:.6f}: packing changes only the speed."
+        f"Yes: packed {together:.6f}, separate {separate:.6f}. Packing changes only the speed."
     )
 
-    lesson.predict("A chat: which of its tokens are trained?")
+    lesson.predict("Which tokens of a chat carry loss?")
     turns = (("user", "Who are you?"), ("assistant", "MiniMind."))
     chat = encode_chat(tokenizer, [{"role": role, "content": text} for role, text in turns])
     words = [tokenizer.decode([i]).replace("\n", "\\n") for i in chat.ids]
@@ -102,12 +104,12 @@ def main(lesson: Lesson) -> None:
     trained = [word for word, t in zip(words, chat.loss_mask, strict=True) if t]
     assert "".join(trained).startswith("MiniMind.<|im_end|>") and "Who" not in trained
     lesson.conclude(
-        f"In brackets, {len(trained)} of {len(words)}: what the assistant writes, and the "
-        "<|im_end|> behind it. Without that one it would never learn to stop."
+        f"Those in brackets, {len(trained)} of {len(words)}: the assistant's text and the "
+        "<|im_end|> after it. Without loss on that token the model would never learn to stop."
     )
 
     figure, (left, right) = lesson.figure(2)
-    most = max((packed[n] for n in range(len(packed))), key=len)  # of all rows, most documents
+    most = max((packed[n] for n in range(len(packed))), key=len)  # with most documents
     real = collate([most], tokenizer.pad_token_id)
     left.imshow(mask_of(real.position_ids), cmap="Blues")
     left.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
@@ -119,10 +121,11 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise(
-        "How many multiplications of q . k does the mask of a real row make needless?", solution_1
+        "What share of the products q . k does the mask of a real sequence remove?", solution_1
     )
     lesson.exercise(
-        "Cut a document of 1,000 tokens into rows. Is every token predicted once?", solution_2
+        "Split a document of 1,000 tokens into sequences. Is every token predicted once?",
+        solution_2,
     )
 
 
@@ -132,7 +135,7 @@ def solution_1(lesson: Lesson) -> None:
         mask_of(collate([rows[n]]).position_ids).float().mean().item() for n in range(len(rows))
     ]
     needed = sum(shares) / len(shares)
-    lesson.print(f"{1 - needed:.0%} of all pairs; causality alone would leave out half")
+    lesson.print(f"{1 - needed:.0%} of all pairs; the causal mask alone removes half")
     assert needed < 0.5
 
 
@@ -140,7 +143,7 @@ def solution_2(lesson: Lesson) -> None:
     rows = PackedDataset(dataset_of([Encoded(list(range(1000)), [True] * 1000)]), ROW)
     batches = [collate([rows[n]]) for n in range(len(rows))]
     labels = torch.cat([b.labels[b.labels != IGNORE_INDEX] for b in batches]).sort().values
-    lesson.print(f"{len(rows)} rows, {len(labels)} predictions, of tokens 1 to {labels[-1]}")
+    lesson.print(f"{len(rows)} sequences, {len(labels)} labels: tokens 1 to {labels[-1]}")
     assert torch.equal(labels, torch.arange(1, 1000))  # pieces overlap by one token
 
 

@@ -1,9 +1,9 @@
-"""12. Optimizers: AdamW and Muon, on a small landscape and on the model
+"""12. Optimizers: AdamW and Muon, on a toy loss and on the model
 
-Question   The gradient says where down is. Why not simply walk there?
-Concept    A landscape is steep in some directions and flat in others. One step size for all is too
-           large for the first or too small for the second. AdamW gives every number its own step;
-           Muon gives every direction of a matrix the same one.
+Question   The negative gradient is the direction of steepest descent. Why not simply follow it?
+Concept    A loss is steep in some directions and flat in others. One step size for all is too large
+           for the first or too small for the second. AdamW adapts the step of each weight; Muon
+           takes equally large steps in all singular directions of a matrix.
 Equation   AdamW: w <- w - lr * m / (sqrt(v) + eps)                              (arXiv 1711.05101)
            Muon:  W <- W - lr * sqrt(max(rows, columns)) * U V^T, where U S V^T is the momentum
                                          (Jordan 2024; the root: arXiv 2502.16982)
@@ -27,7 +27,7 @@ OPTIMIZERS: dict[str, Callable] = {
 
 
 def walk(name: str, lr: float, start: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """[STEPS + 1, ...]: the places of a walk downhill, its steps shrinking to 0."""
+    """[STEPS + 1, ...]: the weights during training, with linear decay of the rate to 0."""
     place = nn.Parameter(start.clone())
     optimizer, places = OPTIMIZERS[name](place, lr), [start.clone()]
     for step in range(STEPS):
@@ -40,7 +40,7 @@ def walk(name: str, lr: float, start: Tensor, loss: Callable[[Tensor], Tensor]) 
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("Gradients (3, -0.002), and both 1,000 times larger. Where does each step lead?")
+    lesson.predict("The gradient is (3, -0.002), or 1,000 times larger. What is the first step?")
     rows = []
     for scale in (1.0, 1000.0):
         for name in ("SGD", "AdamW"):
@@ -48,13 +48,13 @@ def main(lesson: Lesson) -> None:
             w.grad = scale * torch.tensor([3.0, -0.002])
             OPTIMIZERS[name](w, 0.1).step()
             rows.append((name, scale, *w.tolist()))
-    lesson.table("optimizer", "gradient times", "step of 1st", "step of 2nd", rows=rows)
+    lesson.table("optimizer", "gradient times", "1st weight", "2nd weight", rows=rows)
     assert all(abs(abs(x) - 0.1) < 1e-4 for row in rows if row[0] == "AdamW" for x in row[2:])
     lesson.conclude(
-        "AdamW's first step is lr * sign(g): neither the scale nor the steepness counts."
+        "AdamW's first step is lr * sign(g): it does not depend on the gradient's size."
     )
 
-    lesson.predict("A valley, 50 times steeper across than along. Who is at the bottom first?")
+    lesson.predict("A valley 50 times steeper across than along: which optimizer is fastest?")
     valley = lambda w: (0.5 * w**2 * torch.tensor([1.0, 50.0])).sum(-1)  # noqa: E731
     figure, (left, middle, right) = lesson.figure(3)
     x, y = torch.meshgrid(torch.linspace(-0.5, 2.2, 80), torch.linspace(-1, 1.1, 80), indexing="xy")
@@ -66,11 +66,11 @@ def main(lesson: Lesson) -> None:
         heights = valley(places)
         rows.append((name, lr, heights[10].item(), heights[30].item(), heights[-1].item()))
         left.plot(*places.T, ".-", linewidth=0.8, markersize=3, label=f"{name}, lr {lr}")
-    lesson.table("optimizer", "lr", "height after 10", "after 30", f"after {STEPS}", rows=rows)
+    lesson.table("optimizer", "lr", "loss after 10", "after 30", f"after {STEPS}", rows=rows)
     assert rows[2][3] < min(rows[0][3], rows[1][3]) and valley(torch.tensor([2.0, 1.0])) == 27
-    lesson.conclude("SGD crawls along the floor; AdamW takes equal steps both ways.")
+    lesson.conclude("SGD is slow along the flat direction; AdamW takes equal steps in both.")
 
-    lesson.predict("A gradient of singular values 1, 0.3, 0.1, 0.03. What does Muon make of it?")
+    lesson.predict("A gradient has singular values 1, 0.3, 0.1, 0.03. Which has Muon's step?")
     u, v = (torch.linalg.qr(torch.randn(4, 4)).Q for _ in "uv")
     strengths = torch.tensor([1.0, 0.3, 0.1, 0.03])
     after = torch.linalg.svdvals(orthogonalize((u * strengths @ v)[None])[0])
@@ -79,8 +79,8 @@ def main(lesson: Lesson) -> None:
     lesson.conclude("All near 1: weak directions are learnt as fast as strong ones.")
 
     lesson.predict(
-        "Learn a matrix W* from inputs that are strong in few directions, which are not those of "
-        "the axes. Each optimizer has its best of several learning rates. Who comes nearest?"
+        "Learn a matrix W* from inputs that are large in few directions, which are not aligned "
+        "with the axes. With the best of several learning rates, which optimizer comes nearest?"
     )
     size = 24
     mix = torch.linalg.qr(torch.randn(size, size)).Q * torch.logspace(0, -2, size)
@@ -97,11 +97,11 @@ def main(lesson: Lesson) -> None:
     lesson.table(*headers, rows=[(name, *end) for name, end in ends.items()])
     assert all(end[1] > 2 * ends["Muon"][1] for name, end in ends.items() if name != "Muon")
     lesson.conclude(
-        f"Muon's loss is {ends['AdamW'][1] / ends['Muon'][1]:.0f} times smaller than AdamW's: "
-        "steps of its own for each number do not help where the flat directions are mixtures."
+        f"Muon's loss is {ends['AdamW'][1] / ends['Muon'][1]:.0f} times smaller than AdamW's: a "
+        "step size per weight does not help if flat directions combine many weights."
     )
 
-    lesson.predict("And on the model itself, 60 updates on the textbook's bytes?")
+    lesson.predict("And on the model itself, 60 steps on the textbook's bytes?")
     ids, losses = list("\n".join(textbook()).encode()), {}
     for name, rates in (("adamw", (1e-3, 3e-3)), ("muon", (3e-3, 1e-2))):
         for lr in rates:
@@ -115,20 +115,20 @@ def main(lesson: Lesson) -> None:
     best = {name: min(v for (n, _), v in losses.items() if n == name) for name in ("adamw", "muon")}
     assert best["muon"] < best["adamw"]
     lesson.conclude(
-        f"With its better rate, AdamW reaches {best['adamw']:.2f} and Muon {best['muon']:.2f}. "
-        "What that is worth on the real model is measured in benchmarks/RECIPE_LOG.md."
+        f"With the better of two rates AdamW reaches {best['adamw']:.2f}, Muon {best['muon']:.2f}. "
+        "benchmarks/RECIPE_LOG.md has measurements with the real model."
     )
     left.set(title="a valley", xlabel="flat", ylabel="steep")
     middle.set(title="learning a matrix", xlabel="update", ylabel="loss")
     right.set(title="MiniMind on text", xlabel="update", ylabel="nats per byte")
     lesson.save(figure)
 
-    lesson.exercise("From which learning rate on does plain SGD diverge in the valley?", solution_1)
-    lesson.exercise("What does weight decay 0.1 leave of weights without gradient?", solution_2)
+    lesson.exercise("Above which learning rate does plain SGD diverge in the valley?", solution_1)
+    lesson.exercise("How does weight decay 0.1 change weights without gradient?", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
-    for lr in (0.039, 0.041):  # across, each step multiplies by 1 - 50 lr: stable below 2 / 50
+    for lr in (0.039, 0.041):  # each step multiplies y by 1 - 50 lr: stable below 2 / 50
         y = 1.0
         for _ in range(500):
             y -= lr * 50 * y
@@ -142,7 +142,7 @@ def solution_2(lesson: Lesson) -> None:
     for _ in range(1000):
         w.grad = torch.zeros(1)
         optimizer.step()
-    lesson.print(f"{w.item():.4f} = (1 - lr * decay)^1000, by the gradient's size unmoved")
+    lesson.print(f"{w.item():.4f} = (1 - lr * decay)^1000: it does not depend on the gradient")
     assert abs(w.item() - (1 - 0.001) ** 1000) < 1e-3
 
 

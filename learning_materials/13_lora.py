@@ -1,12 +1,12 @@
 """13. LoRA and its rank
 
-Question   Fine-tuning changes every weight. How much of that change is needed?
-Concept    The change of a matrix may be of low rank: a product of two thin matrices, of which there
-           are few numbers to train, to store and to hand around. B begins at 0, so that nothing is
-           changed at first; at the end the product is added to the weight and costs nothing.
+Question   Full fine-tuning changes every weight. Is a low-rank change enough?
+Concept    The change of a matrix is a product of two thin matrices, the adapter, with few weights
+           to train and to store. B is initialised to 0, so that the adapter changes nothing at
+           first. For inference the product is added to the weight and costs nothing.
 Equation   W x -> W x + alpha / r * B A x,   A [r, in], B [out, r]               (arXiv 2106.09685)
            the best rank-r matrix leaves the error sum of s_i^2, i > r     (Eckart and Young 1936)
-Predict    A change of rank 4 is to be learnt. What do ranks 1, 2, 4 and 8 leave of it?
+Predict    LoRA learns a change of rank 4. What error remains with rank 1, 2, 4 and 8?
 """
 
 import copy
@@ -22,13 +22,13 @@ WIDTH = 32
 
 
 def change(strengths: list[float]) -> Tensor:
-    """[WIDTH, WIDTH] with these singular values."""
+    """A random matrix [WIDTH, WIDTH] with these singular values."""
     u, v = (torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q for _ in "uv")
     return u[:, : len(strengths)] * torch.tensor(strengths) @ v[: len(strengths)]
 
 
 def learn_change(target: Tensor, rank: int, steps: int = 200) -> float:
-    """Squared error that is left when LoRA of this rank learns to add `target` to a matrix."""
+    """Final squared error of LoRA of this rank that learns `target` as weight change."""
     torch.manual_seed(0)
     linear = nn.Linear(WIDTH, WIDTH, bias=False)
     layer = LoraLinear(linear, LoraConfig(r=rank, alpha=rank))
@@ -43,7 +43,7 @@ def learn_change(target: Tensor, rank: int, steps: int = 200) -> float:
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("A model is given LoRA of rank 8. What do its logits do? How much is trained?")
+    lesson.predict("A model gets LoRA of rank 8. Do its logits change? How many weights train?")
     language = Language()
     base = small_model()
     train(base, (language.batch(8) for _ in range(80)))
@@ -54,14 +54,14 @@ def main(lesson: Lesson) -> None:
         add_lora(tuned, LoraConfig(r=8))
         after = tuned(start).logits
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    rows = [("logits moved by", (after - before).abs().max().item())]
-    rows += [("parameters", count_parameters(base)), ("trained of them", trained)]
+    rows = [("change of logits", (after - before).abs().max().item())]
+    rows += [("parameters", count_parameters(base)), ("trainable", trained)]
     lesson.table("what", "value", rows=rows)
     assert torch.equal(before, after)
     share = trained / count_parameters(base)
-    lesson.conclude(f"Not moved by a bit, for B is 0, and {share:.0%} of the numbers are trained.")
+    lesson.conclude(f"The logits do not change, because B is 0. {share:.0%} of the weights train.")
 
-    lesson.predict("A change has singular values 4, 3, 2, 1. What error leaves rank 1, 2, 3, 4, 8?")
+    lesson.predict("A change has singular values 4, 3, 2, 1. The error with rank 1, 2, 3, 4, 8?")
     strengths = [4.0, 3.0, 2.0, 1.0]
     target, by_rank = change(strengths), []
     for rank in (1, 2, 3, 4, 8):
@@ -70,13 +70,13 @@ def main(lesson: Lesson) -> None:
     lesson.table("rank", "parameters", "error after training", "best possible", rows=by_rank)
     assert all(abs(error - floor) < 0.2 for _, _, error, floor in by_rank)
     lesson.conclude(
-        "Training finds the best matrix of its rank: what is lost are the squares of the other "
-        "singular values. The change is of rank 4: a rank of 8 learns nothing more."
+        "Training finds the best matrix of its rank: the error is the sum of the squares of the "
+        "other singular values. The change has rank 4, so rank 8 gains nothing."
     )
 
     lesson.predict(
-        "The trained model moves to a language in which half of the words are followed by "
-        "others. Which rank is enough, and does more cost anything?"
+        "The model is fine-tuned on a language in which half of the words have other successors. "
+        "Which rank is enough, and does a higher rank hurt?"
     )
     moved = Language()
     moved.next[:32] = Language(seed=1).next[:32]
@@ -99,10 +99,10 @@ def main(lesson: Lesson) -> None:
     assert losses[1] > losses[16] and losses[16] < rows[0][2] - 0.5
     lesson.conclude(
         f"Rank 1 ends at {losses[1]:.2f}, 16 at {losses[16]:.2f}, all weights at "
-        f"{losses[None]:.2f}: so many new facts need more than one direction."
+        f"{losses[None]:.2f}: so many new facts need more than rank 1."
     )
 
-    lesson.predict("Merged into the weights: the same logits? And taken out again?")
+    lesson.predict("Does merging change the logits? Does unmerging restore the weights?")
     with torch.no_grad():
         apart = lora(start).logits
         old = {name: layer.weight.clone() for name, layer in lora_layers(lora)}
@@ -112,7 +112,7 @@ def main(lesson: Lesson) -> None:
     back = all(torch.equal(old[name], layer.weight) for name, layer in lora_layers(lora))
     difference = (apart - together).abs().max().item()
     assert difference < 1e-3 and back
-    lesson.conclude(f"They differ by {difference:.0e}; unmerged, the weights are the old bits.")
+    lesson.conclude(f"Logits differ by {difference:.0e}; unmerged weights are identical to before.")
 
     ranks, _, learnt, floors = zip(*by_rank, strict=True)
     right.plot(ranks, floors, "k--", label="best possible")
@@ -121,8 +121,8 @@ def main(lesson: Lesson) -> None:
     right.set(title="a change of rank 4", xlabel="rank of LoRA", ylabel="squared error")
     lesson.save(figure)
 
-    lesson.exercise("Which rank has the change that full fine-tuning makes?", solution_1)
-    lesson.exercise("Why may not A and B both begin at 0? And both at random?", solution_2)
+    lesson.exercise("What is the rank of the change that full fine-tuning makes?", solution_1)
+    lesson.exercise("Why not initialise both A and B to 0, or both at random?", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
@@ -133,7 +133,7 @@ def solution_1(lesson: Lesson) -> None:
     train(model, (Language(seed=1).batch(8) for _ in range(20)), 5e-3, "adamw")
     values = torch.linalg.svdvals(weight.detach() - old)
     needed = int((values.pow(2).cumsum(0) / values.pow(2).sum() < 0.9).sum()) + 1
-    lesson.print(f"90% of the change lies in {needed} of {len(values)} directions")
+    lesson.print(f"90% of the squared change is in {needed} of {len(values)} singular directions")
     assert needed < len(values) / 2
 
 
@@ -142,7 +142,7 @@ def solution_2(lesson: Lesson) -> None:
     nn.init.zeros_(layer.lora_A.weight)
     layer(torch.randn(8, WIDTH)).pow(2).sum().backward()
     grads = [layer.lora_A.weight.grad.norm().item(), layer.lora_B.weight.grad.norm().item()]
-    lesson.print(f"both 0: gradients {grads}, it never begins; both random: the model is damaged")
+    lesson.print(f"both 0: gradients {grads}, no learning; both random: the model's outputs change")
     assert grads == [0.0, 0.0]
 
 

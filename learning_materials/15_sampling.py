@@ -1,12 +1,12 @@
 """15. Sampling: temperature, top-k, top-p
 
-Question   The model gives a distribution. Which token do we take?
-Concept    Always the likeliest makes dull text that runs in circles; the distribution as it is
-           sometimes takes a token from the long tail of bad ones. Temperature sharpens or flattens
-           it; top-k and top-p cut the tail off.
-Equation   p_i ~ exp(logit_i / T);  top-p: the fewest likeliest tokens whose sum reaches p
+Question   The model gives a distribution over the next token. Which token is chosen?
+Concept    Greedy decoding takes the most likely token, and its texts are repetitive and loop.
+           Sampling sometimes takes a token from the long tail of bad ones. Temperature sharpens or
+           flattens the distribution; top-k and top-p cut off its tail.
+Equation   p_i ~ exp(logit_i / T);  top-p: the fewest most likely tokens whose sum reaches p
                                                              (nucleus sampling: arXiv 1904.09751)
-Predict    What becomes of the chances 0.5, 0.2, 0.15, 0.1, 0.05 at temperature 0.5? And top-p 0.8?
+Predict    How do temperature 0.5 and top-p 0.8 change probabilities 0.5, 0.2, 0.15, 0.1, 0.05?
 """
 
 import torch
@@ -20,7 +20,7 @@ CHANCES = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
 
 
 def after(**settings) -> Tensor:
-    """The chances that are left of CHANCES."""
+    """CHANCES after temperature, top-k or top-p."""
     return filter_logits(CHANCES.log()[None], SamplingParams(**settings)).softmax(-1)[0]
 
 
@@ -29,7 +29,7 @@ def entropy(p: Tensor) -> float:
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("The chances at temperature 0.25, 0.5, 1, 2?")
+    lesson.predict("What are the probabilities at temperature 0.25, 0.5, 1 and 2?")
     rows = []
     for T in (0.25, 0.5, 1.0, 2.0):
         p = CHANCES ** (1 / T) / (CHANCES ** (1 / T)).sum()
@@ -37,22 +37,22 @@ def main(lesson: Lesson) -> None:
         rows.append((T, *p.tolist(), entropy(p)))
     lesson.table("T", *(f"p{n}" for n in range(5)), "entropy", rows=rows)
     assert rows[0][-1] < rows[1][-1] < rows[2][-1] < rows[3][-1]
-    lesson.conclude("exp(logit / T) is p^(1/T): the order stays, the distances grow or shrink.")
+    lesson.conclude("exp(logit / T) is p^(1/T): the order stays, the ratios grow or shrink.")
 
-    lesson.predict("Which tokens are left with top-k 2, top-p 0.8, top-p 0.4? How likely are they?")
+    lesson.predict("Which tokens do top-k 2, top-p 0.8 and top-p 0.4 keep? How likely are they?")
     cuts = {"top-k 2": dict(top_k=2), "top-p 0.8": dict(top_p=0.8), "top-p 0.4": dict(top_p=0.4)}
     rows = [(name, *after(**cut).tolist()) for name, cut in cuts.items()]
     lesson.table("cut", *(f"p{n}" for n in range(5)), rows=rows)
     left_over = [sum(p > 0 for p in row[1:]) for row in rows]
     assert left_over == [2, 3, 1] and abs(rows[1][1] - 0.5 / 0.85) < 1e-5
     lesson.conclude(
-        "0.5 + 0.2 + 0.15 is the first sum to reach 0.8. The rest is divided anew. At 0.4 only "
-        "the likeliest remains: top-p keeps few tokens where the model is sure, many where it is "
-        "not."
+        "0.5 + 0.2 + 0.15 is the first sum to reach 0.8; the kept tokens are renormalised. At 0.4 "
+        "only the most likely token remains: top-p keeps few tokens if the model is confident, "
+        "many if it is not."
     )
 
     lesson.predict(
-        "20,000 draws of sample(), which takes the largest p / E, E ~ Exp(1). How often each?"
+        "20,000 draws of sample(), the argmax of p / E, E ~ Exp(1). How often is each token drawn?"
     )
     noise, draws = torch.Generator().manual_seed(0), 20_000
     logits = CHANCES.log().expand(draws, -1)
@@ -62,13 +62,14 @@ def main(lesson: Lesson) -> None:
     lesson.table("p", "share of the draws", rows=rows)
     assert (often - CHANCES).abs().max() < 0.015
     lesson.conclude(
-        "As often as they should be: in a race of exponential clocks of speeds p_i, i is first "
-        "with probability p_i. So each row may have a noise of its own, whoever is beside it."
+        "With probability p_i: of exponential variables with rates p_i, number i is the smallest "
+        "with probability p_i. Each sequence can have its own generator, so that its sample does "
+        "not depend on the rest of the batch."
     )
 
     language, model = Language(), small_model()
     train(model, (language.batch(8) for _ in range(100)))
-    lesson.predict("A trained model at rising temperature: how many words are still possible ones?")
+    lesson.predict("A trained model at rising temperature: what share of word pairs is possible?")
     prompts = [[word] for word in range(24)]
     settings = {
         "greedy": dict(temperature=0.0),
@@ -94,8 +95,8 @@ def main(lesson: Lesson) -> None:
     assert different["greedy"] < different["T 1"] < different["T 2"]
     assert legal["T 1, top-p 0.9"] > legal["T 1"] and legal["T 2, top-k 4"] > legal["T 2"] + 0.1
     lesson.conclude(
-        f"More heat, more variety and more nonsense: {legal['T 1']:.0%} possible at 1, "
-        f"{legal['T 2']:.0%} at 2. Cutting the tail gives back {legal['T 2, top-k 4']:.0%}, with "
+        f"A higher temperature gives more variety and more errors: {legal['T 1']:.0%} possible at "
+        f"1, {legal['T 2']:.0%} at 2. Top-k 4 restores {legal['T 2, top-k 4']:.0%}, with "
         f"{different['T 2, top-k 4'] / different['greedy']:.1f} times the variety of greedy."
     )
 
@@ -108,9 +109,7 @@ def main(lesson: Lesson) -> None:
     right.set(title="a trained model", xlabel="share of different pairs", ylabel="possible pairs")
     lesson.save(figure)
 
-    lesson.exercise(
-        "Greedy text of this model: after how many words does it run in a circle?", solution_1
-    )
+    lesson.exercise("After how many words does greedy decoding of this model loop?", solution_1)
     lesson.exercise("Is temperature before top-p the same as after it?", solution_2)
 
 
@@ -123,7 +122,7 @@ def solution_1(lesson: Lesson) -> None:
     circle = next(
         n for n in range(1, 200) if text[-1 - n] == last and text[-2 * n :][:n] == text[-n:]
     )
-    lesson.print(f"{len(set(text))} different words in 200; at last a circle of {circle}")
+    lesson.print(f"{len(set(text))} different words in 200; at the end a loop of {circle} words")
     assert circle < 64
 
 
@@ -133,9 +132,9 @@ def solution_2(lesson: Lesson) -> None:
 
     hot = after(temperature=2.0)
     lesson.print(
-        f"of 5 tokens top-p 0.8 keeps {kept(hot)} when heated first, {kept(CHANCES)} if not"
+        f"of 5 tokens top-p 0.8 keeps {kept(hot)} after temperature 2, {kept(CHANCES)} before it"
     )
-    assert kept(hot) > kept(CHANCES)  # transformers and we heat first; vLLM too
+    assert kept(hot) > kept(CHANCES)  # here, in transformers and in vLLM: temperature first
 
 
 if __name__ == "__main__":

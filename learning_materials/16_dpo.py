@@ -1,12 +1,12 @@
 """16. DPO in two parameters
 
-Question   Of two answers people prefer one. How does a model learn it without a reward model?
-Concept    The reward is in the policy: beta * log(pi / pi_ref). DPO makes the reward of the chosen
-           answer the larger of the two, by logistic regression. It asks for a difference only, so
-           that both answers may become less likely; what keeps the policy near is beta.
+Question   People prefer one of two answers. How does a model learn this without a reward model?
+Concept    The policy has an implicit reward, beta * log(pi / pi_ref). DPO makes the reward of the
+           chosen answer the larger of the two, by logistic regression. Only the difference counts,
+           so both may become less likely. Beta limits the distance to the reference.
 Equation   L = -log sigmoid(beta * h),  h = log(pi/pi_ref)(chosen) - log(pi/pi_ref)(rejected)
                                                              (arXiv 2305.18290, eq. 7)
-Predict    What is the loss before the first update? Does the chosen answer get likelier?
+Predict    What is the loss before the first step? Does the chosen answer become more likely?
 """
 
 import copy
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from trainer.train_dpo import dpo_loss
 
-# Three answers: chosen, rejected, and all others. Their logits are what the two parameters make of
-# these features; the rejected answer is like the chosen one, but more so.
+# Three answers: chosen, rejected, and all others. Their logits are linear in these features. The
+# rejected answer has more of the chosen answer's feature than the chosen answer itself.
 FEATURES = torch.tensor([[1.0, 0.0], [2.0, 1.0], [0.0, 0.0]])
-ONE = torch.ones(1, 2)  # lengths, of which only IPO and RPO make use
+ONE = torch.ones(1, 2)  # lengths; only IPO and RPO use them
 
 
 def log_pi(theta: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def loss_at(theta: Tensor, beta: float = 1.0, **settings) -> Tensor:
 
 
 def descend(updates: int = 60, rate: float = 0.3, **settings) -> Tensor:
-    """The path of theta from 0, [updates + 1, 2]."""
+    """Theta during gradient descent from 0, [updates + 1, 2]."""
     path = [torch.zeros(2)]
     for _ in range(updates):
         theta = path[-1].clone().requires_grad_()
@@ -46,30 +46,30 @@ def descend(updates: int = 60, rate: float = 0.3, **settings) -> Tensor:
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("The loss for h = -4, 0, 4 at beta 1? For which is its gradient the largest?")
+    lesson.predict("What is the loss for h = -4, 0, 4 at beta 1? Which has the largest gradient?")
     h = torch.tensor([-4.0, -1, 0, 1, 4], requires_grad=True)
     losses = dpo_loss(torch.stack([h, 0 * h], 1), torch.zeros(1, 2), ONE, beta=1.0)
     (gradient,) = torch.autograd.grad(losses.sum(), h)
     lesson.table("h", "loss", "gradient", rows=torch.stack([h, losses, gradient], 1).tolist())
     assert torch.allclose(gradient, -(-h).sigmoid()) and abs(losses[2] - math.log(2)) < 1e-6
     lesson.conclude(
-        "ln 2 = 0.693 where policy and reference agree. The gradient is -sigmoid(-h): pairs that "
-        "are the wrong way round count fully, and those that are learnt hardly at all."
+        "ln 2 = 0.693 if policy and reference are equal. The gradient is -sigmoid(-h): near -1 for "
+        "pairs in the wrong order, near 0 for pairs that are learnt."
     )
 
-    lesson.predict("60 steps downhill. Chosen, rejected, all others: whose probability grows?")
+    lesson.predict("After 60 steps: does the chosen, the rejected or another answer gain?")
     paths = {"DPO": descend(), "with sft_weight 1": descend(sft_weight=1.0)}
     rows = [(name, *log_pi(path[-1]).exp().tolist()) for name, path in paths.items()]
     lesson.table("", "chosen", "rejected", "others", rows=rows)
     (_, chosen, _, others), (_, kept, *_) = rows
     assert chosen < 0.2 and others > 0.8 and kept > 0.5
     lesson.conclude(
-        f"The others'! The chosen one falls from 33% to {chosen:.0%}: the two answers have a "
-        "feature in common, which is unlearnt with the rejected one; the loss does not mind. The "
-        f"chosen answer's own loss (--sft_weight) keeps it, at {kept:.0%}."
+        f"The others gain; the chosen answer falls from 33% to {chosen:.0%}. The two answers share "
+        "a feature, so lowering the rejected answer lowers both, and the loss only asks for a "
+        f"difference. With the SFT loss of the chosen answer (--sft_weight) it has {kept:.0%}."
     )
 
-    lesson.predict("People err in 10% of pairs. Where does h stop, for beta 0.1, 0.5 and 2?")
+    lesson.predict("10% of the labels are wrong. Where does h stop for beta 0.1, 0.5 and 2?")
     rows = []
     for beta in (0.1, 0.5, 2.0):
         p = log_pi(descend(1000, 0.3 / beta**2, beta=beta, label_smoothing=0.1)[-1])
@@ -78,16 +78,16 @@ def main(lesson: Lesson) -> None:
         assert abs(h - math.log(9) / beta) < 0.02 * h
     lesson.table("beta", "h", "ln 9 / beta", "KL to the reference", rows=rows)
     assert rows[0][3] > rows[1][3] > rows[2][3]
-    lesson.conclude("Where sigmoid(beta * h) = 0.9, at ln 9 / beta: a small beta lets it go far.")
+    lesson.conclude("At sigmoid(beta * h) = 0.9, h = ln 9 / beta. A small beta allows a large KL.")
 
-    lesson.predict("A language model, pairs of possible and impossible next words. What happens?")
+    lesson.predict("A language model with possible (chosen) and impossible next words: what gains?")
     log = teach_preferences()
-    lesson.table("update", "loss", "accuracy", "chosen gains", "rejected gains", rows=log[::7])
+    lesson.table("step", "loss", "accuracy", "chosen gains", "rejected gains", rows=log[::7])
     accuracy, chosen, rejected = torch.tensor(log[-6:]).mean(0)[2:].tolist()
     assert abs(log[0][1] - math.log(2)) < 1e-6 and accuracy > 0.8 and rejected < -0.8 < -chosen
     lesson.conclude(
-        f"In {accuracy:.0%} of new pairs the possible word gains more ({chosen:+.2f} nats in the "
-        f"mean), because the other one loses ({rejected:+.2f})."
+        f"In {accuracy:.0%} of new pairs the possible word gains more ({chosen:+.2f} nats on "
+        f"average), because the impossible one loses ({rejected:+.2f})."
     )
 
     figure, (left, right) = lesson.figure(2)
@@ -102,12 +102,12 @@ def main(lesson: Lesson) -> None:
     right.set(title="a language model: log(pi / pi_ref)", xlabel="update")
     lesson.save(figure)
 
-    lesson.exercise("Where does IPO's loss stop, with beta 0.1, if nobody errs?", solution_1)
-    lesson.exercise("Show that a reward of the prompt's own changes nothing.", solution_2)
+    lesson.exercise("At which h does IPO stop, with beta 0.1 and correct labels?", solution_1)
+    lesson.exercise("Show that a reward that depends only on the prompt cancels.", solution_2)
 
 
 def teach_preferences(updates: int = 36, beta: float = 0.5) -> list[tuple]:
-    """A half-trained model of a language: update, loss, accuracy, and what new pairs gain."""
+    """DPO of a half-trained model: step, loss, accuracy, gains of new pairs' two answers."""
     language, policy = Language(), small_model()
     train(policy, (language.batch(8) for _ in range(15)))
     reference, log = copy.deepcopy(policy).requires_grad_(False), []
@@ -134,7 +134,7 @@ def teach_preferences(updates: int = 36, beta: float = 0.5) -> list[tuple]:
 
 def solution_1(lesson: Lesson) -> None:
     chosen, rejected, _ = log_pi(descend(1000, 0.02, beta=0.1, loss_type="ipo")[-1])
-    lesson.print(f"{chosen - rejected:.3f} = 1 / (2 * beta); DPO's h would grow for ever")
+    lesson.print(f"{chosen - rejected:.3f} = 1 / (2 * beta); DPO's h would grow without bound")
     assert abs(chosen - rejected - 5) < 0.05
 
 
@@ -142,7 +142,7 @@ def solution_2(lesson: Lesson) -> None:
     policy, reference = torch.randn(4, 2), torch.randn(4, 2)
     first = dpo_loss(policy, reference, ONE, beta=0.1)
     shifted = dpo_loss(policy + torch.randn(4, 1), reference, ONE, beta=0.1)
-    lesson.print(f"largest difference {(first - shifted).abs().max():.0e}: it cancels in h")
+    lesson.print(f"largest difference {(first - shifted).abs().max():.0e}: the reward cancels in h")
     assert torch.allclose(first, shifted, atol=1e-6)
 
 

@@ -1,10 +1,11 @@
-"""18. Distillation: what a softened teacher tells
+"""18. Distillation from a softened teacher
 
-Question   A small model may learn from the data, or from a large model that has read them. What
-           does the large one know that the data do not say?
-Concept    The data say which word came. The teacher says how likely each word was, also those that
-           did not come: as much in one sentence as in all the sentences that might have been. A
-           temperature lifts what the teacher finds unlikely, so that the student hears of it.
+Question   A small model can learn from the data, or from a large model trained on them. What does
+           the large model know that the data do not contain?
+Concept    The data contain the word that came. The teacher gives the probability of every word,
+           also of those that did not come, so one sentence of the teacher tells as much as many
+           sentences of data. A temperature raises the teacher's small probabilities, so that they
+           contribute to the loss.
 Equation   p = softmax(z / T);  loss = T^2 * KL(p_teacher || p_student)
                                                                    (Hinton 2015: arXiv 1503.02531)
 Predict    A teacher gives 0.90, 0.09 and 0.01 to three words. What does it give at temperature 2?
@@ -22,7 +23,7 @@ STUDENT = dict(hidden_size=32, num_hidden_layers=1)
 
 
 def soft_loss(teacher: MiniMindForCausalLM, temperature: float):
-    """The loss of distillation without any of the data's own, a mean over the words."""
+    """The distillation loss alone, without cross-entropy, as a mean over the words."""
 
     def loss_of(student: MiniMindForCausalLM, batch: dict[str, Tensor]) -> Tensor:
         states = [student.model(batch["input_ids"]).last_hidden_state, student.lm_head.weight]
@@ -36,7 +37,7 @@ def soft_loss(teacher: MiniMindForCausalLM, temperature: float):
 
 @torch.no_grad()
 def above_best(model: MiniMindForCausalLM, language: Language) -> float:
-    """Nats a word above the best loss that any model can have."""
+    """Loss minus the lowest possible loss, in nats per word."""
     ids = language.batch(rows=64)["input_ids"]
     truth = language.next[ids]
     wrong = model(ids).logits.log_softmax(-1)
@@ -44,15 +45,15 @@ def above_best(model: MiniMindForCausalLM, language: Language) -> float:
 
 
 def main(lesson: Lesson) -> None:
-    lesson.predict("A teacher gives 0.90, 0.09, 0.01. And at temperature 0.5, 2, 4?")
+    lesson.predict("A teacher gives 0.90, 0.09, 0.01. What does it give at temperature 0.5, 2, 4?")
     logits = torch.tensor([0.90, 0.09, 0.01]).log()
     rows = [(T, *(logits / T).softmax(-1).tolist()) for T in (0.5, 1.0, 2.0, 4.0)]
     lesson.table("T", "p0", "p1", "p2", rows=rows)
     ratios = [p1 / p2 for _, _, p1, p2 in rows]
     assert abs(ratios[1] - 9) < 1e-3 and abs(ratios[2] - 3) < 1e-3  # 9^(1/T)
     lesson.conclude(
-        f"At 2 the last has {rows[2][3]:.3f} instead of 0.01. The order stays (the second is 9 "
-        "times as likely as it at 1, 3 times at 2), and now both count in the loss."
+        f"At 2 the last word has {rows[2][3]:.3f} instead of 0.01. The order stays (the second "
+        "word is 9 times as likely at 1, 3 times at 2), and both now contribute to the loss."
     )
 
     language = Language()
@@ -60,9 +61,9 @@ def main(lesson: Lesson) -> None:
     train(teacher, (language.batch() for _ in range(150)))
     good = above_best(teacher, language)
     lesson.predict(
-        "Two small students read the same 60 batches of 4 sentences. One learns which words came, "
-        f"the other what the teacher ({good:.2f} nats above the best possible loss) thinks of all "
-        "words. How far above the best are they?"
+        "Two small students train on the same 60 batches of 4 sentences. One learns the words that "
+        f"came, the other the distribution of a teacher ({good:.2f} nats above the best possible "
+        "loss). How far above the best possible loss are they?"
     )
     few = [language.batch(rows=4) for _ in range(60)]
     alone = small_model(1, **STUDENT)
@@ -77,11 +78,11 @@ def main(lesson: Lesson) -> None:
     alone, taught = students["the words that came"], students["the teacher, T = 1"]
     assert taught < 0.8 * alone
     lesson.conclude(
-        f"{alone:.2f} against {taught:.2f}, from the same sentences in as many updates: a word "
-        "that came is one throw of the dice; the teacher tells the faces."
+        f"{alone:.2f} against {taught:.2f}, from the same sentences in the same number of steps: "
+        "a word is one sample of the distribution; the teacher gives the whole distribution."
     )
 
-    lesson.predict("How does the gradient of KL change with T = 1, 2, 4, 8? And of T^2 times it?")
+    lesson.predict("How does the gradient of KL change with T = 1, 2, 4, 8? And that of T^2 * KL?")
     mine, theirs = (3 * torch.randn(64, 64, generator=language.noise) for _ in range(2))
     mine.requires_grad_()
     norms = {}
@@ -92,14 +93,14 @@ def main(lesson: Lesson) -> None:
     lesson.table("T", "gradient", "T^2 * gradient", rows=rows)
     assert norms[8.0] < 0.1 * norms[1.0] and max(r[2] for r in rows) < 6 * min(r[2] for r in rows)
     lesson.conclude(
-        f"From T = 4 to 8 it falls {norms[4.0] / norms[8.0]:.1f}-fold, nearly as 1/T^2: once for "
-        "the logits are divided, once for flat distributions hardly differ. T^2 makes up for it, "
-        "so that one learning rate, and one share of the data's own loss, suit any temperature."
+        f"From T = 4 to 8 it falls {norms[4.0] / norms[8.0]:.1f}-fold, nearly as 1/T^2: one factor "
+        "comes from dividing the logits, the other from flatter distributions that differ less. "
+        "With T^2, the same learning rate and the same alpha suit every temperature."
     )
 
     lesson.predict(
-        "The teacher has two peaks, the student can only make one hill. Where does forward KL put "
-        "it, where reverse KL?"
+        "The teacher has two peaks, the student can have only one. Where does forward KL put it, "
+        "where reverse KL?"
     )
     words = torch.linspace(-1, 1, 64)
     peaks = torch.logaddexp(-60 * (words - 0.5) ** 2, -60 * (words + 0.5) ** 2 - 0.3)
@@ -113,10 +114,10 @@ def main(lesson: Lesson) -> None:
     assert share["forward"][1] > 0.2 > 10 * share["reverse"][1]
     assert max(share["reverse"]) > 0.95 and min(share["forward"][0], share["forward"][2]) > 0.25
     lesson.conclude(
-        f"Forward KL is infinite where the student says 0 and the teacher does not, so it covers "
-        f"both peaks and puts {share['forward'][1]:.0%} where the teacher has next to nothing. "
-        "Reverse KL punishes just that: it keeps to one peak, and so does the mix of both here. "
-        "`--divergence` chooses."
+        "Forward KL is infinite if the student has probability 0 where the teacher has not. The "
+        f"student covers both peaks, with {share['forward'][1]:.0%} in the valley, where the "
+        "teacher has almost nothing. Reverse KL penalises exactly that: the student keeps one "
+        "peak, and so does JS here. `--divergence` sets it."
     )
 
     figure, (left, middle, right) = lesson.figure(3)
@@ -138,13 +139,13 @@ def main(lesson: Lesson) -> None:
     lesson.save(figure)
 
     lesson.exercise(
-        "Both students see the same 8 sentences again and again. What becomes of them?", solution_1
+        "Both students train on the same 8 sentences repeatedly. How good are they?", solution_1
     )
-    lesson.exercise("At a very high temperature, what does KL make the student match?", solution_2)
+    lesson.exercise("What does KL make the student match at a very high temperature?", solution_2)
 
 
 def hill(words: Tensor, target: Tensor, kind: str) -> Tensor:
-    """The log-probabilities, [1, V], of the hill that is nearest to the target."""
+    """Log-probabilities [1, V] of the single peak that is closest to the target."""
     place, log_width = (torch.tensor(x, requires_grad=True) for x in (0.2, -1.5))
     optimizer = torch.optim.Adam([place, log_width], lr=0.05)
     for _ in range(200):
@@ -157,7 +158,7 @@ def hill(words: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def shares(log_p: Tensor, words: Tensor, valley: Tensor) -> list[float]:
-    """How much is left of the valley, in it, and right of it."""
+    """Probability left of the valley, in it, and right of it."""
     p = log_p[0].exp()
     return [p[part].sum().item() for part in (~valley & (words < 0), valley, ~valley & (words > 0))]
 
@@ -170,8 +171,8 @@ def solution_1(lesson: Lesson) -> None:
     train(alone, again)
     train(taught, again, loss_of=soft_loss(teacher, 2.0))
     alone, taught = above_best(alone, language), above_best(taught, language)
-    lesson.print(f"of the words {alone:.2f} nats above the best, of the teacher {taught:.2f}")
-    assert taught < 0.5 * alone  # the first knows by heart what came, and takes it for all there is
+    lesson.print(f"nats above the best: from the words {alone:.2f}, from the teacher {taught:.2f}")
+    assert taught < 0.5 * alone  # the first memorises the sentences and overfits
 
 
 def solution_2(lesson: Lesson) -> None:
@@ -183,7 +184,7 @@ def solution_2(lesson: Lesson) -> None:
     (gradient,) = torch.autograd.grad(loss, mine)
     difference = (mine - theirs).detach() / 64
     error = ((gradient - difference).norm() / difference.norm()).item()
-    lesson.print(f"the logits: the gradient is (z_student - z_teacher) / V, but for {error:.1%}")
+    lesson.print(f"the logits: the gradient is (z_student - z_teacher) / V, up to {error:.1%}")
     assert error < 0.05
 
 

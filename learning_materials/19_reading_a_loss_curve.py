@@ -1,11 +1,11 @@
 """19. Reading a loss curve
 
-Question   A curve is the first thing that a training shows. What does it say is wrong?
-Concept    Three lines tell most of it: ln V, where guessing is; the loss of knowing only how
-           frequent words are; and the entropy of the language, which no honest model can beat.
-           Here each disease is produced on purpose, in a language whose entropy we know.
-Equation   entropy <= honest loss <= frequencies only <= ln V                (lesson 10: Gibbs)
-Predict    Which mistakes make the loss too high, and which make it too good?
+Question   Which mistake does a loss curve point to?
+Concept    Compare the loss with three lines: ln V, a uniform guess; the loss of word frequencies
+           (unigrams); and the entropy of the language, the lowest loss without a leak. This lesson
+           makes each mistake on purpose, in a language with known entropy.
+Equation   entropy <= loss without a leak <= frequencies only <= ln V        (lesson 10: Gibbs)
+Predict    Which mistakes make the loss too high, and which make it too low?
 """
 
 import math
@@ -24,42 +24,42 @@ def fresh(language: Language) -> list[Batch]:
 
 
 def wrong_pairs(language: Language) -> list[Batch]:
-    """Data bug: the labels are those of another row."""
+    """Data bug: the labels are those of another sequence."""
     return [{**batch, "labels": batch["labels"].roll(1, 0)} for batch in fresh(language)]
 
 
 def shifted_twice(language: Language) -> list[Batch]:
-    """Data bug: labels were shifted by one already, and the model shifts them again."""
+    """Data bug: the labels are already shifted by one, and the model shifts them again."""
     return [{**batch, "labels": batch["labels"].roll(-1, 1)} for batch in fresh(language)]
 
 
 def sees_the_future(language: Language) -> list[Batch]:
-    """Mask bug: every token sees every other, the one that it must predict too."""
+    """Mask bug: every token attends to all others, including the one it must predict."""
     everything = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
     return [{**batch, "attention_mask": everything} for batch in fresh(language)]
 
 
 def learns_padding(language: Language) -> list[Batch]:
-    """Mask bug: half of each row is padding (token 0), and counts."""
+    """Mask bug: half of each sequence is padding (token 0), and it carries loss."""
     words = (batch["input_ids"] for batch in fresh(language))
     padded = [ids.masked_fill(torch.arange(LENGTH) >= LENGTH // 2, 0) for ids in words]
     return [{"input_ids": ids, "labels": ids} for ids in padded]
 
 
 def same_rows(language: Language) -> list[Batch]:
-    """Too little data: the same few sentences, again and again."""
+    """Too little data: the same few sentences in every step."""
     return [language.batch(ROWS, LENGTH)] * STEPS
 
 
 CASES: dict[str, tuple[Callable[[Language], list[Batch]], float, str]] = {
     "healthy": (fresh, 5e-3, "falls fast, then slowly, towards the entropy"),
-    "lr 20 times too high": (fresh, 0.1, "stays up, or jumps"),
-    "lr 100 times too low": (fresh, 5e-5, "a slope that has not bent yet"),
-    "labels of other rows": (wrong_pairs, 5e-3, "stops at the frequencies"),
-    "labels shifted twice": (shifted_twice, 5e-3, "stops between frequencies and entropy"),
-    "sees the future": (sees_the_future, 5e-3, "below the entropy: impossible; held out it is bad"),
-    "padding counts": (learns_padding, 5e-3, "half as high at once: half of it is easy"),
-    "the same rows": (same_rows, 5e-3, "below the entropy; held-out loss is high"),
+    "lr 20 times too high": (fresh, 0.1, "stays high, or has spikes"),
+    "lr 100 times too low": (fresh, 5e-5, "a straight line that does not bend"),
+    "labels of other rows": (wrong_pairs, 5e-3, "plateau at the frequencies"),
+    "labels shifted twice": (shifted_twice, 5e-3, "plateau between frequencies and entropy"),
+    "sees the future": (sees_the_future, 5e-3, "below the entropy; high held-out loss"),
+    "padding counts": (learns_padding, 5e-3, "half as high at once: padding is easy"),
+    "the same rows": (same_rows, 5e-3, "below the entropy; high held-out loss"),
 }
 
 
@@ -73,13 +73,15 @@ def main(lesson: Lesson) -> None:
     }
     held_out = language.batch(64, LENGTH)
 
-    lesson.predict("Which three lines should be in every plot of a loss, and where are they here?")
+    lesson.predict("Which three lines should every loss plot have, and where are they here?")
     lesson.table("line", "nats per token", rows=lines.items())
-    lesson.conclude("Above the first: broken. At the second: no context. Below the last: a leak.")
+    lesson.conclude(
+        "Above ln V: broken. At the frequencies: no context used. Below entropy: a leak."
+    )
 
     lesson.predict(
         "Eight trainings, one of them healthy: " + "; ".join(list(CASES)[1:]) + ". Draw their "
-        "curves. Where is each after 60 updates, in training and on held-out text?"
+        "curves. What is the training loss and the held-out loss of each after 60 steps?"
     )
     curves, ends = {}, {}
     for name, (batches, lr, _) in CASES.items():
@@ -89,7 +91,7 @@ def main(lesson: Lesson) -> None:
             honest = model(**held_out).loss.item()
         ends[name] = (sum(curves[name][-10:]) / 10, honest)
     rows = [(name, *ends[name], CASES[name][2]) for name in CASES]
-    lesson.table("training", "last loss", "held out", "what to see", rows=rows)
+    lesson.table("training", "last loss", "held out", "shape", rows=rows)
     last = {name: end for name, (end, _) in ends.items()}
     honest = {name: end for name, (_, end) in ends.items()}
     entropy, frequencies = lines["entropy"], lines["frequencies"]
@@ -102,10 +104,10 @@ def main(lesson: Lesson) -> None:
         assert last[name] < entropy - 0.2 and honest[name] > last["healthy"] + 0.5, name
     assert last["padding counts"] < 0.7 * last["healthy"] < 0.7 * honest["padding counts"]
     lesson.conclude(
-        "Too high: the rates, and labels that do not belong to the text, which end at what "
-        f"words' frequencies give ({frequencies:.2f}). Too good to be true: the future "
-        f"{last['sees the future']:.2f}, the same rows {last['the same rows']:.2f}, padding "
-        f"{last['padding counts']:.2f}, all below the entropy {entropy:.2f}. On honest held-out "
+        "Too high: the wrong learning rates, and labels that do not match the text, which end at "
+        f"the loss of word frequencies ({frequencies:.2f}). Too low: attention to the future "
+        f"{last['sees the future']:.2f}, the same sequences {last['the same rows']:.2f}, loss on "
+        f"padding {last['padding counts']:.2f}, all below the entropy {entropy:.2f}. On held-out "
         f"text these have {honest['sees the future']:.1f}, {honest['the same rows']:.1f} and "
         f"{honest['padding counts']:.1f}: a low training loss alone proves nothing."
     )
@@ -121,26 +123,26 @@ def main(lesson: Lesson) -> None:
     panels[1].set_title("too good to be true")
     lesson.save(figure)
 
-    lesson.exercise("What is the lowest loss that 'padding counts' can show?", solution_1)
-    lesson.exercise("Find out without training whether a model sees the future.", solution_2)
+    lesson.exercise("What is the lowest loss that 'padding counts' can reach?", solution_1)
+    lesson.exercise("Test without training whether a model attends to the future.", solution_2)
 
 
 def solution_1(lesson: Lesson) -> None:
-    words, padding = LENGTH // 2 - 1, LENGTH // 2  # predicted ones; the first padding is a surprise
+    words, padding = LENGTH // 2 - 1, LENGTH // 2  # label tokens; the first padding included
     expected = (words * Language().entropy + padding * 0.0) / (words + padding)
-    lesson.print(f"{expected:.2f} nats at best, and nothing was learnt better for it")
+    lesson.print(f"{expected:.2f} nats at best, without a better model of the language")
     assert expected < 0.6 * Language().entropy
 
 
 def solution_2(lesson: Lesson) -> None:
     model, ids = small_model(initializer_range=0.2).eval(), torch.arange(LENGTH)[None]
     other = ids.clone()
-    other[0, -1] = 63  # a change of the last token may change no logits but the last
+    other[0, -1] = 63  # the last token must not change earlier logits
     moved = {}
     for name, mask in (("causal", None), ("all", torch.ones(1, 1, LENGTH, LENGTH).bool())):
         a, b = (model(x, attention_mask=mask).logits[0, :-1] for x in (ids, other))
         moved[name] = (a - b).abs().max().item()
-    lesson.print(f"earlier logits move by {moved}")
+    lesson.print(f"earlier logits change by {moved}")
     assert moved["causal"] == 0 < moved["all"]
 
 

@@ -1,5 +1,5 @@
-"""What the lessons share: flags, questions, tables, the picture, exercises, and a small world to
-train in within seconds."""
+"""What the lessons share: flags, questions, tables, the picture, exercises, and a toy language and
+model that train within seconds."""
 
 import inspect
 import io
@@ -47,11 +47,11 @@ class Args:
 
 
 class Lesson:
-    """One run of a script: what it prints, asks and draws."""
+    """One run of a lesson: its output, questions and picture."""
 
     def __init__(self, args: Args, name: str):
         self.args, self.name = args, name
-        # as wide everywhere, so that what is printed can be compared
+        # a fixed width, so that the output is the same on every terminal
         self.console = Console(width=100, highlight=False, markup=False, emoji=False)
         self.questions = self.tasks = 0
 
@@ -59,14 +59,14 @@ class Lesson:
         self.console.print(text)
 
     def predict(self, question: str) -> None:
-        """Ask before anything is shown."""
+        """Ask for a prediction before the result is shown."""
         self.questions += 1
         self.print(f"\n{self.questions}. Predict: {question}")
         if self.args.ask and sys.stdin.isatty():
             input("   (Enter shows the answer) ")
 
     def table(self, *headers: str, rows: Iterable[Sequence[Any]]) -> None:
-        """Numbers to the right; a float that is no string yet has four significant digits."""
+        """Numeric columns are right-aligned; floats have four significant digits."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         rows = [list(row) for row in rows]
         for column, header in enumerate(headers):
@@ -80,26 +80,26 @@ class Lesson:
         self.print(f"=> {text}")
 
     def figure(self, columns: int = 1, **settings: Any) -> tuple[Any, Any]:
-        """A figure and its axes, in the lessons' style."""
+        """A figure and its axes in the style of all lessons."""
         plt.rcParams.update(STYLE)
         size = settings.pop("figsize", (4 * columns + 0.6, 3.5))
         return plt.subplots(1, columns, figsize=size, layout="constrained", **settings)
 
     def save(self, figure: Any) -> None:
-        """The picture, with a legend for each of its axes that has labels."""
+        """Write the picture, with a legend on each axes object that has labels."""
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7)
         path, drawn = Path(self.args.out) / f"{self.name}.png", io.BytesIO()
         figure.savefig(drawn, format="png", dpi=110)
         plt.close(figure)
-        few_colours = Image.open(drawn).convert("RGB").quantize(128)  # a third of the bytes
+        few_colours = Image.open(drawn).convert("RGB").quantize(128)  # a third of the size
         with atomic_write(path) as file:
             few_colours.save(file, "PNG", optimize=True)
         self.print(f"\nLook at {path}")
 
     def exercise(self, task: str, solution: Callable[["Lesson"], None]) -> None:
-        """A task; with --solutions also the code that solves it, and what it prints."""
+        """A task; with --solutions also the code of its solution and its output."""
         self.tasks += 1
         self.print(f"\nExercise {self.tasks}: {task}")
         if self.args.solutions:
@@ -114,17 +114,17 @@ def teach(main: Callable[[Lesson], None], file: str, about: str) -> None:
     with exit_on_user_error():
         args = parse_arguments(Args, about)
         torch.manual_seed(0)
-        torch.set_num_threads(1)  # the same numbers everywhere, and small models are faster so
+        torch.set_num_threads(1)  # reproducible, and faster for small models
         lesson = Lesson(args, Path(file).stem)
         lesson.print(about.strip())
         main(lesson)
 
 
-# -- a small world ---------------------------------------------------------------------------------
+# -- a toy model and a toy language ----------------------------------------------------------------
 
 
 def small_model(seed: int = 0, **fields: Any) -> MiniMindForCausalLM:
-    """The project's model with 2 layers of width 64; its arguments are fields of the config."""
+    """The project's model with 2 layers of width 64; `fields` override those of the config."""
     small = dict(
         vocab_size=64,
         hidden_size=64,
@@ -143,8 +143,8 @@ def train(
     optimizer: str = "muon",
     loss_of: Callable[[MiniMindForCausalLM, dict[str, Tensor]], Tensor] | None = None,
 ) -> list[float]:
-    """One update a batch (the model's arguments, with labels), the learning rate rising for ten
-    and then falling to 0; the loss (default: the model's own) before each update."""
+    """One optimizer step per batch (the model's arguments, with labels), with a warmup of ten steps
+    and linear decay to 0. Returns the loss (default: the model's own) before each step."""
     updates = make_optimizer(model.train(), optimizer, learning_rate, weight_decay=0.0)
     batches, losses = list(batches), []
     for step, batch in enumerate(batches):
@@ -161,8 +161,8 @@ def train(
 
 
 class Language:
-    """Words that follow each other by chance: after each, one of `choices` others, which are not
-    equally likely. Unlike for real text we know what the best possible model's loss is."""
+    """A random bigram language: each word is followed by one of `choices` words with unequal
+    probabilities. Unlike for real text, the loss of the best possible model is known."""
 
     def __init__(self, words: int = 64, choices: int = 4, seed: int = 0):
         self.noise = torch.Generator().manual_seed(seed)
@@ -172,7 +172,7 @@ class Language:
         self.next /= self.next.sum(-1, keepdim=True)  # [V, V]: p(word | word before)
         entropies = -torch.special.xlogy(self.next, self.next).sum(-1)
         often = torch.linalg.matrix_power(self.next, 64).mean(0)  # how often each word comes
-        self.entropy = (often * entropies).sum().item()  # nats a token: no model can be better
+        self.entropy = (often * entropies).sum().item()  # nats per token: the lowest loss
 
     def batch(self, rows: int = 16, length: int = 32) -> dict[str, Tensor]:
         """New sentences: input_ids and labels, [rows, length]."""
@@ -184,7 +184,7 @@ class Language:
 
 
 def textbook(language: str = "en") -> list[str]:
-    """The facts of the demo's textbook, question and answer, as lines of text."""
+    """The facts of the demo's textbook as lines of a question and its answer."""
     facts = load_tables()["textbook"]
     return [
         f"{question} {fact[language]['answers'][0]}"
@@ -196,7 +196,7 @@ def textbook(language: str = "en") -> list[str]:
 def crops(
     ids: list[int], number: int, rows: int = 16, length: int = 32, seed: int = 0
 ) -> Iterable[dict[str, Tensor]]:
-    """So many batches of stretches of a text, from random places."""
+    """`number` batches of random stretches of a text."""
     text, noise = torch.tensor(ids), torch.Generator().manual_seed(seed)
     for _ in range(number):
         starts = torch.randint(len(text) - length + 1, (rows,), generator=noise)

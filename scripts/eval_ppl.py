@@ -1,14 +1,14 @@
-"""Bits per byte of a model on text, comparable between models with different tokenizers.
+"""Bits per byte of a model on text: comparable between models with different tokenizers.
 
     python scripts/eval_ppl.py --weight pretrain --data FILE [--json FILE]
     python scripts/eval_ppl.py --load_from ./MiniMind2 --data FILE        any transformers folder
 
-The rule: the first 500 characters of each document, each document alone, after <|im_start|> (or the
-tokenizer's own BOS token); the sum of −log2 p over all tokens after the first, divided by the UTF-8
+Each document is evaluated alone: its first 500 characters, after <|im_start|> (or the tokenizer's
+own BOS). The metric is the sum of −log2 p over all tokens after the first, divided by the UTF-8
 bytes of the text. Without a model a byte costs 8 bits.
 
-FILE is JSONL, each line a document: {"text": …}, or {"conversations": [messages]}, whose contents
-are joined to one text. In any other file every 500 characters are a document.
+FILE is JSONL with a document per line: {"text": …}, or {"conversations": [messages]}, whose
+contents are joined. In any other file each 500 characters are a document.
 """
 
 import io
@@ -37,24 +37,26 @@ from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 
 CHARACTERS = 500
-MAX_TOKENS = 2048  # of one forward pass; longer documents are split
+MAX_LENGTH = 2048  # tokens per forward pass
 
 
 @dataclass
 class Args(ModelArgs):
-    weight: str = option("pretrain", "own weights: the stage, or a .pth file")
-    data: str = option("", "a JSONL or text file, also .gz")
+    weight: str = option("pretrain", "own weights: a stage, such as pretrain, or a .pth file")
+    data: str = option("", "JSONL or text file, also .gz")
     documents: int = option(0, "number of documents, from the first; 0: all")
-    characters: int = option(CHARACTERS, "characters of each document, from the first; 0: all")
-    batch_size: int = option(16, "documents in a batch")
-    json: str = option("", "write the results to this file too")
+    characters: int = option(
+        CHARACTERS, "number of characters of each document, from the first; 0: all"
+    )
+    batch_size: int = option(16, "documents per forward pass")
+    json: str = option("", "also write the results to this file")
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise UserError("--data names the text to measure on")
+            raise UserError("--data is required: the text to evaluate on")
         for name in ("documents", "characters"):
             if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, as {getattr(self, name)} is")
+                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if self.batch_size < 1:
             raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
 
@@ -63,7 +65,7 @@ class Args(ModelArgs):
 
 
 def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTERS) -> list[str]:
-    """The first `characters` of the first `documents` of a file; 0: all of them."""
+    """The first characters of the first documents of a file; 0: all."""
     texts = filter(None, read_documents(path, characters))
     return [text[: characters or None] for text in islice(texts, documents or None)]
 
@@ -103,7 +105,7 @@ def read_text(path: Path) -> str:
 
 
 def language(text: str) -> str:
-    """zh, en or other: whichever of Chinese characters and ASCII letters there are more of."""
+    """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
     chinese = count_chinese(text)
     latin = sum(c.isascii() and c.isalpha() for c in text)
     if not chinese and not latin:
@@ -112,7 +114,7 @@ def language(text: str) -> str:
 
 
 def length(text: str) -> str:
-    """The range of its number of characters between two powers of two, as 64-127."""
+    """The interval of its number of characters between powers of two, such as 64-127."""
     power = 2 ** (len(text).bit_length() - 1)
     return f"{power}-{2 * power - 1}"
 
@@ -120,30 +122,30 @@ def length(text: str) -> str:
 # -- bits ------------------------------------------------------------------------------------------
 
 
-class Segment(NamedTuple):
-    """Part of a document for one forward pass, and from which token on it is counted."""
+class Window(NamedTuple):
+    """A part of a document that fits the context, and the first token in it that counts."""
 
     document: int
     ids: list[int]
-    counted: int
+    start: int
 
 
-def split_document(ids: list[int], document: int, longest: int) -> Iterator[Segment]:
-    """A document in one segment, or in several if it is too long, each with half of the one before
-    as context; every token but the first is counted once."""
-    yield Segment(document, ids[:longest], 1)
-    half = longest // 2
-    for at in range(half, len(ids) - longest + half, half):
-        yield Segment(document, ids[at : at + longest], longest - half)
+def sliding_windows(ids: list[int], document: int, max_length: int) -> Iterator[Window]:
+    """A document in windows that overlap by half, which is context only: every token but the first
+    counts once."""
+    yield Window(document, ids[:max_length], 1)
+    half = max_length // 2
+    for at in range(half, len(ids) - max_length + half, half):
+        yield Window(document, ids[at : at + max_length], max_length - half)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """The tokens of each text, after BOS."""
-    begin = tokenizer.bos_token_id
-    begin = tokenizer.eos_token_id if begin is None else begin  # Qwen's tokenizer has no BOS
-    if begin is None:
-        raise UserError("the tokenizer has no token that begins or ends a text")
-    encoded = encode_segments(tokenizer, [[(begin, False), (text, True)] for text in texts])
+    """BOS and the tokens of each text."""
+    bos = tokenizer.bos_token_id
+    bos = tokenizer.eos_token_id if bos is None else bos  # Qwen has only EOS
+    if bos is None:
+        raise UserError("the tokenizer has neither BOS nor EOS")
+    encoded = encode_segments(tokenizer, [[(bos, False), (text, True)] for text in texts])
     return [document.ids for document in encoded]
 
 
@@ -153,29 +155,29 @@ def document_bits(
     documents: list[list[int]],
     batch_size: int = 16,
 ) -> list[float]:
-    """−log2 p of all tokens of each document but the first; documents of similar length share a
-    batch."""
-    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS)
-    segments = [s for n, ids in enumerate(documents) for s in split_document(ids, n, longest)]
-    segments.sort(key=lambda segment: len(segment.ids))
+    """Total −log2 p of each document's tokens after the first. Windows of about the same length
+    share a batch."""
+    max_length = min(
+        MAX_LENGTH, getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH
+    )
+    windows = [w for n, ids in enumerate(documents) for w in sliding_windows(ids, n, max_length)]
+    windows.sort(key=lambda window: len(window.ids))
     bits = [0.0] * len(documents)
-    for at in tqdm(range(0, len(segments), batch_size), desc="bits per byte", leave=False):
-        batch = segments[at : at + batch_size]
-        # padding on the right, which causal attention does not see
+    for at in tqdm(range(0, len(windows), batch_size), desc="bits per byte", leave=False):
+        batch = windows[at : at + batch_size]
+        # padding on the right: with causal attention no token sees it
         ids = torch.zeros(len(batch), len(batch[-1].ids), dtype=torch.long)
         labels = torch.full_like(ids, IGNORE_INDEX)
-        for row, segment in enumerate(batch):
-            ids[row, : len(segment.ids)] = torch.tensor(segment.ids)
-            labels[row, segment.counted : len(segment.ids)] = torch.tensor(
-                segment.ids[segment.counted :]
-            )
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+            labels[row, window.start : len(window.ids)] = torch.tensor(window.ids[window.start :])
         logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]  # [B, T−1, V]
         labels = labels[:, 1:].to(model.device)
-        counted = labels != IGNORE_INDEX
-        nats = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-        by_segment = nats.double().split(counted.sum(1).tolist())
-        for segment, losses in zip(batch, by_segment, strict=True):
-            bits[segment.document] += losses.sum().item() / math.log(2)
+        mask = labels != IGNORE_INDEX
+        nats = F.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
+        window_losses = nats.double().split(mask.sum(1).tolist())
+        for window, losses in zip(batch, window_losses, strict=True):
+            bits[window.document] += losses.sum().item() / math.log(2)
     return bits
 
 
@@ -185,7 +187,7 @@ def bits_per_byte(
     texts: list[str],
     batch_size: int = 16,
 ) -> float:
-    """Bits per byte by the rule above."""
+    """Bits per byte, as described above."""
     bits = document_bits(model, encode(tokenizer, texts), batch_size)
     return sum(bits) / sum(len(text.encode()) for text in texts)
 
@@ -193,9 +195,9 @@ def bits_per_byte(
 # -- the report ------------------------------------------------------------------------------------
 
 
-def metrics(texts: list[str], bits: list[float]) -> dict[str, float]:
-    """Bits per byte over some documents, with the standard error of a ratio of two sums over
-    independent documents; None for a single document."""
+def summarize(texts: list[str], bits: list[float]) -> dict[str, float]:
+    """Bits per byte of some documents, with the standard error of a ratio of two sums over
+    independent documents; None for a single one."""
     sizes = [len(text.encode()) for text in texts]
     ratio, n = sum(bits) / sum(sizes), len(texts)
     spread = sum((b - ratio * size) ** 2 for b, size in zip(bits, sizes, strict=True))
@@ -208,14 +210,16 @@ def metrics(texts: list[str], bits: list[float]) -> dict[str, float]:
     }
 
 
-def group_by(name: Callable[[str], str], texts: list[str], bits: list[float]) -> dict[str, dict]:
-    """The metrics of each group of documents, the groups sorted."""
+def summarize_by(
+    group_of: Callable[[str], str], texts: list[str], bits: list[float]
+) -> dict[str, dict]:
+    """Bits per byte of each group of documents, the groups in their natural order."""
     groups: dict[str, list[int]] = {}
     for number, text in enumerate(texts):
-        groups.setdefault(name(text), []).append(number)
+        groups.setdefault(group_of(text), []).append(number)
     order = sorted(groups, key=lambda group: int(group.split("-")[0]) if "-" in group else 0)
     return {
-        group: metrics([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
+        group: summarize([texts[n] for n in groups[group]], [bits[n] for n in groups[group]])
         for group in order
     }
 
@@ -223,7 +227,7 @@ def group_by(name: Callable[[str], str], texts: list[str], bits: list[float]) ->
 def main(args: Args) -> dict[str, float]:
     texts = read_texts(args.data, args.documents, args.characters)
     if not texts:
-        raise UserError(f"{args.data} holds no text")
+        raise UserError(f"{args.data} contains no text")
     loaded = load_chat_model(args, decode_only=False)
     documents = encode(loaded.tokenizer, texts)
     bits = document_bits(loaded.model, documents, args.batch_size)
@@ -233,11 +237,11 @@ def main(args: Args) -> dict[str, float]:
         "parameters": loaded.num_parameters,
         "data": args.data,
         "characters": args.characters,
-        **metrics(texts, bits),
+        **summarize(texts, bits),
         "perplexity": round(2 ** (sum(bits) / tokens), 3),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts) / tokens, 3),
-        "languages": group_by(language, texts, bits),
-        "lengths": group_by(length, texts, bits),
+        "languages": summarize_by(language, texts, bits),
+        "lengths": summarize_by(length, texts, bits),
     }
     show(result)
     if args.json:
@@ -267,8 +271,8 @@ def show(result: dict) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(
-        f"perplexity {result['perplexity']:.2f} a token, of {result['bytes_per_token']:.2f} bytes; "
-        "only between models with the same tokenizer is that a comparison"
+        f"perplexity {result['perplexity']:.2f} per token of {result['bytes_per_token']:.2f} bytes "
+        "on average, comparable only between models with the same tokenizer"
     )
 
 

@@ -16,7 +16,8 @@ import streamlit as st
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from scripts.serving.arguments import ChatArgs
-from scripts.web.chat import chat_page, persistent, stop_answer
+from scripts.web.chat import chat_page, stop_answer
+from scripts.web.controls import persistent
 from scripts.web.microscope import microscope_page
 from scripts.web.models import (
     ServedModel,

@@ -260,9 +260,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     policy = init_model(args, tokenizer)
-    critic = MiniMindForScoring.from_language_model(
-        copy.deepcopy(policy)
-    )  # head of zeros: V = 0 at first
+    # The critic has the policy's blocks and a head of zeros, so that V = 0 at first.
+    critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
     train_data, val_data = read_prompts(ctx, tokenizer)
     rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
@@ -312,8 +311,8 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(new_log_probs, batch, args.clip_epsilon, args.clip_epsilon)
                 stats.sums["critic_loss"] += critic_loss.item()
             run.update(model, optimizer)
-            # The advantages are those of π_old. The further π is from it, the less they say about
-            # π, and the clip acts only on tokens, not on their sum: so better ask anew.
+            # The advantages are those of π_old: the further π is from it, the less they say about
+            # π. The clip limits each token's ratio, but not the sum over all of them.
             if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
 

@@ -70,35 +70,30 @@ class Run:
         collate: Callable = collate,
         fingerprint: dict[str, str] | None = None,
     ):
-        """Plan the run and print the plan.
+        """Plan the run and print the plan. UserError if it cannot fit the machine, or a folder
+        cannot be written to.
 
         Args:
             model: before its first update.
             collate: makes a micro-batch of samples and the padding's id.
             fingerprint: what else makes this run another one than the arguments, the first weights
                 and the data do.
-
-        Raises:
-            UserError: it cannot fit the machine, or a folder cannot be written to.
         """
-        args = ctx.args
-        self.ctx, self.stage, self.config, self.tokenizer = ctx, stage, model.config, tokenizer
-        self.name = weight_name(
-            args.save_weight or stage, self.config.hidden_size, self.config.use_moe
-        )
+        args, config = ctx.args, model.config
+        self.ctx, self.stage, self.config, self.tokenizer = ctx, stage, config, tokenizer
+        self.name = weight_name(args.save_weight or stage, config.hidden_size, config.use_moe)
         # float16 gradients underflow without loss scaling
         self.scaler = torch.amp.GradScaler(ctx.device.type, enabled=ctx.dtype == torch.float16)
-        flops_per_token = hardware.flops_per_token(self.config, args.max_seq_len)
-        self.metrics = MetricLog(ctx, self.file(".metrics.jsonl"), flops_per_token)
+        self.metrics = MetricLog(ctx, self.file(".metrics.jsonl"), config)
         self.progress = Progress()
         self.start_step = 0  # of this process
-        self.epoch_fraction = 0.0  # of all samples, trained before this step; for the schedule
+        self.fraction_done = 0.0  # of the samples of all epochs, before this step
         self.stop = StopSignal()
         self.loader = make_loader(ctx, train_data, tokenizer.pad_token_id, collate)
         self.plan = self.plan_steps()
-        self.recipe = (
-            RecipeComparison(ctx, stage, tokenizer, train_data, val_data) if args.recipe else None
-        )
+        self.recipe = None
+        if args.recipe:
+            self.recipe = RecipeComparison(ctx, stage, tokenizer, train_data, val_data)
         self.fingerprint = fingerprint_of(args, stage, model, tokenizer, train_data)
         self.fingerprint |= fingerprint or {}
         # what the .json beside the weights says of how they were made
@@ -107,8 +102,7 @@ class Run:
         ctx.print(*lines, *(self.recipe.lines() if self.recipe else []))
         self.initial_weights: dict[str, Tensor] = {}  # as float16, to see what training changed
         if ctx.is_main:
-            for directory in (args.save_dir, args.checkpoint_dir):
-                check_writable(directory)
+            check_writable(args.save_dir, args.checkpoint_dir)
         seed_everything(args.seed + ctx.rank)
 
     def file(self, suffix: str) -> Path:
@@ -176,7 +170,7 @@ class Run:
                 global_batch = GlobalBatch.of(self.ctx, micro_batches)
                 done.step += 1
                 done.samples_seen = after
-                self.epoch_fraction = before / plan.total_samples
+                self.fraction_done = before / plan.total_samples
                 self.metrics.tokens += global_batch.num_tokens
                 yield global_batch
                 bar.update()
@@ -216,7 +210,7 @@ class Run:
         nothing; several times in a row they end the run with a UserError."""
         args, done, metrics = self.ctx.args, self.progress, self.metrics
         factor = learning_rate_factor(
-            args.lr_schedule, done.step - 1, self.epoch_fraction, args.warmup_steps
+            args.lr_schedule, done.step - 1, self.fraction_done, args.warmup_steps
         )
         set_learning_rates(optimizer, factor)
         metrics.learning_rate = args.learning_rate * factor
@@ -333,8 +327,7 @@ class Run:
         )
 
     def finish(self) -> dict[str, Any]:
-        """Close the log, draw the curves and write the report. Returns the last metrics and the
-        whole log."""
+        """Close the log, draw curves, write the report. Returns the last metrics and the log."""
         done, stopped, history = self.progress, self.stop.agreed, self.metrics.history
         result = {
             **dict(name=self.name, stopped=stopped, step=self.step, num_tokens=done.tokens),

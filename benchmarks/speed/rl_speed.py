@@ -201,21 +201,21 @@ def minimind(args: Args) -> dict[str, float]:
     load_documents.__kwdefaults__["cache"] = cache
     for file in cache.glob("*.reference.npy"):
         file.unlink()
-    over_pairs, spent = reference.over_pairs, []
+    map_pairs, spent = reference.map_pairs, []
 
     def timed(*words, **more):
         start = time.perf_counter()
-        found = over_pairs(*words, **more)
+        found = map_pairs(*words, **more)
         spent.append(time.perf_counter() - start)
         return found
 
-    reference.over_pairs = timed
+    reference.map_pairs = timed
     flags = f"""--data_path {args.folder}/dpo.jsonl --from_weight {args.folder}/start.pth
         --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
         --batch_size {args.batch_size} --max_seq_len {args.max_seq_len} --val_share 0
         --save_interval 0 --num_workers 0 --device cpu"""
-    done = train_dpo.main(parse_arguments(train_dpo.Args, argv=flags.split()))
-    return {"": done["seconds"], "_with_reference": done["seconds"] + sum(spent)}
+    result = train_dpo.main(parse_arguments(train_dpo.Args, argv=flags.split()))
+    return {"": result["seconds"], "_with_reference": result["seconds"] + sum(spent)}
 
 
 def minimind_padded(args: Args) -> dict[str, float]:
@@ -296,8 +296,8 @@ def minimind_grpo(args: Args) -> dict[str, float]:
         --batch_size {args.batch_size} --num_generations {GENERATIONS} --reward length
         --max_gen_len {args.max_gen_len} --max_seq_len {args.max_seq_len} --val_share 0
         --update_batch_size 32 --save_interval 0 --num_workers 0 --device cpu"""
-    done = train_grpo.main(parse_arguments(train_grpo.Args, argv=flags.split()))
-    return {"": done["seconds"]}
+    result = train_grpo.main(parse_arguments(train_grpo.Args, argv=flags.split()))
+    return {"": result["seconds"]}
 
 
 def trl_grpo(args: Args) -> dict[str, float]:

@@ -29,6 +29,7 @@ class Choice:
 
 
 class ChatHandler(Handler):
+    body: ChatRequest
     id_prefix = "chatcmpl"
     chunk_type = "chat.completion.chunk"
 

@@ -22,6 +22,7 @@ class Choice:
 
 
 class CompletionHandler(Handler):
+    body: CompletionRequest
     id_prefix = "cmpl"
     chunk_type = "text_completion"
 

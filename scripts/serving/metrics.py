@@ -20,7 +20,7 @@ class Metrics:
         )
         self.request_seconds = Histogram("request_seconds", "Time to the end of a reply", **shared)
         running = Gauge("running", "Requests being decoded", **shared)
-        running.set_function(lambda: len(engine.rows))
+        running.set_function(lambda: len(engine.running))
         waiting = Gauge("waiting", "Requests in the queue", **shared)
         waiting.set_function(lambda: len(engine.waiting))
 

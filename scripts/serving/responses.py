@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -14,7 +14,7 @@ from scripts.serving.service import Delta
 
 DISCONNECT_CHECK_SECONDS = 0.2
 
-Deltas = AsyncIterator[tuple[int, Delta]]
+Deltas = AsyncGenerator[tuple[int, Delta], None]
 
 
 async def respond(handler: Handler, http: HttpRequest) -> Response:

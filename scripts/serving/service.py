@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,7 +96,7 @@ class Service:
             seed=None if body.seed is None else body.seed % 2**31,
         )
 
-    async def stream(self, requests: list[Request]) -> AsyncIterator[tuple[int, Delta]]:
+    async def stream(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Decode requests side by side; yields (index of the request, delta) as deltas arrive.
 
         Closing the iterator cancels all of them.

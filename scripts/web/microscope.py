@@ -18,7 +18,8 @@ from model.inference.microscope import (
     token_ranks,
     top_tokens,
 )
-from scripts.web.chat import persistent, without_note
+from scripts.web.answer import without_note
+from scripts.web.controls import persistent
 from scripts.web.models import ServedModel
 from scripts.web.texts import Translator
 from scripts.web.token_display import (

@@ -155,7 +155,7 @@ def test_router_bias_moves_towards_balance(make_mixture):
     mixture = make_mixture(scoring_func="sigmoid", bias_update_speed=0.01)
     update_bias(mixture, torch.tensor([10.0, 2.0, 4.0, 0.0]))
     assert_close(mixture.e_score_correction_bias, torch.tensor([-0.01, 0.01, 0.0, 0.01]))
-    update_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax: nothing to nudge
+    update_bias(make_mixture(), torch.tensor([1.0, 0.0, 0.0, 0.0]))  # softmax has no bias
 
 
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])

@@ -55,6 +55,7 @@ def notes(tmp_path):
         "[web](https://example.org/x) [root](model/) [q](knowledge_base.md#2-two-so)\n",
         "learning_materials/README.md": "[a](01_a.py) [up](../README.md#page)",
         "learning_materials/README_zh.md": "[a](01_a.py)",
+        "docs/page.md": "# Page\n",
         "learning_materials/01_a.py": "",
         "learning_materials/figures/01_a.png": "",
         "model/code.py": CODE,
@@ -84,6 +85,7 @@ def test_the_notes_have_no_fault():
         ("model/code.py", "size", "length", "base_en.md:2: model/code.py defines no Thing.size"),
         ("model/code.py", "WIDTH", "width", "base.md:8: model/code.py defines no WIDTH"),
         ("README.md", "Page", "Page\n```\ntrainer/x.py\n```", "README.md:3: trainer/x.py is not"),
+        ("docs/page.md", "Page", "[a](../README.md#pages)", "docs/page.md:1: no heading #pages in"),
         ("learning_materials/README_zh.md", "01_a.py", "", "README_zh.md: 01_a.py is not listed"),
         (
             "knowledge_base.md",
@@ -120,7 +122,7 @@ def test_a_lesson_without_a_picture(notes):
 @pytest.mark.parametrize(
     "gone, code, line",
     [
-        (None, 0, f"{len(NOTES)} notes, no fault found\n"),
+        (None, 0, f"{len(NOTES) + 1} notes, no fault found\n"),
         ("model/code.py", 1, "knowledge_base.md:2: model/code.py is not there\n"),
         ("notes.md", 2, "error: {}/notes.md cannot be read: No such file or directory\n"),
     ],

@@ -27,8 +27,10 @@ from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weights
 from scripts.serving.openai_types import ChatRequest
 
-PAGES = "training fine_tuning rl data models export serving evaluation code".split()
-TEXTS = ("README.md", "README_zh.md", "CLAUDE.md", *(f"docs/{page}.md" for page in PAGES))
+# Those first whose commands name no size: later ones leave weights of several.
+FIRST = ["README.md", "README_zh.md", "docs/training.md", "CLAUDE.md"]
+PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
+TEXTS = [*FIRST, *(page for page in PAGES if page not in FIRST)]
 ONE_STEP = (
     "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 320 --val_documents 2 "
     "--num_workers 0 --device cpu"

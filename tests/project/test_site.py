@@ -34,6 +34,8 @@ def test_texts_lessons_and_pictures_are_there(site):
     for page in ("index", "README_zh", "notes", "learning_log", "benchmarks/index"):
         assert (site / f"{page}.html").exists(), page
     front = (site / "index.html").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f'href="docs/{page.stem}.html"' in front, page  # in the navigation
     for lesson in (ROOT / "learning_materials").glob("[0-9]*.py"):
         assert f"learning_materials/{lesson.name}.html" in front  # the tab of lessons
         page = (site / "learning_materials" / f"{lesson.name}.html").read_text()

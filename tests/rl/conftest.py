@@ -19,7 +19,7 @@ def make_run(save, tmp_path, tokenizer):
     def make(stage=train_grpo, **settings):
         args = stage.Args(
             from_weight=str(save(num_hidden_layers=1)),
-            data_path=["none"],
+            data_path=[prompt_file(tmp_path / "prompts.jsonl")],
             device="cpu",
             max_gen_len=6,
             save_dir=str(tmp_path),

@@ -56,7 +56,7 @@ def test_two_processes_train_as_one(rl, more):
 
 def test_what_does_not_fit_into_memory_is_refused_with_what_would(rl, command, monkeypatch):
     monkeypatch.setattr(hardware, "memory_available", lambda device: 2e7)
-    monkeypatch.setattr(hardware, "memory_in_all", lambda device: 2e7)
+    monkeypatch.setattr(hardware, "total_memory", lambda device: 2e7)
     more = dict(update_batch_size=1000, max_gen_len=64)
     code, printed = command(rl.stage, *flags(rl.settings(**more)))
     told = complaint(printed)

@@ -48,10 +48,10 @@ def test_bits_are_those_of_each_document_alone(make_model, tokenizer, data, fiel
 @pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 12, 13, 40])
 def test_each_token_of_a_long_document_counts_once_and_in_context(size, longest):
     ids, counted = list(range(size)), []
-    for segment in eval_ppl.split_document(ids, 0, longest):
-        assert len(segment.ids) <= longest
-        counted += segment.ids[segment.counted :]
-        assert segment.counted == 1 or segment.counted >= longest // 2
+    for window in eval_ppl.sliding_windows(ids, 0, longest):
+        assert len(window.ids) <= longest
+        counted += window.ids[window.start :]
+        assert window.start == 1 or window.start >= longest // 2
     assert counted == ids[1:]
 
 
@@ -81,7 +81,7 @@ def test_the_standard_error_is_the_spread_of_resampled_texts():
     bits = sizes * (2 + 0.5 * torch.randn(80, generator=generator))
     picks = torch.randint(0, 80, (4000, 80), generator=generator)
     spread = (bits[picks].sum(1) / sizes[picks].sum(1)).std().item()
-    error = eval_ppl.metrics(["x" * n for n in sizes.tolist()], bits.tolist())["standard_error"]
+    error = eval_ppl.summarize(["x" * n for n in sizes.tolist()], bits.tolist())["standard_error"]
     assert error == pytest.approx(spread, rel=0.1)
 
 
@@ -103,7 +103,7 @@ def test_other_files(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"words": 1}\n', "line 2 of .*a.jsonl is neither"),
         ("a.jsonl", b"[1]\n", "line 1 of .*a.jsonl is no JSON object"),
         ("a.txt", b"\xff\xff", "cannot be read as text"),
-        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"", "contains no text"),
         ("a.jsonl.gz", b"no gzip", "no gzip file"),
         ("none/a.txt", None, "there is no file"),
     ],

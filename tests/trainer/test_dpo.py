@@ -165,8 +165,8 @@ def test_the_loss_and_its_gradient_equal_trl(
             "input_ids": padded.input_ids[sides],
             "attention_mask": (padded.document_ids < 2 * count)[sides].long(),
             "completion_mask": (padded.labels != IGNORE_INDEX)[sides].long(),
-            "ref_chosen_logps": padded.reference[:, 0],
-            "ref_rejected_logps": padded.reference[:, 1],
+            "ref_chosen_logps": padded.ref_log_probs[:, 0],
+            "ref_rejected_logps": padded.ref_log_probs[:, 1],
         },
         return_outputs=False,
     )

@@ -198,7 +198,7 @@ MISTAKES = {
     "no heads": (given(num_attention_heads=0), "num_attention_heads must be at least 1"),
     "no layers": (given(num_hidden_layers=0), "num_hidden_layers must be at least 1"),
     "a negative width": (given(hidden_size=-32), "hidden_size must be at least 1"),
-    "odd heads": (given(hidden_size=12), "a head has 3"),
+    "odd heads": (given(hidden_size=12), "head_dim 3"),
     # data
     "no data": (given(data_path=["nowhere.jsonl"]), "nowhere.jsonl does not exist; --data_path"),
     "no held-out data": (given(val_path=["nowhere.jsonl"]), "nowhere.jsonl does not exist"),

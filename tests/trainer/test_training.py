@@ -515,7 +515,7 @@ def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
     assert full + wasted == pytest.approx(100)
     (info,) = train.folder.glob("a/out/*.json")
-    assert json.loads(info.read_text())["origin"]["row_fill"] == pytest.approx(full / 100, abs=1e-3)
+    assert json.loads(info.read_text())["origin"]["packing_efficiency"] == pytest.approx(full / 100, abs=1e-3)
 
 
 def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):

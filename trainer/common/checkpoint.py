@@ -105,14 +105,15 @@ def hash_of(*arrays: np.ndarray | Tensor) -> str:
 # -- writing and reading ---------------------------------------------------------------------------
 
 
-def check_writable(directory: str) -> None:
+def check_writable(*directories: str) -> None:
     """UserError now, rather than after hours of training."""
-    try:
-        os.makedirs(directory, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
+    for directory in directories:
+        try:
+            os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def save_checkpoint(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.model_minimind import MiniMindConfig
 from model.weights import atomic_write
 from trainer.common import hardware
 from trainer.common.context import Context
@@ -39,10 +40,10 @@ OLD_KEYS = {
 class MetricLog:
     """Metrics since the last log line, and all lines so far."""
 
-    def __init__(self, ctx: Context, path: Path, flops_per_token: float):
-        """`flops_per_token`: for the share of the machine's peak that a run reaches (MFU)."""
+    def __init__(self, ctx: Context, path: Path, config: MiniMindConfig):
         self.ctx, self.path = ctx, path
-        self.flops_per_token = flops_per_token
+        # for MFU, the share of the machine's peak that the training reaches
+        self.flops_per_token = hardware.flops_per_token(config, ctx.args.max_seq_len)
         self.peak_flops = hardware.peak_flops(ctx.device, ctx.dtype)
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
         self.tracker: Any = None

@@ -150,6 +150,6 @@ class UpdateStats:
         return self.ctx.all_reduce_sum(self.sums["approx_kl"])[0] / self.num_tokens
 
     def metrics(self) -> dict[str, Metric]:
-        """(sum, tokens) of this rank: entropy of the policy; kl, to the reference; approx_kl, to
-        the policy that sampled; clip_fraction, the share of tokens whose ratio the clip cuts."""
+        """Means over tokens: entropy of the policy; kl, to the reference; approx_kl, to the policy
+        that sampled; clip_fraction, the share of tokens whose ratio is outside of the clip."""
         return {name: (value, self.tokens_seen) for name, value in self.sums.items()}

@@ -24,7 +24,7 @@ from trainer.common.setup import split_held_out
 
 @dataclass
 class Prompt:
-    index: int  # its line in the data; part of the seed of its completions
+    index: int  # its place in the data; part of the seed of its completions
     messages: list[Message]
     ids: list[int]  # the chat template's tokens, up to where the answer begins
     answer: str | None  # the truth, for rules
@@ -33,7 +33,7 @@ class Prompt:
     @property
     def truth(self) -> str:
         """All that rewards compare with, as text."""
-        # with the field's first name, so that checkpoints of before are recognised
+        # recorded_results was called known when the first checkpoints were written
         task = str(self.task or "").replace(", recorded_results={", ", known={")
         return f"{self.answer}{task}"
 

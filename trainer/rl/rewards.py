@@ -127,7 +127,7 @@ def safe_call(rule: Rule, completion: Completion, args: RolloutArgs) -> float:
 
 def sum_count(values: Tensor) -> Metric:
     """Sum and number of the values that are not NaN."""
-    values = values[~values.isnan()].double()
+    values = values[~values.isnan()]
     return values.sum().item(), len(values)
 
 

@@ -39,6 +39,7 @@ class Completion:
 
     @property
     def num_sampled(self) -> int:
+        """Tokens that the policy sampled, and that carry loss."""
         return len(self.tokens) if self.action_mask is None else sum(self.action_mask)
 
 
@@ -60,7 +61,7 @@ def generate_completions(
     """`num_generations` completions of each prompt, neighbours in the list.
 
     Args:
-        step, attempt: of the training, and of several rollouts in a step; they make other samples.
+        step, attempt: parts of the seed; several rollouts of a step need different attempts.
         temperature: of sampling; default: --temperature.
     """
     args = ctx.args if temperature is None else replace(ctx.args, temperature=temperature)
@@ -127,8 +128,7 @@ def generate_locally(
 
 
 def completion_stats(completions: list[Completion]) -> dict[str, Metric]:
-    """For the log, (sum, count): how long completions are, how many --max_gen_len cut off, and how
-    many are empty."""
+    """Metrics: length, the share that --max_gen_len cut off, and the share without text."""
     count = len(completions)
     return {
         "completions/mean_length": (sum(len(each.tokens) for each in completions), count),

@@ -10,7 +10,8 @@ from model.inference.engine_thread import EngineThread
 from model.inference.sampling import SamplingParams
 from scripts.serving.loading import ChatModel
 from scripts.web import chat
-from scripts.web.chat import escape_markdown, recent_turns, run_tools
+from scripts.web.answer import StreamingAnswer, recent_turns, run_tools
+from scripts.web.chat import escape_markdown
 from scripts.web.models import ServedModel
 
 
@@ -98,7 +99,7 @@ def test_stopping_frees_the_engine(make_model, tokenizer):
     controls = SimpleNamespace(
         sampling=sampling, tools=[], open_thinking=False, system="", historys=0
     )
-    answer = chat.StreamingAnswer(served, [{"role": "user", "content": "hi"}], controls, 0)
+    answer = StreamingAnswer(served, [{"role": "user", "content": "hi"}], controls, 0)
     while not answer.message["content"]:
         assert answer.read()
     answer.stop()

@@ -43,7 +43,7 @@ def test_without_a_model_the_page_says_how_to_get_one(open_page, tmp_path, monke
 def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
     (tmp_path / "full_sft_64.pth").write_bytes(b"nothing")
     page = open_page(save_dir=tmp_path)
-    assert "is refused: it is no plain state dict" in page.error[0].value
+    assert "is refused: it is not a plain state dict" in page.error[0].value
 
 
 def test_a_wrong_flag_is_one_sentence(open_page, monkeypatch, capsys):
