@@ -1,4 +1,4 @@
-"""What an assistant wrote → thoughts, answer and tool calls: the chat template read backwards.
+"""Parse an assistant's reply into reasoning, answer and tool calls: the chat template in reverse.
 
 <think>
 …
@@ -27,7 +27,7 @@ NEXT: dict[str, Kind] = {
 
 @dataclass
 class Reply:
-    """A whole reply in its parts."""
+    """A complete reply in its parts."""
 
     content: str = ""
     reasoning: str = ""
@@ -35,78 +35,78 @@ class Reply:
 
 
 class ReplyParser:
-    """The parts of a reply as its text comes, piece by piece.
+    """Streaming: the parts of a reply, as its text arrives in deltas.
 
-    The line breaks next to tags are the template's and not the text's. A tool call comes as a
-    whole, {"name": …, "arguments": {…}}; one that is no such JSON stays content, as it was written.
+    Line breaks next to tags belong to the template and not to the text. A tool call is emitted when
+    it is complete, {"name": …, "arguments": {…}}; one that is no such JSON stays content.
 
     Args:
-        thinking: the prompt ended with <think> already.
+        thinking: the prompt ends with <think>, so that the reply starts within the reasoning.
     """
 
     def __init__(self, thinking: bool = False):
         self.kind: Kind = "reasoning" if thinking else "content"
-        self.held = ""  # what may belong to a tag, or to the line breaks before one
-        self.begun = False  # anything of this part was told
+        self.buffer = ""  # text that may belong to a tag, or to the line breaks before one
+        self.started = False  # some text of this part was emitted
 
     def feed(self, text: str) -> Iterator[tuple[Kind, Any]]:
-        self.held += text
+        self.buffer += text
         while found := self.first_tag():
             at, tag = found
-            part, self.held = self.held[:at], self.held[at + len(tag) :]
-            yield from self.tell(part.rstrip("\n"), whole=True)
-            self.kind, self.begun = NEXT[tag], False
+            part, self.buffer = self.buffer[:at], self.buffer[at + len(tag) :]
+            yield from self.emit(part.rstrip("\n"), complete=True)
+            self.kind, self.started = NEXT[tag], False
         if self.kind != "tool_call":
-            sure = len(self.held) - self.unsure()
-            part, self.held = self.held[:sure], self.held[sure:]
-            yield from self.tell(part)
+            safe = len(self.buffer) - self.pending()
+            part, self.buffer = self.buffer[:safe], self.buffer[safe:]
+            yield from self.emit(part)
 
     def end(self) -> Iterator[tuple[Kind, Any]]:
-        part, self.held = self.held, ""
-        yield from self.tell(part, whole=self.kind == "tool_call")
+        part, self.buffer = self.buffer, ""
+        yield from self.emit(part, complete=self.kind == "tool_call")
 
-    def tell(self, part: str, whole: bool = False) -> Iterator[tuple[Kind, Any]]:
-        if self.kind == "tool_call" and whole:
-            call = parsed_call(part)
+    def emit(self, part: str, complete: bool = False) -> Iterator[tuple[Kind, Any]]:
+        if self.kind == "tool_call" and complete:
+            call = parse_call(part)
             yield ("tool_call", call) if call else ("content", f"<tool_call>{part}\n</tool_call>")
             return
-        part = part if self.begun else part.lstrip("\n")
+        part = part if self.started else part.lstrip("\n")
         if part:
-            self.begun = True
+            self.started = True
             yield self.kind, part
 
     def first_tag(self) -> tuple[int, str] | None:
-        found = [(at, tag) for tag in ENDS[self.kind] if (at := self.held.find(tag)) >= 0]
+        found = [(at, tag) for tag in ENDS[self.kind] if (at := self.buffer.find(tag)) >= 0]
         return min(found, default=None)
 
-    def unsure(self) -> int:
-        """How many of the last characters may be a tag's beginning, or line breaks before it."""
-        for n in range(len(self.held), 0, -1):
-            rest = self.held[-n:].lstrip("\n")
+    def pending(self) -> int:
+        """How many of the last characters may belong to a tag, or to line breaks before one."""
+        for n in range(len(self.buffer), 0, -1):
+            rest = self.buffer[-n:].lstrip("\n")
             if any(tag.startswith(rest) for tag in ENDS[self.kind]):
                 return n
         return 0
 
 
-FORM = re.compile(r"<think>\n(.+?)\n</think>\n<answer>\n(.+?)\n</answer>", re.DOTALL)
+REASONING_FORMAT = re.compile(r"<think>\n(.+?)\n</think>\n<answer>\n(.+?)\n</answer>", re.DOTALL)
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def parse_reasoning(text: str) -> tuple[str, str] | None:
-    """Thought and answer of a text in exactly the form of r1_mix_1024.jsonl, each tag once and
-    nothing around it; else None."""
-    found = FORM.fullmatch(text)
+    """Reasoning and answer of a text in exactly the format of r1_mix_1024.jsonl, each tag once and
+    nothing around them; else None."""
+    found = REASONING_FORMAT.fullmatch(text)
     once = all(text.count(tag) == 1 for tag in REASONING_TAGS)
     return (found[1], found[2]) if found and once else None
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands between <answer> and </answer>, whatever is around them."""
+    """The text between <answer> and </answer>, whatever is around them."""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return found[1].strip() if found else None
 
 
-def parsed_call(text: str) -> dict[str, Any] | None:
+def parse_call(text: str) -> dict[str, Any] | None:
     """A tool call's name and arguments, or None if this is none."""
     try:
         call = json.loads(text)

@@ -5,8 +5,8 @@
     python scripts/show_batch.py --data_path dataset/dpo.jsonl --kind preferences --packing 0
 
 The loss counts green tokens: the model learns to predict them from the tokens before them in their
-document. Grey tokens are context only. A bar starts the next document of a packed row; attention
-does not cross it.
+document. Grey tokens are context only. A bar starts the next document of a packed sequence;
+attention does not cross it.
 """
 
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ class Args:
     kind: Literal[tuple(SEGMENTERS)] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
-    rows: int = option(1, "number of rows to show")
-    first: int = option(0, "index of the first row to show")
-    max_seq_len: int = option(128, "length of a row, in tokens")
-    packing: bool = option(True, "several documents per row; 0: one, padded")
+    rows: int = option(1, "number of sequences to show")
+    first: int = option(0, "index of the first sequence to show")
+    max_seq_len: int = option(128, "length of a sequence, in tokens")
+    packing: bool = option(True, "several documents per sequence; 0: one, padded")
     table: bool = option(False, "one line per token: position, id, text, label")
     tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
 
@@ -49,13 +49,13 @@ class Args:
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     documents = load_documents(args.data_path, args.kind, tokenizer)
-    rows = PackedDataset(documents, args.max_seq_len, packing=args.packing)
-    indices = range(args.first, min(args.first + args.rows, len(rows)))
+    sequences = PackedDataset(documents, args.max_seq_len, packing=args.packing)
+    indices = range(args.first, min(args.first + args.rows, len(sequences)))
     if not indices:
-        raise UserError(f"there is no row {args.first}; the data has {len(rows)} rows")
-    batch = collate([rows[row] for row in indices], tokenizer.pad_token_id)
+        raise UserError(f"there is no sequence {args.first}; the data has {len(sequences)}")
+    batch = collate([sequences[index] for index in indices], tokenizer.pad_token_id)
     console = Console()
-    for row, *columns in zip(
+    for index, *columns in zip(
         indices,
         batch.input_ids.tolist(),
         batch.labels.tolist(),
@@ -63,11 +63,12 @@ def main(args: Args) -> None:
         strict=True,
     ):
         num_trained = sum(label != IGNORE_INDEX for label in columns[1])
-        console.rule(f"row {row}: {len(columns[0])} tokens, {num_trained} trained")
+        console.rule(f"sequence {index}: {len(columns[0])} tokens, {num_trained} trained")
         tokens = list(zip(*columns, strict=True))
         console.print(as_table(tokenizer, tokens) if args.table else as_text(tokenizer, tokens))
     console.print(
-        f"{len(rows):,} rows of {args.max_seq_len}, {rows.packing_efficiency:.1%} full, from "
+        f"{len(sequences):,} sequences of {args.max_seq_len}, "
+        f"{sequences.packing_efficiency:.1%} full, from "
         f"{len(documents):,} documents"
     )
 

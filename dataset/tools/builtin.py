@@ -1,8 +1,8 @@
-"""Tools that a model can call: safe, local, the same in data, training, evaluation and web page.
+"""Built-in tools that a model can call: safe, local, the same in data, training and evaluation.
 
 A tool is a name, a JSON schema of its arguments, and a function of them. `call_tool` never raises:
-what goes wrong is told to the model, which may try again. A model trained on the demo's tools.jsonl
-knows all of them. How calls are read from replies and answered is in loop.py.
+an error is the result of the call, so that the model may try again. A model trained on the demo's
+tools.jsonl knows all of them. loop.py reads calls from replies and executes them.
 """
 
 import ast
@@ -19,15 +19,15 @@ WEEKDAYS = {
 }
 
 
-class Tool(NamedTuple):
-    """What the model is told of a tool, and what runs."""
+class BuiltinTool(NamedTuple):
+    """The schema that the model sees, and the function that is executed."""
 
     schema: dict[str, Any]  # in the form of OpenAI's API
     run: Callable[..., dict[str, Any]]  # keyword arguments → a result that JSON can hold
 
 
 class ToolError(Exception):
-    """What the model is told instead of a result."""
+    """The error message that the model gets instead of a result."""
 
     kind = "failed"
 
@@ -41,7 +41,7 @@ class BadArguments(ToolError):
 
 
 class Result(NamedTuple):
-    """What the model reads of a call: JSON, {"error": "…"} if it went wrong; and in which way."""
+    """The JSON that the model reads, {"error": "…"} if the call failed, and the kind of error."""
 
     text: str
     error: str | None = None
@@ -93,7 +93,7 @@ def run_tool(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
 
 
 def number(value: Any, key: str) -> float:
-    """A number, which small models like to put in quotes."""
+    """The argument as a number, which small models often write in quotes."""
     try:
         value = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -104,15 +104,15 @@ def number(value: Any, key: str) -> float:
 
 
 def plain(value: float) -> float | int:
-    """12.0 as 12, and no digits that only rounding made."""
+    """12.0 as 12, and without the digits of rounding errors."""
     value = float(f"{value:.10g}")
     return int(value) if value.is_integer() and abs(value) < 1e15 else value
 
 
 # -- calculator ------------------------------------------------------------------------------------
 
-LONGEST_EXPRESSION = 200
-MOST_BITS = 1000  # of a whole number: 9 ** 9 ** 9 would take all memory
+MAX_EXPRESSION_LENGTH = 200
+MAX_BITS = 1000  # of an integer: 9 ** 9 ** 9 would take all memory
 BINARY = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -131,8 +131,8 @@ SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", "
 
 
 def calculator(expression: str) -> dict[str, Any]:
-    if len(expression) > LONGEST_EXPRESSION:
-        raise ToolError(f"an expression has at most {LONGEST_EXPRESSION} characters")
+    if len(expression) > MAX_EXPRESSION_LENGTH:
+        raise ToolError(f"an expression has at most {MAX_EXPRESSION_LENGTH} characters")
     try:
         tree = ast.parse(expression.translate(SIGNS).strip(), mode="eval")
         value = evaluate(tree.body)
@@ -146,8 +146,8 @@ def calculator(expression: str) -> dict[str, Any]:
 
 
 def evaluate(node: ast.expr) -> int | float:
-    """The value of a parsed expression. Python's `eval` would run anything; here only what is
-    listed above has a meaning."""
+    """The value of a parsed expression. Python's `eval` would run anything; here only the
+    operators, functions and constants listed above are evaluated."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
             return bounded(value)
@@ -157,7 +157,7 @@ def evaluate(node: ast.expr) -> int | float:
             return UNARY[type(op)](evaluate(operand))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in BINARY:
             left, right = evaluate(left), evaluate(right)
-            if isinstance(op, ast.Pow) and abs(right) * math.log2(abs(left) + 2) > MOST_BITS:
+            if isinstance(op, ast.Pow) and abs(right) * math.log2(abs(left) + 2) > MAX_BITS:
                 raise ToolError("that number is too large")
             return bounded(BINARY[type(op)](left, right))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
@@ -168,7 +168,7 @@ def evaluate(node: ast.expr) -> int | float:
 def bounded(value: int | float) -> int | float:
     if isinstance(value, complex) or (isinstance(value, float) and not math.isfinite(value)):
         raise ToolError("the result is no real number")
-    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ToolError("that number is too large")
     return value
 
@@ -273,12 +273,12 @@ def dictionary(word: str) -> dict[str, Any]:
 
 def tool(
     name: str, description: str, run: Callable[..., dict[str, Any]], **properties: tuple[str, str]
-) -> Tool:
-    """A tool, all of whose arguments are required; of each the type and a description."""
+) -> BuiltinTool:
+    """A tool, all of whose arguments are required; `properties`: type and description of each."""
     fields = {key: {"type": kind, "description": told} for key, (kind, told) in properties.items()}
     parameters = {"type": "object", "properties": fields, "required": list(fields)}
     about = {"name": name, "description": description, "parameters": parameters}
-    return Tool({"type": "function", "function": about}, run)
+    return BuiltinTool({"type": "function", "function": about}, run)
 
 
 TOOLS = {

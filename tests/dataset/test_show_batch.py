@@ -44,7 +44,7 @@ def test_show_batch_colours_what_is_trained(show_batch, conversation, monkeypatc
     green = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", printed.out))
     assert code == 0
     assert green == "MiniMind.<|im_end|>"
-    assert "1 rows of 128" in re.sub(r"\x1b\[.*?m", "", printed.out)
+    assert "1 sequences of 128" in re.sub(r"\x1b\[.*?m", "", printed.out)
 
 
 def test_show_batch_tells_in_a_table_what_is_trained(
@@ -62,7 +62,7 @@ def test_show_batch_tells_in_a_table_what_is_trained(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--first", "9"], "there is no row 9; the data has 1 rows"),
+        (["--first", "9"], "there is no sequence 9; the data has 1"),
         (["--rows", "0"], "--rows must be at least 1"),
         (["--kind", "text"], 'line 1 of .* has no "text"'),
         (["--kind", "dpo"], "invalid choice"),
