@@ -18,30 +18,19 @@ from toy import (
     output,
     same,
     text_file,
-    timeless,
 )
 
-from dataset.lm_dataset import encode_chat, encode_text, load_documents, token_bytes
-from dataset.packing import PackedDataset
+from dataset.lm_dataset import encode_text
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
 from model.weights import ROOT
 from trainer import train_full_sft, train_pretrain, trainer_utils
 from trainer.common import hardware, loop
-from trainer.common.arguments import TrainArgs
 from trainer.common.checkpoint import MAX_SKIPPED_IN_A_ROW
-from trainer.common.context import Context
-from trainer.common.evaluation import evaluate_loss, sample_answer, sample_continuation
 from trainer.common.optimizers import (
-    NORM_LR_SCALE,
-    Muon,
-    embedding_lr_scale,
     learning_rate_factor,
-    make_optimizer,
-    orthogonalize,
-    split_parameters,
 )
-from trainer.common.setup import init_model, load_packed
+from trainer.common.setup import init_model
 from trainer.report.plots import plot_losses
 from trainer.trainer_utils import Run
 
@@ -182,131 +171,6 @@ def test_the_schedules_by_hand(case, factors):
     assert ours == pytest.approx(factors)
 
 
-# -- optimizers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fields", [{}, {"qk_norm": True}, {"tie_word_embeddings": False}])
-def test_every_parameter_is_in_one_group(make_model, fields):
-    model = make_model(**fields)
-    groups = split_parameters(model)
-    ids = [id(parameter) for group in groups.values() for parameter in group]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
-    assert len(groups["matrices"]) == 7 * 2
-    assert all(parameter.dim() == 1 for parameter in groups["norms"])
-    assert {parameter.shape for parameter in groups["embedding"]} == {(128, 64)}
-
-
-def test_what_is_frozen_is_not_trained(make_model):
-    model = make_model()
-    model.model.layers[0].requires_grad_(False)
-    groups = split_parameters(model)
-    assert len(groups["matrices"]) == 7 and len(groups["norms"]) == 3
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weight_decay_shrinks_matrices_only(make_model, name):
-    model = make_model()
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.5)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for key, parameter in model.named_parameters():
-        factor = 1 - 0.1 * 0.5 if "_proj" in key else 1
-        assert_close(parameter.detach(), before[key] * factor)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_one_learning_rate_maps_to_every_group(make_model, name):
-    model = make_model()
-    optimizer = make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0)
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    multiples = {"matrices": 1, "embedding": 30, "norms": NORM_LR_SCALE}
-    for role, parameters in split_parameters(model).items():
-        for parameter in parameters:
-            assert rates[id(parameter)] == pytest.approx(0.1 * multiples[role])
-
-
-def test_the_embedding_of_a_wide_model_learns_more_slowly():
-    """The head's logits are sums over the width. RECIPE_LOG.md, series 13."""
-    multiples = [embedding_lr_scale(width) for width in (64, 256, 512, 768)]
-    assert multiples == pytest.approx([30, 30, 10.61, 5.77], abs=0.01)
-
-
-def test_a_wider_model_takes_no_larger_steps(make_model):
-    """μP's coordinate check (arXiv 2203.03466): how far one update moves the logits."""
-    ids = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(0))
-
-    def moved(width: int) -> float:
-        model = make_model(hidden_size=width, initializer_range=0.02)
-        optimizer = make_optimizer(model, "muon", learning_rate=1e-4, weight_decay=0.0)
-        outputs = model(ids, labels=ids)
-        outputs.loss.backward()
-        optimizer.step()
-        return (model(ids).logits - outputs.logits).abs().mean().item()
-
-    assert moved(1024) < 2.5 * moved(256)  # 4 times, were the embedding's multiple the same
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-@pytest.mark.parametrize("kept", ["_proj", "embed", "norm"])
-def test_a_role_alone_can_be_trained(make_model, name, kept):
-    model = make_model()
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(kept in key)
-        parameter.grad = torch.ones_like(parameter)
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    make_optimizer(model, name, learning_rate=0.1, weight_decay=0.0).step()
-    for key, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[key]) == (kept not in key)
-
-
-def test_muon_moves_a_matrix_by_its_rate(make_model):
-    """The root mean square of an update is about the learning rate."""
-    model = make_model()
-    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
-    optimizer = make_optimizer(model, "muon", learning_rate=0.1, weight_decay=0.0)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
-    moved = (model.model.layers[0].mlp.up_proj.weight - before).square().mean().sqrt().item()
-    assert moved == pytest.approx(0.1, rel=0.25)
-
-
-@pytest.mark.parametrize("shape", [(48, 48), (32, 88), (88, 32)])
-def test_orthogonal_is_the_polar_factor_nearly(shape):
-    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
-    ours = orthogonalize(matrices)
-    mapped = (left.mT @ ours @ right.mT).diagonal(dim1=-2, dim2=-1)  # what became of each value
-    assert_close(ours, left @ (mapped[..., None] * right), 1e-4)  # no direction has changed
-    strong = values / values.square().sum(-1, keepdim=True).sqrt() > 0.01
-    assert strong.float().mean() > 0.9
-    assert (mapped[strong] - 1).abs().max() < 0.28
-
-
-def test_muon_is_momentum_looked_ahead_and_orthogonal():
-    """Two steps by hand, of two matrices of one shape and one of another."""
-    generator = torch.Generator().manual_seed(0)
-    matrices = [
-        torch.nn.Parameter(torch.randn(*shape, generator=generator))
-        for shape in [(8, 16), (8, 16), (16, 16)]
-    ]
-    expected = [matrix.detach().clone() for matrix in matrices]
-    averages = [torch.zeros_like(matrix) for matrix in expected]
-    optimizer = Muon(matrices, lr=0.1, weight_decay=0.5)
-    for _ in range(2):
-        for k, matrix in enumerate(matrices):
-            matrix.grad = torch.randn(matrix.shape, generator=generator)
-            averages[k] = 0.8 * averages[k] + 0.2 * matrix.grad
-            ahead = 0.8 * averages[k] + 0.2 * matrix.grad
-            update = max(matrix.shape) ** 0.5 * orthogonalize(ahead[None])[0]
-            expected[k] = (1 - 0.1 * 0.5) * expected[k] - 0.1 * update
-        optimizer.step()
-    for matrix, value in zip(matrices, expected, strict=True):
-        assert_close(matrix.detach(), value, 1e-5)
-
-
 # -- not finite ------------------------------------------------------------------------------------
 
 
@@ -375,109 +239,6 @@ def test_a_window_without_anything_trained_is_no_accident(tmp_path):
     records = logged(train(batch_size=1, max_seq_len=24))
     assert records[-1]["skipped"] == 0
     assert all(math.isfinite(record["loss"]) for record in records)
-
-
-# -- evaluation ------------------------------------------------------------------------------------
-
-
-def by_hand(model, tokenizer, documents):
-    """Loss and bits per byte, document by document and token by token."""
-    sizes, nats, text_nats, size, count = token_bytes(tokenizer), 0.0, 0.0, 0, 0
-    for document in documents:
-        log_p = model(torch.tensor([document.ids])).logits[0].log_softmax(-1)
-        for place in range(1, len(document.ids)):
-            if not document.loss_mask[place]:
-                continue
-            token = document.ids[place]
-            loss = -log_p[place - 1, token].item()
-            nats, count = nats + loss, count + 1
-            if token > 2:  # the control tokens are 0, 1 and 2
-                text_nats, size = text_nats + loss, size + int(sizes[token])
-    return {"eval_loss": nats / count, "eval_bpb": text_nats / math.log(2) / size}
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("kind", ["text", "conversations"])
-def test_held_out_loss_by_hand(tmp_path, tokenizer, make_model, kind, packing):
-    if kind == "text":
-        path, documents = text_file(tmp_path / "t"), [encode_text(tokenizer, t) for t in TEXTS]
-    else:
-        path, documents = chat_file(tmp_path / "c"), [encode_chat(tokenizer, c) for c in CHATS]
-    model = make_model(vocab_size=6400, dropout=0.5).train()
-    ctx = Context.create(TrainArgs(batch_size=3, device="cpu"))
-    rows = PackedDataset(load_documents(path, kind, tokenizer), 40, packing=packing)
-    figures = evaluate_loss(ctx, model, tokenizer, rows)
-    assert model.training
-    assert figures == pytest.approx(by_hand(model.eval(), tokenizer, documents), rel=1e-4)
-
-
-def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, tokenizer, make_model):
-    """A model that knows nothing spends log2(V) bits a token."""
-    model = make_model(vocab_size=6400, initializer_range=1e-6)
-    ctx = Context.create(TrainArgs(device="cpu"))
-    rows = PackedDataset(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
-    tokens = sum(len(encode_text(tokenizer, text).ids) - 2 for text in TEXTS)
-    expected = tokens * math.log2(6400) / len("".join(TEXTS).encode())
-    assert evaluate_loss(ctx, model, tokenizer, rows)["eval_bpb"] == pytest.approx(
-        expected, rel=1e-3
-    )
-
-
-@pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
-def test_evaluating_does_not_change_what_is_trained(tmp_path, trajectory, stage):
-    train = Trainer(tmp_path, stage)
-    common = dict(val_path=[train.data], dropout=0.2, max_steps=4)
-    often = logged(train(eval_interval=1, **common))
-    weights = trajectory[-1]
-    seldom = logged(train(eval_interval=0, **common))
-    assert sum("eval_bpb" in record for record in often) == 4
-    assert sum("eval_bpb" in record for record in seldom) == 1
-    assert same(weights, trajectory[-1])
-    assert timeless(often)[-2:] == timeless(seldom)[-2:]  # the last evaluation, the last loss
-
-
-def test_samples_are_texts_of_the_model(tmp_path, tokenizer, make_model):
-    model = make_model(vocab_size=6400, dropout=0.9).train()
-    ctx = Context.create(TrainArgs(device="cpu"))
-    rows = PackedDataset(load_documents(text_file(tmp_path / "t"), "text", tokenizer), 40)
-    first = sample_continuation(ctx, model, tokenizer, rows, length=5)
-    assert first == sample_continuation(ctx, model, tokenizer, rows, length=5)
-    begun, continued = first.split(" ▸")
-    assert begun and any(text.startswith(begun) for text in TEXTS) and continued
-    assert sample_answer(ctx, model, tokenizer, "Who?", length=5).startswith("Who? ▸ ")
-    assert model.training
-
-
-def rows_of(train, tokenizer, **changes):
-    args = train_pretrain.Args(**train.settings("a", **changes))
-    return load_packed(Context.create(args), tokenizer, "text")
-
-
-def test_what_is_held_out_is_not_trained_and_always_the_same(train, tokenizer):
-    rows, held_out = rows_of(train, tokenizer, val_share=0.2)
-    assert len(held_out.indices) == math.ceil(24 * 0.2)
-    assert sorted([*rows.indices, *held_out.indices]) == list(range(24))
-    again, still_out = rows_of(train, tokenizer, val_share=0.2, seed=7, packing=True)
-    assert still_out.indices.tolist() == held_out.indices.tolist()
-    _, fewer = rows_of(train, tokenizer, val_share=0.2, val_documents=2)
-    assert len(fewer.indices) == 2 and set(fewer.indices) < set(held_out.indices)
-
-
-def test_a_separate_file_leaves_all_data_to_training(train, tokenizer):
-    other = text_file(train.folder / "val.jsonl", TEXTS[:3])
-    rows, held_out = rows_of(train, tokenizer, val_share=0.2, val_path=[other])
-    assert (len(rows.indices), len(held_out.indices)) == (24, 3)
-    assert rows_of(train, tokenizer, val_share=0.0)[1] is None
-
-
-@pytest.mark.parametrize(
-    ("texts", "share", "complaint"),
-    [(["one two"], 0.5, "one document only"), ([], 0.0, "holds no documents")],
-)
-def test_too_little_data_is_said_to_be_so(train, tokenizer, texts, share, complaint):
-    train.data = text_file(train.folder / "little.jsonl", texts)
-    with pytest.raises(UserError, match=complaint):
-        rows_of(train, tokenizer, val_share=share)
 
 
 # -- what a run leaves behind ----------------------------------------------------------------------
