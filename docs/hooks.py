@@ -41,7 +41,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for pattern in (*TEXTS, *PICTURES):
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            if name != "AGENTS.md":  # it only points to CLAUDE.md
+                files.append(File.generated(config, name, abs_src_path=str(path)))
     for pattern in CODE:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()

@@ -30,7 +30,7 @@ from scripts.serving.openai_types import ChatRequest
 # Those first whose commands name no size: later ones leave weights of several.
 FIRST = ["README.md", "README_zh.md", "docs/training.md", "CLAUDE.md"]
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
-TEXTS = [*FIRST, *(page for page in PAGES if page not in FIRST)]
+TEXTS = [*FIRST, "CONTRIBUTING.md", *(page for page in PAGES if page not in FIRST)]
 ONE_STEP = (
     "--max_steps 1 --batch_size 2 --accumulation_steps 1 --max_seq_len 320 --val_documents 2 "
     "--num_workers 0 --device cpu"
@@ -84,6 +84,8 @@ def pip(install: str, *words: str) -> None:
     assert install == "install"
     if words[0] == "-r":
         assert (ROOT / words[1]).exists()
+    if words[0] == "-e":
+        assert words[1] == ".[dev]" and "dev = {" in (ROOT / "pyproject.toml").read_text()
 
 
 def git(clone: str, address: str) -> None:
@@ -138,6 +140,7 @@ PROGRAMS = {
     "mkdocs": mkdocs,
     "http.server": http_server,
     "vllm": not_ours,
+    "pre-commit": not_ours,
     "llama-cli": not_ours,
     "llama-server": not_ours,
     "ollama": not_ours,
