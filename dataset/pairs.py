@@ -105,7 +105,8 @@ class PreferenceDataset(torch.utils.data.Dataset):
 
     @property
     def packing_efficiency(self) -> float:
-        """The share of token slots that would be filled if each side were padded to seq_len."""
+        """As without packing: the share of slots filled if each side were padded to seq_len. How
+        full packed batches are is known only when they are made."""
         return self.num_tokens / max(1, 2 * len(self) * self.seq_len)
 
     @property

@@ -25,8 +25,8 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT
 
-NOTES = """README.md README_zh.md CONTRIBUTING.md CLAUDE.md notes.md learning_log.md knowledge_base.md
-    knowledge_base_en.md NOTE_UPDATE_GUIDE.md learning_materials/README.md
+NOTES = """README.md README_zh.md CONTRIBUTING.md CLAUDE.md notes.md learning_log.md
+    knowledge_base.md knowledge_base_en.md NOTE_UPDATE_GUIDE.md learning_materials/README.md
     learning_materials/README_zh.md benchmarks/README.md benchmarks/RECIPE_LOG.md""".split()
 ENTRY_PARTS = ["做了什么", "问题与解决", "反思", "下一步"]
 FENCE = re.compile(r"^ *```")

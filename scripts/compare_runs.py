@@ -42,8 +42,8 @@ def main(args: Args) -> list[tuple[str, ...]]:
     parameters: dict[str, int | None] = {}
     for run, name in zip(args.runs, short_names(args.runs), strict=True):
         weights, log = files_of(run)
-        runs[name] = read_log(log)
         info = read_info(weights) or {}
+        runs[name] = read_log(log, info.get("stage", ""))
         settings[name] = info.get("origin", {}).get("args", {})
         parameters[name] = info.get("parameters")
     for recipe in map(read_recipe, args.recipe):

@@ -3,7 +3,7 @@
     python scripts/eval_toolcall.py --weight full_sft [--json FILE]
     python scripts/eval_toolcall.py --load_from ./MiniMind2     any transformers folder
 
-Each task is a conversation with tools (see docs/data.md, "Formats"); without --data_path, the demo's
+Each task is a conversation with tools (docs/data.md, "Formats"); without --data_path, the demo's
 held-out ones. The model gets the messages up to the last question, and dataset/tools/loop.py runs
 the episode: model → <tool_call> → execute → <tool_response> → answer. Three metrics, 1 or 0 each:
 

@@ -41,7 +41,8 @@ class Args:
 
 def main(args: Args) -> Path:
     weights, log = files_of(args.run)
-    info, records = read_info(weights), read_log(log)
+    info = read_info(weights)
+    records = read_log(log, (info or {}).get("stage", ""))
     if info is None:
         raise UserError(
             f"{weights.with_suffix('.json')} is missing, which records the run's settings"
@@ -83,11 +84,11 @@ def files_of(run: str) -> tuple[Path, Path]:
     return Path(f"{stem}.pth"), Path(f"{stem}.metrics.jsonl")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. UserError if it cannot be read."""
+def read_log(path: Path, stage: str) -> list[dict[str, Any]]:
+    """The records of a stage's metrics.jsonl. UserError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        records = with_new_keys(map(json.loads, lines))
+        records = with_new_keys(map(json.loads, lines), stage)
         if not all("step" in record for record in records):
             raise ValueError("a line has no step")
     except (OSError, ValueError, TypeError) as error:

@@ -41,8 +41,8 @@ CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
 ERRORS = {
     "malformed": "a call that is no JSON with a name and arguments",
     "unknown_tool": "a call of a tool that is not on offer",
-    "bad_arguments": "arguments that lack, or are of the wrong type, or too many",
-    "failed": "a tool that could do nothing with its arguments",
+    "bad_arguments": "missing, mistyped or surplus arguments",
+    "failed": "a tool that failed on its arguments",
     "unfinished": "a reply that did not end",
     "endless": "still calling tools in the last turn",
     "too_long": "more tokens than the model has positions",
@@ -75,12 +75,12 @@ def task_of(row: dict[str, Any]) -> Task:
     """A row of conversations as a task; its "answer", if there is one, counts as the truth's.
 
     Raises:
-        UserError: it is no conversation, asks nothing, or tells no answer.
+        UserError: it is no conversation, or has no question or no answer.
     """
     messages = [parse_tool_fields(message) for message in check_messages(row.get("conversations"))]
     questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
     if not questions:
-        raise UserError("asks nothing: there is no user's message")
+        raise UserError("has no question: there is no user message")
     asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
     calls, waiting = [], []
     recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}

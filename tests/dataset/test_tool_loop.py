@@ -241,7 +241,7 @@ def test_tasks_ask_the_last_question_and_take_calls_in_every_form():
 @pytest.mark.parametrize(
     "chat, sentence",
     [
-        ([{"role": "assistant", "content": "a"}], "asks nothing"),
+        ([{"role": "assistant", "content": "a"}], "has no question"),
         (tool_row()["conversations"][:2], "does not end with the assistant's answer"),
         (tool_row()["conversations"][:4], "does not end with the assistant's answer"),
         (

@@ -97,9 +97,9 @@ def saved_teacher(folder: Path, name: str = "teacher", seed: int = 1, **fields) 
 SLOWLY = {"learning_rate": 1e-4}
 KINDS = {text_file: "text", chat_file: "conversations", pair_file: "preferences"}
 
-# Every trainer but those of RL (rl_toy.py), and with it in the tests of resuming, ranks and mistakes:
-# how its data is written, examples of it, and the settings that it needs beyond TINY; a function
-# makes one in the folder of the training.
+# Every trainer but those of RL (rl_toy.py), and with it in the tests of resuming, ranks and
+# mistakes: how its data is written, examples of it, and the settings that it needs beyond TINY; a
+# function makes one in the folder of the training.
 STAGES = {
     train_pretrain: (text_file, TEXTS, {}),
     train_full_sft: (chat_file, CHATS, {"from_weight": "none"}),

@@ -109,8 +109,8 @@ def test_numbers_that_make_no_sense_are_refused(stage, flag, value):
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"conversations": [{"role": "system", "content": "a"}]}, "asks nothing"),
-        ({"conversations": [{"role": "assistant", "content": "a"}]}, "asks nothing"),
+        ({"conversations": [{"role": "system", "content": "a"}]}, "has no question"),
+        ({"conversations": [{"role": "assistant", "content": "a"}]}, "has no question"),
         ({"text": "a"}, 'has no "conversations"'),
     ],
 )

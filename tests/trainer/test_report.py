@@ -15,6 +15,7 @@ from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
 from trainer.common import recipes
+from trainer.common.metrics import with_new_keys
 from trainer.report import pages
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -205,13 +206,34 @@ def test_the_recipes_of_the_project_fit_its_demo_data(tmp_path, tokenizer):
     for name in names:
         made = recipes.read_recipe(name)
         stage, kind = stages[made["stage"]]
-        args = parse_arguments(stage.Args, arguments=recipes.words_of(made, stage.Args))
+        args = parse_arguments(stage.Args, argv=recipes.recipe_argv(made, stage.Args))
         for paths, pinned in ((args.data_path, "data"), (args.val_path, "held_out")):
             files = [tmp_path / Path(path).name for path in paths]
             found = load_documents(files, kind, tokenizer).info.description
             assert found == made[pinned], f"{name}: {pinned}"
         assert made["tokenizer"] == tokenizer_hash(tokenizer)
-        assert made["history"][-1]["step"] == args.max_steps
+        assert made["records"][-1]["step"] == args.max_steps
+
+
+def test_an_old_recipe_is_read_with_the_names_of_today(tmp_path, recipe):
+    new = json.loads(Path(recipe).read_text())
+    old = {name: value for name, value in new.items() if name != "tolerance"}
+    names = {"learning_rate": "lr", "num_tokens": "tokens", "eval_loss": "val_loss"}
+    names |= {"eval_bpb": "val_bpb", "changed_fraction": "changed_share"}
+    old["records"] = [{names.get(k, k): v for k, v in r.items()} for r in new["records"]]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old | {"band": new["tolerance"]}))
+    assert recipes.read_recipe(str(path)) == recipes.read_recipe(recipe)
+
+
+def test_old_keys_of_each_stage_have_a_name_of_today():
+    old = {"step": 1, "accuracy": 0.5, "val_margin": 2.0, "val_finished": 0.75, "reward_answer": 1}
+    (dpo,) = with_new_keys([old], "lora/dpo")
+    assert dpo["rewards/accuracies"] == 0.5 and dpo["eval_rewards/margins"] == 2.0
+    assert dpo["eval_completions/clipped_ratio"] == 0.25 and dpo["rewards/answer/mean"] == 1
+    (reward,) = with_new_keys([old], "reward")
+    assert reward["accuracy"] == 0.5 and reward["eval_margin"] == 2.0
+    assert with_new_keys([{"value": 1.0}], "ppo") == [{"critic_value": 1.0}]
 
 
 # -- runs side by side -----------------------------------------------------------------------------

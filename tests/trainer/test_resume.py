@@ -237,6 +237,39 @@ def test_a_run_that_died_between_its_last_two_files_gets_both(train, monkeypatch
     assert list((train.folder / "a" / "out").glob("*.pth"))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_with_the_names_of_before_goes_on_bit_by_bit(train, optimizer):
+    """As it was written until 2026-11; benchmarks/same_numbers.py tries real ones."""
+    settings = dict(optimizer=optimizer, save_interval=2, val_share=0.2, eval_interval=1)
+    train("whole", max_steps=4, **settings)
+    train("a", max_steps=2, **settings)
+    new = train.saved()
+    names = {"samples_seen": "rows_seen", "changed_fraction": "changed"}
+    metrics = new.pop("metrics")
+    old = {
+        **{name: new[name] for name in ("model", "scaler")},
+        "random": new["rng_states"],
+        "records": [
+            {"lr" if k == "learning_rate" else k: v for k, v in r.items()} for r in new["history"]
+        ],
+        "identity": {k: v for k, v in new["fingerprint"].items() if k != "max_steps"},
+        "rows_per_update": new["global_batch_size"],
+        "beside": None,
+        "progress": {names.get(name, name): value for name, value in new["progress"].items()},
+        "pending": dict(steps=0, tokens=0, seconds=0.0, loss=0.0, figures={}, expert_load=None),
+        "optimizer": new["optimizer"],
+    }
+    assert metrics["steps"] == 0
+    for each in old["optimizer"]:
+        for state in each["state"].values():
+            if "momentum_buffer" in state:
+                state["average"] = state.pop("momentum_buffer")
+    torch.save(old, train.checkpoint())
+    train("a", max_steps=4, resume=True, **settings)
+    assert same(train.saved()["model"], train.saved("whole")["model"])
+    assert timeless(train.log("a")) == timeless(train.log("whole"))
+
+
 # -- signals ---------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ class TrainArgs:
         None,
         "sigmoid: step of the router bias; default: 0.001",
         group=MOE,
-        needs="scoring_func=sigmoid",
+        needs="use_moe",
     )
 
     device: str = option(
@@ -213,6 +213,9 @@ class TrainArgs:
         """UserError for values that make no sense, before anything is loaded."""
         check_values(self)
         self.resume = self.resume or self.from_resume
+        new, given = self.from_weight == "none", self.bias_update_speed is not None
+        if new and given and self.scoring_func != "sigmoid":  # loaded weights know their own
+            raise UserError("--bias_update_speed has no effect without --scoring_func sigmoid")
         if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
             raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")
 

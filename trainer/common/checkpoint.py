@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import TrainingData
 from model.command_line import names_where
 from model.errors import UserError
 from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import MetricLog, new_key, with_new_keys
+from trainer.common.metrics import MetricLog, with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "
@@ -69,7 +69,7 @@ class Progress:
 def fingerprint_of(
     args: Any,
     stage: str,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     data: TrainingData,
 ) -> dict[str, Any]:
@@ -216,13 +216,15 @@ def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
     new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
     names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
     new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
-    new["history"] = with_new_keys(new["history"])
+    stage = new["fingerprint"].get("stage", "")
+    new["history"] = with_new_keys(new["history"], stage)
+    (evaluation,) = with_new_keys([new["progress"]["evaluation"]], stage)
+    new["progress"]["evaluation"] = evaluation
     pending = new.pop("pending")
-    new["metrics"] = {
-        **{name: pending[name] for name in ("steps", "tokens", "seconds", "expert_load")},
-        "sums": {new_key(name): (sum(v), len(v)) for name, v in pending["figures"].items()},
-        "loss_sum": pending["loss"],
-    }
+    names = ("steps", "tokens", "seconds", "expert_load")
+    new["metrics"] = {name: pending[name] for name in names if name in pending}
+    # other metrics since the last log line were means, which sums and counts cannot continue
+    new["metrics"] |= {"sums": {}, "loss_sum": pending["loss"]}
     for optimizer in new["optimizer"]:
         for state in optimizer["state"].values():
             if "average" in state:

@@ -23,7 +23,7 @@ WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None) -> None:
     """The command line of a trainer: parse and train; a mistake or an accident ends it with one
     sentence and exit code 2, and no process group is left behind."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     code = 1
     try:
         with exit_on_user_error():
@@ -31,13 +31,13 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
                 main(parse_arguments(args_class, about, with_recipe(sys.argv[1:], args_class)))
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
-                forget_workers()
-                told = accident(error)
-                if told is None:
+                ignore_dead_workers()
+                failure = explain_failure(error)
+                if failure is None:
                     raise
-                raise told from error
+                raise failure from error
             except UserError:
-                if several and os.environ.get("RANK") != "0":
+                if distributed and os.environ.get("RANK") != "0":
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     time.sleep(3)  # most likely all processes see it: the first one tells it
                 raise
@@ -47,10 +47,12 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
         print("stopped at once, nothing saved", file=sys.stderr)
         code = 130  # as shells have it
     except Exception:
-        if not several:
+        if not distributed:
             raise
         traceback.print_exc()
-    if code and several:  # a thread that waits for a dead process would keep this one from ending
+    if (
+        code and distributed
+    ):  # a thread that waits for a dead process would keep this one from ending
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
@@ -60,15 +62,16 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
         sys.exit(code)
 
 
-def forget_workers() -> None:
-    """A DataLoader has a signal raise an error for a worker that died, wherever the program is by
-    then: once is enough."""
+def ignore_dead_workers() -> None:
+    """Stop PyTorch's SIGCHLD handler, which would raise the same error again wherever the program
+    is by then."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def accident(error: Exception) -> UserError | None:
-    """What befell a training from outside, in a sentence; None for a bug, which keeps its trace."""
+def explain_failure(error: Exception) -> UserError | None:
+    """A sentence for a failure that is no bug (full disk, dead worker, out of memory); None for a
+    bug, whose traceback is shown."""
     text, go_on = str(error), "--resume goes on from the last checkpoint"
     # a worker that dies breaks the pipe, or is noticed by the DataLoader or the pool, as it happens
     if "DataLoader worker" in text or isinstance(error, WORKER_DIED):

@@ -36,6 +36,16 @@ OLD_KEYS = {
     "clipped": "clip_fraction",
     "calls": "tools/call_frequency",
 }
+OLD_STAGE_KEYS = {
+    "dpo": {
+        "accuracy": "rewards/accuracies",
+        "margin": "rewards/margins",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+    },
+    "ppo": {"value": "critic_value"},
+    "spo": {"value": "tracker_value"},
+}
 
 
 class MetricLog:
@@ -203,20 +213,27 @@ def as_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
-def with_new_keys(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of a log, with today's keys."""
-    return [{new_key(key): value for key, value in record.items()} for record in records]
+def with_new_keys(records: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
+    """Records of a stage's log, with today's keys."""
+    stage = stage.split("/")[-1]  # lora/dpo
+    found = []
+    for record in records:
+        new = {new_key(key, stage): value for key, value in record.items()}
+        for prefix in ("", "eval_"):
+            if f"{prefix}finished" in new:  # the share that ended, and now the share that was cut
+                new[f"{prefix}completions/clipped_ratio"] = 1 - new.pop(f"{prefix}finished")
+        found.append(new)
+    return found
 
 
-def new_key(key: str) -> str:
+def new_key(key: str, stage: str) -> str:
     """Today's name of a metric: val_loss → eval_loss, recipe_val_bpb → recipe_eval_bpb."""
-    if key.startswith("recipe_"):
-        return "recipe_" + new_key(key.removeprefix("recipe_"))
-    if key.startswith("val_"):
-        return "eval_" + new_key(key.removeprefix("val_"))
-    if key.startswith("reward_") and key not in ("reward_std", "reward_failed"):
+    for old, new in (("recipe_", "recipe_"), ("val_", "eval_")):
+        if key.startswith(old):
+            return new + new_key(key.removeprefix(old), stage)
+    if key.startswith("reward_") and key != "reward_failed":
         return f"rewards/{key.removeprefix('reward_')}/mean"
-    return OLD_KEYS.get(key, key)
+    return OLD_STAGE_KEYS.get(stage, {}).get(key) or OLD_KEYS.get(key, key)
 
 
 def finite(number: float) -> float | None:

@@ -46,14 +46,14 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as a recipe: {error}") from error
     if missing:
         raise UserError(f"{path} is no recipe: it has no {min(missing)}")
-    return recipe | {"records": with_new_keys(recipe["records"])}
+    return recipe | {"records": with_new_keys(recipe["records"], recipe["stage"])}
 
 
 def recipe_argv(recipe: dict[str, Any], args_class: type) -> list[str]:
     """The recipe's flags as the arguments of a command line."""
     known = {field.name for field in fields(args_class)}
     argv = []
-    for name, value in located(recipe["flags"]).items():
+    for name, value in with_absolute_paths(recipe["flags"]).items():
         if name not in known:
             raise UserError(
                 f"recipe {recipe['name']} is for a trainer of {recipe['stage']}: this one has no "
@@ -73,15 +73,15 @@ def with_recipe(argv: list[str], args_class: type) -> list[str]:
         return argv
     recipe = read_recipe(given.recipe)
     if given.data_path is None:
-        for path in located(recipe["flags"])["data_path"]:
+        for path in with_absolute_paths(recipe["flags"])["data_path"]:
             if not Path(path).is_file():
                 raise UserError(
-                    f"recipe {recipe['name']} needs the data file {path}" + how_to_get(recipe)
+                    f"recipe {recipe['name']} needs the data file {path}" + prepare_hint(recipe)
                 )
     return recipe_argv(recipe, args_class) + argv
 
 
-def located(flags: dict[str, Any]) -> dict[str, Any]:
+def with_absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
     """The flags with absolute paths."""
 
     def at(value: Any) -> Any:  # a path or a list of them
@@ -90,11 +90,11 @@ def located(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: at(value) if name in PATHS else value for name, value in flags.items()}
 
 
-def real(paths: list[str]) -> list[Path]:
+def resolve_paths(paths: list[str]) -> list[Path]:
     return [Path(path).resolve() for path in paths]
 
 
-def how_to_get(recipe: dict[str, Any]) -> str:
+def prepare_hint(recipe: dict[str, Any]) -> str:
     return f"; `{recipe['prepare']}` makes it" if recipe.get("prepare") else ""
 
 
@@ -117,10 +117,10 @@ class RecipeComparison:
         recipe = read_recipe(args.recipe)
         self.name, self.tolerance = recipe["name"], recipe["tolerance"]
         self.history = recipe["records"]
-        self.made = f"{recipe.get('date', '')}, {recipe.get('machine', '')}"
+        self.provenance = f"{recipe.get('date', '')}, {recipe.get('machine', '')}"
         if recipe["stage"].split("/")[0] != stage.split("/")[0]:
             raise UserError(f"recipe {self.name} is for {recipe['stage']}, and this is {stage}")
-        pinned = located(recipe["flags"])
+        pinned = with_absolute_paths(recipe["flags"])
         self.overrides = [
             f"--{name} {getattr(args, name, None)} instead of {value}"
             for name, value in pinned.items()
@@ -133,14 +133,14 @@ class RecipeComparison:
         }
         other = [what for what, found in hashes.items() if recipe.get(what, found) != found]
         same_files = all(
-            real(getattr(args, name)) == real(pinned.get(name, []))
+            resolve_paths(getattr(args, name)) == resolve_paths(pinned.get(name, []))
             for name in ("data_path", "val_path")
         )
         if other and same_files:
             raise UserError(
                 f"recipe {self.name} pins {other[0]} {recipe[other[0]]}, and this is "
-                f"{hashes[other[0]]}{how_to_get(recipe)}, as it was then; or name other data with "
-                "--data_path"
+                f"{hashes[other[0]]}{prepare_hint(recipe)}, as it was then; or name other data "
+                "with --data_path"
             )
         self.overrides += [f"another {what}" for what in other]
         points = [(r["num_tokens"], r[METRIC]) for r in self.history if METRIC in r]
@@ -148,7 +148,7 @@ class RecipeComparison:
 
     def lines(self) -> list[str]:
         """What to print before the first step."""
-        lines = [f"recipe {self.name}: compared with the run of {self.made}"]
+        lines = [f"recipe {self.name}: compared with the run of {self.provenance}"]
         if self.overrides:
             lines = [f"{lines[0]}, but with {'; '.join(self.overrides)}"]
         if not self.curve:

@@ -184,5 +184,5 @@ def parse_prompt_row(row: dict) -> tuple[list[Message], str | None]:
         *messages, last = messages
         answer = tagged_answer(last["content"]) if answer is None else answer
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise UserError("asks nothing: before the last answer there must be a user's message")
+        raise UserError("has no question: a user message must come before the last answer")
     return messages, None if answer is None else str(answer)
