@@ -47,6 +47,7 @@ from trainer.common.context import ArgsT, Context, unwrap, without_sync
 from trainer.common.loop import (
     BatchT,
     GlobalBatch,
+    Plan,
     StopSignal,
     make_loader,
     make_sampler,
@@ -55,7 +56,7 @@ from trainer.common.loop import (
 from trainer.common.metrics import Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
 from trainer.common.recipes import RecipeComparison
-from trainer.report.forecast import Plan, duration, forecast
+from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
 
@@ -77,14 +78,12 @@ class Run(Generic[ArgsT, BatchT]):
         collate: Callable[[list, int], BatchT] = collate,  # type: ignore[assignment]  # generic
         fingerprint: dict[str, str] | None = None,
     ):
-        """Plan the run and print the plan. UserError if it cannot fit the machine, or a folder
-        cannot be written to.
+        """Plan the run and print the plan. UserError if it cannot fit the machine.
 
         Args:
             model: before its first update.
             collate: makes a micro-batch of samples and the padding's id.
-            fingerprint: what else makes this run another one than the arguments, the first weights
-                and the data do.
+            fingerprint: what makes it another run, beyond arguments, first weights and data.
         """
         args = ctx.args
         config = cast(MiniMindConfig, model.config)  # which nn.Module does not declare
@@ -106,7 +105,9 @@ class Run(Generic[ArgsT, BatchT]):
         self.fingerprint = fingerprint_of(args, stage, model, tokenizer, train_data)
         self.fingerprint |= fingerprint or {}
         self.metadata = run_metadata(ctx, model, train_data, val_data)  # goes into the .json
-        lines, self.oom_hint = forecast(ctx, self.plan, model, self.config, train_data, val_data)
+        lines, self.oom_hint = forecast(
+            ctx, self.plan, self.metrics.peak_flops, model, config, train_data, val_data
+        )
         ctx.print(*lines, *(self.recipe.lines() if self.recipe else []))
         self.initial_weights: dict[str, Tensor] = {}  # as float16, to see what training changed
         if ctx.is_main:
@@ -123,8 +124,8 @@ class Run(Generic[ArgsT, BatchT]):
         return self.progress.step
 
     def plan_steps(self) -> Plan:
-        peak_flops, max_steps = self.metrics.peak_flops, self.ctx.args.max_steps
-        return Plan.of(self.name, self.sampler, self.progress, max_steps, peak_flops)
+        self.sampler.start = self.progress.samples_seen
+        return Plan.of(self.name, self.sampler, self.progress, self.ctx.args.max_steps)
 
     # -- the loop's verbs, in their order
 

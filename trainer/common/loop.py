@@ -4,6 +4,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,6 +18,7 @@ from dataset.packing import Batch, TrainingData
 from dataset.sampler import GlobalBatchCollator, GlobalBatchSampler
 from model.feed_forward import moe_layers, update_bias
 from model.model_minimind import CausalLMOutput, ScoreOutput
+from trainer.common.checkpoint import Progress
 from trainer.common.context import Context
 
 INITIAL_BATCH_TOKENS = 1024  # of the first optimizer step, with --batch_ramp
@@ -60,6 +63,38 @@ class GlobalBatch(list[BatchT]):
         if outputs.aux_loss is None:
             return 0.0
         return outputs.aux_loss * batch.num_samples / self.num_samples
+
+
+@dataclass
+class Plan:
+    """What a run is going to do."""
+
+    name: str
+    total_steps: int
+    total_samples: int  # all epochs together
+    first_batch: int  # samples of the first optimizer step, all ranks together
+    largest_batch: int
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sampler: GlobalBatchSampler,
+        progress: Progress,
+        max_steps: int,
+    ) -> "Plan":
+        """The steps that are left from the sampler's position. After resuming with another number
+        of ranks their batches may have another size than those before."""
+        limit = max(0, max_steps - progress.step) if max_steps else None
+        bounds = list(islice(sampler.bounds(), limit))
+        sizes = [after - before for before, after in bounds] or [0]
+        return cls(
+            name,
+            total_steps=progress.step + len(bounds),
+            total_samples=bounds[-1][1] if bounds else progress.samples_seen,
+            first_batch=sizes[0],
+            largest_batch=max(sizes),
+        )
 
 
 class StopSignal:

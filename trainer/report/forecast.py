@@ -1,61 +1,23 @@
 """What to expect of a training, printed before its first step: data, steps, memory, time, loss."""
 
 import math
-from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import nn
 
 from dataset.packing import PackedDataset, TrainingData
-from dataset.sampler import GlobalBatchSampler
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindModel
 from model.weights import count_parameters
 from trainer.common import hardware
-from trainer.common.checkpoint import Progress
 from trainer.common.context import Context
-
-
-@dataclass
-class Plan:
-    """What a run is going to do."""
-
-    name: str
-    total_steps: int
-    total_samples: int  # all epochs together
-    first_batch: int  # samples of the first optimizer step, all ranks together
-    largest_batch: int
-    peak_flops: float | None
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        sampler: GlobalBatchSampler,
-        progress: Progress,
-        max_steps: int,
-        peak_flops: float | None,
-    ) -> "Plan":
-        """The steps that are left from the current position. After resuming with another number of
-        ranks their batches may have another size than those before."""
-        sampler.start = progress.samples_seen
-        limit = max(0, max_steps - progress.step) if max_steps else None
-        bounds = list(islice(sampler.bounds(), limit))
-        sizes = [after - before for before, after in bounds] or [0]
-        return cls(
-            name,
-            total_steps=progress.step + len(bounds),
-            total_samples=bounds[-1][1] if bounds else progress.samples_seen,
-            first_batch=sizes[0],
-            largest_batch=max(sizes),
-            peak_flops=peak_flops,
-        )
+from trainer.common.loop import Plan
 
 
 def forecast(
     ctx: Context,
     plan: Plan,
+    peak_flops: float | None,
     model: nn.Module,
     config: MiniMindConfig,
     train_data: TrainingData,
@@ -82,12 +44,12 @@ def forecast(
         f"{num_tokens:,.0f} tokens",
         memory,
     ]
-    if plan.peak_flops:
+    if peak_flops:
         work = hardware.flops_per_token(config, args.max_seq_len) * num_tokens
-        seconds = work / (0.4 * plan.peak_flops * ctx.world_size)
+        seconds = work / (0.4 * peak_flops * ctx.world_size)
         lines.append(
             f"time: about {duration(seconds)}, if 40% of the machine's "
-            f"{plan.peak_flops / 1e12:.2f} TFLOP/s are reached"
+            f"{peak_flops / 1e12:.2f} TFLOP/s are reached"
         )
     if args.from_weight == "none" and isinstance(train_data, PackedDataset):
         size = config.vocab_size
