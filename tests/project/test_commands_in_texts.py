@@ -85,7 +85,7 @@ def pip(install: str, *words: str) -> None:
     if words[0] == "-r":
         assert (ROOT / words[1]).exists()
     if words[0] == "-e":
-        assert words[1] == ".[dev]" and "dev = {" in (ROOT / "pyproject.toml").read_text()
+        assert words[1] in (".", ".[dev]") and "dev = {" in (ROOT / "pyproject.toml").read_text()
 
 
 def git(clone: str, address: str) -> None:
