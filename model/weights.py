@@ -29,10 +29,8 @@ from transformers import (
 from model.errors import UserError
 from model.formats.minimind_format import config_from_shapes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
+from model.paths import OUT, ROOT, TOKENIZER, check_tokenizer_folder  # noqa: F401  ROOT: others
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "out"
-TOKENIZER = ROOT / "model"
 SCORE_HEAD = "score.weight"  # a reward model has it instead of lm_head.weight
 # Flags cannot override these fields of a .json: the weights would not fit, or mean something else.
 STRUCTURAL_FIELDS = set(
@@ -351,8 +349,7 @@ def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | s
 def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; by default MiniMind's own, in model/."""
     path = Path(path) if path else TOKENIZER
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
+    check_tokenizer_folder(path)
     try:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many types: damaged JSON, an unknown model type, …

@@ -12,31 +12,35 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import ROOT, read_info, write_json
-from trainer.common.metrics import with_new_keys
+from model.paths import ROOT
 from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
+from trainer.report.old_keys import with_new_keys
 
 
 @dataclass
 class Args:
     run: str = option(
-        "", "weights of the run, such as out/pretrain_512.pth, with its log next to them"
+        "",
+        "weights of the run, such as out/pretrain_512.pth, with its log next to them",
+        required="the run that others repeat, such as out/pretrain_512.pth",
     )
-    name: str = option("", "name of the recipe")
+    name: str = option("", "name of the recipe", required="the name that --recipe takes")
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
-    band: float = option(0.05, "relative tolerance of bits per byte for a run on track")
+    band: float = option(
+        0.05, "relative tolerance of bits per byte for a run on track", above=0, below=1
+    )
     machine: str = option("", "machine of the run; default: as recorded")
     folder: str = option(str(RECIPES), "folder of the recipes")
 
-    def __post_init__(self) -> None:
-        for name in ("run", "name"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required (--help explains it)")
-        if not 0 < self.band < 1:
-            raise UserError(f"--band must be above 0 and below 1, not {self.band}")
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from model.weights import read_info, write_json
 
 
 def main(args: Args) -> Path:
@@ -107,4 +111,4 @@ def relative_to_root(value: str | list[str]) -> str | list[str]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -29,20 +29,53 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataset.tools import MAX_TURNS
+from model.command_line import option
+from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import GroupArgs
+
+
+@dataclass
+class Args(GroupArgs):
+    data_path: list[str] = option(
+        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
+    )
+    from_weight: str = option("full_sft", "stage to initialise from; also the reference")
+    learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
+    max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
+    max_gen_len: int = option(256, "most tokens of a reply")
+    max_turns: int = option(
+        MAX_TURNS,
+        "most replies of an episode; tools are run between them",
+        group=ROLLOUT,
+        at_least=1,
+    )
+    max_total_len: int = option(
+        0,
+        "most tokens of an episode, its prompt included; 0: --max_seq_len and all replies",
+        group=ROLLOUT,
+        at_least=0,
+    )
+    reward: list[str] = option(
+        ["answer:0.6", "arguments:0.2", "name:0.2"],
+        "parts with weights: name, arguments, and what rewards.py lists",
+    )
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
-from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
-from model.command_line import option
+from dataset.tools.loop import ERRORS, Episode, run_episodes, score, task_of
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
-from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
 from trainer.common.metrics import Metric
@@ -67,28 +100,6 @@ from trainer.rl.rollout import (
 )
 from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(train_grpo.Args):
-    data_path: list[str] = option(
-        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
-    )
-    from_weight: str = option("full_sft", "stage to initialise from; also the reference")
-    learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
-    max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
-    max_gen_len: int = option(256, "most tokens of a reply")
-    max_turns: int = option(
-        MAX_TURNS,
-        "most replies of an episode; tools are run between them",
-        group=ROLLOUT,
-        at_least=1,
-    )
-    reward: list[str] = option(
-        ["answer:0.6", "arguments:0.2", "name:0.2"],
-        "parts with weights: name, arguments, and what rewards.py lists",
-    )
-
 
 # -- episodes --------------------------------------------------------------------------------------
 
@@ -175,7 +186,7 @@ def generate_greedy(
 
 def token_budget(args: Args, config: MiniMindConfig) -> int:
     """Tokens of an episode beyond which another reply might not fit the model, or the memory."""
-    longest = args.max_seq_len + args.max_turns * args.max_gen_len
+    longest = args.max_total_len or args.max_seq_len + args.max_turns * args.max_gen_len
     return min(longest, config.max_position_embeddings) - args.max_gen_len
 
 
@@ -281,4 +292,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

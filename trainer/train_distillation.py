@@ -40,61 +40,39 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_hf_folder
-from model.losses import divergence_sum
-from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    count_parameters,
-    find_weights,
-    load_model,
-    load_tokenizer,
-    to_fp16_cpu,
-    tokenizer_hash,
-)
 from trainer.common.arguments import (
     DATASET,
     LEARNING_RATE_HELP,
-    LOG,
     MODEL,
     ROLLOUT,
     STAGE,
     WEIGHTS,
-    TrainArgs,
+    SampleArgs,
 )
-from trainer.common.checkpoint import hash_of
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager, evaluate_loss, sample_answer
-from trainer.common.loop import GlobalBatch
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.rl.batches import micro_batches
-from trainer.rl.prompts import Prompt
-from trainer.rl.rollout import completion_stats, generate_completions
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import RolloutServerArgs
 
 # hidden sizes of student and teacher where a stage is named without one
 STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(SampleArgs, RolloutServerArgs):
     data_path: list[str] = option(
         [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
     )
-    from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
+    from_weight: str = option(
+        "full_sft",
+        "stage to initialise the student from; none: random",
+        alias=("from_student_weight",),
+    )
     teacher_weight: str = option(
-        "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
+        "full_sft",
+        "the teacher: a stage, .pth or transformers folder",
+        group=WEIGHTS,
+        alias=("from_teacher_weight",),
     )
     epochs: int = option(6, "passes through the data")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
@@ -121,11 +99,13 @@ class Args(TrainArgs):
     student_hidden_size: int | None = option(
         None, "as --hidden_size; default for a stage: 512", group=MODEL
     )
-    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers", group=MODEL)
+    student_num_hidden_layers: int | None = option(
+        None, "as --num_hidden_layers", group=MODEL, alias=("student_num_layers",)
+    )
     student_use_moe: bool | None = option(None, "as --use_moe", group=MODEL)
     teacher_hidden_size: int | None = option(None, "width; default for a stage: 768", group=MODEL)
     teacher_num_hidden_layers: int | None = option(
-        None, "depth; default: that of its weights", group=MODEL
+        None, "depth; default: that of its weights", group=MODEL, alias=("teacher_num_layers",)
     )
     teacher_use_moe: bool = option(False, "the teacher of that stage is a mixture", group=MODEL)
 
@@ -153,15 +133,6 @@ class Args(TrainArgs):
         needs="on_policy",
         may_differ=True,
     )
-    rollout_folder: str = option(
-        "", "folder for the server's weights", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    rollout_reload: Literal["vllm", "sglang"] = option(
-        "vllm", "how it reloads them", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "use_moe"):
@@ -171,8 +142,40 @@ class Args(TrainArgs):
         if self.hidden_size is None and not self.from_weight.endswith(".pth"):
             self.hidden_size = STUDENT_SIZE
         super().__post_init__()
-        if self.rollout_url and not self.rollout_folder:
-            raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from model.formats.hf_format import load_hf_folder
+from model.losses import divergence_sum
+from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    count_parameters,
+    find_weights,
+    load_model,
+    load_tokenizer,
+    to_fp16_cpu,
+    tokenizer_hash,
+)
+from trainer.common.checkpoint import hash_of
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss, sample_answer
+from trainer.common.loop import GlobalBatch
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import completion_stats, generate_completions
+from trainer.trainer_utils import Run
 
 
 def divergence(teacher: Tensor, student: Tensor, kind: str, mixture: float) -> Tensor:
@@ -389,4 +392,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -55,10 +55,10 @@ from trainer.common.loop import (
 )
 from trainer.common.metrics import Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
-from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
+from trainer.report.recipe_comparison import RecipeComparison
 
 COMPILE_STEPS = 10  # compile new shapes only during the first steps; later ones run eagerly
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError
 from model.formats.hf_format import load_transformers
+from model.paths import check_model_folder
 from model.weights import OUT, find_weights, load_model, load_tokenizer, read_info
 
 
@@ -16,6 +17,7 @@ def load_for_chat(
     weight: str,
     *,
     hidden_size: int | None = None,
+    use_moe: bool | None = None,
     directory: Path | str = OUT,
     tokenizer_path: Path | str | None = None,
     device: torch.device | str = "cpu",
@@ -29,12 +31,12 @@ def load_for_chat(
             means MiniMind's own weights with the tokenizer of that folder.
         weight: own weights only: a stage, or the path of a `.pth`.
         hidden_size: own weights only: the size; default: the newest file of the stage.
+        use_moe: own weights only: the mixture, or the dense model; default: either.
         directory: own weights only: their folder.
         yarn: own weights only: config fields of YaRN; a transformers folder has its own.
     """
     load_from = Path(load_from)
-    if not load_from.is_dir():
-        raise UserError(f"--load_from {load_from} is not a folder")
+    check_model_folder(load_from)
     tokenizer = load_tokenizer(tokenizer_path or load_from)
     if (load_from / "config.json").exists():
         if yarn:
@@ -45,7 +47,7 @@ def load_for_chat(
         return load_transformers(load_from, dtype).to(device).eval(), tokenizer, ""
     path = Path(weight)
     if path.suffix != ".pth":
-        path = find_weights(weight, hidden_size, directory)
+        path = find_weights(weight, hidden_size, directory, use_moe=use_moe)
     model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **(yarn or {}))
     return model, tokenizer, (read_info(path) or {}).get("stage", "")
 

@@ -9,6 +9,7 @@ from model.errors import UserError
 from model.inference.generation import pack_for_cpu_decoding
 from model.inference.loading import load_for_chat, yarn_settings
 from model.model_lora import load_lora, merge_and_unload
+from model.paths import is_hf_folder
 from model.weights import count_parameters, find_weights
 from scripts.serving.arguments import ModelArgs
 from trainer.common.hardware import resolve_device, resolve_dtype
@@ -52,6 +53,7 @@ def load_chat_model(
         args.load_from,
         weight,
         hidden_size=args.hidden_size,
+        use_moe=args.use_moe,
         directory=args.save_dir,
         tokenizer_path=args.tokenizer_path,
         device=device,
@@ -60,6 +62,10 @@ def load_chat_model(
     )
     num_parameters = count_parameters(model)
     in_hf_format = is_hf_folder(args.load_from)
+    for name in () if in_hf_format else ("num_hidden_layers", "use_moe"):
+        given, found = getattr(args, name), getattr(model.config, name)
+        if given is not None and given != found:
+            raise UserError(f"the weights of {weight} have --{name} {found:d}, not {given:d}")
     if args.lora_weight:
         if in_hf_format:
             raise UserError("--lora_weight needs own weights, but --load_from names another model")
@@ -67,11 +73,6 @@ def load_chat_model(
     name = args.load_from if in_hf_format else weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, num_parameters)
-
-
-def is_hf_folder(folder: str | Path) -> bool:
-    """Whether a folder holds a model in the format of transformers."""
-    return (Path(folder) / "config.json").is_file()
 
 
 def merge_lora(model: PreTrainedModel, args: ModelArgs) -> None:

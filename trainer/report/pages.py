@@ -22,9 +22,9 @@ from dataset.packing import TrainingData
 from model.weights import atomic_write, count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
-from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration
 from trainer.report.plots import curve_svg
+from trainer.report.recipe_comparison import RecipeComparison
 
 Records = list[dict[str, Any]]
 
