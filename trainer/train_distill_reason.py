@@ -99,8 +99,8 @@ def main(args: Args) -> dict[str, Any]:
     label_weights = label_weights.to(ctx.device)
 
     for global_batch in run.steps():
-        # Forward and backward. Divided by the sum of the weights and not by the number of labels,
-        # so that a heavier tag does not act like a higher learning rate.
+        # Forward and backward. The loss is divided by the sum of the weights and not by the number
+        # of labels: otherwise heavier tags would act like a higher learning rate.
         total_weight = total_label_weight(ctx, global_batch, label_weights)
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
@@ -114,8 +114,8 @@ def main(args: Args) -> dict[str, Any]:
             run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
 
-        # Evaluate, log, save. A low loss does not show whether the tags come out in order, so the
-        # model writes whole answers.
+        # Evaluate, log, save. A low loss does not tell whether the tags come in the right order, so
+        # the model writes whole answers.
         if val_data and run.is_due(args.eval_interval):
             sample, metrics = answer_questions(ctx, model, tokenizer, questions)
             metrics = evaluate_loss(ctx, model, tokenizer, val_data) | metrics

@@ -20,7 +20,7 @@ vocabulary.
     β: --mixture
 
 --on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
-answers to the same questions instead of the data's. The teacher's probabilities of each of their
+answers to the same questions instead of the data's. The teacher's probabilities at each of their
 tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
 No gradient goes through the sampling.
 
@@ -281,7 +281,8 @@ def evaluate_kl(
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
-    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
+    """Whether this step trains on the student's own answers: evenly spread, so that of any n steps
+    in a row about n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
