@@ -8,8 +8,8 @@ of <think>…</think><answer>…</answer>, which are rare and decide the format,
 the sum over the global batch, all ranks together.
 
 At every evaluation the model answers held-out questions greedily: eval_format is the share of
-replies that have exactly this format and end by themselves, eval_answer the share that are right
-besides.
+replies that have exactly this format and end by themselves, eval_answer the share of replies that
+are right too.
 
 Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 
@@ -155,8 +155,8 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply, and the shares of replies that have the format and
-    that are right besides. The ranks share the questions out between them."""
+    """The first question with the model's reply, and the shares of replies that have the format, and
+    that are right too. Each rank answers a part of the questions."""
     local = questions[ctx.rank :: ctx.world_size]
     settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []

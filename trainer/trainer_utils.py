@@ -61,11 +61,11 @@ from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
 
-COMPILE_STEPS = 10  # compile new shapes only during the first steps; later ones run eagerly
+COMPILE_STEPS = 10  # new shapes are compiled in the first steps only, and run eagerly later
 
 
 class Run(Generic[ArgsT, BatchT]):
-    """Accumulation, schedule, log and checkpoints of one training: the verbs of its loop."""
+    """One training: gradient accumulation, schedule, log and checkpoints."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Run(Generic[ArgsT, BatchT]):
         Args:
             model: before its first step.
             collate: samples and the padding's id → a micro-batch; default: packed sequences.
-            fingerprint: what makes it another run, beyond arguments, first weights and data.
+            fingerprint: what else tells runs apart, besides arguments, first weights and data.
         """
         args = ctx.args
         config = cast(MiniMindConfig, model.config)  # which nn.Module does not declare
