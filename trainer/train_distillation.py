@@ -47,6 +47,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
 from model.formats.hf_format import load_hf_folder
@@ -61,7 +62,6 @@ from model.weights import (
     tokenizer_hash,
 )
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
     LOG,
     MODEL,
@@ -89,9 +89,7 @@ STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
     teacher_weight: str = option(
         "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
