@@ -17,7 +17,8 @@ from typing import Any
 
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import add_lora, lora_state, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, lora_state
 from model.weights import load_tokenizer
 from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, LoraArgs
 from trainer.common.command import run_trainer
