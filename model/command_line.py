@@ -26,11 +26,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
-from functools import cache
 from types import NoneType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from model.errors import UserError, exit_on_user_error
+from model.errors import UserError, exit_on_user_error, tell_once
 
 Arguments = TypeVar("Arguments")
 
@@ -52,6 +51,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             may_differ: a run may go on with another value after --resume.
             pinned: False where a recipe leaves the value to whoever follows it.
             path: a recipe has it relative to the project's folder.
+            released: the stage of dataset/released.py whose file is the default.
     """
     metadata = {"help": help, "rules": rules}
     if isinstance(default, list):
@@ -144,13 +144,16 @@ def out_of_range(
 
 
 def check_files(args: Any) -> None:
-    """UserError for a file or folder that the arguments name and that is not there."""
+    """UserError for a file or folder that the arguments name and that is not there. A class may
+    have a method of this name too, for what no single option knows."""
     for name, rules in rules_of(type(args)).items():
         if check := rules.get("check"):
             value = getattr(args, name)
             for each in value if isinstance(value, list) else [value]:
                 if each:
                     check(each)
+    if hasattr(args, "check_files"):
+        args.check_files()
 
 
 # -- flags of other versions -----------------------------------------------------------------------
@@ -208,11 +211,8 @@ def action_of(name: str, value: str, entry: Legacy | dict[str, Legacy]) -> Legac
     return entry[value]
 
 
-@cache
 def tell(line: str) -> None:
-    """A line on stderr, once."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
-        print(f"note: {line}", file=sys.stderr)
+    tell_once(f"note: {line}")
 
 
 # -- parsing ---------------------------------------------------------------------------------------

@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dataset.jsonl import check_file
+from dataset.released import default_data
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.paths import ROOT, check_tokenizer_folder
+from model.paths import check_tokenizer_folder
+
+STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "preferences"}
 
 
 @dataclass
 class Args:
     data_path: list[str] = option(
-        [str(ROOT / "dataset" / "sft_mini_512.jsonl")],
-        "JSONL file(s), .jsonl or .jsonl.gz",
+        [],
+        "JSONL file(s), .jsonl or .jsonl.gz; default: as for pretraining, SFT or DPO",
         check=check_file,
     )
     kind: Literal["text", "conversations", "preferences"] = option(
@@ -36,6 +39,9 @@ class Args:
     tokenizer_path: str = option(
         "", "folder of the tokenizer; default: model/", check=check_tokenizer_folder
     )
+
+    def __post_init__(self) -> None:
+        self.data_path = self.data_path or [default_data(STAGE_OF[self.kind])]
 
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once

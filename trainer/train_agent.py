@@ -29,18 +29,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataset.released import data_option
 from dataset.tools import MAX_TURNS
 from model.command_line import option
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import GroupArgs
 
 
 @dataclass
 class Args(GroupArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
-    )
+    data_path: list[str] = data_option("agent", "JSONL of conversations with tools")
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
@@ -65,6 +64,7 @@ class Args(GroupArgs):
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
+
 
 import torch
 from torch import Tensor
@@ -256,7 +256,7 @@ def main(args: Args) -> dict[str, Any]:
             run, model, rewards_of, prompts, train_data, generate_episodes
         )
 
-        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        # Advantages: one for the whole episode, so that an early call is credited for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -265,7 +265,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        # Policy loss, as in train_grpo.py; completion_mask leaves out the tools' tokens.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:

@@ -8,8 +8,8 @@ of <think>…</think><answer>…</answer>, which are rare and decide the format,
 the sum over the global batch, all ranks together.
 
 At every evaluation the model answers held-out questions greedily: eval_format is the share of
-replies that have exactly this format and end by themselves, eval_answer the share that are right
-besides.
+replies that have exactly this format and end by themselves, eval_answer the share of replies that
+are right too.
 
 Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 
@@ -19,17 +19,17 @@ Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 from dataclasses import dataclass
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "r1_mix_1024.jsonl")],
-        'JSONL of {"conversations": [messages]}, answers as <think>…</think><answer>…</answer>',
+    data_path: list[str] = data_option(
+        "reason", 'JSONL of {"conversations": [messages]}, answers with thoughts'
     )
     from_weight: str = option("dpo", "stage to initialise from")
     batch_size: int = option(8, "sequences in a forward pass of a device")
@@ -45,6 +45,7 @@ class Args(TrainArgs):
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
+
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ def main(args: Args) -> dict[str, Any]:
     label_weights = label_weights.to(ctx.device)
 
     for global_batch in run.steps():
-        # Forward and backward. Divided by the sum of the weights and not by the number of labels,
-        # so that a heavier tag does not act like a higher learning rate.
+        # Forward and backward. The loss is divided by the sum of the weights and not by the number
+        # of labels: otherwise heavier tags would act like a higher learning rate.
         total_weight = total_label_weight(ctx, global_batch, label_weights)
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
@@ -119,8 +120,8 @@ def main(args: Args) -> dict[str, Any]:
             run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
 
-        # Evaluate, log, save. A low loss does not show whether the tags come out in order, so the
-        # model writes whole answers.
+        # Evaluate, log, save. A low loss does not tell whether the tags come in the right order, so
+        # the model writes whole answers.
         if val_data and run.is_due(args.eval_interval):
             sample, metrics = answer_questions(ctx, model, tokenizer, questions)
             metrics = evaluate_loss(ctx, model, tokenizer, val_data) | metrics
@@ -160,8 +161,8 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply, and the shares of replies that have the format and
-    that are right besides. The ranks share the questions out between them."""
+    """The first question with the model's reply, and the shares of replies that have the format,
+    and that are right too. Each rank answers a part of the questions."""
     local = questions[ctx.rank :: ctx.world_size]
     settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []

@@ -20,7 +20,7 @@ vocabulary.
     β: --mixture
 
 --on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
-answers to the same questions instead of the data's. The teacher's probabilities of each of their
+answers to the same questions instead of the data's. The teacher's probabilities at each of their
 tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
 No gradient goes through the sampling.
 
@@ -40,10 +40,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
+from model.paths import check_weights, is_hf_folder, resolve_weights, tokenizer_beside
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
     MODEL,
     ROLLOUT,
@@ -60,9 +61,7 @@ STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 @dataclass
 class Args(SampleArgs, RolloutServerArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option(
         "full_sft",
         "stage to initialise the student from; none: random",
@@ -139,13 +138,28 @@ class Args(SampleArgs, RolloutServerArgs):
             given = getattr(self, f"student_{name}")
             if given is not None:
                 setattr(self, name, given)
-        if self.hidden_size is None and not self.from_weight.endswith(".pth"):
+        named_by_stage = not (self.from_weight.endswith(".pth") or is_hf_folder(self.from_weight))
+        if self.hidden_size is None and named_by_stage and not self.preset:
             self.hidden_size = STUDENT_SIZE
+        if not self.tokenizer_path and self.from_weight == "none":  # the two must have the same
+            self.tokenizer_path = tokenizer_beside(self.teacher_weight, self.save_dir)
         super().__post_init__()
+
+    def check_files(self) -> None:
+        super().check_files()
+        self.teacher_path()
+
+    def teacher_path(self) -> Path:
+        """The teacher's .pth or folder. UserError if there is none."""
+        kind = dict(newest=False, use_moe=self.teacher_use_moe)
+        width = self.teacher_hidden_size or TEACHER_SIZE
+        found = resolve_weights(self.teacher_weight, width, self.save_dir, **kind)
+        return check_weights(found)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
+
 
 import numpy as np
 import torch
@@ -154,16 +168,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
-from model.formats.hf_format import load_hf_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     count_parameters,
-    find_weights,
     load_model,
     load_tokenizer,
     to_fp16_cpu,
-    tokenizer_hash,
 )
 from trainer.common.checkpoint import hash_of
 from trainer.common.context import Context, unwrap
@@ -202,21 +213,8 @@ def load_teacher(
     args: Args, tokenizer: PreTrainedTokenizerBase, student: MiniMindConfig
 ) -> MiniMindForCausalLM:
     """The teacher, frozen. UserError if there is none, or its vocabulary is not the student's."""
-    path = Path(args.teacher_weight)
-    if (path / "config.json").exists():
-        theirs = load_tokenizer(path)
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
-                f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
-            )
-        teacher = load_hf_folder(path)
-    else:
-        if path.suffix != ".pth":
-            width = args.teacher_hidden_size or TEACHER_SIZE
-            kind = dict(newest=False, use_moe=args.teacher_use_moe)
-            path = find_weights(args.teacher_weight, width, args.save_dir, **kind)
-        teacher = load_model(path, tokenizer=tokenizer)
+    path = args.teacher_path()
+    teacher = load_model(path, tokenizer=tokenizer)
     if teacher.config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {path} knows {teacher.config.vocab_size} tokens and the student "
@@ -284,7 +282,8 @@ def evaluate_kl(
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
-    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
+    """Whether this step trains on the student's own answers: evenly spread, so that of any n steps
+    in a row about n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 

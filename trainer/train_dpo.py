@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from dataset.released import data_option
 from model.command_line import option
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
     STAGE,
     OptionalLoraArgs,
@@ -48,8 +48,8 @@ from trainer.common.command import parse_trainer, run_trainer
 
 @dataclass
 class Args(SampleArgs, OptionalLoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     batch_size: int = option(4, "pairs in a forward pass of a device")
@@ -80,13 +80,15 @@ class Args(SampleArgs, OptionalLoraArgs):
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
 
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
-from model.model_lora import add_lora, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.context import Context

@@ -15,17 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LORA, LoraArgs, SampleArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, LORA, LoraArgs, SampleArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
 class Args(SampleArgs, LoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("lora", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")
@@ -46,7 +45,9 @@ class Args(SampleArgs, LoraArgs):
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
 
-from model.model_lora import add_lora, lora_state, save_lora
+
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, lora_state
 from model.weights import load_tokenizer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer

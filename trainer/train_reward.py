@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, TrainArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "language model to initialise from")
     batch_size: int = option(8, "pairs in a forward pass of a device")
@@ -36,6 +37,7 @@ class Args(TrainArgs):
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_trainer(Args, __doc__)
+
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +80,8 @@ def main(args: Args) -> dict[str, Any]:
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(**batch.inputs)
-                # Only the last token has seen the whole answer; a causal model's scores of earlier
-                # tokens would judge half of it.
+                # Only the last token has seen the whole answer. The scores of earlier tokens, in a
+                # causal model, would judge a part of it.
                 scores.append(batch.gather_last(outputs.scores))  # [N, 2]
                 losses = bradley_terry_loss(scores[-1])
             # a mean over the pairs of all ranks

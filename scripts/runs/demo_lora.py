@@ -19,7 +19,7 @@ from typing import Any
 from dataset.jsonl import load_rows, write_rows
 from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import exit_on_user_error
-from model.paths import OUT
+from model.paths import OUT, weight_path
 from scripts.serving.arguments import ModelArgs
 
 
@@ -27,7 +27,7 @@ from scripts.serving.arguments import ModelArgs
 class Args:
     output: str = option(str(OUT / "demo"), "folder of the demo's data and weights")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    max_steps: int = option(0, "maximum updates, for a quick test; 0: all")
+    max_steps: int = option(0, "most optimizer steps, for a quick test; 0: all")
     questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
     seed: int = option(42, "random seed: replayed chats, initial adapter weights, order")
 
@@ -41,7 +41,7 @@ from rich.table import Table
 
 from dataset.demo.files import write_demo_data
 from dataset.demo.material import phrasing_key
-from model.weights import weight_path, write_json
+from model.weights import write_json
 from scripts.evaluation.exact_match import exact_match, greedy_answers
 from scripts.runs.demo import HIDDEN_SIZE, held_out_tests
 from scripts.serving.loading import ChatModel, load_chat_model

@@ -1,11 +1,20 @@
 """Flags that chat, web page, server and evaluation share: which model, and how to sample. Imports
 nothing slow."""
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from model.command_line import default_of, option, tell
-from model.paths import OUT, TOKENIZER, check_model_folder, check_tokenizer_folder, is_hf_folder
+from model.paths import (
+    OUT,
+    TOKENIZER,
+    check_model_folder,
+    check_tokenizer_folder,
+    check_weights,
+    is_hf_folder,
+    resolve_weights,
+)
 
 if TYPE_CHECKING:
     from model.inference.sampling import SamplingParams
@@ -27,7 +36,7 @@ class ModelArgs:
         check=check_model_folder,
     )
     weight: str = option(
-        "full_sft", "own weights: a stage, such as pretrain, or a .pth file", group=MODEL
+        "full_sft", "own weights: a stage, such as pretrain, a .pth or a folder", group=MODEL
     )
     lora_weight: str = option(
         "", "own weights: a LoRA adapter, such as lora_identity, or a .pth", group=MODEL
@@ -39,12 +48,12 @@ class ModelArgs:
         None, "own weights: depth, which the file must have; default: its own", group=MODEL
     )
     use_moe: bool | None = option(
-        None, "own weights: 1: the mixture of experts; 0: the dense model", group=MODEL
+        None, "own weights: with experts (1) or without (0); default: the newest file", group=MODEL
     )
     save_dir: str = option(str(OUT), "folder of own weights", group=MODEL)
     tokenizer_path: str = option(
         "",
-        "folder of the tokenizer; default: load_from",
+        "folder of the tokenizer; default: load_from, or beside the weights",
         group=MODEL,
         check=check_tokenizer_folder,
     )
@@ -86,8 +95,7 @@ class ModelArgs:
     def __post_init__(self) -> None:
         if self.lora_weight in ("None", "none"):  # as MiniMind's own scripts have it
             self.lora_weight = ""
-        folders = self.load_from if isinstance(self.load_from, list) else [self.load_from]
-        if folders and all(is_hf_folder(folder) for folder in folders):
+        if all(is_hf_folder(folder) for folder in listed(self.load_from)):
             defaults = {each.name: default_of(each) for each in fields(self)}
             for name in OWN_WEIGHTS:
                 if getattr(self, name) != defaults[name]:
@@ -95,6 +103,26 @@ class ModelArgs:
                         f"--{name} has no effect: it chooses own weights, and --load_from names a "
                         "transformers folder"
                     )
+
+    def check_files(self) -> None:
+        """UserError if there are no such weights."""
+        for folder in listed(self.load_from):
+            for weight in listed(self.weight):
+                find_model(replace(self, load_from=folder), weight)
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def find_model(args: ModelArgs, weight: str | None = None) -> Path:
+    """The folder that --load_from names, if it holds a model, or else the weights of --weight."""
+    if is_hf_folder(args.load_from):
+        return Path(args.load_from)
+    check_model_folder(args.load_from)
+    name = args.weight if weight is None else weight
+    found = resolve_weights(name, args.hidden_size, args.save_dir, use_moe=args.use_moe)
+    return check_weights(found)
 
 
 @dataclass

@@ -75,7 +75,10 @@ def test_mistakes_of_a_training(trainer, answer, tmp_path):
     (tmp_path / "data.jsonl").touch()
     for flags, told in (
         (["--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
-        (["--data_path", "data.jsonl", "--tokenizer_path", "nowhere"], "there is no tokenizer.json in nowhere"),
+        (
+            ["--data_path", "data.jsonl", "--tokenizer_path", "nowhere"],
+            "there is no tokenizer.json in nowhere",
+        ),
         (["--epochs", "0"], "--epochs must be more than 0"),
         (["--dtype", "float61"], "did you mean float16?"),
         (["--recipe", "nothing"], "there is no recipe"),

@@ -1,18 +1,27 @@
 """The arguments that all trainers share. A field is a flag. Imports nothing slow."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dataset.jsonl import check_file
+from dataset.released import resolve_data_path
 from model.command_line import option
 from model.errors import UserError
-from model.paths import OUT, ROOT, check_tokenizer_folder
+from model.paths import (
+    OUT,
+    ROOT,
+    check_tokenizer_folder,
+    check_weights,
+    resolve_weights,
+    tokenizer_beside,
+)
+from model.presets import PRESETS
 
 if TYPE_CHECKING:
     from model.model_lora import LoraConfig
 
 CHECKPOINTS = ROOT / "checkpoints"
-DATASET = ROOT / "dataset"
 LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of it (optimizers.py)"
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
@@ -59,11 +68,13 @@ class TrainArgs:
     )
 
     from_weight: str = option(
-        "none", "stage to initialise from, such as pretrain; none: random weights", group=WEIGHTS
+        "none",
+        "weights to initialise from: a stage, such as pretrain, a .pth or a folder; none: random",
+        group=WEIGHTS,
     )
     tokenizer_path: str = option(
         "",
-        "folder of the tokenizer; default: model/",
+        "folder of the tokenizer; default: that of the weights, else model/",
         group=WEIGHTS,
         check=check_tokenizer_folder,
         may_differ=True,
@@ -116,6 +127,12 @@ class TrainArgs:
         1.0, "largest norm of the gradient; 0: no limit", group=OPTIMIZER, at_least=0
     )
 
+    preset: str = option(
+        "",
+        f"sizes of a released model: {', '.join(PRESETS)}; a flag beside it overrides one",
+        group=MODEL,
+        may_differ=True,
+    )
     hidden_size: int | None = option(
         None, "width; default: 512, or that of from_weight", group=MODEL
     )
@@ -124,6 +141,15 @@ class TrainArgs:
     )
     num_attention_heads: int | None = option(None, "query heads; default: 8", group=MODEL)
     num_key_value_heads: int | None = option(None, "key/value heads; default: 2", group=MODEL)
+    intermediate_size: int | None = option(
+        None,
+        "width of the feed-forward layer; default: 8/3 of hidden_size",
+        group=MODEL,
+        at_least=1,
+    )
+    rms_norm_eps: float | None = option(
+        None, "added to the mean square in RMSNorm; default: 1e-5", group=MODEL, above=0
+    )
     qk_norm: bool | None = option(
         None, "normalise queries and keys, as Qwen3 and MiniMind-3", group=MODEL
     )
@@ -226,12 +252,35 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         """UserError for values that make no sense together, before anything is loaded."""
+        self.use_preset()
+        if not self.tokenizer_path:
+            self.tokenizer_path = tokenizer_beside(self.from_weight, self.save_dir)
         self.resume = self.resume or self.from_resume
         new, given = self.from_weight == "none", self.bias_update_speed is not None
         if new and given and self.scoring_func != "sigmoid":  # loaded weights know their own
             raise UserError("--bias_update_speed has no effect without --scoring_func sigmoid")
         if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
             raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")
+
+    def check_files(self) -> None:
+        """UserError if there is nothing to train on, or to initialise from."""
+        resolve_data_path(self)
+        if self.from_weight != "none":
+            self.initial_weights()
+
+    def initial_weights(self) -> Path:
+        """The .pth or folder of --from_weight. UserError if there is none."""
+        kind = dict(newest=False, use_moe=self.use_moe)
+        found = resolve_weights(self.from_weight, self.hidden_size, self.save_dir, **kind)
+        return check_weights(found)
+
+    def use_preset(self) -> None:
+        """Set the sizes of --preset that no flag has set."""
+        if self.preset and self.preset not in PRESETS:
+            raise UserError(f"--preset is one of {', '.join(PRESETS)}, not {self.preset}")
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) in (None, False):
+                setattr(self, name, value)
 
 
 @dataclass

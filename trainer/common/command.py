@@ -18,6 +18,7 @@ from model.command_line import (
     parse_arguments,
 )
 from model.errors import UserError, exit_on_user_error
+from model.presets import with_preset
 from trainer.common.recipes import with_recipe
 
 WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
@@ -28,7 +29,8 @@ def parse_trainer(args_class: type[Arguments], about: str | None) -> Arguments:
     sentence and exit code 2."""
     escape_what_cannot_be_shown()
     with exit_on_user_error(), told_once():
-        args = parse_arguments(args_class, about, with_recipe(sys.argv[1:], args_class))
+        argv = with_preset(with_recipe(sys.argv[1:], args_class))
+        args = parse_arguments(args_class, about, argv)
         check_files(args)
         return args
 

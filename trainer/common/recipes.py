@@ -1,11 +1,12 @@
-"""Recipes: trainings that anyone can repeat, with the curve that came out when they were written.
+"""Recipes: trainings that anyone can repeat, each with the log of a baseline to compare with.
 
-benchmarks/recipes/NAME.json pins the flags, the seed, the hashes of data and tokenizer, and the log
-of the run that it was made from. `--recipe NAME` gives a trainer these flags, and at every
-evaluation the run says whether it is on track: its held-out bits per byte are within `tolerance` of
-that run's at the same number of tokens. Flags on the command line override the recipe's, and the
-run says so. scripts/make_recipe.py writes a recipe from a finished run. What the command line needs
-of it is here, and imports nothing slow; the comparison is in trainer/report/recipe_comparison.py.
+benchmarks/recipes/NAME.json has the flags, the seed, the hashes of data and tokenizer, and the log
+of the baseline, the run that it was made from. `--recipe NAME` gives a trainer these flags, and at
+every evaluation the run says whether it is on track: its held-out bits per byte are within
+`tolerance` of the baseline's at the same number of tokens. Flags on the command line override the
+recipe's, and the run lists them. scripts/make_recipe.py writes a recipe from a finished run.
+
+Here is what the command line needs, without slow imports; report/recipe_comparison.py compares.
 """
 
 import argparse
