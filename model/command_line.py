@@ -19,7 +19,6 @@ module included, imports none of them.
 """
 
 import argparse
-import io
 import math
 import os
 import sys
@@ -27,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
 from difflib import get_close_matches
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from model.errors import UserError, exit_on_user_error, tell_once
 
@@ -42,7 +41,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
         rules: a class that overrides the field keeps those that it does not give anew.
             group: heading in --help.
             above, at_least, below, at_most: the values that make sense.
-            required: what it is for, if the command line must give it.
+            required: True if the command line must give it.
             needs: a flag without which this one has no effect, or values of it: "flag=a|b".
             no_effect: why this class does not use the flag that it inherits.
             alias: names that the flag has in other versions of MiniMind.
@@ -100,11 +99,12 @@ def default_of(each: Field) -> Any:
 
 def check_values(args_class: type, values: Mapping[str, Any]) -> None:
     """UserError for a value outside of what its option declares, and for a flag without effect."""
-    defaults = {each.name: default_of(each) for each in fields(args_class)}
+    declared = {each.name: each for each in fields(args_class)}
+    defaults = {name: default_of(each) for name, each in declared.items()}
     for name, rules in rules_of(args_class).items():
         value = values[name]
-        if (purpose := rules.get("required")) and not value:
-            raise UserError(f"--{name} is required: {purpose}")
+        if rules.get("required") and not value:
+            raise UserError(f"--{name} is required: {declared[name].metadata['help']}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{name} must be a finite number, not {value}")
         if value is None:
@@ -231,6 +231,8 @@ class Parser(argparse.ArgumentParser):
             **settings,
         )
         groups = {"": self}
+        for title in getattr(args_class, "groups", ()):  # the order in --help, if it matters
+            groups[title] = self.add_argument_group(title)
         for each in fields(args_class):
             title = rules[each.name].get("group", "")
             if title not in groups:
@@ -248,7 +250,7 @@ def add_argument(group: Any, each: Field, kind: Any, rules: dict[str, Any]) -> N
     shared = dict(default=default, help=about)
     (kind,) = {*(get_args(kind) if NoneType in get_args(kind) else [kind])} - {NoneType}
     if rules.get("positional"):
-        group.add_argument(each.name, type=kind, help=about, metavar=each.name.upper())
+        group.add_argument(each.name, type=kind, help=about)
     elif kind is bool:  # --flag, --flag 0, --flag 1, and --no_flag where it is on by default
         group.add_argument(flag, type=to_bool, nargs="?", const=True, **shared)
         if default is True:
@@ -327,7 +329,6 @@ def parse_command_line(
 ) -> Arguments:
     """The arguments of a script, with the files that they name there; a mistake ends the script
     with one sentence and exit code 2."""
-    escape_what_cannot_be_shown()
     with exit_on_user_error():
         args = parse_arguments(args_class, about, argv)
         check_files(args)
@@ -337,50 +338,36 @@ def parse_command_line(
 def parse_command(
     commands: Mapping[str, type], about: str | None, argv: Sequence[str] | None = None
 ) -> tuple[str, Any]:
-    """As `parse_command_line`, for a script of several commands, which its first word names.
+    """The command and its arguments, for a script of several commands: its first word names one.
 
     Args:
         commands: the argument class of each command. Its docstring is the command's help.
 
-    Returns:
-        The command's name, and its arguments.
+    Raises:
+        UserError: as `parse_arguments`, or a file that is named is not there.
     """
-    escape_what_cannot_be_shown()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    with exit_on_user_error():
-        if argv and argv[0] in commands:
-            args_class = commands[argv[0]]
-            prog = f"{os.path.basename(sys.argv[0])} {argv[0]}"
-            args = parse_arguments(args_class, args_class.__doc__, argv[1:], prog)
-            check_files(args)
-            return argv[0], args
-        list_commands(commands, about, argv)
-        raise UserError(f"no command is given; there are {', '.join(commands)}")
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if name not in commands:
+        list_commands(commands, about, name)
+    args_class = commands[name]
+    prog = f"{os.path.basename(sys.argv[0])} {name}"
+    args = parse_arguments(args_class, args_class.__doc__, rest, prog)
+    check_files(args)
+    return name, args
 
 
-def list_commands(commands: Mapping[str, type], about: str | None, argv: Sequence[str]) -> None:
+def list_commands(commands: Mapping[str, type], about: str | None, name: str) -> NoReturn:
     """What --help shows before a command is chosen; UserError for an unknown one."""
-    if argv and not argv[0].startswith("-"):
-        meant = nearest(argv[0], commands)
-        raise UserError(f"invalid choice: '{argv[0]}' (choose from {', '.join(commands)}{meant})")
+    if name not in ("-h", "--help"):
+        wrong = f"invalid choice: '{name}'" if name else "no command is given"
+        raise UserError(f"{wrong} (choose from {', '.join(commands)}{nearest(name, commands)})")
     parser = argparse.ArgumentParser(
         usage="%(prog)s COMMAND [--flag value ...]",
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     listed = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for name, args_class in commands.items():
-        listed.add_parser(name, help=args_class.__doc__)
-    parser.parse_known_args(argv)  # --help ends here
-
-
-def escape_what_cannot_be_shown() -> None:
-    """Let characters that the console or a redirected log cannot hold (gbk, cp1252, ascii) be
-    written as escapes, instead of ending the command; and read what cannot be decoded as U+FFFD."""
-    for stream, errors in (
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-        (sys.stdin, "replace"),
-    ):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    for each, args_class in commands.items():
+        listed.add_parser(each, help=args_class.__doc__)
+    parser.print_help()
+    sys.exit(0)

@@ -106,6 +106,19 @@ def check_weights(path: Path) -> Path:
     return path
 
 
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+
+
+def check_input_file(path: Path | str) -> None:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"the file {path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} is a folder; name the files in it")
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 

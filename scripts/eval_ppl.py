@@ -39,9 +39,9 @@ class Args(ModelArgs):
     weight: str = option("pretrain", "own weights: a stage, such as pretrain, or a .pth file")
     data: str = option(
         "",
-        "JSONL or text file, also .gz",
+        "the text to evaluate on: JSONL or a text file, also .gz",
         group=TEXT,
-        required="the text to evaluate on",
+        required=True,
         check=check_text,
     )
     documents: int = option(

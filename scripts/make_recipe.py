@@ -21,9 +21,9 @@ class Args:
     run: str = option(
         "",
         "weights of the run, such as out/pretrain_512.pth, with its log beside them",
-        required="the run that others repeat, such as out/pretrain_512.pth",
+        required=True,
     )
-    name: str = option("", "name of the recipe", required="the name that --recipe takes")
+    name: str = option("", "name of the recipe", required=True)
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
     band: float = option(

@@ -26,37 +26,9 @@ OWN_WEIGHTS = ("weight", "hidden_size", "num_hidden_layers", "use_moe", "save_di
 
 
 @dataclass
-class ModelArgs:
-    """Which model to load, and on what device."""
+class YarnArgs:
+    """How a model reads texts longer than those of its training."""
 
-    load_from: str = option(
-        str(TOKENIZER),
-        "./model: own weights from save_dir; else a transformers folder",
-        group=MODEL,
-        check=check_model_folder,
-    )
-    weight: str = option(
-        "full_sft", "own weights: a stage, such as pretrain, a .pth or a folder", group=MODEL
-    )
-    lora_weight: str = option(
-        "", "own weights: a LoRA adapter, such as lora_identity, or a .pth", group=MODEL
-    )
-    hidden_size: int | None = option(
-        None, "own weights: hidden size; default: the newest file", group=MODEL, at_least=1
-    )
-    num_hidden_layers: int | None = option(
-        None, "own weights: depth, which the file must have; default: its own", group=MODEL
-    )
-    use_moe: bool | None = option(
-        None, "own weights: with experts (1) or without (0); default: the newest file", group=MODEL
-    )
-    save_dir: str = option(str(OUT), "folder of own weights", group=MODEL)
-    tokenizer_path: str = option(
-        "",
-        "folder of the tokenizer; default: load_from, or beside the weights",
-        group=MODEL,
-        check=check_tokenizer_folder,
-    )
     inference_rope_scaling: bool = option(
         False, "YaRN, for texts longer than in training", group=LONG_TEXTS
     )
@@ -86,6 +58,42 @@ class ModelArgs:
         "factor on cos and sin of the rotation; default: 0.1 · ln(factor) + 1",
         group=LONG_TEXTS,
         needs="inference_rope_scaling",
+    )
+
+
+@dataclass
+class ModelArgs(YarnArgs):
+    """Which model to load, and on what device."""
+
+    groups = (MODEL, SAMPLING, LONG_TEXTS, MACHINE)
+
+    load_from: str = option(
+        str(TOKENIZER),
+        "./model: own weights from save_dir; else a transformers folder",
+        group=MODEL,
+        check=check_model_folder,
+    )
+    weight: str = option(
+        "full_sft", "own weights: a stage, such as pretrain, a .pth or a folder", group=MODEL
+    )
+    lora_weight: str = option(
+        "", "own weights: a LoRA adapter, such as lora_identity, or a .pth", group=MODEL
+    )
+    hidden_size: int | None = option(
+        None, "own weights: hidden size; default: the newest file", group=MODEL, at_least=1
+    )
+    num_hidden_layers: int | None = option(
+        None, "own weights: depth, which the file must have; default: its own", group=MODEL
+    )
+    use_moe: bool | None = option(
+        None, "own weights: with experts (1) or without (0); default: the newest file", group=MODEL
+    )
+    save_dir: str = option(str(OUT), "folder of own weights", group=MODEL)
+    tokenizer_path: str = option(
+        "",
+        "folder of the tokenizer; default: load_from, or beside the weights",
+        group=MODEL,
+        check=check_tokenizer_folder,
     )
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu", group=MACHINE)
     dtype: Literal["bfloat16", "float16", "float32"] = option(
@@ -176,6 +184,8 @@ class ChatArgs(ModelArgs):
 @dataclass
 class ServerArgs(ModelArgs):
     """Which model to serve, where, and with what limits."""
+
+    groups = (MODEL, SERVER, LIMITS, SAMPLING, LONG_TEXTS, MACHINE)
 
     host: str = option(
         "127.0.0.1",

@@ -1,13 +1,14 @@
 """Command lines out of dataclasses: kinds of flags, their rules, and flags of other versions."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
 import eval_llm  # noqa: I001
-from model.command_line import Ignored, Refused, option, parse_arguments, parse_command, tell
-from model.errors import UserError
+from model.command_line import Ignored, Refused, option, parse_arguments, parse_command
+from model.errors import UserError, tell_once
 from model.model_lora import ATTENTION_MODULES
 from scripts import eval_toolcall
 from scripts.serving.arguments import ServerArgs
@@ -38,7 +39,7 @@ def parse(*argv: str) -> Args:
 
 @pytest.fixture(autouse=True)
 def fresh():
-    tell.cache_clear()
+    tell_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,14 @@ def test_a_script_of_several_commands(capsys):
     assert parse_command({"one": Args}, "about", ["one", "--count", "2"]) == ("one", Args(count=2))
     for argv, told in (
         (["two"], "invalid choice: 'two' (choose from one)"),
-        ([], "no command is given"),
+        ([], "no command is given (choose from one)"),
         (["one", "--cuont", "2"], "did you mean --count?"),
     ):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(UserError, match=re.escape(told)):
             parse_command({"one": Args}, "about", argv)
-        assert end.value.code == 2 and told in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        parse_command({"one": Args}, "about the script", ["--help"])
+    assert end.value.code == 0 and "about the script" in capsys.readouterr().out
 
 
 def test_the_default_targets_of_lora():

@@ -14,7 +14,6 @@ from typing import Any
 from model.command_line import (
     Arguments,
     check_files,
-    escape_what_cannot_be_shown,
     parse_arguments,
 )
 from model.errors import UserError, exit_on_user_error
@@ -27,7 +26,6 @@ WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 def parse_trainer(args_class: type[Arguments], about: str | None) -> Arguments:
     """The command line of a trainer, with the flags of its --recipe; a mistake ends it with one
     sentence and exit code 2."""
-    escape_what_cannot_be_shown()
     with exit_on_user_error(), told_once():
         argv = with_preset(with_recipe(sys.argv[1:], args_class))
         args = parse_arguments(args_class, about, argv)
