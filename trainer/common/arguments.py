@@ -228,6 +228,13 @@ class TrainArgs:
     from_resume: bool = option(
         False, "the same as --resume", group=LOG, may_differ=True, pinned=False
     )
+    force: bool = option(
+        False,
+        "begin anew where an unfinished run of the same name has its checkpoint",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+    )
     recipe: str = option(
         "",
         "follow benchmarks/recipes/NAME.json: use its flags, and compare with its run",
