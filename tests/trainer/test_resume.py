@@ -99,6 +99,7 @@ def test_a_new_run_overwrites_no_unfinished_one(train, killed, capsys):
     kept = train.folder / "a/out/pretrain_32.metrics.before.jsonl"
     assert kept.read_text() == log and str(kept) in capsys.readouterr().out
     train()  # a finished one may be repeated
+    assert "beginning anew over a finished run" in capsys.readouterr().out
     assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
 
 

@@ -211,7 +211,8 @@ def how_to_train_on(path: Path, stage: str) -> str:
 
 
 def keep_unfinished(ctx: Context, path: Path, log: Path, total_steps: int) -> None:
-    """Let a new run overwrite an unfinished one only with --force, and keep that one's log.
+    """Let a new run overwrite an unfinished one only with --force, and keep the log of what it
+    overwrites.
 
     Args:
         path, log: checkpoint and log of this run's name.
@@ -225,11 +226,12 @@ def keep_unfinished(ctx: Context, path: Path, log: Path, total_steps: int) -> No
     try:  # mmap: a checkpoint may have gigabytes, of which a few bytes are needed
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step = checkpoint["progress"]["step"]
-        if step >= checkpoint.get("total_steps", total_steps):
-            return
+        state = "a finished"
+        if step < checkpoint.get("total_steps", total_steps):
+            state = "an unfinished"
     except Exception:  # damaged: --resume could not go on with it either
         return
-    if not ctx.args.force:
+    if state == "an unfinished" and not ctx.args.force:
         raise UserError(
             f"{path} is of an unfinished run, at step {step}: --resume goes on with it, --force 1 "
             "begins anew over it, and another --save_weight keeps both"
@@ -237,7 +239,7 @@ def keep_unfinished(ctx: Context, path: Path, log: Path, total_steps: int) -> No
     kept = log.with_suffix(".before.jsonl")
     if ctx.is_main and log.exists():
         os.replace(log, kept)
-    ctx.print(f"beginning anew over an unfinished run, at step {step}; its log is kept as {kept}")
+    ctx.print(f"beginning anew over {state} run, at step {step}; its log is kept as {kept}")
 
 
 def restore(
