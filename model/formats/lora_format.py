@@ -217,7 +217,7 @@ def read_peft_weights(folder: Path) -> dict[str, Tensor]:
         if not re.search(r"\.lora_[AB]\.weight$", name):
             raise UserError(
                 f"the adapter in {folder} has the weight {name}; MiniMind has adapters of linear "
-                "layers inside the blocks alone"
+                "layers in the blocks alone"
             )
     return state
 

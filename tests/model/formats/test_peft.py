@@ -131,11 +131,11 @@ REFUSED = {
     "pissa": (dict(init_lora_weights="pissa"), "has init_lora_weights pissa, which changes the"),
     "head": (
         dict(target_modules=["q_proj", "lm_head"]),
-        "has the weight lm_head.*inside the blocks",
+        "the weight lm_head.*in the blocks",
     ),
     "embedding": (
         dict(target_modules=["q_proj", "embed_tokens"]),
-        "has the weight model.embed_tok",
+        "the weight model.embed_tok",
     ),
     "bias": (dict(bias="lora_only"), "or it trains biases"),
     "tokens": (dict(trainable_token_indices=[1, 2]), "has trainable_token_indices"),
