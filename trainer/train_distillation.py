@@ -20,7 +20,7 @@ vocabulary.
     β: --mixture
 
 --on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
-answers to the same questions instead of the data's. The teacher's probabilities of each of their
+answers to the same questions instead of the data's. The teacher's probabilities at each of their
 tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
 No gradient goes through the sampling.
 
@@ -46,6 +46,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
 from model.formats.native_format import is_hf_folder
@@ -60,7 +61,6 @@ from model.weights import (
     tokenizer_beside,
 )
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
     LOG,
     MODEL,
@@ -88,9 +88,7 @@ STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
     teacher_weight: str = option(
         "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
@@ -272,7 +270,8 @@ def evaluate_kl(
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
-    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
+    """Whether this step trains on the student's own answers: evenly spread, so that of any n steps
+    in a row about n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 

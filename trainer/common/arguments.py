@@ -10,7 +10,6 @@ from model.presets import PRESETS
 from model.weights import OUT, ROOT, tokenizer_beside
 
 CHECKPOINTS = ROOT / "checkpoints"
-DATASET = ROOT / "dataset"
 LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of it (optimizers.py)"
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full

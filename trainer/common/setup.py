@@ -44,8 +44,8 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
 
 
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:
-    """The model on this rank's device, compiled where that pays, and with gradients averaged over
-    the ranks."""
+    """The model on this rank's device, with compiled blocks if the context says so, and with
+    gradients averaged over the ranks."""
     model = model.to(ctx.device)
     if ctx.compile:  # block by block: they share one compilation
         for module in model.modules():
