@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
 from dataset.packing import PackedDataset
+from dataset.released import data_option
 from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
@@ -34,7 +35,7 @@ from model.inference.sampling import SamplingParams
 from model.losses import sum_label_weights
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager, evaluate_loss
@@ -48,9 +49,8 @@ EVAL_BATCH_SIZE = 64  # held-out questions answered at once
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "r1_mix_1024.jsonl")],
-        'JSONL of {"conversations": [messages]}, answers as <think>…</think><answer>…</answer>',
+    data_path: list[str] = data_option(
+        "reason", 'JSONL of {"conversations": [messages]}, answers with thoughts'
     )
     from_weight: str = option("dpo", "stage to initialise from")
     batch_size: int = option(8, "sequences in a forward pass of a device")
@@ -155,8 +155,8 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply; the shares of replies that have the format, and
-    that are right too. Each rank answers a part of the questions."""
+    """The first question with the model's reply, and the shares of replies that have the format,
+    and that are right too. Each rank answers a part of the questions."""
     local = questions[ctx.rank :: ctx.world_size]
     settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []

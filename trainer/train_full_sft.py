@@ -12,9 +12,10 @@ to stop, not to ask. The mask comes from the chat template; `python scripts/show
 from dataclasses import dataclass
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LOG, TrainArgs
+from trainer.common.arguments import LOG, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -25,9 +26,7 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
     batch_size: int = option(16, "sequences in a forward pass of a device")
     epochs: int = option(2, "passes through the data")

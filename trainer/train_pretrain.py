@@ -14,9 +14,10 @@ loss.
 from dataclasses import dataclass
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.common.arguments import BATCH_RAMP_HELP, DATASET, TrainArgs
+from trainer.common.arguments import BATCH_RAMP_HELP, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_continuation
@@ -27,7 +28,7 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option([str(DATASET / "pretrain_hq.jsonl")], 'JSONL of {"text": …}')
+    data_path: list[str] = data_option("pretrain", 'JSONL of {"text": …}')
     accumulation_steps: int = option(8, "forward passes of an optimizer step")
     batch_ramp: int = option(200, BATCH_RAMP_HELP)
 

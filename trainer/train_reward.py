@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from dataset.released import data_option
 from model.command_line import option
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import map_pairs
@@ -38,8 +39,8 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "language model to initialise from")
     batch_size: int = option(8, "pairs in a forward pass of a device")

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import DATASET, LORA, ROLLOUT, LoraArgs
+from trainer.common.arguments import LORA, ROLLOUT, LoraArgs
 
 REWARD = "rewards"  # a group of --help
 
@@ -17,8 +18,8 @@ class RolloutArgs(LoraArgs):
     batch_size_flag = "update_batch_size"
     reference_flag = "beta"  # the weight of the KL to the reference; 0: no reference model
 
-    data_path: list[str] = option(
-        [str(DATASET / "rlaif-mini.jsonl")],
+    data_path: list[str] = data_option(
+        "rl",
         'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
     )
     from_weight: str = option("dpo", "stage to initialise from; also the reference")

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.model_lora import add_lora, disable_adapter, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, disable_adapter
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.common.context import Context, unwrap
