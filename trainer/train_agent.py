@@ -244,7 +244,7 @@ def main(args: Args) -> dict[str, Any]:
             run, model, rewards_of, prompts, train_data, generate_episodes
         )
 
-        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        # Advantages: one for the whole episode, so that an early call is credited for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -253,7 +253,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        # Policy loss, as in train_grpo.py; completion_mask leaves out the tools' tokens.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:

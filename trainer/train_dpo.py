@@ -43,7 +43,8 @@ from transformers import PreTrainedTokenizerBase
 from dataset.pairs import PreferenceDataset, collate_pairs
 from dataset.released import data_option
 from model.command_line import option
-from model.model_lora import add_lora, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs

@@ -18,7 +18,8 @@ from typing import Any
 from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import add_lora, lora_state, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, lora_state
 from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, LoraArgs
 from trainer.common.command import run_trainer

@@ -54,13 +54,13 @@ def main(args: Args) -> dict[str, Any]:
                     **batch.inputs,
                     labels=batch.labels,  # unshifted: the model compares logit t with label t + 1
                     # Each micro-batch's loss is a sum over its tokens, divided by the number of
-                    # label tokens in the whole global batch. A mean per micro-batch would count a
-                    # token more in a micro-batch that has few of them.
+                    # label tokens in the whole global batch. A mean per micro-batch would give a
+                    # token more weight in a micro-batch that has few of them.
                     num_items_in_batch=global_batch.num_label_tokens,
                     return_logits=False,  # [B, T, V] would be the largest tensor of the step
                 )
             run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
-        # Update: clip the gradient, set the learning rate, step.
+        # Optimizer step: clip the gradient, set the learning rate, change the weights.
         run.update(model, optimizer)
 
         # Evaluate, log, save.

@@ -74,8 +74,8 @@ def main(args: Args) -> dict[str, Any]:
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(**batch.inputs)
-                # Only the last token has seen the whole answer; a causal model's scores of earlier
-                # tokens would judge half of it.
+                # Only the last token has seen the whole answer. The scores of earlier tokens, in a
+                # causal model, would judge a part of it.
                 scores.append(batch.gather_last(outputs.scores))  # [N, 2]
                 losses = bradley_terry_loss(scores[-1])
             # a mean over the pairs of all ranks

@@ -48,7 +48,7 @@ class Context(Generic[ArgsT]):
             args=args,
             device=device,
             dtype=hardware.resolve_dtype(args.dtype, device),
-            compile=hardware.compiles(device) if args.compile is None else args.compile,
+            compile=hardware.should_compile(device) if args.compile is None else args.compile,
             rank=int(os.environ.get("RANK", 0)),
             world_size=world_size,
         )

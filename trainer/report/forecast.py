@@ -89,7 +89,7 @@ def memory_forecast(
     fitting = min(int((free - fixed) / (per_token * longest)), samples // 2)
     if fitting < 1:
         hint = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
-    elif flag != "batch_size":  # the update is the same, in more parts
+    elif flag != "batch_size":  # the same optimizer step, in more parts
         hint = f"--{flag} {fitting} should fit"
     else:
         steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)

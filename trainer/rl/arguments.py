@@ -23,7 +23,7 @@ class RolloutArgs(LoraArgs):
         'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
     )
     from_weight: str = option("dpo", "stage to initialise from; also the reference")
-    batch_size: int = option(2, "prompts of a device at once")
+    batch_size: int = option(2, "prompts that a device rolls out at once")
     max_seq_len: int = option(256, "most tokens of a prompt; longer ones are left out")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW by default: Muon amplifies the noise of RL gradients"
@@ -40,7 +40,7 @@ class RolloutArgs(LoraArgs):
         64, "completions decoded at once", group=ROLLOUT, may_differ=True, at_least=1
     )
     update_batch_size: int = option(
-        8, "completions in a forward pass of the update", group=ROLLOUT, may_differ=True, at_least=1
+        8, "completions in a forward and backward pass", group=ROLLOUT, may_differ=True, at_least=1
     )
     update_epochs: int = option(1, "passes through the same completions", group=ROLLOUT, at_least=1)
     rollout_url: str = option(
