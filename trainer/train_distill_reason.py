@@ -155,8 +155,8 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply, and the shares of replies that have the format, and
-    that are right too. Each rank answers a part of the questions."""
+    """The first question with the model's reply, and the shares of replies that have the format,
+    and that are right too. Each rank answers a part of the questions."""
     local = questions[ctx.rank :: ctx.world_size]
     settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []
