@@ -1,8 +1,10 @@
 """The tools that MiniMind's agent data offers (agent_rl.jsonl, agent_rl_math.jsonl), as mocks: the
 same call has the same result on every machine and on every day, so that rewards can be repeated.
 
-Weather, time and rates are made up, a translation is marked and not made. calculate_math and
-unit_converter are right: they share the calculator and the units of builtin.py.
+calculate_math and unit_converter are right: they share the calculator and the units of builtin.py.
+Weather, time and rates are made up, and beyond a few phrases a translation is marked and not made.
+Where the published data say what such a tool answers, the tables below say the same: it is 14:30 in
+Shanghai and 28 °C in Beijing, and a dollar costs 7.21 yuan.
 """
 
 import zlib
@@ -22,7 +24,7 @@ from dataset.tools.builtin import (
     tool,
 )
 
-MOMENT = datetime(2025, 1, 1, 4, 0, tzinfo=timezone.utc)  # noon in Shanghai
+MOMENT = datetime(2025, 1, 1, 6, 30, tzinfo=timezone.utc)
 # hours from UTC at that moment, for machines without a database of time zones
 OFFSETS = {
     **{"UTC": 0, "GMT": 0, "Europe/London": 0, "Europe/Berlin": 1, "Europe/Paris": 1},
@@ -31,13 +33,24 @@ OFFSETS = {
     **{"America/New_York": -5, "America/Chicago": -6, "America/Los_Angeles": -8},
 }
 CONDITIONS = {"en": ("sunny", "cloudy", "rainy", "windy"), "zh": ("晴", "多云", "小雨", "大风")}
-USD = {  # what a unit of the currency is worth in US dollars
-    **{"USD": 1.0, "EUR": 1.08, "GBP": 1.27, "CHF": 1.12, "CNY": 0.14, "JPY": 0.0067},
-    **{"HKD": 0.128, "TWD": 0.031, "KRW": 0.00074, "SGD": 0.74, "AUD": 0.65, "CAD": 0.73},
-    **{"NZD": 0.6, "INR": 0.012, "RUB": 0.011, "BRL": 0.18, "THB": 0.028, "SEK": 0.095},
+TEMPERATURES = {"北京": 28, "beijing": 28}  # °C; elsewhere they follow from the name
+YUAN = {  # what a unit of the currency costs
+    **{"CNY": 1.0, "USD": 7.21, "EUR": 7.84, "GBP": 9.15, "CHF": 8.2, "JPY": 0.048, "HKD": 0.93},
+    **{"TWD": 0.22, "KRW": 0.0053, "SGD": 5.4, "AUD": 4.7, "CAD": 5.2, "NZD": 4.3, "INR": 0.086},
+    **{"RUB": 0.08, "BRL": 1.25, "THB": 0.21, "SEK": 0.69},
 }
 CURRENCY_NAMES = {"RMB": "CNY", "人民币": "CNY", "美元": "USD", "欧元": "EUR", "英镑": "GBP"}
 CURRENCY_NAMES |= {"日元": "JPY", "港币": "HKD", "韩元": "KRW"}
+PHRASES = (
+    *(("你好世界", "Hello World"), ("你好", "Hello"), ("谢谢", "Thank you"), ("再见", "Goodbye")),
+    *(("早上好", "Good morning"), ("晚安", "Good night"), ("欢迎", "Welcome"), ("猫", "cat")),
+    *(
+        ("今天天气很好", "The weather is good today"),
+        ("我喜欢读书", "I like reading"),
+        ("狗", "dog"),
+    ),
+)
+ENGLISH, CHINESE = ("english", "en", "英文", "英语"), ("chinese", "zh", "中文", "汉语")
 UNIT_NAMES = {
     **dict(millimeter="mm", millimetre="mm", centimeter="cm", centimetre="cm", meter="m"),
     **dict(metre="m", kilometer="km", kilometre="km", inches="inch", feet="foot", ft="foot"),
@@ -60,7 +73,8 @@ def mock_number(*of: Any) -> int:
 
 
 def unit_converter(value: float, from_unit: str, to_unit: str) -> dict[str, Any]:
-    return {"result": convert_units(value, unit_name(from_unit), unit_name(to_unit))["result"]}
+    converted = convert_units(value, unit_name(from_unit), unit_name(to_unit))["result"]
+    return {"result": plain(round(converted, 4))}
 
 
 def unit_name(unit: str) -> str:
@@ -74,11 +88,12 @@ def unit_name(unit: str) -> str:
 
 
 def weather(location: str) -> dict[str, Any]:
-    number = mock_number(location.strip().casefold())
+    name = location.strip().casefold()
+    number = mock_number(name)
     conditions = CONDITIONS["zh" if is_chinese(location) else "en"]
     return {
         "city": location,
-        "temperature": f"{number % 36 - 2}°C",
+        "temperature": f"{TEMPERATURES.get(name, number % 36 - 2)}°C",
         "humidity": f"{number // 36 % 61 + 30}%",
         "condition": conditions[number // 2196 % len(conditions)],
     }
@@ -99,14 +114,20 @@ def exchange_rate(from_currency: str, to_currency: str) -> dict[str, Any]:
     codes = [each.strip().upper() for each in (from_currency, to_currency)]
     source, target = (CURRENCY_NAMES.get(code, code) for code in codes)
     for code in (source, target):
-        if code not in USD:
-            raise ToolError(f"the currency {code!r} is unknown; known are {', '.join(USD)}")
-    rate = plain(float(f"{USD[source] / USD[target]:.6g}"))
+        if code not in YUAN:
+            raise ToolError(f"the currency {code!r} is unknown; known are {', '.join(YUAN)}")
+    rate = plain(float(f"{YUAN[source] / YUAN[target]:.4g}"))
     return {"from": source, "to": target, "rate": rate}
 
 
 def translate(text: str, target_language: str) -> dict[str, Any]:
-    return {"translated_text": f"[{target_language.strip()}] {text}"}
+    target, source = target_language.strip(), text.strip(" .!。！").casefold()
+    for chinese, english in PHRASES:
+        if source == chinese and target.casefold() in ENGLISH:
+            return {"translated_text": english}
+        if source == english.casefold() and target.casefold() in CHINESE:
+            return {"translated_text": chinese}
+    return {"translated_text": f"[{target}] {text}"}
 
 
 def random_number(min: float, max: float) -> dict[str, Any]:

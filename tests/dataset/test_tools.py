@@ -6,6 +6,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pytest
 
+from dataset.grading import contains
 from dataset.tools import mock
 from dataset.tools.call import call_tool, can_run
 
@@ -148,34 +149,60 @@ def test_a_tool_of_somebodys_data_cannot_be_run():
         (
             "unit_converter",
             {"value": "26", "from_unit": "Miles", "to_unit": "公里"},
-            {"result": 41.842944},
+            {"result": 41.8429},
         ),
         ("unit_converter", {"value": 212, "from_unit": "°F", "to_unit": "C"}, {"result": 100}),
         (
             "get_current_time",
             {},
-            {"datetime": "2025-01-01 12:00:00", "timezone": "Asia/Shanghai"},
+            {"datetime": "2025-01-01 14:30:00", "timezone": "Asia/Shanghai"},
         ),
         (
             "get_current_time",
             {"timezone": "America/New_York"},
-            {"datetime": "2024-12-31 23:00:00", "timezone": "America/New_York"},
+            {"datetime": "2025-01-01 01:30:00", "timezone": "America/New_York"},
         ),
         (
             "get_exchange_rate",
             {"from_currency": "eur", "to_currency": "美元"},
-            {"from": "EUR", "to": "USD", "rate": 1.08},
+            {"from": "EUR", "to": "USD", "rate": 1.087},
         ),
         (
             "translate_text",
-            {"text": "谢谢", "target_language": "English"},
-            {"translated_text": "[English] 谢谢"},
+            {"text": "谢谢！", "target_language": "English"},
+            {"translated_text": "Thank you"},
+        ),
+        (
+            "translate_text",
+            {"text": "good morning", "target_language": "中文"},
+            {"translated_text": "早上好"},
+        ),
+        (
+            "translate_text",
+            {"text": "a boat", "target_language": "French"},
+            {"translated_text": "[French] a boat"},
         ),
         ("text_length", {"text": "床前明月光"}, {"length": 5}),
     ],
 )
 def test_results_of_the_mock_tools(name, arguments, result):
     assert called(name, arguments) == result
+
+
+@pytest.mark.parametrize(
+    "name, arguments, gt",
+    [
+        ("calculate_math", {"expression": "12*12"}, "144"),
+        ("unit_converter", {"value": 100, "from_unit": "km", "to_unit": "miles"}, "62.1371"),
+        ("get_current_weather", {"location": "北京"}, "28"),
+        ("get_current_time", {}, "14:30"),
+        ("get_exchange_rate", {"from_currency": "USD", "to_currency": "CNY"}, "7.21"),
+        ("translate_text", {"text": "你好世界", "target_language": "english"}, "Hello World"),
+    ],
+)
+def test_results_are_those_that_the_data_expect(name, arguments, gt):
+    """A reply that repeats the result contains the "gt" of agent_rl.jsonl."""
+    assert contains(call_tool(name, arguments).text, gt)
 
 
 def test_made_up_results_are_the_same_everywhere():
@@ -203,7 +230,7 @@ def test_times_without_a_database_of_zones(monkeypatch):
 
     monkeypatch.setattr(mock, "ZoneInfo", missing)
     assert (
-        called("get_current_time", {"timezone": "Asia/Tokyo"})["datetime"] == "2025-01-01 13:00:00"
+        called("get_current_time", {"timezone": "Asia/Tokyo"})["datetime"] == "2025-01-01 15:30:00"
     )
     for zone, hours in mock.OFFSETS.items():  # the table agrees with the database
         assert mock.MOMENT.astimezone(ZoneInfo(zone)).utcoffset() == timedelta(hours=hours)

@@ -186,8 +186,8 @@ def evaluate_policy(
     _, metrics = rewards(completions)
     metrics = {**metrics, **completion_stats(completions)}
     sums = ctx.all_reduce_sum(*(number for pair in metrics.values() for number in pair))
-    means = [total / max(1, count) for total, count in zip(sums[::2], sums[1::2], strict=True)]
     sample = ""
     if prompts:
         sample = f"{prompts[0].messages[-1]['content']} ▸ {completions[0].transcript}"
-    return sample, {f"eval_{name}": mean for name, mean in zip(metrics, means, strict=True)}
+    pairs = zip(metrics, sums[::2], sums[1::2], strict=True)
+    return sample, {f"eval_{name}": total / count for name, total, count in pairs if count}
