@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dataset.released import data_option
 from dataset.tools.loop import (
     ERRORS,
     MAX_TURNS,
@@ -54,7 +55,7 @@ from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
@@ -80,9 +81,7 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(train_grpo.Args):
-    data_path: list[str] = option(
-        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
-    )
+    data_path: list[str] = data_option("agent", "JSONL of conversations with tools")
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
@@ -292,7 +291,7 @@ def main(args: Args) -> dict[str, Any]:
         )
         print_sample(ctx, run.step, completions, rewards)
 
-        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        # Advantages: one for the whole episode, so that an early call is credited for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -301,7 +300,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        # Policy loss, as in train_grpo.py; completion_mask leaves out the tools' tokens.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
