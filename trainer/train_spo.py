@@ -247,7 +247,10 @@ def main(args: Args) -> dict[str, Any]:
         indices = local_prompts(ctx, num_prompts, tracker, run.step)
         prompts = [train_data.prompts[index] for index in indices]
         completions = generate_completions(ctx, model, tokenizer, prompts, step=run.step)
-        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
+        # the loader has counted the tokens of its own prompts, which nobody reads
+        unread = sum(batch.num_tokens for batch in global_batch)
+        read = sum(len(each.prompt.ids) + each.num_sampled for each in completions)
+        run.metrics.add_tokens(read - unread)
 
         # Rewards and advantages.
         rewards, metrics = rewards_of(completions)  # [N]
