@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from dataset.grading import read_truth
 from dataset.lm_dataset import encode_chat
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
@@ -19,16 +20,16 @@ from model.weights import save_weights
 from trainer.common.context import Context
 from trainer.rl import rewards, rollout_server
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.prompts import GenerationRequest, Prompt, PromptDataset
+from trainer.rl.prompts import GenerationRequest, Prompt
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import Completion
 
 
 @pytest.fixture
 def make_rewards(tokenizer, tmp_path):
-    """A function that makes Rewards for prompts whose answers are given."""
+    """A function that makes Rewards."""
 
-    def make(*names: str, answers=("4",), **settings) -> Rewards:
+    def make(*names: str, **settings) -> Rewards:
         args = RolloutArgs(
             reward=list(names) or ["auto"],
             data_path=["prompts.jsonl"],
@@ -37,17 +38,18 @@ def make_rewards(tokenizer, tmp_path):
             device="cpu",
             **settings,
         )
-        prompts = PromptDataset([prompt(answer) for answer in answers], 99)
-        return Rewards(Context.create(args), tokenizer, 32, prompts)
+        return Rewards(Context.create(args), tokenizer, 32)
 
     return make
 
 
-def prompt(answer: str | None = "4", question: str = "What is 2 + 2?") -> Prompt:
-    return Prompt(0, [{"role": "user", "content": question}], [5, 6, 7], answer)
+def prompt(answer="4", question: str = "What is 2 + 2?", **more) -> Prompt:
+    """answer: a text; a list, as "gt" has it; or None."""
+    row = {"gt" if isinstance(answer, list) else "answer": answer}
+    return Prompt(0, [{"role": "user", "content": question}], [5, 6, 7], read_truth(row), **more)
 
 
-def said(text: str, answer: str | None = "4", tokens=(8, 9, 10, 2), **more) -> Completion:
+def said(text: str, answer="4", tokens=(8, 9, 10, 2), **more) -> Completion:
     return Completion(prompt(answer, **more), list(tokens), text, True)
 
 
@@ -65,6 +67,14 @@ def said(text: str, answer: str | None = "4", tokens=(8, 9, 10, 2), **more) -> C
         ("similarity", said("4"), 1),
         ("similarity", said("14", answer="12"), 0.5),
         ("similarity", said("five", answer="12"), 0),
+        ("answer", said("12 and 15", answer=["12", "15"]), 1),
+        ("answer", said("It is 15.", answer=["12", "15"]), 0.5),
+        ("answer", said("", answer=["12", "15"]), 0),
+        ("number", said("It is 15.", answer=["12", "15"]), 0.5),
+        ("number", said("", answer="4"), 0),
+        ("answer", said("hm</think>\n\n4", thinking=True), 1),
+        ("answer", said("4 or so", thinking=True), 0),  # the thought has no end
+        ("answer", said("<think>\n\n</think>\n\n4"), 1),
         ("language", said("Vier"), 1),
         ("language", said("四"), 0),
         ("language", said("是 no", question="二加二？"), 1 / 3),
@@ -121,10 +131,10 @@ def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
             raise ZeroDivisionError
         return True
 
-    monkeypatch.setattr(rewards, "grade", moody)
-    total, metrics = make_rewards("answer")([said("4"), said("5")])
+    monkeypatch.setattr(rewards, "same_number", moody)
+    total, metrics = make_rewards("number")([said("4"), said("5")])
     assert total[0] == 1 and math.isnan(total[1])
-    assert metrics["reward"] == metrics["rewards/answer/mean"] == (1, 1)
+    assert metrics["reward"] == metrics["rewards/number/mean"] == (1, 1)
     assert metrics["frac_reward_failed"] == (1, 2)
 
 
@@ -132,9 +142,28 @@ def test_auto_takes_what_is_there(make_rewards, tokenizer, tmp_path):
     assert make_rewards().weights == {"answer": 1}
     assert make_rewards(reasoning=True).weights == {"answer": 1, "format": 0.5}
     own_model(tmp_path, tokenizer)
-    assert make_rewards(answers=("4", None)).weights == {"model": 1}
+    assert make_rewards().weights == {"model": 1}
     their_model(tmp_path / "theirs", tokenizer)
     assert make_rewards(reward_model_path=str(tmp_path / "theirs")).weights == {"transformers": 1}
+
+
+def test_prompts_without_a_right_answer(make_rewards, tokenizer, tmp_path):
+    """A rule cannot judge them, the reward model that is there can; and it judges no others."""
+    known, unknown = prompt(), prompt(None)
+    rewards = make_rewards("answer:0.6", "length:0.4")
+    assert rewards.can_score(known) and not rewards.can_score(unknown)
+    assert make_rewards("length").can_score(unknown)
+
+    own = own_model(tmp_path, tokenizer)
+    assert rewards.can_score(unknown)
+    completions = [said("4"), said("4", answer=None), said("5")]
+    total, metrics = rewards(completions)
+    chat = [*unknown.messages, {"role": "assistant", "content": "4"}]
+    with torch.no_grad():
+        score = own(torch.tensor([encode_chat(tokenizer, chat).ids])).scores[0, -1].item()
+    assert total.tolist() == pytest.approx([0.6 + 0.24, 0.6 * score + 0.24, 0.24], abs=1e-5)
+    assert metrics["rewards/answer/mean"] == (1, 2)
+    assert metrics["rewards/model/mean"] == pytest.approx((score, 1), abs=1e-5)
 
 
 def own_model(folder, tokenizer) -> MiniMindForScoring:
@@ -312,10 +341,12 @@ def test_a_judge_gives_marks(make_rewards, server):
         mark = re.search(r"Answer:\n(.*)", asked)[1]
         return 200, chat_reply(f"{mark}/10" if mark.isdigit() else "hm")
 
-    url, _ = server(answer)
-    total, metrics = make_rewards("judge", judge_url=url)([said(t) for t in ("7", "x", "rude")])
-    assert total[0] == pytest.approx(0.7) and total[1:].isnan().all()
-    assert metrics["frac_reward_failed"] == (2, 3)
+    url, asked = server(answer)
+    completions = [said(text) for text in ("7", "x", "rude", " ")]
+    total, metrics = make_rewards("judge", judge_url=url)(completions)
+    assert total[0] == pytest.approx(0.7) and total[1:3].isnan().all()
+    assert total[3] == 0 and len(asked) == 3  # nothing was said, so nobody is asked
+    assert metrics["frac_reward_failed"] == (2, 4)
 
 
 def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
