@@ -34,10 +34,10 @@ from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fi
 from dataset.grading import Truth, final_answer, read_truth
 from dataset.jsonl import check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
+from dataset.tools import MAX_TURNS
 from dataset.tools.call import Result, Schema, call_tool, can_run, tool_name
 from model.errors import UserError
 
-MAX_TURNS = 4  # replies to one question; without a limit a model may call tools for ever
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
 # What can go wrong. An episode with any of these is scored 0.
 ERRORS = {
