@@ -1,8 +1,8 @@
 """Texts and messages → token ids and the loss mask, the same for every stage and for inference.
 
 - text: <|im_start|> text <|im_end|>, with loss on all of it;
-- conversations: what the chat template renders, with loss on its {% generation %} blocks alone:
-  what the assistant writes, its <|im_end|> included;
+- conversations: what the chat template renders, with loss on what the assistant writes alone, the
+  token that ends its turn included (chat.py);
 - preferences: the chosen and the rejected conversation, with loss where they differ; the messages
   that both begin with are the prompt.
 
@@ -11,32 +11,21 @@ encoded as characters and never as the control token. Tags such as <think> are t
 and in what the assistant writes, and characters in what anybody else writes.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from dataset.jsonl import Row, parse_json
+from dataset.chat import Segments, added_token_patterns, chat_segments
+from dataset.chat_template import Message, parse_tool_fields
+from dataset.jsonl import Row
 from model.errors import UserError
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-)
+__all__ = ["Message", "Segments", "parse_tool_fields"]  # of the chat modules
 ROLES = ("system", "user", "assistant", "tool")
 SIDES = ("chosen", "rejected")
-
-Message = dict[str, Any]
-# A document in segments, each with its loss mask: control tokens as ids, all between them as text.
-Segments = list[tuple[int | str, bool]]
 
 
 @dataclass
@@ -107,48 +96,6 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, documents: list[Segments
     return encoded
 
 
-@dataclass
-class AddedTokenPatterns:
-    """Regular expressions that keep a person's text from being read as control tokens.
-
-    `any_token` matches the empty place after the first character of every added token's name, and
-    `control_token` does so for all of them but the tags: a text split there can no longer be read
-    as one. `special` are the tokens that only the template writes.
-    """
-
-    control_token: re.Pattern
-    any_token: re.Pattern
-    special: dict[str, int]
-    first_characters: set[str]
-
-    def may_be_in(self, text: str) -> bool:
-        """False for most texts, which saves them the slow search for names of tokens."""
-        return any(character in text for character in self.first_characters)
-
-    def split_control_tokens(self, segment: int | str) -> list[int | str]:
-        if isinstance(segment, str) and self.may_be_in(segment):
-            return self.control_token.split(segment)
-        return [segment]
-
-
-@lru_cache(maxsize=8)
-def added_token_patterns(tokenizer: PreTrainedTokenizerBase) -> AddedTokenPatterns:
-    added = tokenizer.added_tokens_decoder
-    names = [token.content for token in added.values()]
-
-    def after_first_character(tokens: Iterable[str]) -> re.Pattern:
-        return re.compile(
-            "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
-        )
-
-    return AddedTokenPatterns(
-        control_token=after_first_character(name for name in names if name not in TAGS),
-        any_token=after_first_character(names),
-        special={token.content: number for number, token in added.items() if token.special},
-        first_characters={name[0] for name in names},
-    )
-
-
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """[V] UTF-8 bytes that each token stands for; 0 for control tokens, which are no text.
 
@@ -164,64 +111,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return sizes
 
 
-# -- messages to segments --------------------------------------------------------------------------
-
-
-def chat_segments(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    template_options: dict[str, Any],
-) -> Segments:
-    """The rendered conversation, split at the control tokens that the template wrote."""
-    patterns = added_token_patterns(tokenizer)
-    separator = unused_character([messages, template_options])
-
-    def escape(value: Any, pattern: re.Pattern) -> Any:
-        """Put the separator inside every name of a token in the texts of a message, so that after
-        rendering the template's own tokens can be told from those that a person wrote."""
-        if isinstance(value, str):
-            return pattern.sub(separator, value) if patterns.may_be_in(value) else value
-        if isinstance(value, list):
-            return [escape(item, pattern) for item in value]
-        if isinstance(value, dict):
-            return {escape(key, pattern): escape(item, pattern) for key, item in value.items()}
-        return value
-
-    # The assistant may write tags such as <think>; nobody else can.
-    escaped = [
-        escape(
-            message,
-            patterns.control_token if message["role"] == "assistant" else patterns.any_token,
-        )
-        for message in map(parse_tool_fields, messages)
-    ]
-    rendered, spans = render_jinja_template(
-        [escaped],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **{**tokenizer.special_tokens_map, **escape(template_options, patterns.any_token)},
-    )
-    text, spans = rendered[0], spans[0]
-
-    split_special = re.compile("(" + "|".join(map(re.escape, patterns.special)) + ")")
-    edges = [0, *(edge for span in spans for edge in span), len(text)]
-    segments: Segments = []
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        has_loss = number % 2 == 1  # every second stretch of text is a {% generation %} block
-        for part in split_special.split(text[start:end]):
-            if part in patterns.special:
-                segments.append((patterns.special[part], has_loss))
-            else:
-                segments += [(plain, has_loss) for plain in part.split(separator) if plain]
-    return segments
-
-
-def unused_character(content: Any) -> str:
-    """A character of Unicode's private use area that occurs nowhere in `content`."""
-    text = json.dumps(content, ensure_ascii=False, default=str)
-    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+# -- messages ------------------------------------------------------------------------------------
 
 
 def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]:
@@ -243,26 +133,6 @@ def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]
     return messages
 
 
-def parse_tool_fields(message: Message) -> Message:
-    """The message with "tools" and "tool_calls" as lists; files may have them as JSON in a string,
-    so that their columns are uniform. UserError if they are neither."""
-    lists = {key: message[key] for key in ("tools", "tool_calls") if message.get(key)}
-    for key, value in lists.items():
-        if isinstance(value, str):
-            try:
-                value = parse_json(value)
-            except UserError as error:
-                raise UserError(f'has "{key}" whose text {error}') from None
-        value = [value] if isinstance(value, dict) else value
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise UserError(f'has "{key}" that are no list of objects')
-        lists[key] = value
-    for call in lists.get("tool_calls", []):
-        if not isinstance((call.get("function") or call).get("name"), str):
-            raise UserError('has a tool call without a "name"')
-    return {**message, **lists}
-
-
 # -- rows of a data file to segments ---------------------------------------------------------------
 
 
@@ -281,7 +151,15 @@ def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segme
     messages = check_messages(row.get("conversations"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
-    return chat_segments(tokenizer, messages, False, {})
+    return check_trained(chat_segments(tokenizer, messages, False, {}))
+
+
+def check_trained(segments: Segments) -> Segments:
+    """UserError if nothing of a document carries loss, as with a {% generation %} mark that the
+    template does not reach."""
+    if not any(has_loss for _, has_loss in segments):
+        raise UserError("has nothing to train on: the tokenizer's chat template marks no answer")
+    return segments
 
 
 def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[Segments, Segments]:
@@ -322,6 +200,7 @@ def completion_segments(
         turns += has_loss and not before
         before = has_loss
         segments.append((segment, has_loss and turns > prompt_turns))
+    check_trained(segments)
     while not segments[-1][1]:
         segments.pop()
     return segments
