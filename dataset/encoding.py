@@ -1,6 +1,6 @@
 """Texts and messages → token ids and the loss mask, the same for every stage and for inference.
 
-- text: <|im_start|> text <|im_end|>, with loss on all of it;
+- text: BOS text EOS, with loss on all of it (ours: <|im_start|> and <|im_end|>);
 - conversations: what the chat template renders, with loss on what the assistant writes alone, the
   token that ends its turn included (chat.py);
 - preferences: the chosen and the rejected conversation, with loss where they differ; the messages
@@ -36,8 +36,20 @@ class Encoded:
     loss_mask: list[bool]
 
 
+def document_edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids before and after the text of a document: BOS, if the tokenizer has one (Qwen has
+    none), and EOS. UserError without EOS: documents could not be told apart, nor end."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no eos_token, with which texts and answers end; name one of its "
+            "tokens in its tokenizer_config.json"
+        )
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos, [tokenizer.eos_token_id]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """<|im_start|> text <|im_end|>, with loss on all of it (nothing predicts the first token)."""
+    """BOS text EOS, with loss on all of it (nothing predicts the first token)."""
     return encode_segments(tokenizer, [text_segments(tokenizer, {"text": text})])[0]
 
 
@@ -143,7 +155,8 @@ def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
         raise UserError('has no "text" (pretraining rows are {"text": "…"})')
     if not text.strip():
         return []
-    return [(tokenizer.bos_token_id, True), (text, True), (tokenizer.eos_token_id, True)]
+    bos, eos = document_edges(tokenizer)
+    return [(part, True) for part in (*bos, text, *eos)]
 
 
 def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:

@@ -354,10 +354,13 @@ def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     if not (path / "tokenizer.json").is_file():
         raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many types: damaged JSON, an unknown model type, …
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
+    if tokenizer.pad_token_id is None:  # what fills a batch is never read: any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.errors import UserError
+from model.inference.engine import eos_ids
 from model.inference.generation import pack_for_cpu_decoding
 from model.inference.loading import load_for_chat, yarn_settings
 from model.model_lora import load_lora, merge_and_unload
@@ -58,6 +60,7 @@ def load_chat_model(
         dtype=resolve_dtype(args.dtype, device),
         yarn=yarn_settings(args),
     )
+    stop_at_end_of_turn(model, tokenizer, in_hf_format=is_hf_folder(args.load_from))
     num_parameters = count_parameters(model)
     in_hf_format = is_hf_folder(args.load_from)
     if args.lora_weight:
@@ -67,6 +70,16 @@ def load_chat_model(
     name = args.load_from if in_hf_format else weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, num_parameters)
+
+
+def stop_at_end_of_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, in_hf_format: bool
+) -> None:
+    """Let replies end at the token with which the chat template ends a turn, which may be another
+    than EOS; a folder of transformers may name still others."""
+    ids = [*(eos_ids(model) if in_hf_format else ()), *stop_tokens(tokenizer)]
+    if ids and set(ids) != set(eos_ids(model)):
+        model.generation_config.eos_token_id = list(dict.fromkeys(ids))
 
 
 def is_hf_folder(folder: str | Path) -> bool:

@@ -129,7 +129,7 @@ def sample_continuation(
     prompt = ids[: max(1, min(12, len(ids) // 2))]
     greedy = SamplingParams(max_new_tokens=length, temperature=0)
     (reply,) = generate(unwrap(model), [prompt], greedy)
-    shown = tokenizer.decode(prompt[1:])
+    shown = tokenizer.decode(prompt, skip_special_tokens=True)
     return f"{shown} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
@@ -25,6 +26,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
     torch.manual_seed(args.seed)
     given = {name: getattr(args, name, None) for name in MiniMindConfig.__annotations__}
     sizes = {name: value for name, value in given.items() if value is not None}
+    sizes |= special_ids(tokenizer)
     if not args.use_moe:  # loaded weights know whether they are a mixture
         del sizes["use_moe"]
     if args.from_weight == "none":
@@ -43,6 +45,17 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
     return model.train()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int] | None]:
+    """The fields of the config that name tokens: a model stops at EOS, and at the token with which
+    the chat template ends a turn, if that is another."""
+    stops = stop_tokens(tokenizer)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:
@@ -105,7 +118,7 @@ def load_split(
     """Documents and the indices to train on, documents and the indices held out. A preference pair
     counts as one document."""
     args = ctx.args
-    missing = "pad_token" if tokenizer.pad_token_id is None else ""
+    missing = "eos_token" if tokenizer.eos_token_id is None else ""
     if kind != "text" and not tokenizer.chat_template:
         missing = "chat_template"
     if missing:
