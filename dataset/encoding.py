@@ -13,15 +13,17 @@ and in what the assistant writes, and characters in what anybody else writes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import Segments, added_token_patterns, chat_segments
+from dataset.chat import Segments, added_token_patterns, chat_segments, stop_tokens
 from dataset.chat_template import Message, parse_tool_fields
 from dataset.jsonl import Row
 from model.errors import UserError
+from model.inference.tokens import decode_name
 
 __all__ = ["Message", "Segments", "parse_tool_fields"]  # of the chat modules
 ROLES = ("system", "user", "assistant", "tool")
@@ -108,19 +110,54 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, documents: list[Segments
     return encoded
 
 
+# -- bytes -----------------------------------------------------------------------------------------
+
+# What tokenizers may change: case, spaces, line breaks, composed, wide and rare characters.
+SAMPLE = "The Ünïcode  tëxt, 12½\n\n\tＡｂ e\u0301 ﬁ 从零开始。 😀 İ\u200d\ufeff ▁ ##x"
+
+
+@lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """[V] UTF-8 bytes that each token stands for; 0 for control tokens, which are no text.
 
     With it a loss in nats per token becomes one in bits per byte, comparable between tokenizers.
+    It is right for a tokenizer that loses nothing; for others `label_bytes` counts in the text.
     """
     sizes = torch.zeros(len(tokenizer), dtype=torch.long)
     added = tokenizer.added_tokens_decoder
     for token, number in tokenizer.get_vocab().items():
-        if number in added:
-            sizes[number] = 0 if added[number].special else len(token.encode())
-        else:
-            sizes[number] = len(token)  # byte-level BPE writes each byte as one character
+        if number not in added:
+            sizes[number] = len(decode_name(tokenizer, token))
+        elif not added[number].special:
+            sizes[number] = len(token.encode())
+        elif number == tokenizer.unk_token_id and number not in stop_tokens(tokenizer):
+            sizes[number] = 1  # stands for text, of any length
     return sizes
+
+
+@lru_cache(maxsize=4)
+def has_exact_token_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the bytes of a text are the sum over its tokens, as in byte-level BPE. A normalizer,
+    a space before each text or unknown characters make them differ."""
+    sizes = token_bytes(tokenizer)
+    texts = [SAMPLE, *SAMPLE.split(), "word", " word"]
+    encoded = encode_segments(tokenizer, [[(text, True)] for text in texts])
+    return all(
+        int(sizes[each.ids].sum()) == len(text.encode())
+        for text, each in zip(texts, encoded, strict=True)
+    )
+
+
+def label_bytes(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> int:
+    """UTF-8 bytes of the text of a document that is predicted and carries loss: all but that of
+    its first token."""
+    texts = [text for text, has_loss in segments if has_loss and isinstance(text, str)]
+    size = sum(len(text.encode()) for text in texts)
+    first = segments[0][0] if segments and segments[0][1] else None
+    if isinstance(first, str):  # a tokenizer without BOS
+        encoding = tokenizer.backend_tokenizer.encode(first[:1000], add_special_tokens=False)
+        size -= len(first[: encoding.offsets[0][1]].encode()) if encoding.offsets else 0
+    return size
 
 
 # -- messages ------------------------------------------------------------------------------------

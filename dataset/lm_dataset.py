@@ -36,6 +36,8 @@ from dataset.encoding import (
     encode_chat,
     encode_segments,
     encode_text,
+    has_exact_token_bytes,
+    label_bytes,
     token_bytes,
 )
 from dataset.jsonl import LineChunk, check_file, error_at, parse_row, read_chunks
@@ -78,7 +80,8 @@ def load_documents(
         workers: processes to tokenise with; default: one a core.
 
     Returns:
-        A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool); its
+        A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool), and
+        where tokens do not tell the bytes of their text, label_bytes (int32); its
         `info.description` is a fingerprint of the tokens, the same for the same data anywhere.
 
     Raises:
@@ -87,6 +90,8 @@ def load_documents(
     files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = [CACHE_VERSION, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, stamps]
+    if not has_exact_token_bytes(tokenizer):
+        key.append("label_bytes")
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     arrow = Path(cache) / f"{name}.arrow"
     try:
@@ -129,6 +134,9 @@ def tokenise_files(
     schema = pa.schema(
         {"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "loss_mask": pa.list_(pa.bool_())}
     )
+    count_bytes = not has_exact_token_bytes(tokenizer)
+    if count_bytes:
+        schema = schema.append(pa.field("label_bytes", pa.int32()))
     ids_hash, lengths_hash = hashlib.sha256(), hashlib.sha256()
     partial = arrow.with_name(f".{arrow.name}.partial")
     size = sum(path.stat().st_size for path in files)
@@ -140,14 +148,14 @@ def tokenise_files(
             chunks = encode_chunks(files, kind, tokenizer, workers)
             while batch := list(islice(chunks, CHUNKS_PER_BATCH)):
                 *columns, bytes_read = zip(*batch, strict=True)
-                ids, loss_mask, lengths = map(np.concatenate, columns)
+                ids, loss_mask, lengths, sizes = map(np.concatenate, columns)
                 ids_hash.update(ids.astype("<i4").tobytes())
                 lengths_hash.update(lengths.astype("<i8").tobytes())
                 offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
                 lists = [
                     pa.ListArray.from_arrays(offsets, pa.array(values))
                     for values in (ids.astype(dtype), loss_mask)
-                ]
+                ] + [pa.array(sizes, pa.int32())] * count_bytes
                 writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
                 bar.update(sum(bytes_read))
         flush_to_disk(partial)
@@ -166,8 +174,8 @@ def flush_to_disk(path: Path) -> None:
 
 # -- chunks of lines, in several processes ---------------------------------------------------------
 
-# (ids, loss mask, lengths of the documents, bytes read of the file)
-EncodedChunk = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+# (ids, loss mask, lengths of the documents, their label_bytes if needed, bytes read of the file)
+EncodedChunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
 
 
 def encode_chunk(tokenizer: PreTrainedTokenizerBase, kind: str, chunk: LineChunk) -> EncodedChunk:
@@ -181,10 +189,12 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, kind: str, chunk: LineChunk
         if segments:
             documents += segments if kind == "preferences" else [segments]
     encoded = encode_segments(tokenizer, documents)
+    counted = [] if has_exact_token_bytes(tokenizer) else documents
     return (
         np.array(list(chain.from_iterable(each.ids for each in encoded)), np.int32),
         np.array(list(chain.from_iterable(each.loss_mask for each in encoded)), bool),
         np.fromiter((len(each.ids) for each in encoded), np.int64),
+        np.fromiter((label_bytes(tokenizer, each) for each in counted), np.int64),
         chunk.bytes_read,
     )
 

@@ -71,6 +71,8 @@ def evaluate_loss(
         text_bytes += sizes[batch.labels[is_text]].sum().item()
         num_label_tokens += batch.num_label_tokens
     model.train()
+    if data.label_bytes is not None:  # of all ranks together
+        text_bytes = data.label_bytes if ctx.is_main else 0
     text_loss, control_loss, text_bytes, num_label_tokens = ctx.all_reduce_sum(
         text_loss, control_loss, text_bytes, num_label_tokens
     )
