@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dataset.released import download_hint
 from model.errors import UserError
 
 Row = dict[str, Any]  # the JSON object of a line
@@ -33,7 +34,8 @@ def check_file(path: str | Path) -> Path:
     """The absolute path of a data file; UserError if it cannot be read."""
     path = Path(path).resolve()
     if not path.exists():
-        raise UserError(f"the data file {path} does not exist; --data_path names another")
+        hint = download_hint(path.name)
+        raise UserError(f"the data file {path} does not exist; {hint}--data_path names another")
     if not path.is_file():
         raise UserError(f"the data file {path} is a folder; name the .jsonl file in it")
     if not os.access(path, os.R_OK):

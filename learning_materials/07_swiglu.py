@@ -116,7 +116,7 @@ def main(lesson: Lesson) -> None:
     left.set(title="what bends", xlabel="z", ylim=(-0.6, 3), xlim=(-5, 3.2))
     for name, curve in errors.items():
         right.semilogy(curve, label=name)
-    right.set(title="learning products", xlabel="update", ylabel="mean squared error")
+    right.set(title="learning products", xlabel="step", ylabel="mean squared error")
     lesson.save(figure)
 
     lesson.exercise("Build x_1 * x_2 exactly from SiLU gates with weights set by hand.", solution_1)

@@ -100,7 +100,7 @@ def main(lesson: Lesson) -> None:
     for vocabulary, curve in curves.items():
         right.plot(curve, label=f"{vocabulary} tokens")
         right.axhline(math.log(vocabulary), color="grey", linestyle=":")
-    right.set(title="training loss (dotted: ln V)", xlabel="update", ylabel="nats per token")
+    right.set(title="training loss (dotted: ln V)", xlabel="step", ylabel="nats per token")
     right.set_ylim(0)
     lesson.save(figure)
 

@@ -117,7 +117,7 @@ def main(lesson: Lesson) -> None:
     ranks, _, learnt, floors = zip(*by_rank, strict=True)
     right.plot(ranks, floors, "k--", label="best possible")
     right.plot(ranks, learnt, "o", label="learnt")
-    left.set(title="another language", xlabel="update", ylabel="nats per token")
+    left.set(title="another language", xlabel="step", ylabel="nats per token")
     right.set(title="a change of rank 4", xlabel="rank of LoRA", ylabel="squared error")
     lesson.save(figure)
 

@@ -114,7 +114,7 @@ def main(lesson: Lesson) -> None:
     figure.colorbar(right.imshow(shares[order].T, aspect="auto", cmap="Blues"))
     right.set(title="share of a word's tokens", xlabel="word (sorted)", ylabel="expert")
     right.grid(False)
-    left.set(title="the busiest expert", xlabel="update", ylabel="times the mean load")
+    left.set(title="the busiest expert", xlabel="step", ylabel="times the mean load")
     lesson.save(figure)
 
     lesson.exercise("Show that k = E gives a dense weighted sum of all experts.", solution_1)

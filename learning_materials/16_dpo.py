@@ -99,7 +99,7 @@ def main(lesson: Lesson) -> None:
         left.plot(*path.T, "o-", markersize=2, label=name)
     left.set(title="the loss (blue) and p(chosen) (lines)", xlabel="theta 1", ylabel="theta 2")
     right.plot(torch.tensor(log)[:, 3:], label=["chosen", "rejected"])
-    right.set(title="a language model: log(pi / pi_ref)", xlabel="update")
+    right.set(title="a language model: log(pi / pi_ref)", xlabel="step")
     lesson.save(figure)
 
     lesson.exercise("At which h does IPO stop, with beta 0.1 and correct labels?", solution_1)

@@ -81,7 +81,7 @@ def main(lesson: Lesson) -> None:
     left.plot(rho, pushed(rho), label=["clip (GRPO)", "simple (SPO)"])
     left.set(title="A = 1: how strongly log pi is pushed up", xlabel="pi / pi_old")
     right.plot(torch.tensor(list(curves.values())).T, label=list(curves))
-    right.set(title="a tiny language", xlabel="update", ylabel="reward: possible pairs")
+    right.set(title="a tiny language", xlabel="step", ylabel="reward: possible pairs")
     lesson.save(figure)
 
     lesson.exercise("At which rho does the gradient vanish for A = -1?", solution_1)

@@ -118,7 +118,7 @@ def main(lesson: Lesson) -> None:
             panel.plot(curves[name], label=name, color="black" if name == "healthy" else None)
         for height in lines.values():
             panel.axhline(height, color="grey", linestyle=":")
-        panel.set(ylim=(0, 8), xlabel="update", ylabel="training loss, nats per token")
+        panel.set(ylim=(0, 8), xlabel="step", ylabel="training loss, nats per token")
     panels[0].set_title("too high (dotted: ln V, frequencies, entropy)")
     panels[1].set_title("too good to be true")
     lesson.save(figure)

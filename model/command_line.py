@@ -32,6 +32,7 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             may_differ: a run may go on with another value after --resume.
             pinned: False where a recipe leaves the value to whoever follows it.
             path: a recipe has it relative to the project's folder.
+            released: the stage of dataset/released.py whose file is the default.
     """
     metadata = {"help": help, "rules": rules}
     if isinstance(default, list):

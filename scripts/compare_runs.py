@@ -17,9 +17,9 @@ from rich.table import Table
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, read_info
-from scripts.make_recipe import files_of, read_log
 from trainer.common.recipes import read_recipe
 from trainer.report.forecast import duration
+from trainer.report.log import files_of, read_log
 from trainer.report.pages import Records, charts, section, shown, table, write_page
 
 COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
@@ -28,7 +28,7 @@ COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "
 @dataclass
 class Args:
     runs: list[str] = option([], "training runs, such as out/pretrain_512 out/pretrain_768")
-    recipe: list[str] = option([], "recipes whose reference runs are included")
+    recipe: list[str] = option([], "recipes whose baselines are shown too")
     output: str = option(str(OUT / "compare.html"), "file of the HTML page")
 
     def __post_init__(self) -> None:

@@ -8,8 +8,9 @@
     python scripts/convert_model.py from-peft my-adapter L.pth --base out/full_sft_512.pth
 
 to-hf writes an ordinary Llama, Qwen, Mixtral or GLM model in the format of transformers, which vLLM
-and others load too. from-hf also reads a bare .pth of an earlier MiniMind. to-gguf, for llama.cpp
-and ollama, reads a .pth or a folder. Each conversion of a model compares the logits before and
+and others load too. from-hf also reads a bare .pth or resume file of an earlier MiniMind, and its
+folders with code of their own, which is not run. to-gguf is for llama.cpp and ollama. All of them
+read a .pth or a folder. Each conversion of a model compares the logits before and
 after, and fails if they differ by more than rounding; to-gguf also compares with llama.cpp itself,
 if llama-cpp-python is installed. `convert_model.py to-gguf --help` lists the flags of to-gguf, and
 likewise for the others.
@@ -30,21 +31,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
 from model.formats import gguf_format
-from model.formats.hf_format import (
-    load_hf_folder,
-    load_transformers,
-    read_hf_config,
-    save_hf_folder,
-)
-from model.inference.loading import yarn_settings
-from model.model_lora import load_lora, load_peft, merge_and_unload, save_lora, save_peft
+from model.formats.hf_format import load_transformers, save_hf_folder
+from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
+from model.formats.native_format import is_native
+from model.model_lora import merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
     read_info,
+    require_tokenizer,
     save_weights,
+    tokenizer_beside,
 )
+from scripts.serving.loading import yarn_settings
 
 # Tolerances of logits, relative to the largest: for the same weights with sums in another order,
 # and for weights or activations rounded to float16 or to 8 bits.
@@ -126,7 +126,7 @@ def to_peft(args: argparse.Namespace) -> None:
 
 def from_peft(args: argparse.Namespace) -> None:
     with atomic_output(args, args.target) as folder:
-        tokenizer = load_tokenizer(args.tokenizer_path)
+        tokenizer = find_tokenizer(args.base, args.tokenizer_path)
         model = load_model(args.base, tokenizer=tokenizer)
         config = load_peft(model, args.source)
         name, _, _ = args.target.stem.removesuffix("_moe").rpartition("_")
@@ -143,29 +143,28 @@ def from_peft(args: argparse.Namespace) -> None:
 def load_source(
     args: argparse.Namespace,
 ) -> tuple[PreTrainedTokenizerBase, MiniMindForCausalLM]:
-    """The model in a `.pth` or a transformers folder; of a folder, the logits are compared with
-    those of transformers."""
+    """The model in a `.pth` or a folder; of another architecture in transformers, the logits are
+    compared with those of transformers."""
     overrides = {name: x for name in CONFIG_FLAGS if (x := getattr(args, name)) is not None}
     overrides |= yarn_settings(args)
-    if args.source.is_dir():
-        read_hf_config(args.source)  # its errors are reported before those of the tokenizer
-        tokenizer = load_tokenizer(args.tokenizer_path or args.source)
-        if overrides:
-            raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
-        model = load_hf_folder(args.source)
-        check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
-        return tokenizer, model
-    if read_info(args.source) is None and not args.tokenizer_path:
-        raise UserError(
-            f"{args.source} does not say which tokenizer it was trained with; name its folder with "
-            "--tokenizer_path (this project's is in model/)"
-        )
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    in_transformers = args.source.is_dir() and not is_native(args.source)
+    if args.source.is_dir() and overrides:
+        raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
+    tokenizer = find_tokenizer(args.source, args.tokenizer_path)
     model = load_model(args.source, tokenizer=tokenizer, **overrides)
-    if read_info(args.source) is None:
+    if in_transformers:
+        check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
+    if args.source.is_file() and read_info(args.source) is None:
         assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in CONFIG_FLAGS)
         print(f"assumed, since shapes do not tell (flags of these names change it): {assumed}")
     return tokenizer, model
+
+
+def find_tokenizer(source: Path, tokenizer_path: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_path, or of the weights; UserError if that is unknown."""
+    tokenizer_path = tokenizer_path or tokenizer_beside(source)
+    require_tokenizer(source, tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 def save_native(
@@ -368,7 +367,7 @@ def make_parser() -> Parser:
         "from-peft", from_peft, "read an adapter of peft", ".pth", reads_model=False
     )
     subparser.add_argument(
-        "--base", type=Path, required=True, help="base model of the adapter, a .pth"
+        "--base", type=Path, required=True, help="base model of the adapter, a .pth or a folder"
     )
     subparser.add_argument("--tokenizer_path", help="folder of the tokenizer")
     return parser

@@ -31,9 +31,10 @@ from rich.table import Table
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
+from model.formats.native_format import is_hf_folder
 from model.weights import OUT, TOKENIZER, write_json
 from scripts.serving.arguments import ModelArgs
-from scripts.serving.loading import ChatModel, is_hf_folder, load_chat_model
+from scripts.serving.loading import ChatModel, load_chat_model
 from trainer.common.hardware import describe_machine, resolve_device
 from trainer.report.plots import save_figure
 

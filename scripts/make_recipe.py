@@ -5,29 +5,27 @@
     python trainer/train_pretrain.py --recipe demo_pretrain
 """
 
-import json
 import os
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, read_info, write_json
-from trainer.common.metrics import with_new_keys
 from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
+from trainer.report.log import files_of, read_log
 
 
 @dataclass
 class Args:
     run: str = option(
-        "", "weights of the run, such as out/pretrain_512.pth, with its log next to them"
+        "", "weights of the run, such as out/pretrain_512.pth, with its log beside them"
     )
     name: str = option("", "name of the recipe")
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
-    band: float = option(0.05, "relative tolerance of bits per byte for a run on track")
+    band: float = option(0.05, "largest relative difference in bits per byte of a run on track")
     machine: str = option("", "machine of the run; default: as recorded")
     folder: str = option(str(RECIPES), "folder of the recipes")
 
@@ -76,26 +74,6 @@ def main(args: Args) -> Path:
     write_json(path, recipe)
     print(f"{path}: {len(flags)} flags, {records[-1]['step']} steps, ±{args.band:.0%}")
     return path
-
-
-def files_of(run: str) -> tuple[Path, Path]:
-    """The weights and the log of a run, from the path of either, with or without its suffix."""
-    stem = run.removesuffix(".pth").removesuffix(".metrics.jsonl")
-    return Path(f"{stem}.pth"), Path(f"{stem}.metrics.jsonl")
-
-
-def read_log(path: Path, stage: str) -> list[dict[str, Any]]:
-    """The records of a stage's metrics.jsonl. UserError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = with_new_keys(map(json.loads, lines), stage)
-        if not all("step" in record for record in records):
-            raise ValueError("a line has no step")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a training log: {error}") from error
-    if not records:
-        raise UserError(f"{path} is empty")
-    return records
 
 
 def relative_to_root(value: str | list[str]) -> str | list[str]:

@@ -32,9 +32,10 @@ from dataset.prepare.deduplication import SHORTEST_QUESTION
 from dataset.prepare.job_dir import JobDir, open_job
 from dataset.prepare.resumable import stamps_of
 from dataset.prepare.sources import check_input
+from dataset.released import DATASET, files_of_set, size_of
 from model.command_line import Parser, option
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, ROOT, load_tokenizer, tokenizer_hash
+from model.weights import OUT, load_tokenizer, tokenizer_hash
 from trainer.report.plots import plt, save_figure
 
 console = Console()
@@ -47,15 +48,21 @@ console = Console()
 class Download:
     """download MiniMind's data files, released weights and the reward model"""
 
-    set: Literal["", "mini", "full"] = option(
-        "", "mini: pretrain_hq and sft_mini_512; full: the files of every stage"
+    set: str = option(
+        "",
+        f"mini ({size_of('mini')}) or full ({size_of('full')}): a file for each stage; of one "
+        "stage: lora, dpo, rlaif, agent; 2025: those that the main branch no longer has",
     )
-    file: list[str] = option([], "data files by name, or a pattern such as 'sft_*.jsonl'")
+    file: list[str] = option(
+        [], "files by name or pattern, such as 'sft_*.jsonl'; with --model of that model"
+    )
     model: list[str] = option([], f"folders of models: {', '.join(hub.MODELS)}, or OWNER/NAME")
     output: str = option("", "folder; default: dataset/, for a model ./NAME")
     hub: Literal["huggingface", "modelscope"] = option("huggingface", "the hub to download from")
     repo: str = option("", "repository of the data files; default: MiniMind's own")
-    revision: str = option("", "branch, tag or commit; default: the newest")
+    revision: str = option(
+        "", "branch, tag or commit; default: the newest, for data files that of released.py"
+    )
     endpoint: str = option("", "address of a mirror; default: HF_ENDPOINT, or the hub itself")
 
 
@@ -262,18 +269,14 @@ def download(args: Download) -> dict[str, Any]:
     if not (args.set or args.file or args.model or args.repo):
         raise UserError("name what to download: --set mini, --file, --model or --repo")
     downloads: list[tuple[str, str, list[str], Path]] = []  # repository, type, files, folder
-    if args.set or args.file or (args.repo and not args.model):
-        names = [*hub.SETS.get(args.set, []), *args.file]
+    data = args.set or args.repo or not args.model
+    if data:
+        names = [*files_of_set(args.set), *args.file]
         repo = args.repo or hub.DATASETS[args.hub]
-        downloads.append((repo, "dataset", names, Path(args.output or ROOT / "dataset")))
-    for name in args.model:
-        if name not in hub.MODELS and "/" not in name:
-            raise UserError(
-                f"no model {name} is known; known: {', '.join(hub.MODELS)}; or OWNER/NAME"
-            )
-        repo = hub.MODELS[name][hub.HUBS.index(args.hub)] if name in hub.MODELS else name
+        downloads.append((repo, "dataset", names, Path(args.output or DATASET)))
+    for repo in [hub.model_repo(name, args.hub) for name in args.model]:
         folder = Path(args.output or ".") / repo.partition("/")[2]
-        downloads.append((repo, "model", [], folder))
+        downloads.append((repo, "model", [] if data else args.file, folder))
     return {
         repo: pipeline.download(
             repo, repo_type, names, folder, args.hub, args.revision, args.endpoint

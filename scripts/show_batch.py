@@ -19,16 +19,19 @@ from rich.text import Text
 from dataset.encoding import SEGMENTERS
 from dataset.lm_dataset import load_documents
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
+from dataset.released import default_data
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.inference.tokens import decode_token_bytes
-from model.weights import ROOT, load_tokenizer
+from model.weights import load_tokenizer
+
+STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "preferences"}
 
 
 @dataclass
 class Args:
     data_path: list[str] = option(
-        [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl or .jsonl.gz"
+        [], "JSONL file(s), .jsonl or .jsonl.gz; default: as for pretraining, SFT or DPO"
     )
     kind: Literal[tuple(SEGMENTERS)] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
@@ -49,7 +52,8 @@ class Args:
 
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
-    documents = load_documents(args.data_path, args.kind, tokenizer)
+    paths = args.data_path or [default_data(STAGE_OF[args.kind])]
+    documents = load_documents(paths, args.kind, tokenizer)
     sequences = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     indices = range(args.first, min(args.first + args.rows, len(sequences)))
     if not indices:

@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from dataset.encoding import TAGS
 from dataset.jsonl import Row, error_at, open_data, parse_row
+from dataset.released import data_option, resolve_data_path
 from dataset.text import count_chinese, is_chinese
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
@@ -72,7 +73,7 @@ HELD_OUT = 100  # every 100th document is held out, to measure on
 
 @dataclass
 class Args:
-    data_path: list[str] = option([], "files to train on: .jsonl, .jsonl.gz or plain text")
+    data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
     file_weight: list[float] = option([], "weight of each of these files (default: 1)")
     zh_weight: float = option(1.0, "weight of documents that contain Chinese")
     row_weight: list[str] = option(
@@ -86,10 +87,9 @@ class Args:
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Train, write and measure; returns {data: {language: characters per token}}."""
+    resolve_data_path(args)
     files = [check_file(path) for path in args.data_path]
     eval_files = [check_file(path) for path in args.eval_path]
-    if not files:
-        raise UserError("there is no text to train on; name it with --data_path")
     smallest = len(CONTROL) + 256
     if args.vocab_size < smallest:
         raise UserError(

@@ -34,6 +34,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.grading import grade
+from dataset.released import data_option
 from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
 from model.command_line import option
 from model.inference.generation import generate
@@ -41,7 +42,7 @@ from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
@@ -71,9 +72,7 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(train_grpo.Args):
-    data_path: list[str] = option(
-        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
-    )
+    data_path: list[str] = data_option("agent", "JSONL of conversations with tools")
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
@@ -245,7 +244,7 @@ def main(args: Args) -> dict[str, Any]:
             run, model, rewards_of, prompts, train_data, generate_episodes
         )
 
-        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        # Advantages: one for the whole episode, so that an early call is credited for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -254,7 +253,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        # Policy loss, as in train_grpo.py; completion_mask leaves out the tools' tokens.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:

@@ -20,7 +20,7 @@ vocabulary.
     β: --mixture
 
 --on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
-answers to the same questions instead of the data's. The teacher's probabilities of each of their
+answers to the same questions instead of the data's. The teacher's probabilities at each of their
 tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
 No gradient goes through the sampling.
 
@@ -37,7 +37,6 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -47,21 +46,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_hf_folder
+from model.formats.native_format import is_hf_folder
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     count_parameters,
-    find_weights,
     load_model,
     load_tokenizer,
+    resolve_weights,
     to_fp16_cpu,
-    tokenizer_hash,
+    tokenizer_beside,
 )
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
     LOG,
     MODEL,
@@ -89,9 +88,7 @@ STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
     teacher_weight: str = option(
         "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
@@ -168,8 +165,11 @@ class Args(TrainArgs):
             given = getattr(self, f"student_{name}")
             if given is not None:
                 setattr(self, name, given)
-        if self.hidden_size is None and not self.from_weight.endswith(".pth"):
+        named_by_stage = not (self.from_weight.endswith(".pth") or is_hf_folder(self.from_weight))
+        if self.hidden_size is None and named_by_stage and not self.preset:
             self.hidden_size = STUDENT_SIZE
+        if not self.tokenizer_path and self.from_weight == "none":  # the two must have the same
+            self.tokenizer_path = tokenizer_beside(self.teacher_weight, self.save_dir)
         super().__post_init__()
         if self.rollout_url and not self.rollout_folder:
             raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
@@ -199,21 +199,10 @@ def load_teacher(
     args: Args, tokenizer: PreTrainedTokenizerBase, student: MiniMindConfig
 ) -> MiniMindForCausalLM:
     """The teacher, frozen. UserError if there is none, or its vocabulary is not the student's."""
-    path = Path(args.teacher_weight)
-    if (path / "config.json").exists():
-        theirs = load_tokenizer(path)
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
-                f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
-            )
-        teacher = load_hf_folder(path)
-    else:
-        if path.suffix != ".pth":
-            width = args.teacher_hidden_size or TEACHER_SIZE
-            kind = dict(newest=False, use_moe=args.teacher_use_moe)
-            path = find_weights(args.teacher_weight, width, args.save_dir, **kind)
-        teacher = load_model(path, tokenizer=tokenizer)
+    kind = dict(newest=False, use_moe=args.teacher_use_moe)
+    width = args.teacher_hidden_size or TEACHER_SIZE
+    path = resolve_weights(args.teacher_weight, width, args.save_dir, **kind)
+    teacher = load_model(path, tokenizer=tokenizer)
     if teacher.config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {path} knows {teacher.config.vocab_size} tokens and the student "
@@ -281,7 +270,8 @@ def evaluate_kl(
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
-    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
+    """Whether this step trains on the student's own answers: evenly spread, so that of any n steps
+    in a row about n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 

@@ -41,11 +41,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
+from dataset.released import data_option
 from model.command_line import option
-from model.model_lora import add_lora, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import map_pairs, sample_answer
@@ -58,8 +60,8 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(LoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     batch_size: int = option(4, "pairs in a forward pass of a device")

@@ -4,7 +4,7 @@ Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3). For 
 completions o_1 … o_G of one prompt, with rewards r_1 … r_G:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)          no critic: the group is the baseline
-    ρ_t = π(o_t) / π_old(o_t)                        1 before the first update from these samples
+    ρ_t = π(o_t) / π_old(o_t)                        1 before the first step on these samples
     k_t = π_ref(o_t) / π(o_t) − log(π_ref(o_t) / π(o_t)) − 1               an estimate of the KL
     L   = −1/G · Σ_i 1/|o_i| · Σ_t [ min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i) − β·k_t ]
 
@@ -27,9 +27,9 @@ completions o_1 … o_G of one prompt, with rewards r_1 … r_G:
 
 Departures from the paper:
 1. The reference is the policy before training throughout, and is not renewed.
-2. By default one update from each set of completions, for which ρ is 1 and the clip never acts.
-3. A completion whose reward could not be computed has the advantage 0, and is left out of its
-   group's mean.
+2. By default one optimizer step per set of completions: ρ is 1, and the clip never acts.
+3. A completion whose reward could not be computed has advantage 0 and is left out of its group's
+   mean.
 
     python trainer/train_grpo.py --from_weight full_sft --reward answer --data_path FILE
 """
@@ -129,9 +129,9 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
         scale: divide by the standard deviation.
     """
     count = (~rewards.isnan()).sum(1, keepdim=True)
-    # Centred within the group and not over the batch: what is to be learnt is which answer to this
+    # Centred within the group and not over the batch: the policy is to learn which answer to this
     # prompt is better. Against the batch's mean, all answers to an easy prompt would look good,
-    # wrong ones too.
+    # even the wrong ones.
     advantages = rewards - rewards.nanmean(1, keepdim=True)
     if scale:
         variance = advantages.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -157,15 +157,16 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
     """
     # Every token of a completion has its advantage: the reward does not say which token earned it.
     ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
-    # Minus, because the optimizer minimises and good completions are to become likelier. At ratio 1
-    # the gradient is that of −A · log π.
+    # Negative, because the optimizer minimises and good completions are to become likelier. At
+    # ratio 1 the gradient is that of −A · log π.
     low, high = args.clip_range
     if args.loss_type == "cispo":
-        # the ratio corrects for samples of π_old as a constant weight; clipped, it is not silenced
+        # The ratio is a constant weight that corrects for sampling from π_old. A clipped token
+        # keeps its gradient.
         loss = -ratio.clamp(max=high).detach() * advantages * log_probs
     else:
-        # The minimum is the pessimistic choice: no gain beyond the clip, but what moved the wrong
-        # way is still pulled back.
+        # The minimum is the pessimistic choice: nothing is gained beyond the clip, but a token that
+        # moved the wrong way is still pulled back.
         clipped = ratio.clamp(1 - low, 1 + high)
         loss = -torch.min(ratio * advantages, clipped * advantages)
     if batch.ref_log_probs is not None:
@@ -176,11 +177,11 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 def aggregate_loss(
     token_losses: Tensor, batch: RolloutBatch, args: Args, stats: UpdateStats
 ) -> Tensor:
-    """A micro-batch's part of the update's loss, from the losses of its tokens, [B, T − 1].
+    """A micro-batch's part of the step's loss, from the losses of its tokens, [B, T − 1].
 
-    Divided by counts of all ranks' micro-batches and not by those of this one, so that the parts
-    add up to the same loss however completions are split into micro-batches and over ranks (bnpo,
-    whose definition is another, excepted).
+    Divided by the counts of all micro-batches on all ranks, so that the parts add up to the same
+    loss however completions are split into micro-batches and over ranks. Only bnpo is defined
+    otherwise.
     """
     mask = batch.completion_mask
     if args.loss_type == "grpo":
@@ -252,7 +253,7 @@ def main(args: Args) -> dict[str, Any]:
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(run, model, rewards_of, prompts, train_data)
 
-        # Advantages and π_ref: fixed for all updates from these completions.
+        # Advantages and π_ref: computed once for these completions.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -261,7 +262,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: one an epoch, from all completions.
+        # Policy loss: one optimizer step per epoch, on all completions.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:

@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import add_lora, lora_state, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, lora_state
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, LoraArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -30,9 +32,7 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(LoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+    data_path: list[str] = data_option("lora", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")

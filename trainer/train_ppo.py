@@ -9,7 +9,7 @@ token pays for its distance from the reference:
     δ_t = r_t + γ · V(s_t+1) − V(s_t)                    V after the last token is 0
     A_t = δ_t + γλ · δ_t+1 + (γλ)² · δ_t+2 + …           GAE; A is then whitened
     R_t = A_t + V_old(s_t)                               the critic's target, before whitening
-    ρ_t = π(o_t) / π_old(o_t)                            1 before the first update
+    ρ_t = π(o_t) / π_old(o_t)                            1 before the first step
 
     L = −mean_t min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t)                                  (eq. 7)
         + vf_coef · ½ · mean_t max((V − R_t)², (clip(V, V_old−ε_v, V_old+ε_v) − R_t)²)
@@ -18,8 +18,8 @@ token pays for its distance from the reference:
     V: values            V_old: batch.values              R: batch.returns   A: batch.advantages
     ε: --clip_epsilon    ε_v: --value_clip                γ: --gamma         λ: --gae_lambda
 
-Each set of completions is used in --update_epochs epochs of --num_minibatches updates, but no
-longer once KL(π ‖ π_old) exceeds --target_kl.
+Each set of completions is used for --update_epochs epochs of --num_minibatches optimizer steps; no
+more steps follow once KL(π ‖ π_old) exceeds --target_kl.
 
 Departures from the paper:
 1. Actor and critic share no weights. The critic starts as a copy of the policy's blocks with a head
@@ -99,7 +99,7 @@ class Args(RolloutArgs):
 
 
 class ActorCritic(nn.Module):
-    """Both models in one module, so that one forward pass, one update and one checkpoint cover
+    """Both models in one module, so that one forward pass, one step and one checkpoint cover
     both, and DistributedDataParallel exchanges the gradients of both."""
 
     def __init__(self, actor: MiniMindForCausalLM, critic: MiniMindForScoring):
@@ -125,8 +125,8 @@ def token_rewards(batch: RolloutBatch, rewards: Tensor, kl_coef: float) -> Tenso
     mask = batch.completion_mask
     r = torch.zeros_like(batch.old_log_probs)
     if batch.ref_log_probs is not None:
-        # The KL is a cost of each token, because each token's distribution may drift, and γ and λ
-        # then charge it to the tokens that led there.
+        # The KL is a cost of each token, because each token's distribution may drift. GAE charges
+        # it to the tokens that led there.
         r = -kl_coef * (batch.old_log_probs - batch.ref_log_probs) * mask
     # The completion is judged as a whole, so its reward is paid when it is complete: with the last
     # token. GAE carries it back to the earlier ones.
@@ -156,8 +156,8 @@ def compute_gae(
 def whiten(ctx: Context, batches: list[RolloutBatch]) -> None:
     """Shift and scale the advantages to mean 0 and standard deviation 1.
 
-    Over the tokens of all ranks and batches: with a mean of its own, each batch would be told that
-    half of its tokens were bad, and the update would depend on how completions are batched.
+    Over the tokens of all ranks and batches: with its own mean, every batch would have bad tokens
+    by definition, and the step would depend on how completions are batched.
     """
     own = torch.cat([batch.advantages[batch.completion_mask] for batch in batches])
     mean, std = mean_std(ctx, own)
@@ -200,7 +200,7 @@ def compute_advantages(
     values = torch.cat([batch.values[batch.completion_mask] for batch in batches])
     # 1: the critic predicts the returns exactly; 0: no better than their mean would
     explained = 1 - ((returns - values).var() / returns.var()).item() if len(returns) > 1 else 0.0
-    count = len(rewards) if math.isfinite(explained) else 0  # not so where all returns are alike
+    count = len(rewards) if math.isfinite(explained) else 0  # no variance: all returns are equal
     return {
         "critic_value": (values.double().sum().item(), len(values)),
         "explained_variance": (explained * count if count else 0.0, count),
@@ -209,8 +209,8 @@ def compute_advantages(
 
 def impute_failed_rewards(rewards: Tensor) -> Tensor:
     """[N] rewards, NaN (the reward could not be computed) replaced by the mean of the others, which
-    neither praises nor blames the completion. PPO cannot leave it out, as GRPO does: the critic
-    would learn that it ends with no reward."""
+    makes the completion neither good nor bad. PPO cannot leave it out, as GRPO does: the critic
+    would learn that it ends with reward 0."""
     return rewards.nan_to_num(rewards.nanmean().item() if len(rewards) else 0.0)
 
 
@@ -229,9 +229,9 @@ def ppo_loss(
     mask, advantages = batch.completion_mask, batch.advantages
     ratio = torch.exp(log_probs - batch.old_log_probs)
     clipped = ratio.clamp(1 - args.clip_epsilon, 1 + args.clip_epsilon)
-    # Minus, because the optimizer minimises and the expected advantage is to grow. The minimum
-    # takes the pessimistic one: beyond the clip nothing more can be gained, so the gradient is 0,
-    # but what moved the wrong way is still pulled back.
+    # Negative, because the optimizer minimises and the expected advantage is to grow. The minimum
+    # is the pessimistic choice: beyond the clip nothing more is gained and the gradient is 0, but a
+    # token that moved the wrong way is still pulled back.
     actor_loss = -torch.min(ratio * advantages, clipped * advantages)
     clipped_values = batch.values + (values - batch.values).clamp(-args.value_clip, args.value_clip)
     critic_loss = 0.5 * torch.max(
@@ -243,8 +243,8 @@ def ppo_loss(
 def minibatches(
     run: Run[Args, PromptBatch], batches: list[RolloutBatch]
 ) -> Iterator[list[RolloutBatch]]:
-    """The batches of each update. Each epoch has another order, the same on all ranks; and on every
-    rank there are as many updates, if need be of a batch without tokens."""
+    """The batches of each optimizer step. Each epoch has another order, the same on all ranks. All
+    ranks make as many steps; one that has no completions left gets a batch without tokens."""
     args = run.ctx.args
     for epoch in range(args.update_epochs):
         generator = torch.Generator().manual_seed(args.seed * 1000 + run.step * 10 + epoch)
@@ -290,14 +290,14 @@ def main(args: Args) -> dict[str, Any]:
         )
         run.metrics.add_tokens(sum(each.num_sampled for each in completions))
 
-        # Rewards and advantages: fixed for all updates from these completions.
+        # Rewards and advantages: computed once for these completions.
         rewards, metrics = rewards_of(completions)  # [N]
         rewards = impute_failed_rewards(rewards)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         metrics |= compute_advantages(run, unwrap(model), reference, batches, rewards)
 
-        # Updates.
+        # Losses of actor and critic: one optimizer step per minibatch.
         for minibatch in minibatches(run, batches):
             stats = UpdateStats(ctx, minibatch)
             for batch in minibatch:
@@ -313,8 +313,8 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(new_log_probs, batch, args.clip_epsilon, args.clip_epsilon)
                 stats.sums["critic_loss"] += critic_loss.item()
             run.update(model, optimizer)
-            # The advantages are those of π_old: the further π is from it, the less they say about
-            # π. The clip limits each token's ratio, but not the sum over all of them.
+            # The advantages are π_old's: the further π moves away, the less they say about π. The
+            # clip limits each token's ratio, but not the sum over all tokens.
             if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
 

@@ -23,10 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from dataset.released import data_option
 from model.command_line import option
 from model.model_minimind import MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import map_pairs
@@ -38,8 +39,8 @@ from trainer.trainer_utils import Run
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "language model to initialise from")
     batch_size: int = option(8, "pairs in a forward pass of a device")
@@ -73,8 +74,8 @@ def main(args: Args) -> dict[str, Any]:
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(**batch.inputs)
-                # Only the last token has seen the whole answer; a causal model's scores of earlier
-                # tokens would judge half of it.
+                # Only the last token has seen the whole answer. The scores of earlier tokens, in a
+                # causal model, would judge a part of it.
                 scores.append(batch.gather_last(outputs.scores))  # [N, 2]
                 losses = bradley_terry_loss(scores[-1])
             # a mean over the pairs of all ranks

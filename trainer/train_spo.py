@@ -26,8 +26,8 @@ plus --beta · KL to the policy before training (k3), summed over tokens and div
     r: scores in [0, 1] A: advantages               log π_old: batch.old_log_probs
 
 Departures from the papers:
-1. D is the sum over the updates since of the mean KL per token, measured on each update's own
-   completions; the paper's needs the old policy.
+1. D is the sum of the mean KL per token of every optimizer step since, each measured on the step's
+   own completions; the paper's D needs the old policy.
 2. Rewards outside [0, 1] (reward models) go through the logistic function for the tracker.
 3. The first values are not estimated from completions sampled beforehand.
 
@@ -112,8 +112,8 @@ class ValueTracker:
 
     def __init__(self, num_prompts: int, args: Args):
         self.args = args
-        # If each update keeps the share ρ_min, evidence sums to at most Σ ρ_min^n = 1/(1 − ρ_min)
-        # completions. The prior has just this weight.
+        # If each sampling keeps the share ρ_min, evidence sums to at most Σ ρ_min^n = 1/(1 − ρ_min)
+        # completions. The prior has exactly this weight.
         evidence = 1 / (1 - args.rho_min)
         self.successes = np.full(num_prompts, evidence * args.first_value)
         self.failures = evidence - self.successes
@@ -128,8 +128,8 @@ class ValueTracker:
     def sample(self, count: int, seed: list[int]) -> np.ndarray:
         """Indices of prompts; none twice, unless there are too few."""
         values = self.values
-        # √(v·(1 − v)) is the standard deviation of a success: where it is 0, the outcome is known
-        # beforehand and the advantage is 0.
+        # √(v·(1 − v)) is the standard deviation of a success: where it is 0, the outcome is certain
+        # and the advantage is 0.
         chances = np.sqrt(values * (1 - values)) + self.args.exploration
         chances = chances / chances.sum()
         replace = bool(count > np.count_nonzero(chances))
@@ -184,7 +184,7 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
         log_probs: [B, T − 1], of the policy that is trained.
         batch: old_log_probs and ref_log_probs (or None), [B, T − 1]; advantages, [B, 1].
     """
-    # Minus in each of them, because the optimizer minimises and completions with A > 0 are to
+    # Negative in each of them, because the optimizer minimises and completions with A > 0 are to
     # become likelier. At ratio 1 all three have the gradient of −A · log π.
     ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
     if args.loss_type == "simple":
@@ -205,7 +205,7 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 def update_kl(
     run: RolloutRun, model: MiniMindForCausalLM, batches: list[RolloutBatch], stats: UpdateStats
 ) -> float:
-    """D of this update: KL(π ‖ π_old) per token of its completions, over all ranks."""
+    """D of this step: KL(π ‖ π_old) per token of its completions, over all ranks."""
     own = sum(
         (kl_estimate(log_probs(run, model, batch), batch.old_log_probs) * batch.completion_mask)
         .sum()
@@ -247,11 +247,11 @@ def main(args: Args) -> dict[str, Any]:
         # Rewards and advantages.
         rewards, metrics = rewards_of(completions)  # [N]
         scores = rewards.clamp(0, 1) if rewards_of.are_bounded else rewards.sigmoid()
-        # The value of before this completion: with its own reward in it, the baseline would depend
-        # on the action, and the gradient would be biased.
+        # The value from before this completion: if it included the completion's own reward, the
+        # baseline would depend on the action, and the gradient would be biased.
         values = torch.from_numpy(tracker.values[indices])
-        # Over the batch of all ranks, and not over a group: the baseline took the prompt's part
-        # away already, so the rest is comparable between prompts.
+        # Over the batch of all ranks, and not over a group: the baseline has already removed the
+        # prompt's difficulty, so what is left can be compared between prompts.
         advantages = normalize(ctx, scores - values).float()[:, None]
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -260,7 +260,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: one an epoch, from all completions.
+        # Policy loss: one optimizer step per epoch, on all completions.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
@@ -269,7 +269,7 @@ def main(args: Args) -> dict[str, Any]:
                     # in the first epoch the policy is still the one that sampled
                     batch.set_old_log_probs(outputs.log_probs)
                     token_losses = policy_loss(outputs.log_probs, batch, args)
-                    # all ranks' tokens: a local mean would weigh tokens by their rank's number
+                    # of all ranks: with a local mean, a token's weight would depend on its rank
                     loss = token_losses.sum() / stats.num_tokens
                 run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
                 stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon)

@@ -55,7 +55,7 @@ def reason(
         base: folder with full_sft_192.pth, the base model.
         data: folder of the demo's data.
         out: folder for weights and logs.
-        max_steps: maximum updates of each training, for a quick test; 0: all.
+        max_steps: most optimizer steps of each training, for a quick test; 0: all.
     """
     out.mkdir(parents=True, exist_ok=True)
     reasoning, direct = data / "r1_mix_1024.jsonl", out / "r1_direct.jsonl"

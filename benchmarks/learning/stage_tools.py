@@ -32,7 +32,7 @@ SFT = """--data_path {data}/tools.jsonl --from_weight {base}/full_sft_{size}.pth
     --max_seq_len 960 --batch_size 4 --learning_rate 8e-4 --log_interval 10"""
 FULL_SFT = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 440"
 PARTIAL_SFT = f"{SFT} --save_weight agent_start --max_steps 190 --lr_schedule constant"
-# Many different questions per update and few episodes of each: that averages out the noise best.
+# Many different questions per step and few episodes of each: that averages out the noise best.
 AGENT = """--data_path {out}/first_questions.jsonl --from_weight {out}/agent_start_{size}.pth
     --save_weight agent_{seed} --batch_size 24 --num_generations 4 --loss_type dr_grpo --beta 0
     --learning_rate 3e-4 --max_seq_len 300 --max_gen_len 64 --max_turns 3 --update_batch_size 16

@@ -65,7 +65,7 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340 in the demo
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-# Many different prompts per update and few answers to each: that averages out the noise best.
+# Many different prompts per step and few answers to each: that averages out the noise best.
 RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
     --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64
     --rollout_batch_size 128 --num_workers 0 --learning_rate 2e-4"""
@@ -134,7 +134,7 @@ class Args:
     jobs: int = option(os.cpu_count() or 1, "number of trainings in parallel")
     output: str = option(str(OUT / "stages"), "folder of data, weights, logs and plot")
     json: str = option(str(OUT / "stages_report.json"), "file of the report")
-    max_steps: int = option(0, "maximum updates of each training, for a quick test; 0: all")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def plot_curves(curves: dict[str, dict[int, list[dict]]], path: Path) -> None:
         for seed, records in seeds.items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
             axis.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
-        axis.set(title=name, xlabel="update", ylabel=f"{metric} in training")
+        axis.set(title=name, xlabel="step", ylabel=f"{metric} in training")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

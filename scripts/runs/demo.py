@@ -35,7 +35,7 @@ HIDDEN_SIZE = 192
 TRIAL_STEPS = 20  # to measure the speed of this machine
 PRETRAIN_SHARE = 0.3  # of the training time; fine-tuning has the rest
 EVALUATION_SECONDS = 30  # reserved after training
-# Small batches, hence many updates: there is little data and little time. Four heads of 48
+# Small batches, hence many steps: there is little data and little time. Four heads of 48
 # dimensions encode positions better than eight of 24; QK norm allows the high learning rate.
 SIZES = f"""--hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
     --num_key_value_heads 4 --qk_norm 1"""
@@ -64,8 +64,8 @@ class Args:
     report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
     started: float = option(0.0, "start time in seconds since the epoch (set by make)")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    minutes: float = option(12.0, "total time; a slower machine makes fewer updates; 0: no limit")
-    max_steps: int = option(0, "maximum updates of each training, for a quick test; 0: all")
+    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
     questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
 
 
@@ -131,7 +131,7 @@ def train(
     argv = [word.format(**values) for word in f"{flags} {COMMON}".split()]
     steps = args.max_steps
     if deadline and not steps:
-        console.print(f"how fast is this machine? {TRIAL_STEPS} updates to find out")
+        console.print(f"how fast is this machine? {TRIAL_STEPS} steps to find out")
         step_seconds = measure_step(trainer, argv, Path(args.output) / "trial")
         steps = max(1, round(share * (deadline - time.time()) / step_seconds))
     argv += ["--max_steps", str(steps)] if steps else []
@@ -184,7 +184,7 @@ def show(console: Console, report: dict, counts: dict[str, int], out: Path, args
         f"{report['parameters'] / 1e6:.2f}M parameters, {report['eval_bpb']:.2f} bits per byte on "
         f"held-out text, {duration(report['seconds'])} in all, of which "
         f"{duration(report['training_seconds'])} training ({report['machine']})\n"
-        f"figures: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"
+        f"results: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"
         f"talk:    python eval_llm.py --save_dir {args.output} --weight full_sft",
         soft_wrap=True,
     )

@@ -53,7 +53,7 @@ QUESTIONS = ["Who are you?", "你是谁？", "I am tired today.", "What is 37 + 
 class Args:
     output: str = option(str(OUT / "demo"), "folder of the demo's data and weights")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    max_steps: int = option(0, "maximum updates, for a quick test; 0: all")
+    max_steps: int = option(0, "most optimizer steps, for a quick test; 0: all")
     questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
     seed: int = option(42, "random seed: replayed chats, initial adapter weights, order")
 

@@ -16,11 +16,16 @@ class ModelArgs:
     load_from: str = option(
         str(TOKENIZER), "./model: own weights from save_dir; else a transformers folder"
     )
-    weight: str = option("full_sft", "own weights: a stage, such as pretrain, or a .pth file")
+    weight: str = option("full_sft", "own weights: a stage, such as pretrain, a .pth or a folder")
     lora_weight: str = option("", "own weights: a LoRA adapter, such as lora_identity, or a .pth")
     hidden_size: int | None = option(None, "own weights: hidden size; default: the newest file")
+    use_moe: bool | None = option(
+        None, "own weights: with experts (1) or without (0); default: the newest file"
+    )
     save_dir: str = option(str(OUT), "folder of own weights")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: load_from")
+    tokenizer_path: str = option(
+        "", "folder of the tokenizer; default: load_from, or beside the weights"
+    )
     inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
     yarn_factor: float | None = option(None, "YaRN: context length / trained length; default: 4")
     yarn_original_length: int | None = option(None, "YaRN: trained length; default: 2048")

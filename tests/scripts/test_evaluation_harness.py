@@ -1,4 +1,4 @@
-"""Benchmarks by the harness: its log-likelihoods of our models, and its figures, by hand."""
+"""Benchmarks by the harness: its log-likelihoods of our models, and its metrics, by hand."""
 
 import csv
 import json
@@ -195,9 +195,9 @@ def test_accuracies_are_those_counted_by_hand(local, save, tokenizer, tmp_path, 
         per = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         byte_right += per.index(max(per)) == correct
     found = results["openbookqa"]
-    assert found["figures"]["acc,none"] == pytest.approx(right / 12)
+    assert found["metrics"]["acc,none"] == pytest.approx(right / 12)
     p = byte_right / 12
-    assert found["accuracy"] == found["figures"]["acc_norm,none"] == pytest.approx(p)
+    assert found["accuracy"] == found["metrics"]["acc_norm,none"] == pytest.approx(p)
     assert found["standard_error"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
     assert found["chance"] == pytest.approx((6 / 3 + 6 / 4) / 12)
     assert results["arc_easy"]["questions"] == results["arc_challenge"]["questions"] == 12
@@ -209,7 +209,7 @@ def test_accuracies_are_those_counted_by_hand(local, save, tokenizer, tmp_path, 
         context = f"Question: {row['goal']}\nAnswer:"
         scores = [likelihood(own, tokenizer, context, row[name]) for name in ("sol1", "sol2")]
         right += scores.index(max(scores)) == int(label)
-    assert results["piqa"]["figures"]["acc,none"] == pytest.approx(right / 6)
+    assert results["piqa"]["metrics"]["acc,none"] == pytest.approx(right / 6)
 
     assert results["gsm8k"]["accuracy"] == 2 / 4 and results["gsm8k"]["chance"] == 0
     assert len(results["ceval"]["subjects"]) == results["ceval"]["questions"] == 52

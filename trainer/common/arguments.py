@@ -6,10 +6,10 @@ from typing import Literal
 from model.command_line import check_values, option
 from model.errors import UserError
 from model.model_lora import ATTENTION_MODULES, LoraConfig
-from model.weights import OUT, ROOT
+from model.presets import PRESETS
+from model.weights import OUT, ROOT, tokenizer_beside
 
 CHECKPOINTS = ROOT / "checkpoints"
-DATASET = ROOT / "dataset"
 LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of it (optimizers.py)"
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
@@ -50,10 +50,16 @@ class TrainArgs:
     )
 
     from_weight: str = option(
-        "none", "stage to initialise from, such as pretrain; none: random weights", group=WEIGHTS
+        "none",
+        "weights to initialise from: a stage, such as pretrain, a .pth or a folder; none: random",
+        group=WEIGHTS,
     )
     tokenizer_path: str = option(
-        "", "folder of the tokenizer; default: model/", group=WEIGHTS, may_differ=True, path=True
+        "",
+        "folder of the tokenizer; default: that of the weights, else model/",
+        group=WEIGHTS,
+        may_differ=True,
+        path=True,
     )
     save_weight: str = option(
         "", "name of the saved weights; default: the stage's", group=WEIGHTS, pinned=False
@@ -102,6 +108,12 @@ class TrainArgs:
         1.0, "largest norm of the gradient; 0: no limit", group=OPTIMIZER, at_least=0
     )
 
+    preset: str = option(
+        "",
+        f"sizes of a released model: {', '.join(PRESETS)}; a flag beside it overrides one",
+        group=MODEL,
+        may_differ=True,
+    )
     hidden_size: int | None = option(
         None, "width; default: 512, or that of from_weight", group=MODEL
     )
@@ -110,6 +122,15 @@ class TrainArgs:
     )
     num_attention_heads: int | None = option(None, "query heads; default: 8", group=MODEL)
     num_key_value_heads: int | None = option(None, "key/value heads; default: 2", group=MODEL)
+    intermediate_size: int | None = option(
+        None,
+        "width of the feed-forward layer; default: 8/3 of hidden_size",
+        group=MODEL,
+        at_least=1,
+    )
+    rms_norm_eps: float | None = option(
+        None, "added to the mean square in RMSNorm; default: 1e-5", group=MODEL, above=0
+    )
     qk_norm: bool | None = option(
         None, "normalise queries and keys, as Qwen3 and MiniMind-3", group=MODEL
     )
@@ -211,6 +232,9 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         """UserError for values that make no sense, before anything is loaded."""
+        self.use_preset()
+        if not self.tokenizer_path:
+            self.tokenizer_path = tokenizer_beside(self.from_weight, self.save_dir)
         check_values(self)
         self.resume = self.resume or self.from_resume
         new, given = self.from_weight == "none", self.bias_update_speed is not None
@@ -218,6 +242,14 @@ class TrainArgs:
             raise UserError("--bias_update_speed has no effect without --scoring_func sigmoid")
         if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
             raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")
+
+    def use_preset(self) -> None:
+        """Set the sizes of --preset that no flag has set."""
+        if self.preset and self.preset not in PRESETS:
+            raise UserError(f"--preset is one of {', '.join(PRESETS)}, not {self.preset}")
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) in (None, False):
+                setattr(self, name, value)
 
 
 @dataclass

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from model.command_line import parse_arguments
 from model.errors import UserError, exit_on_user_error
+from model.presets import with_preset
 from trainer.common.hardware import is_oom
 from trainer.common.recipes import with_recipe
 
@@ -28,7 +29,8 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
     try:
         with exit_on_user_error():
             try:
-                main(parse_arguments(args_class, about, with_recipe(sys.argv[1:], args_class)))
+                argv = with_preset(with_recipe(sys.argv[1:], args_class))
+                main(parse_arguments(args_class, about, argv))
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
                 ignore_dead_workers()

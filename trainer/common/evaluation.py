@@ -27,7 +27,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable)
 
 def eager(evaluate: FunctionT) -> FunctionT:
     """Run without compiled blocks: they are compiled for the shapes of training, and a KV cache or
-    another shape would be compiled anew. The function's first argument is the context."""
+    another shape would start a new compilation. The function's first argument is the context."""
 
     @wraps(evaluate)
     def evaluate_eagerly(ctx: Context, *args, **settings) -> Any:
@@ -45,7 +45,7 @@ def evaluate_loss(
     tokenizer: PreTrainedTokenizerBase,
     data: PackedDataset,
 ) -> dict[str, float]:
-    """Loss on held-out sequences, which the ranks share out between them.
+    """Loss on held-out sequences; each rank evaluates a part of them.
 
     Returns:
         eval_loss: nats per label token.
@@ -98,8 +98,8 @@ def map_pairs(
     title: str = "",
     oom_hint: str = "try a smaller one",
 ) -> Tensor:
-    """`function(model, batch)` of both sides of every pair, [pairs, 2]; the ranks share the pairs
-    out between them. With a title, under a progress bar."""
+    """`function(model, batch)` of both sides of every pair, [pairs, 2], on all ranks; each rank
+    computes a part of the pairs. With a title there is a progress bar."""
     model = unwrap(model)
     values = torch.zeros(len(pairs), 2, device=ctx.device)
     order = np.argsort(pairs.lengths.max(1), kind="stable")  # similar lengths: little padding
@@ -112,7 +112,7 @@ def map_pairs(
             values[some] = function(model, batch.to(ctx.device)).float()
     model.train()
     if ctx.world_size > 1:
-        dist.all_reduce(values)  # each pair is 0 on all ranks but one
+        dist.all_reduce(values)  # a pair's values are 0 on all ranks but the one that computed them
     return values
 
 

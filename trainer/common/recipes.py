@@ -1,10 +1,10 @@
-"""Recipes: trainings that anyone can repeat, with the curve that came out when they were written.
+"""Recipes: trainings that anyone can repeat, each with the log of a baseline to compare with.
 
-benchmarks/recipes/NAME.json pins the flags, the seed, the hashes of data and tokenizer, and the log
-of the run that it was made from. `--recipe NAME` gives a trainer these flags, and at every
-evaluation the run says whether it is on track: its held-out bits per byte are within `tolerance` of
-that run's at the same number of tokens. Flags on the command line override the recipe's, and the
-run says so. scripts/make_recipe.py writes a recipe from a finished run.
+benchmarks/recipes/NAME.json has the flags, the seed, the hashes of data and tokenizer, and the log
+of the baseline, the run that it was made from. `--recipe NAME` gives a trainer these flags, and at
+every evaluation the run says whether it is on track: its held-out bits per byte are within
+`tolerance` of the baseline's at the same number of tokens. Flags on the command line override the
+recipe's, and the run lists them. scripts/make_recipe.py writes a recipe from a finished run.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def prepare_hint(recipe: dict[str, Any]) -> str:
 
 
 class RecipeComparison:
-    """The run that a recipe was made from, for a run that follows the recipe.
+    """Compares a run that follows a recipe with the recipe's baseline.
 
     Raises:
         UserError: the recipe is for another stage, or its data have changed.
@@ -131,24 +131,24 @@ class RecipeComparison:
             "held_out": val_data and val_data.fingerprint,
             "tokenizer": tokenizer_hash(tokenizer),
         }
-        other = [what for what, found in hashes.items() if recipe.get(what, found) != found]
+        differ = [what for what, found in hashes.items() if recipe.get(what, found) != found]
         same_files = all(
             resolve_paths(getattr(args, name)) == resolve_paths(pinned.get(name, []))
             for name in ("data_path", "val_path")
         )
-        if other and same_files:
+        if differ and same_files:
+            what = differ[0]
             raise UserError(
-                f"recipe {self.name} pins {other[0]} {recipe[other[0]]}, and this is "
-                f"{hashes[other[0]]}{prepare_hint(recipe)}, as it was then; or name other data "
-                "with --data_path"
+                f"recipe {self.name} pins {what} {recipe[what]}, and this is {hashes[what]}"
+                f"{prepare_hint(recipe)}, as it was then; or name other data with --data_path"
             )
-        self.overrides += [f"another {what}" for what in other]
+        self.overrides += [f"other {what}" for what in differ]
         points = [(r["num_tokens"], r[METRIC]) for r in self.history if METRIC in r]
-        self.curve = [] if "held_out" in other or "data" in other else points
+        self.curve = [] if "held_out" in differ or "data" in differ else points
 
     def lines(self) -> list[str]:
         """What to print before the first step."""
-        lines = [f"recipe {self.name}: compared with the run of {self.provenance}"]
+        lines = [f"recipe {self.name}: compared with its baseline of {self.provenance}"]
         if self.overrides:
             lines = [f"{lines[0]}, but with {'; '.join(self.overrides)}"]
         if not self.curve:
@@ -163,12 +163,12 @@ class RecipeComparison:
         return float(np.interp(num_tokens, tokens, values))
 
     def expected_metrics(self, record: dict[str, Any]) -> dict[str, float]:
-        """What the recipe's run had at this record of a log, to be written into it."""
+        """The baseline's metric at this record of a log, to be written into it."""
         expected = self.expected(record["num_tokens"]) if METRIC in record else None
         return {} if expected is None else {f"recipe_{METRIC}": round(expected, 4)}
 
     def status(self, history: list[dict[str, Any]]) -> str:
-        """Whether a run is on track at its latest evaluation; "" where nothing can be said."""
+        """Whether a run is on track at its latest evaluation; "" if there is nothing to compare."""
         found = [record for record in history if METRIC in record]
         if not found or f"recipe_{METRIC}" not in found[-1]:
             return ""

@@ -1,7 +1,6 @@
 """What a training starts from: the model, the data to train on, and the held-out data."""
 
 import math
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,7 +15,7 @@ from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
-from model.weights import find_weights, load_model
+from model.weights import load_model, require_tokenizer, resolve_weights
 from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context, ModelT
 
@@ -27,7 +26,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
     given = {name: getattr(args, name, None) for name in MiniMindConfig.__annotations__}
     sizes = {name: value for name, value in given.items() if value is not None}
     sizes |= special_ids(tokenizer)
-    if not args.use_moe:  # loaded weights know whether they are a mixture
+    if not args.use_moe and not args.preset:  # loaded weights know whether they are a mixture
         del sizes["use_moe"]
     if args.from_weight == "none":
         try:
@@ -36,11 +35,10 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
             raise UserError(f"these sizes do not make a model: {error}") from error
         model = MiniMindForCausalLM(config)
     else:
-        path = Path(args.from_weight)
-        if path.suffix != ".pth":
-            kind = dict(newest=False, use_moe=args.use_moe)
-            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
+        kind = dict(newest=False, use_moe=args.use_moe)
+        path = resolve_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
         model = load_model(path, tokenizer=tokenizer, **sizes)
+        require_tokenizer(path, args.tokenizer_path)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
@@ -59,8 +57,8 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int]
 
 
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:
-    """The model on this rank's device, compiled where that pays, and with gradients averaged over
-    the ranks."""
+    """The model on this rank's device, with compiled blocks if the context says so, and with
+    gradients averaged over the ranks."""
     model = model.to(ctx.device)
     if ctx.compile:  # block by block: they share one compilation
         for module in model.modules():

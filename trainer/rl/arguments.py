@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import DATASET, LORA, ROLLOUT, LoraArgs
+from trainer.common.arguments import LORA, ROLLOUT, LoraArgs
 
 REWARD = "rewards"  # a group of --help
 
@@ -17,12 +18,12 @@ class RolloutArgs(LoraArgs):
     batch_size_flag = "update_batch_size"
     reference_flag = "beta"  # the weight of the KL to the reference; 0: no reference model
 
-    data_path: list[str] = option(
-        [str(DATASET / "rlaif-mini.jsonl")],
+    data_path: list[str] = data_option(
+        "rl",
         'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
     )
     from_weight: str = option("dpo", "stage to initialise from; also the reference")
-    batch_size: int = option(2, "prompts of a device at once")
+    batch_size: int = option(2, "prompts that a device rolls out at once")
     max_seq_len: int = option(256, "most tokens of a prompt; longer ones are left out")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW by default: Muon amplifies the noise of RL gradients"
@@ -39,7 +40,7 @@ class RolloutArgs(LoraArgs):
         64, "completions decoded at once", group=ROLLOUT, may_differ=True, at_least=1
     )
     update_batch_size: int = option(
-        8, "completions in a forward pass of the update", group=ROLLOUT, may_differ=True, at_least=1
+        8, "completions in a forward and backward pass", group=ROLLOUT, may_differ=True, at_least=1
     )
     update_epochs: int = option(1, "passes through the same completions", group=ROLLOUT, at_least=1)
     rollout_url: str = option(

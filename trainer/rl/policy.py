@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model.model_lora import add_lora, disable_adapter, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, disable_adapter
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
 from trainer.common.context import Context, unwrap
@@ -36,8 +37,8 @@ def make_save_fn(args: RolloutArgs, policy_of: Callable = lambda model: model) -
 def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:
     """The model's arguments for the log-probs of a batch.
 
-    The policy is the distribution that was sampled from, so logits are divided by the temperature
-    of sampling here too; else the ratio would not be 1 before the first update.
+    The policy is the distribution that was sampled from, so logits are divided by the sampling
+    temperature here too; otherwise the ratio would not be 1 before the first step.
     """
     return dict(
         **batch.inputs,
@@ -51,8 +52,8 @@ def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:
 def log_probs(run: RolloutRun, model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
     """log π of each token of the completions, [B, T − 1], without gradient.
 
-    The same computation as in an update. The engine's own log-probs would be cheaper, but a KV
-    cache adds up in another order, and the ratio would differ from 1 by rounding.
+    The same computation as in training. The engine's own log-probs would be cheaper, but with a KV
+    cache sums are made in another order, and the ratio would differ from 1 by rounding.
     """
     with torch.no_grad(), run.forward(unwrap(model), sync=False):
         return unwrap(model)(**policy_inputs(batch, run.ctx.args.temperature)).log_probs

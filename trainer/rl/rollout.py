@@ -5,7 +5,7 @@
     batches = micro_batches(completions, …)                  # sorted by length, padded
 
 A server (--rollout_url) is vLLM, SGLang or whatever else speaks OpenAI's API. The random numbers of
-a completion depend on --seed, update and prompt alone, so that any number of ranks samples the same
+a completion depend on --seed, step and prompt alone, so that any number of ranks samples the same
 completions.
 """
 

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.errors import UserError
-from model.model_lora import LoraConfig, add_lora, lora_layers, lora_state, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import LoraConfig, add_lora, lora_layers, lora_state
 from model.weights import load_model
 from scripts import convert_model
 
@@ -89,7 +90,6 @@ def test_an_adapter_of_experts_cannot_become_peft(save, tokenizer, tmp_path):
         dict(r=0),
         dict(lora_alpha=None),
         dict(lora_dropout=2),
-        dict(target_modules=None),
         dict(peft_type="IA3"),
         dict(fan_in_fan_out=True),
     ],
