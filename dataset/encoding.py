@@ -11,6 +11,8 @@ encoded as characters and never as the control token. Tags such as <think> are t
 and in what the assistant writes, and characters in what anybody else writes.
 """
 
+import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,10 +70,17 @@ def encode_chat(
         messages: SPEC's messages: "role", "content", and perhaps "tools" (in a first system
             message), "tool_calls" and "reasoning_content".
         add_generation_prompt: end with the header of an assistant's turn, for it to answer.
-        template_options: variables of the template, such as tools or open_thinking.
+        template_options: variables of the template: tools, and open_thinking (default False), which
+            templates that call it enable_thinking get by that name too.
     """
     segments = chat_segments(tokenizer, messages, add_generation_prompt, template_options)
     return encode_segments(tokenizer, [segments])[0]
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> bool:
+    """Whether a prompt ends within a thought, so that the reply begins there. With open_thinking
+    some templates end so, and others leave it to the model to begin one."""
+    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
 
 
 # -- segments to tokens ----------------------------------------------------------------------------
@@ -196,12 +205,34 @@ def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     return [(part, True) for part in (*bos, text, *eos)]
 
 
-def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
+def conversation_segments(
+    tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
+) -> Segments:
     """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}."""
     messages = check_messages(row.get("conversations"))
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
+    (messages,) = with_empty_thoughts(empty_think_ratio, messages)
     return check_trained(chat_segments(tokenizer, messages, False, {}))
+
+
+def with_empty_thoughts(ratio: float, *conversations: list[Message]) -> list[list[Message]]:
+    """Conversations of a row, whose answers get an empty thought in a share `ratio` of the rows. A
+    row that has thoughts stays as it is.
+
+    A model that learns from rows with thoughts and rows without cannot know which is wanted. After
+    an empty thought in a prompt, it has never seen anything but an answer.
+    """
+    everything = [message for messages in conversations for message in messages]
+    thinks = any(m.get("reasoning_content") or "<think>" in m["content"] for m in everything)
+    first = json.dumps(everything[:2], sort_keys=True, ensure_ascii=False)
+    # a number from 0 to 1 that depends on the row alone, and not on processes or order
+    if thinks or zlib.crc32(first.encode()) / 2**32 >= ratio:
+        return list(conversations)
+    return [
+        [{**m, "empty_think": True} if m["role"] == "assistant" else m for m in messages]
+        for messages in conversations
+    ]
 
 
 def check_trained(segments: Segments) -> Segments:
@@ -212,7 +243,9 @@ def check_trained(segments: Segments) -> Segments:
     return segments
 
 
-def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[Segments, Segments]:
+def preference_segments(
+    tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
+) -> tuple[Segments, Segments]:
     """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
     if not (row.get("chosen") and row.get("rejected")):
         lacking = " and ".join(f'"{side}"' for side in SIDES if not row.get(side))
@@ -232,6 +265,7 @@ def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[S
                 f"has a {role} message where the two sides begin to differ: both must answer the "
                 "same prompt"
             )
+    chosen, rejected = with_empty_thoughts(empty_think_ratio, chosen, rejected)
     return (
         completion_segments(tokenizer, chosen, chosen[:shared]),
         completion_segments(tokenizer, rejected, chosen[:shared]),
@@ -256,7 +290,7 @@ def completion_segments(
     return segments
 
 
-SEGMENTERS: dict[str, Callable[[PreTrainedTokenizerBase, Row], Any]] = {
+SEGMENTERS: dict[str, Callable[..., Any]] = {  # (tokenizer, row, options)
     "text": text_segments,
     "conversations": conversation_segments,
     "preferences": preference_segments,  # two documents a row

@@ -13,6 +13,7 @@ time is a whole file in RAM.
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +42,7 @@ from dataset.encoding import (
     label_bytes,
     token_bytes,
 )
-from dataset.jsonl import LineChunk, check_file, error_at, parse_row, read_chunks
+from dataset.jsonl import LineChunk, check_file, error_at, parse_row, read_chunks, read_lines
 from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash
 
@@ -69,6 +71,7 @@ def load_documents(
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    empty_think_ratio: float = 0.0,
     workers: int | None = None,
     cache: Path | str = CACHE,
 ) -> Dataset:
@@ -77,6 +80,7 @@ def load_documents(
     Args:
         kind: of the rows, a key of SEGMENTERS. Documents 2i and 2i + 1 of "preferences" are the
             chosen and the rejected side of pair i.
+        empty_think_ratio: of the rows of messages without thoughts, the share that gets empty ones.
         workers: processes to tokenise with; default: one a core.
 
     Returns:
@@ -92,13 +96,16 @@ def load_documents(
     key = [CACHE_VERSION, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, stamps]
     if not has_exact_token_bytes(tokenizer):
         key.append("label_bytes")
+    options = {"empty_think_ratio": empty_think_ratio} if empty_think_ratio else {}
+    key += options.items()
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     arrow = Path(cache) / f"{name}.arrow"
     try:
         arrow.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(arrow.with_suffix(".lock")):  # several ranks, or runs, tokenise it once
             if not is_complete(arrow):
-                tokenise_files(files, kind, tokenizer, arrow, workers or os.cpu_count() or 1)
+                workers = workers or os.cpu_count() or 1
+                tokenise_files(files, kind, tokenizer, arrow, workers, options)
     except OSError as error:  # a full disk too
         why = error.strerror or error
         raise UserError(
@@ -128,8 +135,13 @@ def tokenise_files(
     tokenizer: PreTrainedTokenizerBase,
     arrow: Path,
     workers: int,
+    options: dict[str, Any],
 ) -> None:
-    """Write the tokens of all documents to `arrow`, which appears only when it is complete."""
+    """Write the tokens of all documents to `arrow`, which appears only when it is complete.
+
+    Args:
+        options: of the function in SEGMENTERS.
+    """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     schema = pa.schema(
         {"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "loss_mask": pa.list_(pa.bool_())}
@@ -145,7 +157,7 @@ def tokenise_files(
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            chunks = encode_chunks(files, kind, tokenizer, workers)
+            chunks = encode_chunks(files, kind, tokenizer, workers, options)
             while batch := list(islice(chunks, CHUNKS_PER_BATCH)):
                 *columns, bytes_read = zip(*batch, strict=True)
                 ids, loss_mask, lengths, sizes = map(np.concatenate, columns)
@@ -178,14 +190,16 @@ def flush_to_disk(path: Path) -> None:
 EncodedChunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
 
 
-def encode_chunk(tokenizer: PreTrainedTokenizerBase, kind: str, chunk: LineChunk) -> EncodedChunk:
+def encode_chunk(
+    tokenizer: PreTrainedTokenizerBase, kind: str, options: dict[str, Any], chunk: LineChunk
+) -> EncodedChunk:
     """Parse and encode a chunk of lines; empty lines and empty texts give no document."""
     documents = []
     for number, line in enumerate(chunk.lines, start=chunk.first):
         if not line.strip():
             continue
         with error_at(chunk.path, number):
-            segments = SEGMENTERS[kind](tokenizer, parse_row(line))
+            segments = SEGMENTERS[kind](tokenizer, parse_row(line), **options)
         if segments:
             documents += segments if kind == "preferences" else [segments]
     encoded = encode_segments(tokenizer, documents)
@@ -200,13 +214,17 @@ def encode_chunk(tokenizer: PreTrainedTokenizerBase, kind: str, chunk: LineChunk
 
 
 def encode_chunks(
-    files: list[Path], kind: str, tokenizer: PreTrainedTokenizerBase, workers: int
+    files: list[Path],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: int,
+    options: dict[str, Any],
 ) -> Iterator[EncodedChunk]:
     """All chunks of all files, in the files' order."""
     chunks = (chunk for path in files for chunk in read_chunks(path, LINES_PER_CHUNK))
     if workers == 1:
         for chunk in chunks:
-            yield encode_chunk(tokenizer, kind, chunk)
+            yield encode_chunk(tokenizer, kind, options, chunk)
         return
     # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -216,7 +234,7 @@ def encode_chunks(
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(encode_chunk_in_worker, kind, chunk))
+                waiting.append(pool.submit(encode_chunk_in_worker, kind, options, chunk))
                 if len(waiting) > 2 * workers:  # bounds what is in memory
                     yield waiting.popleft().result()
             while waiting:
@@ -241,5 +259,16 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def encode_chunk_in_worker(kind: str, chunk: LineChunk) -> EncodedChunk:
-    return encode_chunk(worker_tokenizer, kind, chunk)
+def encode_chunk_in_worker(kind: str, options: dict[str, Any], chunk: LineChunk) -> EncodedChunk:
+    return encode_chunk(worker_tokenizer, kind, options, chunk)
+
+
+# -- thoughts --------------------------------------------------------------------------------------
+
+THOUGHT = re.compile(rb'"reasoning_content"\s*:\s*"[^"]|<think>')
+
+
+def has_thoughts(paths: Sequence[str | Path]) -> bool:
+    """Whether any row of the files has a thought."""
+    lines = (line for path in paths for _, line in read_lines(check_file(path)))
+    return any(THOUGHT.search(line) for line in lines)

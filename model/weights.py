@@ -31,6 +31,7 @@ from model.errors import UserError
 from model.formats.hf_format import load_hf_folder
 from model.formats.minimind_format import check_state, config_from_shapes, make_config, read_state
 from model.formats.native_format import is_hf_folder
+from model.inference.thinking import close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,7 +204,8 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
-    write_json(path.with_suffix(".json"), {**info, **config})
+    thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
+    write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
         torch.save(state, file)
     return path
@@ -303,6 +305,8 @@ def resolve_config(
     config = make_config(known, overrides, path, ".json" if info else "")
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
+        if info and info.get("empty_think"):
+            close_thoughts(tokenizer)
     return config
 
 

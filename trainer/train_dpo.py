@@ -47,7 +47,7 @@ from model.formats.lora_format import save_lora
 from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
+from trainer.common.arguments import DATA, EMPTY_THINK_HELP, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import map_pairs, sample_answer
@@ -87,6 +87,9 @@ class Args(LoraArgs):
         0.0, "weight of the chosen answer's own loss (RPO)", group=STAGE, at_least=0
     )
     use_lora: bool = option(False, "train an adapter only, saved as lora/dpo", group=LORA)
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+    )
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
     )

@@ -15,7 +15,7 @@ from typing import Any
 from dataset.released import data_option
 from model.command_line import option
 from model.weights import load_tokenizer
-from trainer.common.arguments import LOG, TrainArgs
+from trainer.common.arguments import DATA, EMPTY_THINK_HELP, LOG, TrainArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -30,6 +30,9 @@ class Args(TrainArgs):
     from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
     batch_size: int = option(16, "sequences in a forward pass of a device")
     epochs: int = option(2, "passes through the data")
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+    )
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
     )

@@ -21,7 +21,7 @@ from model.errors import UserError
 from model.formats.lora_format import save_lora
 from model.model_lora import add_lora, lora_state
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, LoraArgs
+from trainer.common.arguments import DATA, EMPTY_THINK_HELP, LEARNING_RATE_HELP, LOG, LORA, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -37,6 +37,9 @@ class Args(LoraArgs):
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")
     lora_name: str = option("", "the adapter's; default: that of the data file", group=LORA)
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+    )
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
     )

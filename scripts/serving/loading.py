@@ -12,6 +12,7 @@ from model.formats.lora_format import load_lora, resolve_lora
 from model.formats.native_format import is_hf_folder, is_native
 from model.inference.engine import eos_ids
 from model.inference.generation import pack_for_cpu_decoding
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.weights import (
     TOKENIZER,
@@ -69,8 +70,11 @@ def load_chat_model(
     stop_at_end_of_turn(model, tokenizer, is_own=not path.is_dir())
     num_parameters = count_parameters(model)
     if args.lora_weight:
-        load_lora(model, resolve_lora(args.lora_weight, model.config, args.save_dir))
+        lora = resolve_lora(args.lora_weight, model.config, args.save_dir)
+        load_lora(model, lora)
         merge_and_unload(model)
+        if (read_info(lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
     stage = "" if path.is_dir() else (read_info(path) or {}).get("stage", "")
     name = str(path) if path.is_dir() else weight or args.weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()

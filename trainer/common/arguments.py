@@ -14,6 +14,8 @@ LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of 
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
 batch"""
+EMPTY_THINK_HELP = """share of the rows without thoughts that get an empty one, if the data has
+thoughts: so open_thinking 0 means an answer at once"""
 # groups of --help
 STAGE, DATA, WEIGHTS, TRAINING = "this stage", "data", "weights and folders", "training"
 OPTIMIZER, MODEL, MOE, LORA = "optimizer", "model", "mixture of experts", "LoRA"

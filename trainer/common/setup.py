@@ -10,10 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import stop_tokens
-from dataset.lm_dataset import load_documents
+from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
+from model.inference.thinking import can_close_thoughts, close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, require_tokenizer, resolve_weights
 from trainer.common.arguments import TrainArgs
@@ -124,12 +125,29 @@ def load_split(
             f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
             "tokenizer_config.json, or leave --tokenizer_path away"
         )
-    documents = load_documents(args.data_path, kind, tokenizer)
-    val_documents = load_documents(args.val_path, kind, tokenizer) if args.val_path else None
+    options = dict(empty_think_ratio=use_empty_thoughts(ctx, tokenizer))
+    documents = load_documents(args.data_path, kind, tokenizer, **options)
+    val_documents = None
+    if args.val_path:
+        val_documents = load_documents(args.val_path, kind, tokenizer, **options)
     each = 2 if kind == "preferences" else 1
     val_count = None if val_documents is None else len(val_documents) // each
     train_indices, val_indices = split_held_out(args, len(documents) // each, val_count)
     return documents, train_indices, val_documents or documents, val_indices
+
+
+def use_empty_thoughts(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> float:
+    """--empty_think_ratio where it matters, else 0: there are thoughts in the data, or the model
+    that is trained has learnt from some. From then on prompts without open_thinking close one."""
+    ratio = getattr(ctx.args, "empty_think_ratio", 0.0)
+    if not ratio or not can_close_thoughts(tokenizer):
+        return 0.0
+    if not closes_thoughts(tokenizer):
+        if not has_thoughts(ctx.args.data_path):
+            return 0.0
+        close_thoughts(tokenizer)
+    ctx.print(f"{ratio:.0%} of the rows without thoughts have an empty one (--empty_think_ratio)")
+    return ratio
 
 
 def split_held_out(
