@@ -1,7 +1,7 @@
 """Show a batch token by token: the inputs, and which of them have a label.
 
-    python scripts/show_batch.py --data_path dataset/sft_mini_512.jsonl
-    python scripts/show_batch.py --data_path dataset/pretrain_hq.jsonl --kind text
+    python scripts/show_batch.py --data_path dataset/sft_t2t_mini.jsonl
+    python scripts/show_batch.py --data_path dataset/pretrain_t2t_mini.jsonl --kind text
     python scripts/show_batch.py --data_path dataset/dpo.jsonl --kind preferences --packing 0
 
 The loss counts green tokens: the model learns to predict them from the tokens before them in their

@@ -6,7 +6,7 @@ The loss of pretraining with a loss mask m: m_t is 1 for the tokens that the ass
 the <|im_end|> that ends its turn, and 0 for all others; N = Σ m_t. The model learns to answer and
 to stop, not to ask. The mask comes from the chat template; `python scripts/show_batch.py` shows it.
 
-    python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_mini_512.jsonl
+    python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_t2t_mini.jsonl
 """
 
 from dataclasses import dataclass
