@@ -1,6 +1,6 @@
 r"""Train the tokenizer: byte-level BPE, the control tokens and the chat template.
 
-    python scripts/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl --output_dir mine
+    python scripts/train_tokenizer.py --data_path dataset/pretrain_t2t_mini.jsonl --output_dir mine
 
 BPE (arXiv 1508.07909) starts from the 256 bytes and repeatedly merges the pair of neighbouring
 tokens that is most frequent. So the vocabulary depends on how often each text counts, and the

@@ -40,14 +40,14 @@ from model.command_line import option
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
     STAGE,
+    ConversationArgs,
     OptionalLoraArgs,
-    SampleArgs,
 )
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(SampleArgs, OptionalLoraArgs):
+class Args(ConversationArgs, OptionalLoraArgs):
     data_path: list[str] = data_option(
         "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
@@ -92,11 +92,15 @@ from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.context import Context
-from trainer.common.evaluation import map_pairs, sample_answer
+from trainer.common.evaluation import (
+    completion_log_probs,
+    map_pairs,
+    precompute_ref_log_probs,
+    sample_answer,
+)
 from trainer.common.metrics import mean_of, pair_metrics
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, load_pairs, prepare_model
-from trainer.rl.reference import completion_log_probs, precompute_ref_log_probs
 from trainer.trainer_utils import Run
 
 

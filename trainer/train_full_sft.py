@@ -6,7 +6,7 @@ The loss of pretraining with a loss mask m: m_t is 1 for the tokens that the ass
 the <|im_end|> that ends its turn, and 0 for all others; N = Σ m_t. The model learns to answer and
 to stop, not to ask. The mask comes from the chat template; `python scripts/show_batch.py` shows it.
 
-    python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_mini_512.jsonl
+    python trainer/train_full_sft.py --from_weight pretrain --data_path dataset/sft_t2t_mini.jsonl
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from typing import Any
 
 from dataset.released import data_option
 from model.command_line import option
-from trainer.common.arguments import SampleArgs
+from trainer.common.arguments import ConversationArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(SampleArgs):
+class Args(ConversationArgs):
     data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
     batch_size: int = option(16, "sequences in a forward pass of a device")

@@ -18,12 +18,12 @@ from typing import Any
 from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import LEARNING_RATE_HELP, LORA, LoraArgs, SampleArgs
+from trainer.common.arguments import LEARNING_RATE_HELP, LORA, ConversationArgs, LoraArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(SampleArgs, LoraArgs):
+class Args(ConversationArgs, LoraArgs):
     data_path: list[str] = data_option("lora", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)

@@ -7,7 +7,7 @@ p is the softmax of the model's logits, and `model(labels=…)` computes the sum
 into one sequence do not attend to each other. Padding and the first token of a document carry no
 loss.
 
-    python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl
+    python trainer/train_pretrain.py --data_path dataset/pretrain_t2t_mini.jsonl
     torchrun --nproc_per_node 2 trainer/train_pretrain.py
 """
 

@@ -26,6 +26,8 @@ LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of 
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
 batch"""
+EMPTY_THINK_HELP = """share of the rows without thoughts that get an empty one, if the data has
+thoughts: so open_thinking 0 means an answer at once"""
 # groups of --help
 STAGE, DATA, WEIGHTS, TRAINING = "this stage", "data", "weights and folders", "training"
 OPTIMIZER, MODEL, MOE, LORA = "optimizer", "model", "mixture of experts", "LoRA"
@@ -341,4 +343,13 @@ class SampleArgs(TrainArgs):
 
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
+
+
+@dataclass
+class ConversationArgs(SampleArgs):
+    """For trainers whose rows are conversations, of which some may have thoughts."""
+
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
     )
