@@ -151,6 +151,11 @@ class Args(SampleArgs, RolloutServerArgs):
 
     def teacher_path(self) -> Path:
         """The teacher's .pth or folder. UserError if there is none."""
+        by_stage = not (self.teacher_weight.endswith(".pth") or is_hf_folder(self.teacher_weight))
+        if self.teacher_use_moe and not by_stage:
+            raise UserError(
+                "--teacher_use_moe has no effect: --teacher_weight names the file or folder itself"
+            )
         kind = dict(newest=False, use_moe=self.teacher_use_moe)
         width = self.teacher_hidden_size or TEACHER_SIZE
         found = resolve_weights(self.teacher_weight, width, self.save_dir, **kind)

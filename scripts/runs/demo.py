@@ -28,7 +28,9 @@ class Args:
     report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
     started: float = option(0.0, "start time in seconds since the epoch (set by make)")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
+    minutes: float = option(
+        12.0, "total time; a slower machine makes fewer steps; 0: no limit", at_least=0
+    )
     max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
     questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
 
