@@ -226,8 +226,8 @@ def grade(truth: str, answer: str) -> bool:
         return truth.strip() == answer.strip() != ""
     if expected == found or normalize_text(truth) == normalize_text(answer):
         return True
-    numbers = whole_number(expected), whole_number(found)
-    return None not in numbers and numbers[0].equals(numbers[1])
+    number, other = whole_number(expected), whole_number(found)
+    return number is not None and other is not None and number.equals(other)
 
 
 def same_number(truth: str, answer: str) -> bool:

@@ -270,7 +270,7 @@ def main(args: Args) -> dict[str, Any]:
     train_data, val_data = read_prompts(
         ctx, tokenizer, rewards_of.rewards.can_score, parse_task_row
     )
-    if sentence := describe_unrunnable(prompt.task for prompt in train_data.prompts):
+    if sentence := describe_unrunnable(prompt.task for prompt in train_data.prompts if prompt.task):
         ctx.print(sentence)
     stage = args.stage("agent")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)

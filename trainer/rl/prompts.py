@@ -173,10 +173,10 @@ def load_prompts(
     for path in paths:
         for number, row in read_rows(check_file(path)):
             with error_at(path, number):
-                messages, *truth = parse(row)
+                messages, truth, task = (*parse(row), None)[:3]
                 thinking = opens_thought(args, len(prompts))
                 ids = encode_prompt(tokenizer, messages, thinking or args.reasoning)
-            prompt = Prompt(len(prompts), messages, ids, *truth, thinking=thinking)
+            prompt = Prompt(len(prompts), messages, ids, truth, task, thinking)
             if len(ids) > longest:
                 too_long += 1
             elif not can_score(prompt):

@@ -62,7 +62,7 @@ Part = Callable[[Sequence[Completion]], list[float]]  # a rule or a model, over 
 
 
 class Rule(NamedTuple):
-    score: Callable[[Completion, RolloutArgs], float]
+    score: Callable[[Any, RolloutArgs], float]  # of a Completion, or of the stage's kind of it
     needs: Callable[[Prompt], bool] | None = None  # whether it can judge a prompt; None: any
 
 
