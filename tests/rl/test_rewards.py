@@ -5,9 +5,11 @@ import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from dataset.grading import read_truth
@@ -30,6 +32,7 @@ def make_rewards(tokenizer, tmp_path):
     def make(*names: str, **settings) -> Rewards:
         args = RolloutArgs(
             reward=list(names) or ["auto"],
+            data_path=["prompts.jsonl"],
             save_dir=str(tmp_path),
             max_gen_len=10,
             device="cpu",
@@ -204,6 +207,76 @@ def test_models_give_their_scores(make_rewards, tokenizer, tmp_path):
     ids = [tokenizer.apply_chat_template(chat, return_dict=False) for chat in chats]
     expected = [theirs(torch.tensor([each])).logits.item() for each in ids]
     assert total.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+# As internlm2-1_8b-reward has it: a config of transformers 4, and code that takes whatever is in
+# rope_scaling for a kind of scaling.
+THEIR_CONFIG = """
+from transformers import PretrainedConfig
+
+class ToyConfig(PretrainedConfig):
+    model_type = "toy_reward"
+
+    def __init__(self, hidden_size=8, vocab_size=6400, rope_theta=1e4, rope_scaling=None, **more):
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        super().__init__(**more)
+"""
+THEIR_MODEL = """
+import torch
+from transformers import PreTrainedModel
+from .configuration_toy import ToyConfig
+
+class ToyForRewardModel(PreTrainedModel):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.factor = 1.0
+        if config.rope_scaling is not None:
+            if config.rope_scaling["type"] not in ("linear", "dynamic"):
+                raise ValueError("only linear and dynamic scaling are supported")
+            self.factor = config.rope_scaling["factor"]
+        self.embed = torch.nn.Embedding(config.vocab_size, config.hidden_size)
+        self.v_head = torch.nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def get_score(self, tokenizer, conversation):
+        text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        return self.factor * self.v_head(self.embed(ids)).mean().item()
+"""
+
+
+def model_with_code(folder: Path, tokenizer, **fields) -> tuple[torch.Tensor, torch.Tensor]:
+    """A reward model that brings its own code; its embedding and its head."""
+    folder.mkdir()
+    (folder / "configuration_toy.py").write_text(THEIR_CONFIG)
+    (folder / "modeling_toy.py").write_text(THEIR_MODEL)
+    classes = {"AutoConfig": "configuration_toy.ToyConfig"}
+    classes["AutoModel"] = "modeling_toy.ToyForRewardModel"
+    config = dict(model_type="toy_reward", auto_map=classes, rope_scaling=None, rope_theta=1e4)
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    torch.manual_seed(2)
+    embedding, head = torch.randn(6400, 8), torch.randn(1, 8)
+    save_file({"embed.weight": embedding, "v_head.weight": head}, folder / "model.safetensors")
+    tokenizer.save_pretrained(folder)
+    return embedding, head
+
+
+@pytest.mark.filterwarnings("ignore:`rope_scaling` is deprecated")
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_a_model_that_asks_whether_rope_scaling_is_none(make_rewards, tokenizer, tmp_path, factor):
+    scaling = None if factor == 1 else {"type": "linear", "factor": factor}
+    path = tmp_path / "theirs"
+    embedding, head = model_with_code(path, tokenizer, rope_scaling=scaling)
+    settings = dict(reward_model_path=str(path), trust_remote_code=True)
+    total, _ = make_rewards("transformers", **settings)([said("4")])
+    chat = [*said("4").prompt.messages, {"role": "assistant", "content": "4"}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    assert total.item() == pytest.approx(factor * (embedding[ids] @ head.T).mean().item(), abs=1e-5)
+    with pytest.raises(UserError, match="its own code, which runs only with --trust_remote_code 1"):
+        make_rewards("transformers", reward_model_path=str(path))
 
 
 def test_another_head_is_refused(make_rewards, tokenizer, tmp_path):

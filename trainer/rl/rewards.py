@@ -40,6 +40,7 @@ import openai
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -51,6 +52,7 @@ from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from dataset.text import is_chinese
 from model.errors import UserError
+from model.formats.native_format import read_config_json
 from model.weights import find_weights, load_scoring_model
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
@@ -307,9 +309,16 @@ class HFRewardModel:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
             model_class = AutoModel if trusted else AutoModelForSequenceClassification
-            self.model = model_class.from_pretrained(path, trust_remote_code=trusted)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            if trusted and "rope_parameters" not in read_config_json(Path(path)):
+                # Saved before transformers 5, with code that tests `config.rope_scaling is None`:
+                # transformers 5 fills that field even where nothing is scaled.
+                if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
+                    config.rope_parameters = None
+            code = dict(config=config, trust_remote_code=trusted)
+            self.model = model_class.from_pretrained(path, **code)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
                 reason = "it brings its own code, which runs only with --trust_remote_code 1"
             raise UserError(f"{path} is no reward model that can be used: {reason}") from error
