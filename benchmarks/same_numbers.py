@@ -220,6 +220,9 @@ def main(args: Args) -> dict[str, str]:
         if "\n" in told:  # the log of a training that failed
             print(f"{name}: {told}")
     print(f"{sum(map(bool, differences.values()))} of {len(compared)} cases differ")
+    there = {path.stem.removeprefix("train_") for path in (ROOT / "trainer").glob("train_*.py")}
+    if unknown := there - set(TRAINERS):
+        print(f"not compared, as tiny_trainings.py has no flags for it: {', '.join(unknown)}")
     return differences
 
 

@@ -37,49 +37,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from model.command_line import option
-from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
-from model.weights import load_tokenizer
+from model.command_line import Ignored, Refused, option
 from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import MultiOptimizer, make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
-from trainer.rl.policy import (
-    ReferenceModel,
-    add_lora_if_asked,
-    log_probs,
-    make_save_fn,
-    policy_inputs,
-)
-from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
-from trainer.rl.rewards import Rewards
-from trainer.rl.rollout import (
-    completion_stats,
-    evaluate_policy,
-    generate_completions,
-)
-from trainer.trainer_utils import Run
 
 
 @dataclass
 class Args(RolloutArgs):
     reference_flag = "kl_coef"
+    legacy_flags = {
+        "mini_batch_size": Refused(
+            "--num_minibatches says into how many optimizer steps a pass through the completions "
+            "is divided; a mini-batch has --batch_size x --num_generations / --num_minibatches"
+        ),
+        "update_old_actor_freq": {
+            "1": Ignored("the old policy is always the one that sampled the completions"),
+        },
+    }
 
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
     critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
     num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
-    update_epochs: int = option(2, "passes through the same completions")
+    update_epochs: int = option(
+        2, "passes through the same completions", alias=("ppo_update_iters",)
+    )
     num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
     clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
     value_clip: float = option(
-        0.2, "range of the value clip around the old value", group=STAGE, at_least=0
+        0.2,
+        "range of the value clip around the old value",
+        group=STAGE,
+        at_least=0,
+        alias=("cliprange_value",),
     )
     vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
     kl_coef: float = option(
@@ -90,12 +80,48 @@ class Args(RolloutArgs):
         0.95,
         "1: whole returns, unbiased; 0: one step, then the critic",
         group=STAGE,
+        alias=("lam",),
         at_least=0,
         at_most=1,
     )
     target_kl: float = option(
-        0.1, "KL to the old policy that ends the passes early; 0: never", group=STAGE, at_least=0
+        0.1,
+        "KL to the old policy that ends the passes early; 0: never",
+        group=STAGE,
+        at_least=0,
+        alias=("early_stop_kl",),
     )
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+import torch
+from torch import Tensor, nn
+
+from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import MultiOptimizer, make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
+from trainer.rl.policy import (
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import (
+    completion_stats,
+    evaluate_policy,
+    generate_completions,
+    print_sample,
+)
+from trainer.trainer_utils import Run
 
 
 class ActorCritic(nn.Module):
@@ -265,8 +291,8 @@ def main(args: Args) -> dict[str, Any]:
     # The critic has the policy's blocks and a head of zeros, so that V = 0 at first.
     critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     stage = args.stage("ppo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -292,6 +318,7 @@ def main(args: Args) -> dict[str, Any]:
 
         # Rewards and advantages: computed once for these completions.
         rewards, metrics = rewards_of(completions)  # [N]
+        print_sample(ctx, run.step, completions, rewards)
         rewards = impute_failed_rewards(rewards)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -329,4 +356,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -14,7 +14,7 @@ from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_model, require_tokenizer, resolve_weights
+from model.weights import load_model, require_tokenizer
 from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context, ModelT
 
@@ -33,8 +33,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
             raise UserError(f"these sizes do not make a model: {error}") from error
         model = MiniMindForCausalLM(config)
     else:
-        kind = dict(newest=False, use_moe=args.use_moe)
-        path = resolve_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
+        path = args.initial_weights()
         model = load_model(path, tokenizer=tokenizer, **sizes)
         require_tokenizer(path, args.tokenizer_path)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
