@@ -40,6 +40,7 @@ from stand_in.facts import (
 from stand_in.hub import Files, Hub, serving
 from stand_in.models import models
 from stand_in.rows import NAME, QUESTIONS, files
+from transformers.utils.logging import disable_progress_bar
 
 from dataset.released import REVISION, SETS
 from model.command_line import option, parse_arguments
@@ -122,7 +123,7 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             learned("pretrain"),
         ),
         Step("mask", "scripts/show_batch.py", masked),
-        Step("sft", f"trainer/train_full_sft.py {TRAIN} --epochs 12", sft_learned),
+        Step("sft", f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 6", sft_learned),
         Step("reward", f"trainer/train_reward.py {CPU} --max_steps 8", learned("reward")),
         Step("dpo", f"trainer/train_dpo.py {CPU} --max_steps 8", learned("dpo", "full_sft")),
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),
@@ -182,7 +183,7 @@ def steps_of_2025(data: Files, folder: Files, weights: Files) -> list[Step]:
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),
         Step(
             "reason",
-            f"trainer/train_distill_reason.py {TRAIN} --max_steps 20",
+            f"trainer/train_distill_reason.py {CPU} --batch_size 2 --epochs 6",
             learned("reason", "dpo"),
         ),
         Step("lora", f"trainer/train_lora.py {CPU} --max_steps 60", adapter("lora_identity")),
@@ -297,6 +298,7 @@ def run_generation(year: int, folder: Path, only: list[str]) -> list[Result]:
 
 def main(args: Args) -> bool:
     """Whether all steps pass."""
+    disable_progress_bar()  # of the small models that are made here
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary).resolve()
         results = {year: run_generation(year, folder, args.step) for year in args.generation}

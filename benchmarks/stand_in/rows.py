@@ -145,7 +145,7 @@ def rows(year: int) -> dict[str, list[Row]]:
             "rlaif-mini.jsonl": prompts(dice, 60, "空"),
             "r1_mix_1024.jsonl": conversations([reasoned(dice) for _ in range(120)]),
         }
-    chats = [chat(dice, 1900) for _ in range(60)] + [thought(dice) for _ in range(60)]
+    chats = [chat(dice, 1900) for _ in range(20)] + [thought(dice) for _ in range(60)]
     chats += [sum_with_tool(n) for n in range(96)]
     plain = prompts(dice, 12, "")
     exam = [[user(f"Question {n}\nA. stone\nB. sea\nAnswer:"), assistant("A")] for n in range(40)]

@@ -166,7 +166,7 @@ def test_a_damaged_file_is_not_kept(tmp_path, hub, name):
             ["--file", "sft_9.jsonl"],
             "has no sft_9.jsonl; it has README.md.*sets are mini",
         ),
-        (["--set", "big"], "no set big. The sets are mini: pretrain_t2t_mini.*; 2025: pretrain_hq"),
+        (["--set", "big"], "no set big; the sets are mini, full.*: pretrain_t2t_mini.jsonl, pre"),
         (["--repo", "nobody/nothing", "--file", "a"], "has no nobody/nothing"),
         (["--repo", "a b/c", "--file", "a"], "is no name of a repository"),
         (["--model", "MiniMind9"], "no model MiniMind9 is known"),
