@@ -96,6 +96,7 @@ class MiniMindConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim must be hidden_size / num_attention_heads, here {self.head_dim}"
             )
+        kwargs.pop("rope_scaling", None)  # of earlier versions: formats/native_format.py reads it
         super().__post_init__(**kwargs)
 
     @property

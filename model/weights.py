@@ -117,12 +117,12 @@ def resolve_weights(
     newest: bool = True,
     use_moe: bool | None = None,
 ) -> Path:
-    """The weights that a flag names: a `.pth`, a folder with a config.json, or else a stage.
+    """The weights that a flag names: a file, a folder with a config.json, or else a stage.
 
     Arguments and errors as in `find_weights`, for a stage.
     """
     path = Path(name)
-    if path.suffix == ".pth" or is_hf_folder(path):
+    if path.suffix == ".pth" or path.is_file() or is_hf_folder(path):
         return path
     if path.is_dir() and not list_weights(str(name), hidden_size, directory):
         raise UserError(

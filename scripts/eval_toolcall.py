@@ -3,22 +3,25 @@
     python scripts/eval_toolcall.py --weight full_sft [--json FILE]
     python scripts/eval_toolcall.py --load_from ./MiniMind2     any transformers folder
 
-Each task is a conversation with tools (docs/data.md, "Formats"); without --data_path, the demo's
-held-out ones. The model gets the messages up to the last question, and dataset/tools/loop.py runs
-the episode: model → <tool_call> → execute → <tool_response> → answer. Three metrics, 1 or 0 each:
+Each task is a conversation with tools (docs/data.md, "Formats"); without --data_path, those of
+dataset/tools/tasks.jsonl. The model gets the messages up to the last question, and
+dataset/tools/loop.py runs the episode: model → <tool_call> → execute → <tool_response> → answer.
+Three metrics, from 0 to 1 each:
 
     name        it called the same tools as the row, in the same order (or none, as the row)
     arguments   with the same arguments, up to case and white space
-    answer      and its final answer is the row's, up to case, white space and a full stop
+    answer      its final answer says the same as the row's; of a "gt", the share that it contains
 
 The table shows means with standard errors. All three are 0 where a call is invalid (no JSON, no
-such tool, wrong arguments) or the model does not finish within --max_turns replies. For comparison,
-the same questions are also asked without tools. The clock returns the time recorded in the row.
+such tool, wrong arguments) or the model does not finish within --max_turns replies. Rows with "gt"
+alone do not say which calls are right. For comparison, the same questions are also asked without
+tools. The clock returns the time recorded in the row.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,16 +29,16 @@ from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from dataset.demo.files import demo_rows
+from dataset import tools
 from dataset.tools.loop import (
     ERRORS,
     MAX_TURNS,
     Episode,
     Task,
+    describe_unrunnable,
     read_tasks,
     run_episodes,
     score,
-    task_of,
 )
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
@@ -45,11 +48,13 @@ from model.weights import write_json
 from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import ChatModel, load_chat_model
 
+TASKS = Path(tools.__file__).with_name("tasks.jsonl")
+
 
 @dataclass
 class Args(ModelArgs):
     data_path: str = option(
-        "", "JSONL of conversations with tools; default: the demo's held-out tasks"
+        "", "JSONL of conversations with tools; default: dataset/tools/tasks.jsonl"
     )
     tasks: int = option(0, "number of tasks, from the first; 0: all")
     max_turns: int = option(MAX_TURNS, "maximum number of replies to a question")
@@ -96,11 +101,21 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def load_tasks(args: Args) -> list[Task]:
-    if args.data_path:
-        tasks = read_tasks(args.data_path)
-    else:
-        tasks = [task_of(row) for row in demo_rows("tools", held_out=True)]
-    return tasks[: args.tasks or None]
+    """The tasks, as many as are asked for. Those without a right answer are left out."""
+    path = args.data_path or TASKS
+    rows = read_tasks(path)
+    tasks = [task for task in rows if task.truth]
+    if not tasks:
+        raise UserError(
+            f'no row of {path} has a right answer: give it an "answer", a "gt", or an answer as '
+            "its last message"
+        )
+    if len(tasks) < len(rows):
+        print(f"{len(rows) - len(tasks):,} of {len(rows):,} rows have no right answer: left out")
+    tasks = tasks[: args.tasks or None]
+    if sentence := describe_unrunnable(tasks):
+        print(sentence)
+    return tasks
 
 
 def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> list[Episode]:
@@ -132,7 +147,9 @@ def generate_replies(
 
 
 def tools_needed(task: Task) -> str:
-    """The names of the tools that the reference answer calls."""
+    """The names of the tools that the row calls."""
+    if task.calls is None:
+        return "calls not recorded"
     return ", ".join(dict.fromkeys(call["name"] for call in task.calls)) or "no call"
 
 
@@ -162,11 +179,11 @@ def means(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def add_baseline(report: dict[str, Any], tasks: list[Task], baseline: list[Episode]) -> None:
-    """Add the accuracy of answers to the same questions without tools, as "bare"."""
+    """Add the accuracy of answers to the same questions without tools."""
     correct = [score(episode)["answer"] for episode in baseline]
     for kind, metrics in report["kinds"].items():
         group = [
-            {"bare": each}
+            {"answer_without_tools": each}
             for task, each in zip(tasks, correct, strict=True)
             if tools_needed(task) == kind or (kind == "tools" and task.calls)
         ]
@@ -185,7 +202,7 @@ def show_table(console: Console, report: dict[str, Any]) -> None:
             f"{100 * metrics[name]:.1f} ± {100 * metrics[f'{name}_error']:.1f}"
             if name in metrics
             else ""
-            for name in ("name", "arguments", "answer", "bare")
+            for name in ("name", "arguments", "answer", "answer_without_tools")
         ]
         table.add_row(kind if kind != "tools" else "any tool", str(metrics["tasks"]), *cells)
     console.print(table)
@@ -198,18 +215,22 @@ def choose_examples(episodes: list[Episode], count: int) -> list[Episode]:
     """Right and wrong episodes in turn, as long as there are both."""
     right, wrong = [], []
     for episode in episodes:
-        (right if score(episode)["answer"] else wrong).append(episode)
+        (right if is_right(episode) else wrong).append(episode)
     alternating = [each for pair in zip(right, wrong, strict=False) for each in pair]
     num_pairs = len(alternating) // 2
     return (alternating + right[num_pairs:] + wrong[num_pairs:])[:count]
 
 
+def is_right(episode: Episode) -> bool:
+    return score(episode)["answer"] == 1
+
+
 def show_episode(console: Console, episode: Episode) -> None:
-    console.rule("right" if score(episode)["answer"] else "wrong", align="left")
+    console.rule("right" if is_right(episode) else "wrong", align="left")
     question = episode.task.messages[-1]["content"]
     for role, text in (("user", question), *episode.transcript):
         console.print(f"[bold]{role}[/bold] {escape(text)}", soft_wrap=True)
-    if not score(episode)["answer"]:
+    if not is_right(episode):
         console.print(f"[bold]truth[/bold] {escape(episode.task.answer)}", soft_wrap=True)
         for error in episode.errors:
             console.print(f"[bold]{error}[/bold] {ERRORS[error]}")
@@ -219,7 +240,7 @@ def to_json(episode: Episode) -> dict[str, Any]:
     task = episode.task
     return {
         "question": task.messages[-1]["content"],
-        "said": [{"role": role, "content": text} for role, text in episode.transcript],
+        "transcript": [{"role": role, "content": text} for role, text in episode.transcript],
         "calls": task.calls,
         "answer": task.answer,
         "errors": episode.errors,

@@ -275,7 +275,7 @@ def is_on_policy_step(step: int, share: float) -> bool:
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
-def prompts_of(batch: Batch) -> list[Prompt]:
+def extract_prompts(batch: Batch) -> list[Prompt]:
     """Each document of a batch, up to where its last answer begins."""
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
@@ -298,7 +298,7 @@ def generate_on_policy(
 ) -> tuple[GlobalBatch, dict[str, Metric]]:
     """The questions of a global batch with the student's own answers, and metrics of these."""
     ctx, tokenizer = run.ctx, run.tokenizer
-    prompts = [prompt for batch in global_batch for prompt in prompts_of(batch)]
+    prompts = [prompt for batch in global_batch for prompt in extract_prompts(batch)]
     completions = generate_completions(
         ctx, model, tokenizer, prompts, step=run.step, temperature=1.0
     )

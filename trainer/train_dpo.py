@@ -50,11 +50,15 @@ from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
-from trainer.common.evaluation import map_pairs, sample_answer
+from trainer.common.evaluation import (
+    completion_log_probs,
+    map_pairs,
+    precompute_ref_log_probs,
+    sample_answer,
+)
 from trainer.common.metrics import mean_of, pair_metrics
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, load_pairs, prepare_model
-from trainer.rl.reference import completion_log_probs, precompute_ref_log_probs
 from trainer.trainer_utils import Run
 
 

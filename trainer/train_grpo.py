@@ -54,7 +54,7 @@ from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
-from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
 from trainer.rl.prompts import (
     Prompt,
     PromptBatch,
@@ -63,12 +63,14 @@ from trainer.rl.prompts import (
     read_prompts,
     sample_prompts,
 )
+from trainer.rl.reference import ReferenceModel
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
     evaluate_policy,
     generate_completions,
+    print_sample,
 )
 from trainer.trainer_utils import Run
 
@@ -237,8 +239,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = add_lora_if_asked(args, init_model(args, tokenizer))
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     stage = args.stage("grpo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -252,6 +254,7 @@ def main(args: Args) -> dict[str, Any]:
         # Rollout and rewards: G completions of each prompt, by the policy as it is now.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(run, model, rewards_of, prompts, train_data)
+        print_sample(ctx, run.step, completions, rewards)
 
         # Advantages and π_ref: computed once for these completions.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)

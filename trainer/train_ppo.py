@@ -52,18 +52,19 @@ from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
 from trainer.rl.policy import (
-    ReferenceModel,
     add_lora_if_asked,
     log_probs,
     make_save_fn,
     policy_inputs,
 )
 from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     completion_stats,
     evaluate_policy,
     generate_completions,
+    print_sample,
 )
 from trainer.trainer_utils import Run
 
@@ -265,8 +266,8 @@ def main(args: Args) -> dict[str, Any]:
     # The critic has the policy's blocks and a head of zeros, so that V = 0 at first.
     critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     stage = args.stage("ppo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -292,6 +293,7 @@ def main(args: Args) -> dict[str, Any]:
 
         # Rewards and advantages: computed once for these completions.
         rewards, metrics = rewards_of(completions)  # [N]
+        print_sample(ctx, run.step, completions, rewards)
         rewards = impute_failed_rewards(rewards)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)

@@ -53,19 +53,19 @@ from trainer.common.setup import init_model, prepare_model
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
 from trainer.rl.policy import (
-    ReferenceModel,
-    RolloutRun,
     add_lora_if_asked,
     log_probs,
     make_save_fn,
     policy_inputs,
 )
-from trainer.rl.prompts import collate_prompts, read_prompts
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     completion_stats,
     evaluate_policy,
     generate_completions,
+    print_sample,
 )
 from trainer.trainer_utils import Run
 
@@ -145,17 +145,19 @@ class ValueTracker:
             self.failures[index] = rho * self.failures[index] + 1 - score
         self.kl_at_sampling[indices] = self.total_kl
 
-    # The keys are those of the first version, so that its checkpoints still load.
-    KEYS = {"successes": "successes", "failures": "failures", "asked_at": "kl_at_sampling"}
+    ARRAYS = ("successes", "failures", "kl_at_sampling")
+    # Names of the first version's checkpoints, which are read for one version more.
+    OLD_NAMES = {"moved": "total_kl", "asked_at": "kl_at_sampling"}
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {key: torch.from_numpy(getattr(self, name)) for key, name in self.KEYS.items()}
-        return {"moved": self.total_kl, **arrays}
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.ARRAYS}
+        return {"total_kl": self.total_kl, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total_kl = state["moved"]
-        for key, name in self.KEYS.items():
-            setattr(self, name, state[key].numpy().copy())
+        state = {self.OLD_NAMES.get(name, name): value for name, value in state.items()}
+        self.total_kl = state["total_kl"]
+        for name in self.ARRAYS:
+            setattr(self, name, state[name].numpy().copy())
 
 
 def local_prompts(ctx: Context, num_prompts: int, tracker: ValueTracker, step: int) -> np.ndarray:
@@ -203,7 +205,10 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 
 @torch.no_grad()
 def update_kl(
-    run: RolloutRun, model: MiniMindForCausalLM, batches: list[RolloutBatch], stats: UpdateStats
+    run: Run[Args, PromptBatch],
+    model: MiniMindForCausalLM,
+    batches: list[RolloutBatch],
+    stats: UpdateStats,
 ) -> float:
     """D of this step: KL(π ‖ π_old) per token of its completions, over all ranks."""
     own = sum(
@@ -223,8 +228,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = add_lora_if_asked(args, init_model(args, tokenizer))
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     tracker = ValueTracker(len(train_data), args)
     stage = args.stage("spo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
@@ -242,10 +247,14 @@ def main(args: Args) -> dict[str, Any]:
         indices = local_prompts(ctx, num_prompts, tracker, run.step)
         prompts = [train_data.prompts[index] for index in indices]
         completions = generate_completions(ctx, model, tokenizer, prompts, step=run.step)
-        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
+        # the loader has counted the tokens of its own prompts, which nobody reads
+        unread = sum(batch.num_tokens for batch in global_batch)
+        read = sum(len(each.prompt.ids) + each.num_sampled for each in completions)
+        run.metrics.add_tokens(read - unread)
 
         # Rewards and advantages.
         rewards, metrics = rewards_of(completions)  # [N]
+        print_sample(ctx, run.step, completions, rewards)
         scores = rewards.clamp(0, 1) if rewards_of.are_bounded else rewards.sigmoid()
         # The value from before this completion: if it included the completion's own reward, the
         # baseline would depend on the action, and the gradient would be biased.

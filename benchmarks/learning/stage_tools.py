@@ -116,8 +116,9 @@ def row(
     start, end = (each["kinds"]["tools"] for each in (before, after))
     details = {name: value for name, value in end.items() if name != metric}
     details |= {f"before_{metric}_error": start[f"{metric}_error"]}
-    if "bare" in start:  # the same questions without tools
-        details |= {f"before_bare{which}": start[f"bare{which}"] for which in ("", "_error")}
+    if "answer_without_tools" in start:
+        names = ("answer_without_tools", "answer_without_tools_error")
+        details |= {f"before_{name}": start[name] for name in names}
     no_call = after["kinds"]["no call"]
     details |= {"no_call_needed_and_none_made": no_call["name"], "no_call_tasks": no_call["tasks"]}
     details |= {"calls": after["calls"], "errors": after["errors"], "seconds": round(seconds, 1)}

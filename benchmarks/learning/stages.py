@@ -191,7 +191,7 @@ def train_base(console: Console, out: Path, args: Args) -> Path:
 def train_and_measure(
     name: str, seed: int, args: Args, before: dict[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """PackedDataset of the report, and the training's records. Runs in a process of its own."""
+    """Rows of the report, and the training's records. Runs in a process of its own."""
     out = Path(args.output)
     with (
         open(out / f"{name}_{seed}.log", "w", encoding="utf-8") as log,

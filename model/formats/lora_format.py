@@ -216,8 +216,8 @@ def read_peft_weights(folder: Path) -> dict[str, Tensor]:
     for name in sorted(state):
         if not re.search(r"\.lora_[AB]\.weight$", name):
             raise UserError(
-                f"the adapter in {folder} has the weight {name}, which is no part of a LoRA "
-                "adapter of a linear layer"
+                f"the adapter in {folder} has the weight {name}; MiniMind has adapters of linear "
+                "layers in the blocks alone"
             )
     return state
 

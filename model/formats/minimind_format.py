@@ -51,6 +51,11 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
             f"{path} is not a checkpoint, or only part of one ({path.stat().st_size} bytes); copy "
             "or download it again"
         ) from error
+    if isinstance(state, dict) and "rng_states" in state:
+        raise UserError(
+            f"{path} is a checkpoint, which --resume goes on from; its weights are the .pth of the "
+            "same name in --save_dir"
+        )
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]  # beside the optimizer and the position in the data
     if not isinstance(state, dict) or not all(

@@ -4,6 +4,7 @@ import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_weights import bare, check_sentence
@@ -34,6 +35,8 @@ BAD_FILES = {
     "tensor": (torch.ones(1), "state dict"),
     "resume_file": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "not hold MiniMind weights"),
     "resume_file_of_plans": ({"model": {"layers": 3}, "epoch": 3}, "state dict"),
+    "checkpoint": ({"model": {"a": torch.ones(1)}, "rng_states": []}, "which --resume goes on"),
+    "resume_file_with_code": ({"model": {}, "epoch": np.float64(2)}, "never executed here"),
     "another_model": ({"weight": torch.ones(1)}, "not hold MiniMind weights"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
 }

@@ -228,6 +228,7 @@ def test_a_choice_among_files_of_one_name_is_told(folder, capsys, size, use_moe,
 def test_a_name_is_a_stage_a_file_or_a_folder(folder, tmp_path):
     assert resolve_weights("sft", 512, folder) == folder / "sft_512.pth"
     assert resolve_weights("ppo_actor_768.pth", 512, folder) == Path("ppo_actor_768.pth")
+    assert resolve_weights(folder / "sft_64.json", 512, folder) == folder / "sft_64.json"
     other = tmp_path / "other"
     other.mkdir()
     with pytest.raises(UserError, match="without config.json.*name the .pth file itself"):

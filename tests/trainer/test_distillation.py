@@ -29,9 +29,9 @@ from trainer.rl.rollout import Completion
 from trainer.train_distillation import (
     distillation_loss,
     divergence,
+    extract_prompts,
     is_on_policy_step,
     kl,
-    prompts_of,
 )
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -179,7 +179,7 @@ def test_what_a_batch_asks(tmp_path, tokenizer):
     rows = PackedDataset(documents, 64)
     assert len(rows) < len(chats)
     batch = collate([rows[n] for n in range(len(rows))] + [[]])
-    asked = {tokenizer.decode(prompt.ids) for prompt in prompts_of(batch)}
+    asked = {tokenizer.decode(prompt.ids) for prompt in extract_prompts(batch)}
     expected = {
         tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
         for chat in chats

@@ -6,7 +6,7 @@ from typing import Literal
 from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import LORA, ROLLOUT, LoraArgs
+from trainer.common.arguments import LOG, LORA, ROLLOUT, LoraArgs
 
 REWARD = "rewards"  # a group of --help
 
@@ -20,7 +20,8 @@ class RolloutArgs(LoraArgs):
 
     data_path: list[str] = data_option(
         "rl",
-        'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" for a rule',
+        'JSONL of {"conversations": [messages]}, the last answer ignored; "answer" or "gt" for a '
+        "rule",
     )
     from_weight: str = option("dpo", "stage to initialise from; also the reference")
     batch_size: int = option(2, "prompts that a device rolls out at once")
@@ -65,6 +66,13 @@ class RolloutArgs(LoraArgs):
     reasoning: bool = option(
         False, "open with <think>, and reward the think/answer format", group=REWARD
     )
+    thinking_ratio: float = option(
+        0.0,
+        "share of the prompts that open with <think>; the answer is then what follows </think>",
+        group=ROLLOUT,
+        at_least=0,
+        at_most=1,
+    )
     reward_model_path: str = option(
         "../../internlm2-1_8b-reward",
         "folder of a transformers reward model",
@@ -79,6 +87,17 @@ class RolloutArgs(LoraArgs):
     )
     judge_model: str = option("", "the LLM judge's model", group=REWARD, needs="judge_url")
 
+    debug_mode: bool = option(
+        False,
+        "print a sampled completion with its reward every --debug_interval steps",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+    )
+    debug_interval: int = option(
+        20, "see --debug_mode", group=LOG, needs="debug_mode", may_differ=True, above=0
+    )
+
     use_lora: bool = option(
         False, "train an adapter only; the reference is the model without it", group=LORA
     )
@@ -87,6 +106,18 @@ class RolloutArgs(LoraArgs):
         super().__post_init__()
         if self.rollout_url and not self.rollout_folder:
             raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
+        if self.thinking_ratio and self.reasoning:
+            raise UserError("--thinking_ratio has no effect with --reasoning 1, which opens all")
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Tokens; longer prompts are left out."""
+        return self.max_seq_len
+
+    @property
+    def max_prompt_flag(self) -> str:
+        """The flag that sets it, for a message."""
+        return f"--max_seq_len {self.max_seq_len}"
 
     @property
     def needs_reference(self) -> bool:

@@ -66,7 +66,7 @@ def micro_batches(
         batch = RolloutBatch(
             **vars(collate(rows, pad_id)), indices=torch.tensor(indices, dtype=torch.long)
         )
-        batches.append(move(batch, device))
+        batches.append(batch.to(device))
     return batches
 
 
@@ -78,13 +78,6 @@ def token_row(completion: Completion) -> dict[str, np.ndarray]:
     actions = [True] * len(tokens) if completion.action_mask is None else completion.action_mask
     loss_mask = [False] * len(prompt) + actions
     return {"input_ids": np.array(prompt + tokens), "loss_mask": np.array(loss_mask)}
-
-
-def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            setattr(batch, name, value.to(device))
-    return batch
 
 
 # -- statistics ------------------------------------------------------------------------------------
