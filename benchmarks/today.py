@@ -272,7 +272,7 @@ def run_generation(year: int, folder: Path, only: list[str]) -> list[Result]:
     shop = Workshop(folder / f"minimind_{year}", folder / f"logs_{year}")
     if not shop.folder.is_dir():
         copy_code(shop.folder)
-        shop.logs.mkdir()
+    shop.logs.mkdir(parents=True, exist_ok=True)
     today, released = files(2026), models(year)
     hub = Hub({DATA: today, **released})
     hub.commit = REVISION
