@@ -138,7 +138,8 @@ class HuggingFaceRepo:
     def find(self, names: list[str]) -> list[Remote]:
         """The files with these names or patterns, at the revision that the module's text tells."""
         revision = self.revision
-        if self.repo == DATASETS["huggingface"] and not self.chosen and set(names) & SIZES.keys():
+        known = any(fnmatch(file, name) for name in names for file in SIZES)
+        if known and self.repo == DATASETS["huggingface"] and not self.chosen:
             with suppress(UserError):  # a mirror may lack the commit, or have newer files
                 return choose(self.files(REVISION), names, self.repo)
         remotes = self.files(revision)
