@@ -146,9 +146,10 @@ class HuggingFaceRepo:
         gone = [name for name in lacking(remotes, names) if name in OLDER]
         if gone and not self.chosen:
             print(f"{', '.join(gone)}: no longer on the main branch, looked for in its history")
-            for commit in self.history():
-                if not lacking(older := self.files(commit), names):
-                    return choose(older, names, self.repo)
+            with suppress(UserError):  # a mirror may not have the history
+                for commit in self.history():
+                    if not lacking(older := self.files(commit), names):
+                        return choose(older, names, self.repo)
         return choose(remotes, names, self.repo)
 
     def history(self) -> list[str]:

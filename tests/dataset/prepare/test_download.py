@@ -94,7 +94,11 @@ def test_files_of_2025_come_from_the_history(tmp_path, hub):
     assert (tmp_path / "r1_mix_1024.jsonl").read_bytes() == b"r1_mix_1024.jsonl"
     about = json.loads((tmp_path / "download.manifest.json").read_text())
     assert about["revision"] == "6" * 40  # the newest that has them
-    with pytest.raises(UserError, match="has no sft_512.jsonl; it has .*--revision may name"):
+    told = "has no sft_512.jsonl; it has .*--revision may name"
+    with pytest.raises(UserError, match=told):
+        fetch(hub, tmp_path, "--file", "sft_512.jsonl")
+    hub.has_history = False
+    with pytest.raises(UserError, match=told):
         fetch(hub, tmp_path, "--file", "sft_512.jsonl")
 
 
