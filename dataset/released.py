@@ -56,6 +56,20 @@ SETS = {
     "agent": AGENT,
     "2025": ["pretrain_hq.jsonl", "sft_mini_512.jsonl", "rlaif-mini.jsonl", "r1_mix_1024.jsonl"],
 }
+MODELS = {  # name → the repository on Hugging Face, on ModelScope
+    "minimind-3": ("jingyaogong/minimind-3", "gongjy/minimind-3"),
+    "minimind-3-moe": ("jingyaogong/minimind-3-moe", "gongjy/minimind-3-moe"),
+    "minimind-3-pytorch": ("jingyaogong/minimind-3-pytorch", "gongjy/minimind-3-pytorch"),
+    "MiniMind2": ("jingyaogong/MiniMind2", "gongjy/MiniMind2"),
+    "MiniMind2-Small": ("jingyaogong/MiniMind2-Small", "gongjy/MiniMind2-Small"),
+    "MiniMind2-MoE": ("jingyaogong/MiniMind2-MoE", "gongjy/MiniMind2-MoE"),
+    "MiniMind2-R1": ("jingyaogong/MiniMind2-R1", "gongjy/MiniMind2-R1"),
+    "MiniMind2-Pytorch": ("jingyaogong/MiniMind2-Pytorch", "gongjy/MiniMind2-PyTorch"),
+    "internlm2-1_8b-reward": (
+        "internlm/internlm2-1_8b-reward",
+        "Shanghai_AI_Laboratory/internlm2-1_8b-reward",
+    ),
+}
 
 
 def data_option(stage: str, about: str) -> Any:

@@ -57,7 +57,7 @@ def with_preset(argv: list[str]) -> list[str]:
     """A command line with the flags of its --preset in front, which the others override. An unknown
     name is left to the parser."""
     name = ""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         if word == "--preset":
             name = following
         elif word.startswith("--preset="):

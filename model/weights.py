@@ -10,12 +10,9 @@ Wherever weights are named, a stage, a `.pth` or a folder will do (`resolve_weig
 import hashlib
 import json
 import os
-import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,106 +27,23 @@ from transformers import (
 from model.errors import UserError
 from model.formats.hf_format import load_hf_folder
 from model.formats.minimind_format import check_state, config_from_shapes, make_config, read_state
-from model.formats.native_format import is_hf_folder
+from model.inference.thinking import close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
+from model.paths import (  # noqa: F401  where weights lie, for whoever has torch imported anyway
+    OUT,
+    ROOT,
+    TOKENIZER,
+    check_tokenizer_folder,
+    find_weights,
+    is_hf_folder,
+    list_weights,
+    resolve_weights,
+    tokenizer_beside,
+    weight_name,
+    weight_path,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "out"
-TOKENIZER = ROOT / "model"
 SCORE_HEAD = "score.weight"  # a reward model has it instead of lm_head.weight
-
-
-# -- names -----------------------------------------------------------------------------------------
-
-
-def weight_name(stage: str, hidden_size: int, use_moe: bool = False) -> str:
-    """{stage}_{hidden_size}[_moe]"""
-    return f"{stage}_{hidden_size}" + "_moe" * use_moe
-
-
-def weight_path(
-    stage: str, hidden_size: int, directory: Path | str = OUT, use_moe: bool = False
-) -> Path:
-    """out/{stage}_{hidden_size}[_moe].pth"""
-    return Path(directory) / f"{weight_name(stage, hidden_size, use_moe)}.pth"
-
-
-def list_weights(
-    stage: str,
-    hidden_size: int | None = None,
-    directory: Path | str = OUT,
-    use_moe: bool | None = None,
-) -> list[Path]:
-    """All weight files of a stage, the newest first. Arguments as in `find_weights`."""
-    beginning = Path(directory) / stage  # a stage may contain a folder, such as lora/medical
-    moe = {None: "(_moe)?", True: "_moe", False: ""}[use_moe]
-    pattern = re.compile(rf"{re.escape(beginning.name)}_{hidden_size or '[0-9]+'}{moe}[.]pth")
-    found = [path for path in beginning.parent.glob("*.pth") if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
-def find_weights(
-    stage: str,
-    hidden_size: int | None = None,
-    directory: Path | str = OUT,
-    newest: bool = True,
-    use_moe: bool | None = None,
-) -> Path:
-    """The weight file of a stage. Where there are several, a line on stderr tells the choice.
-
-    Args:
-        hidden_size: its size; None: any.
-        newest: of several sizes take the newest file; False: they are an error.
-        use_moe: with experts, without, or (None) either.
-
-    Raises:
-        UserError: there is no such file, or several and not `newest`.
-    """
-    found = list_weights(stage, hidden_size, directory, use_moe)
-    if not found:
-        beginning = Path(directory) / stage
-        size = f"_{hidden_size or '*'}" + "_moe" * bool(use_moe)
-        there = sorted(path.name for path in beginning.parent.glob("*.pth"))
-        raise UserError(
-            f"there are no weights {beginning}{size}.pth; "
-            + (f"that folder has {', '.join(there)}" if there else "train that stage first")
-        )
-    if len(found) > 1 and not newest:
-        names = ", ".join(sorted(path.name for path in found))
-        raise UserError(f"there are several sizes of {stage} ({names}); choose with --hidden_size")
-    others = [each for each in list_weights(stage, hidden_size, directory) if each != found[0]]
-    if others:
-        names = ", ".join(sorted(path.name for path in others))
-        flags = "--use_moe" if hidden_size else "--hidden_size or --use_moe"
-        tell_once(f"weights: {found[0].name}, and not {names}; choose with {flags}")
-    return found[0]
-
-
-@cache
-def tell_once(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def resolve_weights(
-    name: Path | str,
-    hidden_size: int | None = None,
-    directory: Path | str = OUT,
-    newest: bool = True,
-    use_moe: bool | None = None,
-) -> Path:
-    """The weights that a flag names: a file, a folder with a config.json, or else a stage.
-
-    Arguments and errors as in `find_weights`, for a stage.
-    """
-    path = Path(name)
-    if path.suffix == ".pth" or path.is_file() or is_hf_folder(path):
-        return path
-    if path.is_dir() and not list_weights(str(name), hidden_size, directory):
-        raise UserError(
-            f"{path} is a folder without config.json, so it holds no model of transformers; name "
-            "the .pth file itself"
-        )
-    return find_weights(str(name), hidden_size, directory, newest, use_moe)
 
 
 # -- saving ----------------------------------------------------------------------------------------
@@ -203,7 +117,8 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
-    write_json(path.with_suffix(".json"), {**info, **config})
+    thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
+    write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
         torch.save(state, file)
     return path
@@ -303,6 +218,8 @@ def resolve_config(
     config = make_config(known, overrides, path, ".json" if info else "")
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
+        if info and info.get("empty_think"):
+            close_thoughts(tokenizer)
     return config
 
 
@@ -329,24 +246,15 @@ def read_info(path: Path | str) -> dict[str, Any] | None:
 def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; by default MiniMind's own, in model/."""
     path = Path(path) if path else TOKENIZER
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
+    check_tokenizer_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many types: damaged JSON, an unknown model type, …
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
-
-
-def tokenizer_beside(name: Path | str, directory: Path | str = OUT) -> str:
-    """The folder with the tokenizer of weights that a flag names: their own, or where their `.pth`
-    lies. "" where there is none."""
-    path = Path(name)
-    if str(name) == "none":
-        return ""
-    if not is_hf_folder(path):
-        path = path.parent if path.suffix == ".pth" else Path(directory)
-    return str(path) if (path / "tokenizer.json").is_file() else ""
+    if tokenizer.pad_token_id is None:  # what fills a batch is never read: any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def require_tokenizer(path: Path, tokenizer_path: str) -> None:

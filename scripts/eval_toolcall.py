@@ -24,6 +24,68 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.jsonl import check_file
+from dataset.tools import MAX_TURNS
+from model.command_line import Ignored, Refused, option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from scripts.serving.arguments import MACHINE, SAMPLING, ModelArgs
+
+TASKS = "tasks"  # a group of --help
+
+
+@dataclass
+class Args(ModelArgs):
+    legacy_flags = {
+        "backend": {
+            "local": Ignored("the model is loaded here; --load_from and --weight name it"),
+            "api": Refused(
+                "the model is loaded here, by --load_from or --weight; a server is asked by "
+                "scripts/chat_openai_api.py --base_url URL"
+            ),
+        },
+        "api_base_url": Ignored("no server is asked; the model is loaded here"),
+        "api_key": Ignored("no server is asked; the model is loaded here"),
+        "api_model": Ignored("no server is asked; --load_from or --weight names the model"),
+        "show_speed": Ignored("the progress bar shows the tasks per second"),
+    }
+
+    data_path: str = option(
+        "",
+        "JSONL of conversations with tools; default: dataset/tools/tasks.jsonl",
+        group=TASKS,
+        check=check_file,
+    )
+    tasks: int = option(0, "number of tasks, from the first; 0: all", group=TASKS, at_least=0)
+    max_turns: int = option(
+        MAX_TURNS, "maximum number of replies to a question", group=TASKS, at_least=1
+    )
+    compare: bool = option(True, "also ask the same questions without tools", group=TASKS)
+    examples: int = option(
+        3, "number of tasks to print, right and wrong ones in turn", group=TASKS, at_least=0
+    )
+    json: str = option("", "also write metrics and all episodes to this file", group=TASKS)
+    max_new_tokens: int = option(
+        128, "maximum length of a reply, in tokens", group=SAMPLING, at_least=1
+    )
+    temperature: float = option(0.0, "sampling temperature; 0: greedy", group=SAMPLING, at_least=0)
+    top_p: float = option(
+        1.0,
+        "nucleus sampling: smallest set of tokens with this probability",
+        group=SAMPLING,
+        above=0,
+        at_most=1,
+    )
+    seed: int = option(42, "random seed of the sampling", group=SAMPLING, at_least=0, below=2**31)
+    open_thinking: bool = option(
+        False, "start replies with <think>, for reasoning models", group=SAMPLING
+    )
+    batch_size: int = option(64, "tasks generated in parallel", group=MACHINE, at_least=1)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +94,6 @@ from tqdm import tqdm
 from dataset import tools
 from dataset.tools.loop import (
     ERRORS,
-    MAX_TURNS,
     Episode,
     Task,
     describe_unrunnable,
@@ -40,42 +101,12 @@ from dataset.tools.loop import (
     run_episodes,
     score,
 )
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.weights import write_json
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import ChatModel, load_chat_model
 
-TASKS = Path(tools.__file__).with_name("tasks.jsonl")
-
-
-@dataclass
-class Args(ModelArgs):
-    data_path: str = option(
-        "", "JSONL of conversations with tools; default: dataset/tools/tasks.jsonl"
-    )
-    tasks: int = option(0, "number of tasks, from the first; 0: all")
-    max_turns: int = option(MAX_TURNS, "maximum number of replies to a question")
-    max_new_tokens: int = option(128, "maximum length of a reply, in tokens")
-    temperature: float = option(0.0, "sampling temperature; 0: greedy")
-    seed: int = option(42, "random seed of the sampling")
-    open_thinking: bool = option(False, "start replies with <think>, for reasoning models")
-    compare: bool = option(True, "also ask the same questions without tools")
-    batch_size: int = option(64, "tasks generated in parallel")
-    examples: int = option(3, "number of tasks to print, right and wrong ones in turn")
-    json: str = option("", "also write metrics and all episodes to this file")
-
-    def __post_init__(self) -> None:
-        for name in ("max_turns", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("tasks", "temperature", "examples"):
-            if not getattr(self, name) >= 0:  # also refuses NaN
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be at least 0 and below 2^31, not {self.seed}")
+DEFAULT_TASKS = Path(tools.__file__).with_name("tasks.jsonl")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -102,7 +133,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def load_tasks(args: Args) -> list[Task]:
     """The tasks, as many as are asked for. Those without a right answer are left out."""
-    path = args.data_path or TASKS
+    path = args.data_path or DEFAULT_TASKS
     rows = read_tasks(path)
     tasks = [task for task in rows if task.truth]
     if not tasks:
@@ -122,10 +153,13 @@ def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> li
     """Run an episode for each task, a batch at a time.
 
     Args:
-        args: has max_turns, max_new_tokens, temperature, seed, open_thinking and batch_size.
+        args: has max_turns, max_new_tokens, temperature, top_p, seed, open_thinking and
+            batch_size.
         label: of the progress bar.
     """
-    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingParams(
+        args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed
+    )
     generate_batch = partial(generate_replies, loaded, sampling)
     max_prompt_tokens = loaded.max_positions - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
@@ -250,4 +284,4 @@ def to_json(episode: Episode) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

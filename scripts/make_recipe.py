@@ -10,31 +10,38 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import ROOT, read_info, write_json
+from model.paths import ROOT
 from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
-from trainer.report.log import files_of, read_log
 
 
 @dataclass
 class Args:
     run: str = option(
-        "", "weights of the run, such as out/pretrain_512.pth, with its log beside them"
+        "",
+        "weights of the run, such as out/pretrain_512.pth, with its log beside them",
+        required=True,
     )
-    name: str = option("", "name of the recipe")
+    name: str = option("", "name of the recipe", required=True)
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
-    band: float = option(0.05, "largest relative difference in bits per byte of a run on track")
+    band: float = option(
+        0.05,
+        "largest relative difference in bits per byte of a run on track",
+        above=0,
+        below=1,
+    )
     machine: str = option("", "machine of the run; default: as recorded")
     folder: str = option(str(RECIPES), "folder of the recipes")
 
-    def __post_init__(self) -> None:
-        for name in ("run", "name"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required (--help explains it)")
-        if not 0 < self.band < 1:
-            raise UserError(f"--band must be above 0 and below 1, not {self.band}")
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from model.weights import read_info, write_json
+from trainer.report.log import files_of, read_log
 
 
 def main(args: Args) -> Path:
@@ -85,4 +92,4 @@ def relative_to_root(value: str | list[str]) -> str | list[str]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

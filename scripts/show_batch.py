@@ -12,17 +12,11 @@ attention does not cross it.
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from dataset.encoding import SEGMENTERS
-from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORE_INDEX, PackedDataset, collate
+from dataset.jsonl import check_file
 from dataset.released import default_data
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import load_tokenizer
+from model.paths import check_tokenizer_folder
 
 STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "preferences"}
 
@@ -30,29 +24,43 @@ STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "pre
 @dataclass
 class Args:
     data_path: list[str] = option(
-        [], "JSONL file(s), .jsonl or .jsonl.gz; default: as for pretraining, SFT or DPO"
+        [],
+        "JSONL file(s), .jsonl or .jsonl.gz; default: as for pretraining, SFT or DPO",
+        check=check_file,
     )
-    kind: Literal[tuple(SEGMENTERS)] = option(
+    kind: Literal["text", "conversations", "preferences"] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
-    rows: int = option(1, "number of sequences to show")
-    first: int = option(0, "index of the first sequence to show")
-    max_seq_len: int = option(128, "length of a sequence, in tokens")
+    rows: int = option(1, "number of sequences to show", at_least=1)
+    first: int = option(0, "index of the first sequence to show", at_least=0)
+    max_seq_len: int = option(128, "length of a sequence, in tokens", at_least=2)
     packing: bool = option(True, "several documents per sequence; 0: one, padded")
     table: bool = option(False, "one line per token: position, id, text, label")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
+    tokenizer_path: str = option(
+        "", "folder of the tokenizer; default: model/", check=check_tokenizer_folder
+    )
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 2:
-            raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
-        if self.rows < 1 or self.first < 0:
-            raise UserError("--rows must be at least 1 and --first at least 0")
+        self.data_path = self.data_path or [default_data(STAGE_OF[self.kind])]
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dataset.lm_dataset import load_documents
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
+from model.inference.tokens import decode_token_bytes
+from model.weights import load_tokenizer
 
 
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
-    paths = args.data_path or [default_data(STAGE_OF[args.kind])]
-    documents = load_documents(paths, args.kind, tokenizer)
+    documents = load_documents(args.data_path, args.kind, tokenizer)
     sequences = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     indices = range(args.first, min(args.first + args.rows, len(sequences)))
     if not indices:
@@ -107,13 +115,14 @@ def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
 
 def readable(tokenizer, token: int) -> str:
     """A token as visible text: line breaks as signs, incomplete characters as a byte count."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text:
-        characters = tokenizer.convert_ids_to_tokens(token)
-        return f"‹{len(characters)} byte{'s' * (len(characters) > 1)}›"
+    part = decode_token_bytes(tokenizer, token)
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        return f"‹{len(part)} byte{'s' * (len(part) > 1)}›"
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -39,16 +39,37 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.jsonl import Row, error_at, open_data, parse_row
+from dataset.released import data_option, resolve_data_path
+from dataset.text import count_chinese, is_chinese
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from model.paths import OUT, ROOT
+
+
+@dataclass
+class Args:
+    data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
+    file_weight: list[float] = option([], "weight of each of these files (default: 1)")
+    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
+    row_weight: list[str] = option(
+        [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
+    )
+    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
+    vocab_size: int = option(6400, "size of the vocabulary")
+    output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
+    eval_path: list[str] = option([], "files to measure the compression on too")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from dataset.encoding import TAGS
-from dataset.jsonl import Row, error_at, open_data, parse_row
-from dataset.released import data_option, resolve_data_path
-from dataset.text import count_chinese, is_chinese
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, ROOT, atomic_write, write_json
+from model.weights import atomic_write, write_json
 
 TEMPLATE = ROOT / "dataset" / "chat_template.jinja"
 
@@ -69,20 +90,6 @@ SPLIT_PATTERN = (
 SENTENCE = re.compile(r"[^\n.!?。！？；]*[\n.!?。！？；]+|[^\n.!?。！？；]+$")
 COPIES = 4  # resolution of the weights: a pre-token that counts 2.25 is repeated 9 times
 HELD_OUT = 100  # every 100th document is held out, to measure on
-
-
-@dataclass
-class Args:
-    data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
-    file_weight: list[float] = option([], "weight of each of these files (default: 1)")
-    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
-    row_weight: list[str] = option(
-        [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
-    )
-    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
-    vocab_size: int = option(6400, "size of the vocabulary")
-    output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
-    eval_path: list[str] = option([], "files to measure the compression on too")
 
 
 def main(args: Args) -> dict[str, dict[str, float]]:
@@ -339,4 +346,4 @@ def measure(tokenizer: Tokenizer, documents: Iterable[list[str]]) -> dict[str, f
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

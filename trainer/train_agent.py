@@ -34,53 +34,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from dataset.released import data_option
-from dataset.tools.loop import (
-    ERRORS,
-    MAX_TURNS,
-    Episode,
-    describe_unrunnable,
-    parse_task,
-    run_episodes,
-    score,
-)
+from dataset.tools import MAX_TURNS
 from model.command_line import option
 from model.errors import UserError
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer
-from trainer import train_grpo
 from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
-from trainer.rl.batches import UpdateStats, micro_batches
-from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
-from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
-from trainer.rl.reference import ReferenceModel
-from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
-from trainer.rl.rollout import (
-    Completion,
-    completion_stats,
-    evaluate_policy,
-    make_generate_fn,
-    make_seed,
-    print_sample,
-)
-from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import GroupArgs
 
 
 @dataclass
-class Args(train_grpo.Args):
+class Args(GroupArgs):
     data_path: list[str] = data_option("agent", "JSONL of conversations with tools")
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
@@ -121,6 +85,47 @@ class Args(train_grpo.Args):
             return super().max_prompt_flag
         return f"--max_total_len {self.max_total_len} minus --max_gen_len {self.max_gen_len}"
 
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.tools.loop import (
+    ERRORS,
+    Episode,
+    describe_unrunnable,
+    parse_task,
+    run_episodes,
+    score,
+)
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import UpdateStats, micro_batches
+from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
+from trainer.rl.rollout import (
+    Completion,
+    completion_stats,
+    evaluate_policy,
+    make_generate_fn,
+    make_seed,
+    print_sample,
+)
+from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
+from trainer.trainer_utils import Run
 
 # -- episodes --------------------------------------------------------------------------------------
 
@@ -327,4 +332,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -19,32 +19,11 @@ Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.grading import grade
-from dataset.packing import PackedDataset
 from dataset.released import data_option
-from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from model.command_line import option
 from model.errors import UserError
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.losses import sum_label_weights
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, STAGE, TrainArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager, evaluate_loss
-from trainer.common.loop import GlobalBatch
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.trainer_utils import Run
-
-EVAL_BATCH_SIZE = 64  # held-out questions answered at once
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
@@ -62,6 +41,34 @@ class Args(TrainArgs):
     max_gen_len: int = option(
         512, "most tokens of an answer to a held-out question", group=STAGE, at_least=1
     )
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat import stop_tokens
+from dataset.grading import grade
+from dataset.packing import PackedDataset
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.losses import sum_label_weights
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss
+from trainer.common.loop import GlobalBatch
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
+
+EVAL_BATCH_SIZE = 64  # held-out questions answered at once
 
 
 def make_label_weights(
@@ -167,7 +174,7 @@ def answer_questions(
     formatted = correct = 0
     for reply, text, (_, answer) in zip(replies, texts, local, strict=True):
         # a reply that was cut off at --max_gen_len has not learnt to end
-        reasoned = parse_reasoning(text) if reply[-1] == tokenizer.eos_token_id else None
+        reasoned = parse_reasoning(text) if reply[-1] in stop_tokens(tokenizer) else None
         formatted += reasoned is not None
         correct += reasoned is not None and grade(reasoned[1], answer)
     count, formatted, correct = ctx.all_reduce_sum(len(local), formatted, correct)
@@ -178,4 +185,4 @@ def answer_questions(
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -37,61 +37,41 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
 from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.formats.native_format import is_hf_folder
-from model.losses import divergence_sum
-from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    resolve_weights,
-    to_fp16_cpu,
-    tokenizer_beside,
-)
+from model.paths import check_weights, is_hf_folder, resolve_weights, tokenizer_beside
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
-    LOG,
     MODEL,
     ROLLOUT,
     STAGE,
     WEIGHTS,
-    TrainArgs,
+    SampleArgs,
 )
-from trainer.common.checkpoint import hash_of
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager, evaluate_loss, sample_answer
-from trainer.common.loop import GlobalBatch
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.rl.batches import micro_batches
-from trainer.rl.prompts import Prompt
-from trainer.rl.rollout import completion_stats, generate_completions
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import RolloutServerArgs
 
 # hidden sizes of student and teacher where a stage is named without one
 STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 
 @dataclass
-class Args(TrainArgs):
+class Args(SampleArgs, RolloutServerArgs):
     data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
-    from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
+    from_weight: str = option(
+        "full_sft",
+        "stage to initialise the student from; none: random",
+        alias=("from_student_weight",),
+    )
     teacher_weight: str = option(
-        "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
+        "full_sft",
+        "the teacher: a stage, .pth or transformers folder",
+        group=WEIGHTS,
+        alias=("from_teacher_weight",),
     )
     epochs: int = option(6, "passes through the data")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
@@ -118,11 +98,13 @@ class Args(TrainArgs):
     student_hidden_size: int | None = option(
         None, "as --hidden_size; default for a stage: 512", group=MODEL
     )
-    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers", group=MODEL)
+    student_num_hidden_layers: int | None = option(
+        None, "as --num_hidden_layers", group=MODEL, alias=("student_num_layers",)
+    )
     student_use_moe: bool | None = option(None, "as --use_moe", group=MODEL)
     teacher_hidden_size: int | None = option(None, "width; default for a stage: 768", group=MODEL)
     teacher_num_hidden_layers: int | None = option(
-        None, "depth; default: that of its weights", group=MODEL
+        None, "depth; default: that of its weights", group=MODEL, alias=("teacher_num_layers",)
     )
     teacher_use_moe: bool = option(False, "the teacher of that stage is a mixture", group=MODEL)
 
@@ -150,15 +132,6 @@ class Args(TrainArgs):
         needs="on_policy",
         may_differ=True,
     )
-    rollout_folder: str = option(
-        "", "folder for the server's weights", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    rollout_reload: Literal["vllm", "sglang"] = option(
-        "vllm", "how it reloads them", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "use_moe"):
@@ -171,8 +144,49 @@ class Args(TrainArgs):
         if not self.tokenizer_path and self.from_weight == "none":  # the two must have the same
             self.tokenizer_path = tokenizer_beside(self.teacher_weight, self.save_dir)
         super().__post_init__()
-        if self.rollout_url and not self.rollout_folder:
-            raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
+
+    def check_files(self) -> None:
+        super().check_files()
+        self.teacher_path()
+
+    def teacher_path(self) -> Path:
+        """The teacher's .pth or folder. UserError if there is none."""
+        kind = dict(newest=False, use_moe=self.teacher_use_moe)
+        width = self.teacher_hidden_size or TEACHER_SIZE
+        found = resolve_weights(self.teacher_weight, width, self.save_dir, **kind)
+        return check_weights(found)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from model.losses import divergence_sum
+from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    to_fp16_cpu,
+)
+from trainer.common.checkpoint import hash_of
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss, sample_answer
+from trainer.common.loop import GlobalBatch
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import completion_stats, generate_completions
+from trainer.trainer_utils import Run
 
 
 def divergence(teacher: Tensor, student: Tensor, kind: str, mixture: float) -> Tensor:
@@ -199,9 +213,7 @@ def load_teacher(
     args: Args, tokenizer: PreTrainedTokenizerBase, student: MiniMindConfig
 ) -> MiniMindForCausalLM:
     """The teacher, frozen. UserError if there is none, or its vocabulary is not the student's."""
-    kind = dict(newest=False, use_moe=args.teacher_use_moe)
-    width = args.teacher_hidden_size or TEACHER_SIZE
-    path = resolve_weights(args.teacher_weight, width, args.save_dir, **kind)
+    path = args.teacher_path()
     teacher = load_model(path, tokenizer=tokenizer)
     if teacher.config.vocab_size != student.vocab_size:
         raise UserError(
@@ -379,4 +391,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

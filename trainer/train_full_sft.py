@@ -14,25 +14,28 @@ from typing import Any
 
 from dataset.released import data_option
 from model.command_line import option
+from trainer.common.arguments import ConversationArgs
+from trainer.common.command import parse_trainer, run_trainer
+
+
+@dataclass
+class Args(ConversationArgs):
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
+    from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
+    batch_size: int = option(16, "sequences in a forward pass of a device")
+    epochs: int = option(2, "passes through the data")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
 from model.weights import load_tokenizer
-from trainer.common.arguments import LOG, TrainArgs
-from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, load_packed, prepare_model
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(TrainArgs):
-    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
-    from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
-    batch_size: int = option(16, "sequences in a forward pass of a device")
-    epochs: int = option(2, "passes through the data")
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -77,4 +80,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -35,24 +35,24 @@ Departures from the paper:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
+
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import GroupArgs as Args
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
 
 import torch
 from torch import Tensor
 
-from model.command_line import option
-from model.errors import UserError
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT, STAGE
-from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, prepare_model
-from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
 from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
 from trainer.rl.prompts import (
@@ -73,52 +73,6 @@ from trainer.rl.rollout import (
     print_sample,
 )
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(RolloutArgs):
-    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
-    beta: float = option(
-        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
-    )
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = option(
-        "grpo", "see above; dapo and cispo weigh all tokens equally", group=STAGE
-    )
-    epsilon: float = option(
-        0.2,
-        "range of the ratio's clip around 1",
-        group=STAGE,
-        needs="loss_type=grpo|dr_grpo|bnpo|dapo",
-        at_least=0,
-    )
-    epsilon_high: float | None = option(
-        None,
-        "its upper side; default: epsilon; dapo: 0.28; cispo: the largest weight, 5",
-        group=STAGE,
-        at_least=0,
-    )
-    resample: int = option(
-        2,
-        "most times that groups without signal are replaced by other prompts'",
-        group=STAGE,
-        needs="loss_type=dapo",
-        at_least=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_generations < 2:
-            raise UserError("--num_generations must be at least 2: a group is its own baseline")
-        if self.epsilon_high is None:
-            self.epsilon_high = {"dapo": 0.28, "cispo": 5.0}.get(self.loss_type, self.epsilon)
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """How far below and above 1 the ratio is clipped."""
-        assert self.epsilon_high is not None  # __post_init__ has set it
-        return self.epsilon, self.epsilon_high
-
 
 # -- advantages ------------------------------------------------------------------------------------
 
@@ -290,4 +244,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -37,19 +37,74 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from model.command_line import Ignored, Refused, option
+from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import RolloutArgs
+
+
+@dataclass
+class Args(RolloutArgs):
+    reference_flag = "kl_coef"
+    legacy_flags = {
+        "mini_batch_size": Refused(
+            "--num_minibatches says into how many optimizer steps a pass through the completions "
+            "is divided; a mini-batch has --batch_size x --num_generations / --num_minibatches"
+        ),
+        "update_old_actor_freq": {
+            "1": Ignored("the old policy is always the one that sampled the completions"),
+        },
+    }
+
+    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
+    critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
+    num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
+    update_epochs: int = option(
+        2, "passes through the same completions", alias=("ppo_update_iters",)
+    )
+    num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
+    clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
+    value_clip: float = option(
+        0.2,
+        "range of the value clip around the old value",
+        group=STAGE,
+        at_least=0,
+        alias=("cliprange_value",),
+    )
+    vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
+    kl_coef: float = option(
+        0.02, "weight of the KL to the reference in the reward; 0: none", group=STAGE, at_least=0
+    )
+    gamma: float = option(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
+    gae_lambda: float = option(
+        0.95,
+        "1: whole returns, unbiased; 0: one step, then the critic",
+        group=STAGE,
+        alias=("lam",),
+        at_least=0,
+        at_most=1,
+    )
+    target_kl: float = option(
+        0.1,
+        "KL to the old policy that ends the passes early; 0: never",
+        group=STAGE,
+        at_least=0,
+        alias=("early_stop_kl",),
+    )
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
 import torch
 from torch import Tensor, nn
 
-from model.command_line import option
 from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
-from trainer.common.command import run_trainer
 from trainer.common.context import Context, unwrap
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import MultiOptimizer, make_optimizer
 from trainer.common.setup import init_model, prepare_model
-from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
 from trainer.rl.policy import (
     add_lora_if_asked,
@@ -67,36 +122,6 @@ from trainer.rl.rollout import (
     print_sample,
 )
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(RolloutArgs):
-    reference_flag = "kl_coef"
-
-    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
-    num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
-    update_epochs: int = option(2, "passes through the same completions")
-    num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
-    clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
-    value_clip: float = option(
-        0.2, "range of the value clip around the old value", group=STAGE, at_least=0
-    )
-    vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
-    kl_coef: float = option(
-        0.02, "weight of the KL to the reference in the reward; 0: none", group=STAGE, at_least=0
-    )
-    gamma: float = option(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
-    gae_lambda: float = option(
-        0.95,
-        "1: whole returns, unbiased; 0: one step, then the critic",
-        group=STAGE,
-        at_least=0,
-        at_most=1,
-    )
-    target_kl: float = option(
-        0.1, "KL to the old policy that ends the passes early; 0: never", group=STAGE, at_least=0
-    )
 
 
 class ActorCritic(nn.Module):
@@ -331,4 +356,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -16,14 +16,8 @@ from typing import Any
 
 from dataset.released import data_option
 from model.command_line import option
-from model.weights import load_tokenizer
 from trainer.common.arguments import BATCH_RAMP_HELP, TrainArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.evaluation import evaluate_loss, sample_continuation
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
@@ -31,6 +25,18 @@ class Args(TrainArgs):
     data_path: list[str] = data_option("pretrain", 'JSONL of {"text": …}')
     accumulation_steps: int = option(8, "forward passes of an optimizer step")
     batch_ramp: int = option(200, BATCH_RAMP_HELP)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss, sample_continuation
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -73,4 +79,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -17,24 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
 from dataset.released import data_option
 from model.command_line import option
-from model.model_minimind import MiniMindForScoring
-from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, TrainArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.evaluation import map_pairs
-from trainer.common.metrics import mean_of, pair_metrics
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_pairs, prepare_model
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
@@ -47,6 +33,26 @@ class Args(TrainArgs):
     learning_rate: float = option(3e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
     packing: bool = option(True, "short sides share a sequence; 0: each padded to the longest")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from model.model_minimind import MiniMindForScoring
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.evaluation import map_pairs
+from trainer.common.metrics import mean_of, pair_metrics
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.trainer_utils import Run
 
 
 def bradley_terry_loss(scores: Tensor) -> Tensor:
@@ -116,4 +122,4 @@ def evaluate_pairs(
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -37,37 +37,11 @@ Departures from the papers:
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from model.command_line import option
 from model.errors import UserError
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
-from trainer.rl.policy import (
-    add_lora_if_asked,
-    log_probs,
-    make_save_fn,
-    policy_inputs,
-)
-from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
-from trainer.rl.reference import ReferenceModel
-from trainer.rl.rewards import Rewards
-from trainer.rl.rollout import (
-    completion_stats,
-    evaluate_policy,
-    generate_completions,
-    print_sample,
-)
-from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -102,6 +76,36 @@ class Args(RolloutArgs):
         if self.rho_min > self.rho_max:
             raise UserError("--rho_min must not be larger than --rho_max")
 
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
+from trainer.rl.policy import (
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import (
+    completion_stats,
+    evaluate_policy,
+    generate_completions,
+    print_sample,
+)
+from trainer.trainer_utils import Run
 
 # -- baseline --------------------------------------------------------------------------------------
 
@@ -302,4 +306,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

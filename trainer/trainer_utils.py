@@ -56,10 +56,10 @@ from trainer.common.loop import (
 )
 from trainer.common.metrics import Accumulator, Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
-from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
+from trainer.report.recipe_comparison import RecipeComparison
 
 COMPILE_STEPS = 10  # new shapes are compiled in the first steps only, and run eagerly later
 

@@ -84,8 +84,9 @@ def serving(hub: Hub):
                 if path.startswith(f"{repo.removeprefix('models/')}/resolve/"):
                     revision, name = path.split("/resolve/", 1)[1].split("/", 1)
                     return self.file(name, hub.files(repo, revision) or {})
-                if path.startswith(f"api/{repo}/commits/") and hub.has_history:
-                    return self.answer(200, json.dumps(hub.commits(repo)).encode())
+                if path.startswith(f"api/{repo}/commits/"):
+                    found = json.dumps(hub.commits(repo)).encode()
+                    return self.answer(200, found) if hub.has_history else self.answer(404, b"{}")
                 if f"{path}/".startswith(f"api/{repo}/"):
                     revision = path.partition("/revision/")[2] or "main"
                     if hub.files(repo, revision) is None:

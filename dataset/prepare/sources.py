@@ -31,6 +31,7 @@ from tqdm import tqdm
 from dataset.encoding import Message, check_messages
 from dataset.jsonl import BinaryFile, open_data, parse_json
 from model.errors import UserError
+from model.paths import check_input_file
 
 SAMPLE = 2**20  # bytes from which an encoding is guessed
 TEXT_FIELDS = ("text", "content", "raw_content")
@@ -78,11 +79,8 @@ def check_input(paths: list[str]) -> list[Path]:
     """The files, or a UserError about the first that cannot be read."""
     if not paths:
         raise UserError("there is nothing to read; name the files with --input")
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"the file {path} does not exist")
-        if not path.is_file():
-            raise UserError(f"{path} is a folder; name the files in it")
+    for path in paths:
+        check_input_file(path)
     return [Path(path) for path in paths]
 
 

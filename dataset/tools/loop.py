@@ -30,14 +30,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fields
 from dataset.grading import Truth, final_answer, read_truth
 from dataset.jsonl import check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
+from dataset.tools import MAX_TURNS
 from dataset.tools.call import Result, Schema, call_tool, can_run, tool_name
 from model.errors import UserError
 
-MAX_TURNS = 4  # replies to one question; without a limit a model may call tools for ever
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
 # What can go wrong. An episode with any of these is scored 0.
 ERRORS = {
@@ -212,10 +213,9 @@ def tokens_of_results(
     before = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
     messages = before + [{"role": "tool", "content": result.text} for result in results]
     options = {"add_generation_prompt": True, "open_thinking": open_thinking}
-    replies = encode_chat(tokenizer, before).ids.count(tokenizer.eos_token_id)
-    ids = encode_chat(tokenizer, messages, **options).ids
-    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    return ids[ends[replies - 1] + 1 :]
+    loss_mask = encode_chat(tokenizer, messages).loss_mask
+    end = len(loss_mask) - loss_mask[::-1].index(True)  # of the reply
+    return encode_chat(tokenizer, messages, **options).ids[end:]
 
 
 class Episode:
@@ -251,7 +251,7 @@ class Episode:
         self.extend(tokens, sampled=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.transcript.append(("assistant", self.text))
-        if tokens[-1] != self.tokenizer.eos_token_id:
+        if tokens[-1] not in stop_tokens(self.tokenizer):
             self.end("unfinished")
             return
         reply = parse_reply(self.text, thinking=self.open_thinking)

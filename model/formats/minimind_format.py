@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from model.config import STRUCTURAL_FIELDS, MiniMindConfig
 from model.errors import UserError
+from model.paths import check_weights
 
 ROUTER_BIAS = "mlp.e_score_correction_bias"  # its name in a layer, with scoring_func "sigmoid"
 
@@ -24,10 +25,7 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
     Raises:
         UserError: the file holds anything else.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"the weights {path} cannot be read: that {what}")
+    path = check_weights(Path(path))
     try:
         with open(path, "rb") as file:
             head = file.read(64)

@@ -42,11 +42,6 @@ YARN_FIELDS = {  # transformers: MiniMind
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def is_hf_folder(folder: Path | str) -> bool:
-    """Whether a folder holds a model in the format of transformers."""
-    return (Path(folder) / "config.json").is_file()
-
-
 def read_config_json(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json. UserError if it is not a JSON object."""
     try:

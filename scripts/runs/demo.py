@@ -16,15 +16,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from model.command_line import option, parse_arguments, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from model.paths import OUT, weight_path
+from scripts.serving.arguments import ModelArgs
+
+
+@dataclass
+class Args:
+    output: str = option(str(OUT / "demo"), "folder for data, weights, logs and plots")
+    report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
+    started: float = option(0.0, "start time in seconds since the epoch (set by make)")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
+    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from rich.console import Console
 from rich.table import Table
 
 from dataset.demo.files import load_tests, write_demo_data
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, weight_path, write_json
+from model.weights import write_json
 from scripts.evaluation.exact_match import exact_match, greedy_answers
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
@@ -56,17 +74,6 @@ QUESTIONS = [
     "Will it rain tomorrow?",
     "你真棒！",
 ]
-
-
-@dataclass
-class Args:
-    output: str = option(str(OUT / "demo"), "folder for data, weights, logs and plots")
-    report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
-    started: float = option(0.0, "start time in seconds since the epoch (set by make)")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
-    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
-    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
 
 
 def main(args: Args) -> dict:
@@ -192,4 +199,4 @@ def show(console: Console, report: dict, counts: dict[str, int], out: Path, args
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

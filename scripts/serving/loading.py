@@ -5,11 +5,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.errors import UserError
 from model.formats.hf_format import load_transformers
 from model.formats.lora_format import load_lora, resolve_lora
-from model.formats.native_format import is_hf_folder, is_native
+from model.formats.native_format import is_native
+from model.inference.engine import eos_ids
 from model.inference.generation import pack_for_cpu_decoding
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.weights import (
     TOKENIZER,
@@ -17,10 +20,9 @@ from model.weights import (
     load_model,
     load_tokenizer,
     read_info,
-    resolve_weights,
     tokenizer_beside,
 )
-from scripts.serving.arguments import ModelArgs
+from scripts.serving.arguments import ModelArgs, find_model
 from trainer.common.hardware import resolve_device, resolve_dtype
 
 
@@ -64,24 +66,37 @@ def load_chat_model(
         model = load_transformers(path, dtype).to(device).eval()
     else:
         model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **yarn)
+    stop_at_end_of_turn(model, tokenizer, is_own=not path.is_dir())
     num_parameters = count_parameters(model)
+    if not path.is_dir():
+        check_depth(args, model, path)
     if args.lora_weight:
-        load_lora(model, resolve_lora(args.lora_weight, model.config, args.save_dir))
+        lora = resolve_lora(args.lora_weight, model.config, args.save_dir)
+        load_lora(model, lora)
         merge_and_unload(model)
+        if (read_info(lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
     stage = "" if path.is_dir() else (read_info(path) or {}).get("stage", "")
     name = str(path) if path.is_dir() else weight or args.weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, num_parameters)
 
 
-def find_model(args: ModelArgs, weight: str | None = None) -> Path:
-    """The folder that --load_from names, if it holds a model, or else the weights of --weight."""
-    if is_hf_folder(args.load_from):
-        return Path(args.load_from)
-    if not Path(args.load_from).is_dir():
-        raise UserError(f"--load_from {args.load_from} is not a folder")
-    name = args.weight if weight is None else weight
-    return resolve_weights(name, args.hidden_size, args.save_dir, use_moe=args.use_moe)
+def check_depth(args: ModelArgs, model: PreTrainedModel, path: Path) -> None:
+    """UserError if weights have another depth than the flag says."""
+    given, found = args.num_hidden_layers, model.config.num_hidden_layers
+    if given not in (None, found):
+        raise UserError(f"{path} has --num_hidden_layers {found}, not {given}")
+
+
+def stop_at_end_of_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_own: bool
+) -> None:
+    """Let replies end at the token with which the chat template ends a turn, which may be another
+    than EOS; a folder of transformers may name still others."""
+    ids = [*(() if is_own else eos_ids(model)), *stop_tokens(tokenizer)]
+    if ids and set(ids) != set(eos_ids(model)):
+        model.generation_config.eos_token_id = list(dict.fromkeys(ids))
 
 
 def find_tokenizer(args: ModelArgs, path: Path) -> Path | str:

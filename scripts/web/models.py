@@ -11,12 +11,12 @@ from typing import NamedTuple
 import streamlit as st
 
 from model.errors import UserError
-from model.formats.native_format import is_hf_folder
 from model.inference.engine import Engine
 from model.inference.engine_thread import EngineThread
+from model.paths import is_hf_folder
 from model.weights import ROOT, TOKENIZER
-from scripts.serving.arguments import ChatArgs, ModelArgs
-from scripts.serving.loading import ChatModel, find_model, load_chat_model
+from scripts.serving.arguments import ChatArgs, ModelArgs, find_model
+from scripts.serving.loading import ChatModel, load_chat_model
 
 MAX_BATCH = 8  # replies generated at a time
 MAX_QUEUE = 64

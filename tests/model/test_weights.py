@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, tell_once
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     atomic_write,
@@ -17,7 +17,6 @@ from model.weights import (
     load_tokenizer,
     resolve_weights,
     save_weights,
-    tell_once,
     tokenizer_hash,
     weight_path,
     write_json,

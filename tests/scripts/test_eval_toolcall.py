@@ -87,7 +87,7 @@ def test_the_command_on_its_own_tasks(evaluate, capsys):
     "flags, sentence",
     [
         (["--max_turns", "0"], "--max_turns must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--temperature", "-1"], "--temperature must not be negative"),
         (["--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--weight", "nothing"], "no weights"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peers import peer_with_weights
 
+from model.command_line import parse_arguments
 from model.errors import UserError
 from model.weights import ROOT, load_model
 from scripts import eval_benchmark
@@ -260,10 +261,14 @@ def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     ("settings", "told"),
     [
         ({"tasks": ["mmlu"]}, "--tasks mmlu is unknown; known are ceval"),
-        ({"limit": -1}, "--limit must be at least 0"),
+        ({"limit": -1}, "--limit must not be negative"),
         ({"compare": ["/none.json"]}, "is not a file written by --json"),
     ],
 )
 def test_mistakes_are_told(settings, told):
+    def listed(value) -> list[str]:
+        return list(map(str, value if isinstance(value, list) else [value]))
+
     with pytest.raises(UserError, match=told):
-        eval_benchmark.main(eval_benchmark.Args(**settings))
+        argv = [word for name, value in settings.items() for word in (f"--{name}", *listed(value))]
+        eval_benchmark.main(parse_arguments(eval_benchmark.Args, argv=argv))

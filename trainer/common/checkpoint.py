@@ -24,7 +24,8 @@ from model.command_line import names_where
 from model.errors import UserError
 from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import Accumulator, MetricLog, with_new_keys
+from trainer.common.metrics import Accumulator, MetricLog
+from trainer.report.old_keys import with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "

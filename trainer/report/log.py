@@ -5,7 +5,7 @@ from typing import Any
 
 from dataset.jsonl import error_at, read_rows
 from model.errors import UserError
-from trainer.common.metrics import with_new_keys
+from trainer.report.old_keys import with_new_keys
 
 
 def files_of(run: str) -> tuple[Path, Path]:

@@ -23,9 +23,9 @@ from model.weights import atomic_write, count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
 from trainer.common.metrics import CURVES, Curve
-from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration
 from trainer.report.plots import curve_svg
+from trainer.report.recipe_comparison import RecipeComparison
 
 Records = list[dict[str, Any]]
 

@@ -107,7 +107,7 @@ def test_stats_of_conversations_count_what_is_trained(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("clean --output o.jsonl", "nothing to read"),
+        ("clean --output o.jsonl", "--input is required"),
         ("clean --input none.txt --output o.jsonl", "none.txt does not exist"),
         ("clean --input . --output o.jsonl", "is a folder"),
         ("clean --input a.jsonl", "--output names"),

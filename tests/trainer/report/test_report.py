@@ -15,9 +15,10 @@ from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
 from trainer.common import recipes
-from trainer.common.metrics import with_new_keys
 from trainer.report import pages
 from trainer.report.log import read_log
+from trainer.report.old_keys import with_new_keys
+from trainer.report.recipe_comparison import RecipeComparison
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 COMMON = dict(max_steps=6, val_share=0.2, eval_interval=2)
@@ -136,7 +137,7 @@ def test_a_run_that_learns_less_or_more_is_not(train, recipe, page, capsys, lear
 
 
 def test_the_curve_of_a_recipe_is_interpolated_over_tokens():
-    recipe = recipes.RecipeComparison.__new__(recipes.RecipeComparison)
+    recipe = RecipeComparison.__new__(RecipeComparison)
     recipe.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
     values = [recipe.expected(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
     assert values == [None, 4.0, 3.0, 1.25, 1.0, 1.0]
