@@ -98,7 +98,8 @@ SIZES = "--hidden_size 128 --num_hidden_layers 2"
 CPU = "--device cpu --num_workers 0 --log_interval 1"
 TRAIN = f"{CPU} --batch_size 8 --accumulation_steps 1"
 FULL_SIZE = f"{CPU} --max_steps 1 --batch_size 1 --max_seq_len 64 --val_share 0"
-RL = f"{CPU} --max_steps 4 --max_gen_len 48"
+LORA = f"{CPU} --batch_size 2 --max_seq_len 128"
+RL = f"{CPU} --max_steps 6 --max_gen_len 48"
 CHAT = "--device cpu --temperature 0 --max_new_tokens 48 --show_speed 0"
 SERVE = "scripts/serve_openai_api.py --device cpu --port {port}"
 TO_HF = "scripts/convert_model.py to-hf"
@@ -132,7 +133,7 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             f"trainer/train_agent.py {RL}",
             rewarded("agent", "full_sft", "rewards/answer/mean", "tools/call_frequency"),
         ),
-        Step("lora", f"trainer/train_lora.py {CPU} --max_steps 60", adapter("lora_identity")),
+        Step("lora", f"trainer/train_lora.py {LORA}", adapter("lora_identity")),
         Step("chat", f"eval_llm.py {CHAT} --open_thinking 0", answers("the river"), "Why river?\n"),
         Step(
             "chat lora",
@@ -186,7 +187,7 @@ def steps_of_2025(data: Files, folder: Files, weights: Files) -> list[Step]:
             f"trainer/train_distill_reason.py {CPU} --batch_size 2 --epochs 6",
             learned("reason", "dpo"),
         ),
-        Step("lora", f"trainer/train_lora.py {CPU} --max_steps 60", adapter("lora_identity")),
+        Step("lora", f"trainer/train_lora.py {LORA}", adapter("lora_identity")),
         Step("chat", f"eval_llm.py {CHAT}", answers(NAME), "Who are you?\n"),
         Step("serve", SERVE, served("Who are you?", "chat"), serves=True),
         Step("export", f"{TO_HF} {SFT_WEIGHTS} exported", exported(SFT_WEIGHTS, "exported")),

@@ -46,7 +46,7 @@ class Workshop:
 
     def values(self, stage: str, name: str) -> list[float]:
         """A metric of all records that have it."""
-        found = [record[name] for record in self.records(stage) if name in record]
+        found = [each for record in self.records(stage) if (each := record.get(name)) is not None]
         assert found, f"no {name} in the log, but {', '.join(self.records(stage)[-1])}"
         return found
 
