@@ -47,7 +47,15 @@ from model.formats.lora_format import save_lora
 from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import DATA, EMPTY_THINK_HELP, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
+from trainer.common.arguments import (
+    DATA,
+    EMPTY_THINK_HELP,
+    LEARNING_RATE_HELP,
+    LOG,
+    LORA,
+    STAGE,
+    LoraArgs,
+)
 from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import (
