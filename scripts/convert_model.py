@@ -34,6 +34,7 @@ from model.formats import gguf_format
 from model.formats.hf_format import load_transformers, save_hf_folder
 from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
 from model.formats.native_format import is_native
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
@@ -112,6 +113,8 @@ def merge_lora(args: argparse.Namespace) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         load_lora(model, args.lora)
+        if (read_info(args.lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
         merged = merge_and_unload(copy.deepcopy(model))
         check_logits(logits(merged), logits(model), FLOAT16)
         origin = {"converted from": args.source.name, "merged": args.lora.name}
