@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model.errors import UserError, exit_on_user_error
-from model.formats import gguf_format
+from model.formats import gguf_format, ollama_format
 from model.formats.hf_format import load_transformers, save_hf_folder
 from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
 from model.formats.native_format import is_native
@@ -101,7 +101,7 @@ def to_gguf(args: argparse.Namespace) -> None:
         report_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
-            text = gguf_format.modelfile(args.target, model.config, tokenizer)
+            text = ollama_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     flags = gguf_format.yarn_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
