@@ -75,7 +75,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dataset.encoding import TAGS
+from dataset.chat import TAGS
 from model.weights import atomic_write, write_json
 
 TEMPLATE = ROOT / "dataset" / "chat_template.jinja"

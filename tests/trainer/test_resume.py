@@ -1,4 +1,4 @@
-"""Resuming: a run that stopped between updates or at a signal ends as if nothing had been."""
+"""Resuming: a run that stopped between steps or at a signal ends as if nothing had been."""
 
 import math
 import re
@@ -30,7 +30,7 @@ from trainer.trainer_utils import Run
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
-# -- stopped between updates -----------------------------------------------------------------------
+# -- stopped between steps -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
     ids=str,
 )
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, settings):
-    """7 rows in windows of 2·2 and two epochs: 4 updates, the 2nd and 4th with a rest of rows."""
+    """7 rows in windows of 2·2 and two epochs: 4 steps, the 2nd and 4th with a rest of rows."""
     train.data = text_file(train.folder / "few.jsonl", TEXTS[:7])
     held_out = text_file(train.folder / "val.jsonl", TEXTS[7:10])
     common = dict(accumulation_steps=2, epochs=2, lr_schedule="cosine", eval_interval=2)
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, sett
 
 
 def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed, monkeypatch):
-    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
+    """24 rows of 13 tokens in steps of 2, 2, 2, 2, 4, 6 and the rest of 6."""
     monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
     train("whole", **common)
@@ -210,7 +210,7 @@ def test_a_run_from_other_weights_is_not_resumed(tmp_path):
 
 
 def test_float16_with_its_scaler_resumes_as_well(any_stage, killed, monkeypatch):
-    """On a CPU, which can do it, if slowly; the first scales overflow, and those updates skip."""
+    """On a CPU, which can do it, if slowly; the first scales overflow, and those steps skip."""
     monkeypatch.setattr(hardware, "resolve_dtype", lambda name, device: torch.float16)
     scaler = torch.amp.GradScaler
     high = dict(init_scale=2.0**20)  # too large for these gradients, by a few halvings
