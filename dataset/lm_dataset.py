@@ -113,7 +113,7 @@ def load_documents(
             "set MINIMIND_CACHE to a folder elsewhere"
         ) from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
-    documents.info.description = arrow.with_suffix(".sha256").read_text()
+    documents.info.description = arrow.with_suffix(".sha256").read_text(encoding="utf-8")
     if len(documents) == 0:
         raise UserError(f"{', '.join(map(str, files))} holds no documents")
     return documents
@@ -172,7 +172,7 @@ def tokenise_files(
                 bar.update(sum(bytes_read))
         flush_to_disk(partial)
         both = hashlib.sha256(ids_hash.digest() + lengths_hash.digest()).hexdigest()
-        arrow.with_suffix(".sha256").write_text(both[:16])
+        arrow.with_suffix(".sha256").write_text(both[:16], encoding="utf-8")
         os.replace(partial, arrow)
     finally:
         bar.close()

@@ -117,6 +117,8 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
+    if Path(tokenizer.name_or_path) != TOKENIZER:
+        config["tokenizer_path"] = tokenizer.name_or_path
     thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
     write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
@@ -292,7 +294,9 @@ def check_tokenizer(
             stacklevel=2,
         )
     elif info["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        then = f", then {info['tokenizer_path']}" if info.get("tokenizer_path") else ""
         raise UserError(
             f"{path} was trained with another tokenizer (hash {info['tokenizer_hash']}, this one "
             f"is {tokenizer_hash(tokenizer)}); --tokenizer_path names the folder of the right one"
+            + then
         )

@@ -54,7 +54,7 @@ def played(tokenizer):
 
 @pytest.mark.usefixtures("in_a_hurry")
 def test_fine_tuning_learns_calls_and_answers_and_no_results(tmp_path, tokenizer):
-    """The loss of the first update is that of the assistant's words, found by looking for them."""
+    """The loss of the first step is that of the assistant's words, found by looking for them."""
     chats = [each["conversations"] for each in ROWS if len(each["conversations"]) == 5][:2]
     settings = dict(max_seq_len=512, max_steps=1, from_weight="none", batch_size=2)
     train = Trainer(tmp_path, train_full_sft, (chat_file, chats, settings))

@@ -86,8 +86,8 @@ def test_how_a_window_is_cut_into_batches_changes_nothing(train, trajectory):
     seen = []
     for batch_size, steps in ((8, 1), (4, 2), (1, 8)):
         window = dict(batch_size=batch_size, accumulation_steps=steps, max_steps=3, epochs=3)
-        figures = [record["grad_norm"] for record in logged(train(**window))]
-        seen.append((torch.tensor(figures), trajectory[-1]))
+        norms = [record["grad_norm"] for record in logged(train(**window))]
+        seen.append((torch.tensor(norms), trajectory[-1]))
     for other in seen[1:]:
         assert_close(other[0], seen[0][0], 2e-4)
         assert_close(other[1], seen[0][1])
@@ -177,8 +177,8 @@ def test_a_reply_counts_if_it_has_the_form_and_ends(train, tokenizer, monkeypatc
         tokenizer.encode("2") + end,  # right without thinking does not count
     ]
     monkeypatch.setattr(train_distill_reason, "generate", lambda model, prompts, how: replies)
-    sample, figures = answer_questions(ctx, model, tokenizer, [([1], "2")] * 4)
-    assert figures == {"eval_format": 0.5, "eval_answer": 0.25}
+    sample, metrics = answer_questions(ctx, model, tokenizer, [([1], "2")] * 4)
+    assert metrics == {"eval_format": 0.5, "eval_answer": 0.25}
     assert sample.endswith(GOOD)
     assert answer_questions(ctx, model, tokenizer, []) == ("", {})
 

@@ -63,7 +63,7 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
     titles = {"eval_bpb": "held-out text", "eval_accuracy": "eval accuracy"}
     titles |= {"eval_rewards/accuracies": "eval rewards/accuracies"}
     (held_out,) = {title for kind, title in titles.items() if kind in kinds}
-    for title in ("training loss", held_out, "learning rate", "norm of the gradient"):
+    for title in ("training loss", held_out, "learning rate", "gradient norm"):
         assert title in text
     for title in ("speed", "memory"):
         assert f">{title}</text>" in text
