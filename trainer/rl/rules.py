@@ -1,5 +1,6 @@
 """Rewards by rule: functions of one completion. rewards.py weighs them, and says what each is."""
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from difflib import SequenceMatcher
@@ -11,6 +12,9 @@ from dataset.text import is_chinese
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import Completion
+
+
+UNTAGGED_FORMAT = re.compile(r"<think>\n.+?\n</think>\n{1,2}.*\S.*", re.DOTALL)
 
 
 class Rule(NamedTuple):
@@ -27,8 +31,7 @@ def answer_in(completion: Completion, args: RolloutArgs) -> str:
     between tags, if the tokenizer has them."""
     prompt, text = completion.prompt, completion.text
     if args.reasoning and prompt.answer_tags:
-        closed = "</answer>" in text.partition("<answer>")[2]
-        return (closed and tagged_answer(text)) or ""
+        return tagged_answer(text) or ""
     return final_answer(text, args.reasoning or prompt.thinking)
 
 
@@ -70,7 +73,11 @@ def format_reward(text: str, opened: bool, answer_tags: bool = True) -> float:
     text = "<think>\n" + text if opened else text
     tags = REASONING_TAGS if answer_tags else REASONING_TAGS[:2]
     once = sum(text.count(tag) == 1 for tag in tags) / len(tags)
-    return 0.4 * once + 0.6 * (parse_reasoning(text, answer_tags) is not None)
+    if answer_tags:
+        complete = parse_reasoning(text) is not None
+    else:
+        complete = once == 1 and UNTAGGED_FORMAT.fullmatch(text) is not None
+    return 0.4 * once + 0.6 * complete
 
 
 def same_language(completion: Completion) -> float:
