@@ -116,7 +116,7 @@ from trainer.rl.batches import UpdateStats, micro_batches
 from trainer.rl.policy import policy_inputs
 from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
 from trainer.rl.reference import ReferenceModel
-from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
+from trainer.rl.rewards import Rewards, sum_count
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
@@ -125,6 +125,7 @@ from trainer.rl.rollout import (
     make_seed,
     print_sample,
 )
+from trainer.rl.rules import RULES, Rule
 from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
 from trainer.trainer_utils import Run
 
