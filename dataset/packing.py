@@ -186,6 +186,14 @@ class PackedDataset(torch.utils.data.Dataset):
         return int(self.chunks.length.sum())
 
     @property
+    def label_bytes(self) -> int | None:
+        """UTF-8 bytes of the text that carries loss, where they were counted because the tokens do
+        not tell them; else None."""
+        if "label_bytes" not in self.documents.column_names:
+            return None
+        return int(np.asarray(self.documents.data.column("label_bytes"))[self.indices].sum())
+
+    @property
     def fingerprint(self) -> str:
         return self.documents.info.description
 

@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["content", "reasoning", "tool_call"]
-ENDS = {"content": ("<think>", "<tool_call>"), "reasoning": ("</think>",), "tool_call": ("</tool_call>",)}  # fmt: skip # noqa: E501
+ENDS = {
+    "content": ("<think>", "<tool_call>"),
+    # a model whose prompt leaves the thought to it begins with the tag that others find there
+    "reasoning": ("</think>", "<think>"),
+    "tool_call": ("</tool_call>",),
+}
 NEXT: dict[str, Kind] = {
     "<think>": "reasoning",
     "</think>": "content",
@@ -41,7 +46,8 @@ class ReplyParser:
     it is complete, {"name": …, "arguments": {…}}; one that is no such JSON stays content.
 
     Args:
-        thinking: the prompt ends with <think>, so that the reply starts within the reasoning.
+        thinking: the prompt ends with <think> (`ends_in_thought`), so that the reply starts within
+            the reasoning.
     """
 
     def __init__(self, thinking: bool = False):
@@ -101,7 +107,8 @@ def parse_reasoning(text: str) -> tuple[str, str] | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """The text between <answer> and </answer>, whatever is around them."""
+    """The text between <answer> and </answer>, whatever is around them. `final_answer` in
+    grading.py reads replies without these tags too."""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
     return found[1].strip() if found else None
 

@@ -27,6 +27,7 @@ from transformers import (
 from model.errors import UserError
 from model.formats.hf_format import load_hf_folder
 from model.formats.minimind_format import check_state, config_from_shapes, make_config, read_state
+from model.inference.thinking import close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.paths import (  # noqa: F401  where weights lie, for whoever has torch imported anyway
     OUT,
@@ -116,7 +117,10 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
-    write_json(path.with_suffix(".json"), {**info, **config})
+    if Path(tokenizer.name_or_path) != TOKENIZER:
+        config["tokenizer_path"] = tokenizer.name_or_path
+    thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
+    write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
         torch.save(state, file)
     return path
@@ -216,6 +220,8 @@ def resolve_config(
     config = make_config(known, overrides, path, ".json" if info else "")
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
+        if info and info.get("empty_think"):
+            close_thoughts(tokenizer)
     return config
 
 
@@ -244,10 +250,13 @@ def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     path = Path(path) if path else TOKENIZER
     check_tokenizer_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many types: damaged JSON, an unknown model type, …
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
+    if tokenizer.pad_token_id is None:  # what fills a batch is never read: any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def require_tokenizer(path: Path, tokenizer_path: str) -> None:
@@ -285,7 +294,9 @@ def check_tokenizer(
             stacklevel=2,
         )
     elif info["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        then = f", then {info['tokenizer_path']}" if info.get("tokenizer_path") else ""
         raise UserError(
             f"{path} was trained with another tokenizer (hash {info['tokenizer_hash']}, this one "
             f"is {tokenizer_hash(tokenizer)}); --tokenizer_path names the folder of the right one"
+            + then
         )

@@ -54,6 +54,7 @@ from rich.text import Text
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
+from model.inference.tokens import decode_token_bytes
 from model.weights import load_tokenizer
 
 
@@ -114,10 +115,11 @@ def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
 
 def readable(tokenizer, token: int) -> str:
     """A token as visible text: line breaks as signs, incomplete characters as a byte count."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text:
-        characters = tokenizer.convert_ids_to_tokens(token)
-        return f"‹{len(characters)} byte{'s' * (len(characters) > 1)}›"
+    part = decode_token_bytes(tokenizer, token)
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        return f"‹{len(part)} byte{'s' * (len(part) > 1)}›"
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 

@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from dataset.grading import grade
 from dataset.packing import PackedDataset
 from dataset.reply_parser import REASONING_TAGS, parse_reasoning
@@ -173,7 +174,7 @@ def answer_questions(
     formatted = correct = 0
     for reply, text, (_, answer) in zip(replies, texts, local, strict=True):
         # a reply that was cut off at --max_gen_len has not learnt to end
-        reasoned = parse_reasoning(text) if reply[-1] == tokenizer.eos_token_id else None
+        reasoned = parse_reasoning(text) if reply[-1] in stop_tokens(tokenizer) else None
         formatted += reasoned is not None
         correct += reasoned is not None and grade(reasoned[1], answer)
     count, formatted, correct = ctx.all_reduce_sum(len(local), formatted, correct)

@@ -40,14 +40,14 @@ from model.command_line import option
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
     STAGE,
+    ConversationArgs,
     OptionalLoraArgs,
-    SampleArgs,
 )
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(SampleArgs, OptionalLoraArgs):
+class Args(ConversationArgs, OptionalLoraArgs):
     data_path: list[str] = data_option(
         "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )

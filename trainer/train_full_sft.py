@@ -14,12 +14,12 @@ from typing import Any
 
 from dataset.released import data_option
 from model.command_line import option
-from trainer.common.arguments import SampleArgs
+from trainer.common.arguments import ConversationArgs
 from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(SampleArgs):
+class Args(ConversationArgs):
     data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("pretrain", "stage to initialise from; none: random weights")
     batch_size: int = option(16, "sequences in a forward pass of a device")

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from trainings import run_trainer
 
+from dataset.chat import stop_tokens
 from dataset.grading import grade
 from dataset.jsonl import load_rows, write_rows
 from dataset.lm_dataset import encode_chat
@@ -104,7 +105,7 @@ def evaluate(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[
     for reply, answer in zip(replies, answers, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
         _, final_answer = (("", text) if direct else parse_reasoning(text)) or ("", None)
-        complete = reply[-1] == tokenizer.eos_token_id and final_answer is not None
+        complete = reply[-1] in stop_tokens(tokenizer) and final_answer is not None
         num_formatted += complete
         num_correct += complete and grade(final_answer, answer)
     accuracy = num_correct / len(questions)

@@ -270,6 +270,8 @@ class HarnessModel(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            open_thinking=False,  # the answer is compared from its first token on
+            enable_thinking=False,
         )
 
     @torch.inference_mode()

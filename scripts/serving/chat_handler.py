@@ -5,10 +5,12 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataset.encoding import ends_in_thought
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
+from model.inference.tokens import decode_token_bytes
 from scripts.serving.errors import ApiError
 from scripts.serving.handler import MIN_LOGPROB, Handler
 from scripts.serving.openai_types import ChatMessage, ChatRequest, NamedToolChoice
@@ -49,13 +51,16 @@ class ChatHandler(Handler):
             make_grammar = self.json_grammar
         elif body.forces_tool_call:
             make_grammar = self.tool_call_grammar
+        ids = self.encode_prompt()
         self.add_requests(
-            self.encode_prompt(),
+            ids,
             body.max_completion_tokens or body.max_tokens,
             (body.top_logprobs or 0) if body.logprobs else None,
             make_grammar,
         )
-        self.choices = [Choice(ReplyParser(self.open_thinking)) for _ in self.requests]
+        self.choices = [
+            Choice(ReplyParser(ends_in_thought(self.tokenizer, ids))) for _ in self.requests
+        ]
 
     # -- prompt ------------------------------------------------------------------------------------
 
@@ -67,7 +72,7 @@ class ChatHandler(Handler):
         try:
             return encode_chat(self.tokenizer, messages, add_generation_prompt=True, **options).ids
         except UserError as error:
-            raise ApiError(str(error), param="messages") from error
+            raise ApiError(f"the conversation {error}", param="messages") from error
 
     def json_grammar(self, max_tokens: int) -> Grammar:
         """JSON of the schema in response_format, or any JSON object."""
@@ -183,9 +188,9 @@ class ChatHandler(Handler):
             return []
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.token_text(token)
+            part = list(decode_token_bytes(self.tokenizer, token))
             logprob = max(logprob, MIN_LOGPROB)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": self.token_text(token), "logprob": logprob, "bytes": part}
 
         return [
             entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}

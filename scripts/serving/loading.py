@@ -1,15 +1,18 @@
 """The one loader of a finished model, for chat, server, web page, evaluation and demo."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.errors import UserError
 from model.formats.hf_format import load_transformers
 from model.formats.lora_format import load_lora, resolve_lora
 from model.formats.native_format import is_native
+from model.inference.engine import eos_ids
 from model.inference.generation import pack_for_cpu_decoding
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.weights import (
     TOKENIZER,
@@ -57,18 +60,22 @@ def load_chat_model(
     """
     device, path = resolve_device(args.device), find_model(args, weight)
     tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args, path))
-    yarn, dtype = yarn_settings(args), resolve_dtype(args.dtype, device)
+    config, dtype = args.config_fields(), resolve_dtype(args.dtype, device)
     # A folder is run as its own architecture, unless it is to do what only MiniMind's can.
-    if path.is_dir() and not (is_native(path) or yarn or args.lora_weight):
+    if path.is_dir() and not (is_native(path) or config or args.lora_weight):
         model = load_transformers(path, dtype).to(device).eval()
     else:
-        model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **yarn)
+        model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **config)
+    stop_at_end_of_turn(model, tokenizer, is_own=not path.is_dir())
     num_parameters = count_parameters(model)
     if not path.is_dir():
         check_depth(args, model, path)
     if args.lora_weight:
-        load_lora(model, resolve_lora(args.lora_weight, model.config, args.save_dir))
+        lora = resolve_lora(args.lora_weight, model.config, args.save_dir)
+        load_lora(model, lora)
         merge_and_unload(model)
+        if (read_info(lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
     stage = "" if path.is_dir() else (read_info(path) or {}).get("stage", "")
     name = str(path) if path.is_dir() else weight or args.weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()
@@ -82,16 +89,18 @@ def check_depth(args: ModelArgs, model: PreTrainedModel, path: Path) -> None:
         raise UserError(f"{path} has --num_hidden_layers {found}, not {given}")
 
 
+def stop_at_end_of_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_own: bool
+) -> None:
+    """Let replies end at the token with which the chat template ends a turn, which may be another
+    than EOS; a folder of transformers may name still others."""
+    ids = [*(() if is_own else eos_ids(model)), *stop_tokens(tokenizer)]
+    if ids and set(ids) != set(eos_ids(model)):
+        model.generation_config.eos_token_id = list(dict.fromkeys(ids))
+
+
 def find_tokenizer(args: ModelArgs, path: Path) -> Path | str:
     """The tokenizer's folder where no flag names it: of --load_from, or beside the weights."""
     if Path(args.load_from) != TOKENIZER:
         return args.load_from
     return tokenizer_beside(path) or TOKENIZER
-
-
-def yarn_settings(args: Any) -> dict[str, Any]:
-    """The config fields that the flags --inference_rope_scaling and --yarn_* set."""
-    given = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
-    if given and not args.inference_rope_scaling:
-        raise UserError(f"--{min(given)} is for --inference_rope_scaling 1")
-    return {"inference_rope_scaling": True, **given} if args.inference_rope_scaling else {}

@@ -32,8 +32,8 @@ def make_rewards(tokenizer, tmp_path):
     def make(*names: str, **settings) -> Rewards:
         args = RolloutArgs(
             reward=list(names) or ["auto"],
-            data_path=["prompts.jsonl"],
             save_dir=str(tmp_path),
+            data_path=["prompts.jsonl"],  # which nothing reads
             max_gen_len=10,
             device="cpu",
             **settings,
@@ -115,6 +115,23 @@ def test_with_reasoning_the_answer_is_between_its_tags(make_rewards):
     rewards = make_rewards("answer", reasoning=True)
     total, _ = rewards([said(GOOD), said("4"), said(GOOD.replace("\n4\n", "\n5\n"))])
     assert total.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "right"),
+    [
+        ("two and two\n</think>\n\n4", 1.0, 1),
+        ("two and two\n</think>\n\n", 0.4, 0),
+        ("4", 0.2, 0),
+    ],
+)
+def test_reasoning_without_answer_tags(make_rewards, text, form, right):
+    """A tokenizer that has no <answer>: the answer is what follows </think>."""
+    completion = said(text, answer_tags=False)
+    total, metrics = make_rewards("format", "answer", reasoning=True)([completion])
+    assert metrics["rewards/format/mean"] == pytest.approx((form, 1))
+    assert metrics["rewards/answer/mean"] == (right, 1)
+    assert make_rewards("answer", reasoning=True)([said(text)])[0].item() == 0
 
 
 def test_parts_are_weighted_and_logged_by_name(make_rewards):

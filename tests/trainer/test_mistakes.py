@@ -238,7 +238,7 @@ MISTAKES = {
     "another tokenizer": (other_tokenizer, "was trained with another tokenizer .*--tokenizer_path"),
     # tokenizer
     "no tokenizer": (given(tokenizer_path="nowhere"), "no tokenizer.json in nowhere"),
-    "no padding": (tokenizer_without("pad_token"), "tokenizer .* has no pad_token"),
+    "no end": (tokenizer_without("eos_token"), "tokenizer .* has no eos_token"),
     "a broken tokenizer": (broken_tokenizer, "tokenizer .* cannot be read"),
     # places
     "weights to nowhere": (occupied("save_dir"), "cannot write to .*file/folder"),

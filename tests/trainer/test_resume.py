@@ -88,6 +88,42 @@ def test_from_resume_is_resume(train, killed):
     assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
 
 
+def test_a_new_run_overwrites_no_unfinished_one(train, killed, capsys):
+    killed(5, train, save_interval=2)
+    log = (train.folder / "a/out/pretrain_32.metrics.jsonl").read_text()
+    files = {path: path.read_bytes() for path in train.folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="unfinished run, at step 4: --resume goes on.*--force 1"):
+        train()
+    assert files == {path: path.read_bytes() for path in train.folder.rglob("*") if path.is_file()}
+    train(force=True)
+    kept = train.folder / "a/out/pretrain_32.metrics.before.jsonl"
+    assert kept.read_text() == log and str(kept) in capsys.readouterr().out
+    train()  # a finished one may be repeated
+    assert "beginning anew over a finished run" in capsys.readouterr().out
+    assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
+
+
+def test_a_checkpoint_without_its_number_of_steps_is_compared_with_this_run(train, killed):
+    """As they were until 2026-11."""
+    killed(5, train, save_interval=2)
+    path = train.folder / "a/checkpoints/pretrain_32.checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["total_steps"]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="unfinished run, at step 4"):
+        train()
+    train(max_steps=4)
+
+
+@pytest.mark.parametrize("change", [dict(epochs=3), dict(learning_rate=1e-5), dict(max_steps=99)])
+def test_another_schedule_is_another_run(train, change):
+    train()
+    told = "begin a new run.*: --from_weight pretrain --save_weight pretrain_2 without --resume"
+    with pytest.raises(UserError, match=told):
+        train(resume=True, **change)
+    train(from_weight="pretrain", save_weight="pretrain_2", **change)
+
+
 def test_a_run_may_go_on_with_other_batches_of_the_same_window(train, killed):
     common = dict(max_steps=4, save_interval=1)
     train("whole", batch_size=4, **common)
@@ -146,7 +182,9 @@ def stopped(tmp_path_factory):
 def test_another_run_is_not_resumed(stopped, change, then, now):
     before = stopped.log()
     (name,) = change
-    sentence = f"was made with {name} {then}, and this run has {now}; give the same, or start anew"
+    sentence = (
+        f"was made with {name} {then}, and this run has {now}; give the same, or begin a new run"
+    )
     with pytest.raises(UserError, match=re.escape(sentence)):
         stopped(resume=True, **{"max_steps": 2, **change})
     assert stopped.log() == before

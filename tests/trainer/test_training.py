@@ -20,6 +20,7 @@ from toy import (
     text_file,
 )
 
+from dataset import released
 from dataset.lm_dataset import encode_text
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
@@ -94,14 +95,17 @@ def test_the_loss_falls(train, optimizer):
     assert records[0]["loss"] > 8 and records[-1]["loss"] < 3
 
 
-def test_the_defaults_learn(train):
-    """Packed rows, steps that grow, Muon, a linear schedule: nothing set but sizes and places."""
-    data = text_file(train.folder / "many.jsonl", TEXTS * 40)
+def test_the_defaults_learn(train, monkeypatch, capsys):
+    """A released file, packed rows, steps that grow, Muon, a linear schedule: nothing set but
+    sizes and places."""
+    monkeypatch.setattr(released, "DATASET", train.folder)
+    text_file(train.folder / "pretrain_t2t_mini.jsonl", TEXTS * 40)
     sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads device save_dir"
     settings = train.settings()
     given = {name: settings[name] for name in [*sizes.split(), "checkpoint_dir"]}
-    args = train_pretrain.Args(data_path=[data], epochs=4, log_interval=1, **given)
+    args = train_pretrain.Args(epochs=4, log_interval=1, **given)
     records = [r for r in logged(train_pretrain.main(args)) if "loss" in r]
+    assert "\ndata: pretrain_t2t_mini.jsonl: " in capsys.readouterr().out
     assert 1000 < records[0]["num_tokens"] < 1050
     assert records[0]["loss"] == pytest.approx(LN_V, abs=0.1)
     assert records[-1]["loss"] < 4 and records[-1]["step"] > 40

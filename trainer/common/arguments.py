@@ -26,6 +26,8 @@ LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of 
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
 batch"""
+EMPTY_THINK_HELP = """share of the rows without thoughts that get an empty one, if the data has
+thoughts: so open_thinking 0 means an answer at once"""
 # groups of --help
 STAGE, DATA, WEIGHTS, TRAINING = "this stage", "data", "weights and folders", "training"
 OPTIMIZER, MODEL, MOE, LORA = "optimizer", "model", "mixture of experts", "LoRA"
@@ -56,7 +58,12 @@ class TrainArgs:
         path=True,
     )
     val_share: float = option(
-        0.01, "share of the data held out if there is no val_path", group=DATA, at_least=0, below=1
+        0.01,
+        "share of the data held out if there is no val_path",
+        group=DATA,
+        at_least=0,
+        below=1,
+        unless="val_path",
     )
     val_documents: int = option(
         256, "most held-out documents of an evaluation", group=DATA, may_differ=True, at_least=0
@@ -228,6 +235,13 @@ class TrainArgs:
     from_resume: bool = option(
         False, "the same as --resume", group=LOG, may_differ=True, pinned=False
     )
+    force: bool = option(
+        False,
+        "begin anew where an unfinished run of the same name has its checkpoint",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+    )
     recipe: str = option(
         "",
         "follow benchmarks/recipes/NAME.json: use its flags, and compare with its run",
@@ -239,10 +253,16 @@ class TrainArgs:
         False, "log to a tracker too", group=LOG, may_differ=True, pinned=False
     )
     tracker: Literal["wandb", "swanlab"] = option(
-        "wandb", "which, with --use_wandb", group=LOG, pinned=False
+        "wandb", "which, with --use_wandb", group=LOG, pinned=False, needs="use_wandb", habit=True
     )
     wandb_project: str = option(
-        "MiniMind", "the tracker's project", group=LOG, may_differ=True, pinned=False
+        "MiniMind",
+        "the tracker's project",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+        needs="use_wandb",
+        habit=True,
     )
 
     @property
@@ -334,4 +354,13 @@ class SampleArgs(TrainArgs):
 
     sample_prompt: str = option(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
+
+
+@dataclass
+class ConversationArgs(SampleArgs):
+    """For trainers whose rows are conversations, of which some may have thoughts."""
+
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
     )

@@ -77,6 +77,8 @@ def evaluate_loss(
         text_bytes += sizes[batch.labels[is_text]].sum().item()
         num_label_tokens += batch.num_label_tokens
     model.train()
+    if data.label_bytes is not None:  # of all ranks together
+        text_bytes = data.label_bytes if ctx.is_main else 0
     text_loss, control_loss, text_bytes, num_label_tokens = ctx.all_reduce_sum(
         text_loss, control_loss, text_bytes, num_label_tokens
     )
@@ -135,7 +137,7 @@ def sample_continuation(
     prompt = ids[: max(1, min(12, len(ids) // 2))]
     greedy = SamplingParams(max_new_tokens=length, temperature=0)
     (reply,) = generate(unwrap(model), [prompt], greedy)
-    shown = tokenizer.decode(prompt[1:])
+    shown = tokenizer.decode(prompt, skip_special_tokens=True)
     return f"{shown} ▸{tokenizer.decode(reply, skip_special_tokens=True)}"
 
 

@@ -9,10 +9,12 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import load_documents
+from dataset.chat import stop_tokens
+from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
+from model.inference.thinking import can_close_thoughts, close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_model, require_tokenizer
 from trainer.common.arguments import TrainArgs
@@ -24,6 +26,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
     torch.manual_seed(args.seed)
     given = {name: getattr(args, name, None) for name in MiniMindConfig.__annotations__}
     sizes = {name: value for name, value in given.items() if value is not None}
+    sizes |= special_ids(tokenizer)
     if not args.use_moe and not args.preset:  # loaded weights know whether they are a mixture
         del sizes["use_moe"]
     if args.from_weight == "none":
@@ -40,6 +43,17 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
     return model.train()
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int] | None]:
+    """The fields of the config that name tokens: a model stops at EOS, and at the token with which
+    the chat template ends a turn, if that is another."""
+    stops = stop_tokens(tokenizer)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
 
 
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:
@@ -102,7 +116,7 @@ def load_split(
     """Documents and the indices to train on, documents and the indices held out. A preference pair
     counts as one document."""
     args = ctx.args
-    missing = "pad_token" if tokenizer.pad_token_id is None else ""
+    missing = "eos_token" if tokenizer.eos_token_id is None else ""
     if kind != "text" and not tokenizer.chat_template:
         missing = "chat_template"
     if missing:
@@ -110,12 +124,29 @@ def load_split(
             f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
             "tokenizer_config.json, or leave --tokenizer_path away"
         )
-    documents = load_documents(args.data_path, kind, tokenizer)
-    val_documents = load_documents(args.val_path, kind, tokenizer) if args.val_path else None
+    options = dict(empty_think_ratio=use_empty_thoughts(ctx, tokenizer))
+    documents = load_documents(args.data_path, kind, tokenizer, **options)
+    val_documents = None
+    if args.val_path:
+        val_documents = load_documents(args.val_path, kind, tokenizer, **options)
     each = 2 if kind == "preferences" else 1
     val_count = None if val_documents is None else len(val_documents) // each
     train_indices, val_indices = split_held_out(args, len(documents) // each, val_count)
     return documents, train_indices, val_documents or documents, val_indices
+
+
+def use_empty_thoughts(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> float:
+    """--empty_think_ratio where it matters, else 0: there are thoughts in the data, or the model
+    that is trained has learnt from some. From then on prompts without open_thinking close one."""
+    ratio = getattr(ctx.args, "empty_think_ratio", 0.0)
+    if not ratio or not can_close_thoughts(tokenizer):
+        return 0.0
+    if not closes_thoughts(tokenizer):
+        if not has_thoughts(ctx.args.data_path):
+            return 0.0
+        close_thoughts(tokenizer)
+    ctx.print(f"{ratio:.0%} of the rows without thoughts have an empty one (--empty_think_ratio)")
+    return ratio
 
 
 def split_held_out(

@@ -9,7 +9,8 @@
     similarity   its similarity to the row's "answer", from 0 to 1 (difflib's ratio): a graded
                  signal where exact answers are rare
     format       for <think>…</think><answer>…</answer>: 0.1 for each tag that occurs exactly once,
-                 0.6 more for the whole format
+                 0.6 more for the whole format (0.2 for each of two, without <answer> in the
+                 tokenizer)
     language     the share of its letters that are Chinese, if the question has Chinese ones; else
                  the share that are not
     length       falls linearly from 1 for no tokens to 0 for --max_gen_len tokens
@@ -49,7 +50,7 @@ from transformers import (
 
 from dataset.grading import Truth, final_answer, fold_text, read_rating, same_number
 from dataset.lm_dataset import encode_chat
-from dataset.reply_parser import REASONING_TAGS, parse_reasoning
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning, tagged_answer
 from dataset.text import is_chinese
 from model.errors import UserError
 from model.formats.native_format import read_config_json
@@ -64,7 +65,7 @@ Part = Callable[[Sequence[Completion]], list[float]]  # a rule or a model, over 
 
 
 class Rule(NamedTuple):
-    score: Callable[[Completion, RolloutArgs], float]
+    score: Callable[[Any, RolloutArgs], float]  # of a Completion, or of the stage's kind of it
     needs: Callable[[Prompt], bool] | None = None  # whether it can judge a prompt; None: any
 
 
@@ -207,8 +208,13 @@ def has_truth(prompt: Prompt) -> bool:
 
 
 def answer_in(completion: Completion, args: RolloutArgs) -> str:
-    """The final answer, "" where a thought was opened and has no end."""
-    return final_answer(completion.text, args.reasoning or completion.prompt.thinking)
+    """The final answer, "" where a thought was opened and has no end. With --reasoning it stands
+    between tags, if the tokenizer has them."""
+    prompt, text = completion.prompt, completion.text
+    if args.reasoning and prompt.answer_tags:
+        closed = "</answer>" in text.partition("<answer>")[2]
+        return (closed and tagged_answer(text)) or ""
+    return final_answer(text, args.reasoning or prompt.thinking)
 
 
 def truth_of(completion: Completion) -> Truth:
@@ -228,15 +234,28 @@ def number_score(completion: Completion, args: RolloutArgs) -> float:
     return float(same_number(answer_in(completion, args), truth.text))
 
 
+def similarity_score(completion: Completion, args: RolloutArgs) -> float:
+    # how like the truth the reply looks: thoughts that nobody asked for count against it
+    asked = args.reasoning or completion.prompt.thinking
+    text = answer_in(completion, args) if asked else completion.text
+    return similarity(text, truth_of(completion).text)
+
+
 def similarity(text: str, answer: str) -> float:
     return SequenceMatcher(None, fold_text(text), fold_text(answer), autojunk=False).ratio()
 
 
-def format_reward(text: str, opened: bool) -> float:
-    """How far the text keeps to the think/answer format; `opened`: the prompt ends with <think>."""
+def format_reward(text: str, opened: bool, answer_tags: bool = True) -> float:
+    """How far the text keeps to the think/answer format.
+
+    Args:
+        opened: the prompt ends with <think>.
+        answer_tags: False for a tokenizer without <answer>, whose answer is what follows </think>.
+    """
     text = "<think>\n" + text if opened else text
-    once = sum(text.count(tag) == 1 for tag in REASONING_TAGS)
-    return 0.1 * once + 0.6 * (parse_reasoning(text) is not None)
+    tags = REASONING_TAGS if answer_tags else REASONING_TAGS[:2]
+    once = sum(text.count(tag) == 1 for tag in tags) / len(tags)
+    return 0.4 * once + 0.6 * (parse_reasoning(text, answer_tags) is not None)
 
 
 def same_language(completion: Completion) -> float:
@@ -255,10 +274,10 @@ def distinct_ngrams(tokens: list[int], n: int = 3) -> float:
 RULES: dict[str, Rule] = {
     "answer": Rule(answer_score, has_truth),
     "number": Rule(number_score, has_truth),
-    "similarity": Rule(
-        lambda each, args: similarity(answer_in(each, args), truth_of(each).text), has_truth
+    "similarity": Rule(similarity_score, has_truth),
+    "format": Rule(
+        lambda each, args: format_reward(each.text, args.reasoning, each.prompt.answer_tags)
     ),
-    "format": Rule(lambda each, args: format_reward(each.text, opened=args.reasoning)),
     "language": Rule(lambda each, args: same_language(each)),
     "length": Rule(lambda each, args: 1 - len(each.tokens) / args.max_gen_len),
     "repetition": Rule(lambda each, args: distinct_ngrams(each.tokens)),

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.inference.engine import Engine, Request
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
@@ -89,7 +90,7 @@ def make_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tokens: list[int]
 ) -> Completion:
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Completion(prompt, tokens, text, tokens[-1] == tokenizer.eos_token_id)
+    return Completion(prompt, tokens, text, tokens[-1] in stop_tokens(tokenizer))
 
 
 def make_seed(*numbers: int) -> int:
