@@ -150,8 +150,7 @@ class Args(SampleArgs, RolloutServerArgs):
 
     def teacher_path(self) -> Path:
         """The teacher's .pth or folder. UserError if there is none."""
-        by_stage = not (self.teacher_weight.endswith(".pth") or is_hf_folder(self.teacher_weight))
-        if self.teacher_use_moe and not by_stage:
+        if self.teacher_use_moe and not is_stage(self.teacher_weight):
             raise UserError(
                 "--teacher_use_moe has no effect: --teacher_weight names the file or folder itself"
             )
