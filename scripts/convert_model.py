@@ -110,10 +110,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.formats import gguf_format
+from model.formats import gguf_format, ollama_format
 from model.formats.hf_format import load_transformers, save_hf_folder
 from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
 from model.formats.native_format import is_native
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
@@ -164,7 +165,7 @@ def to_gguf(args: ToGguf) -> None:
         report_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
-            text = gguf_format.modelfile(args.target, model.config, tokenizer)
+            text = ollama_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     flags = gguf_format.yarn_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
@@ -176,6 +177,8 @@ def merge_lora(args: MergeLora) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         load_lora(model, args.lora)
+        if (read_info(args.lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
         merged = merge_and_unload(copy.deepcopy(model))
         check_logits(logits(merged), logits(model), FLOAT16)
         origin = {"converted from": args.source.name, "merged": args.lora.name}

@@ -31,7 +31,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import stop_tokens
-from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fields
+from dataset.encoding import (
+    Message,
+    check_messages,
+    encode_chat,
+    ends_in_thought,
+    parse_tool_fields,
+)
 from dataset.grading import Truth, final_answer, read_truth
 from dataset.jsonl import check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
@@ -240,6 +246,7 @@ class Episode:
             options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids
         self.prompt_length = len(self.ids)
+        self.thinking = ends_in_thought(tokenizer, self.ids)  # each reply begins within a thought
         self.action_mask: list[bool] = []
         self.calls: list[Call] = []
         self.errors: list[str] = []
@@ -258,7 +265,7 @@ class Episode:
         if tokens[-1] not in stop_tokens(self.tokenizer):
             self.end("unfinished")
             return
-        reply = parse_reply(self.text, thinking=self.open_thinking)
+        reply = parse_reply(self.text, thinking=self.thinking)
         task = self.task
         results = answer_calls(reply, task.offered, task.recorded_results, task.schemas)
         self.calls += reply.tool_calls
