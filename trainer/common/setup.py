@@ -1,6 +1,7 @@
 """What a training starts from: the model, the data to train on, and the held-out data."""
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -41,7 +42,9 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         model = MiniMindForCausalLM(config)
     else:
         path = args.initial_weights()
-        model = load_model(path, tokenizer=tokenizer, **sizes)
+        with warnings.catch_warnings():  # of an unknown tokenizer, which is an error here
+            warnings.filterwarnings("ignore", ".*does not say which tokenizer")
+            model = load_model(path, tokenizer=tokenizer, **sizes)
         require_tokenizer(path, args.tokenizer_path)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
