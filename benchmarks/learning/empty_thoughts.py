@@ -25,7 +25,7 @@ class Args:
     ratios: list[float] = option([0.0, 0.2, 1.0], "each --empty_think_ratio to train with")
     rows: int = option(3000, "rows of data")
     questions: int = option(300, "held-out questions")
-    epochs: int = option(6, "passes through the data")
+    epochs: int = option(5, "passes through the data")
     hidden_size: int = option(64, "width of the model")
     seed: int = option(42, "of data and weights")
     output: str = option(str(OUT / "empty_thoughts"), "folder of data, weights and logs")
