@@ -122,7 +122,7 @@ def check_values(args_class: type, values: Mapping[str, Any]) -> None:
                 if not rules.get("habit"):
                     raise UserError(complaint)
                 tell(complaint)
-        if values.get(rules.get("unless", "")) and value != defaults[name]:
+        if values.get(rules.get("unless", "")) and value and value != defaults[name]:
             raise UserError(f"--{name} has no effect with --{rules['unless']}")
         if (reason := rules.get("no_effect")) and value != defaults[name]:
             raise UserError(f"--{name} has no effect here: {reason}")

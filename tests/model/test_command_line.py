@@ -110,6 +110,7 @@ def test_a_script_of_several_commands(capsys):
     ("args_class", "argv", "told"),
     [
         (pretrain.Args, ["--val_share", "0.1", "--val_path", "x"], "no effect with --val_path"),
+        (pretrain.Args, ["--epochs", "0"], "--epochs must be more than 0"),
         (train_grpo.Args, ["--judge_url", "u", "--reward", "answer"], "without --reward judge"),
         (
             train_distillation.Args,

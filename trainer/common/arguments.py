@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dataset.jsonl import check_file
 from dataset.released import resolve_data_path
-from model.command_line import option
+from model.command_line import check_values, option
 from model.errors import UserError
 from model.paths import (
     OUT,
@@ -275,6 +275,7 @@ class TrainArgs:
         self.use_preset()
         if not self.tokenizer_path:
             self.tokenizer_path = tokenizer_beside(self.from_weight, self.save_dir)
+        check_values(type(self), vars(self))  # for arguments that no command line has checked
         self.resume = self.resume or self.from_resume
         new, given = self.from_weight == "none", self.bias_update_speed is not None
         if new and given and self.scoring_func != "sigmoid":  # loaded weights know their own
