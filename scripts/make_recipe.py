@@ -5,13 +5,13 @@
     python trainer/train_pretrain.py --recipe demo_pretrain
 """
 
-import json
 import os
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from dataset.jsonl import load_rows
 from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import ROOT, read_info, write_json
@@ -87,11 +87,10 @@ def files_of(run: str) -> tuple[Path, Path]:
 def read_log(path: Path, stage: str) -> list[dict[str, Any]]:
     """The records of a stage's metrics.jsonl. UserError if it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = with_new_keys(map(json.loads, lines), stage)
+        records = with_new_keys(load_rows(path), stage)
         if not all("step" in record for record in records):
-            raise ValueError("a line has no step")
-    except (OSError, ValueError, TypeError) as error:
+            raise UserError("a line has no step")
+    except UserError as error:
         raise UserError(f"{path} is not a training log: {error}") from error
     if not records:
         raise UserError(f"{path} is empty")

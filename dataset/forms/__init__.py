@@ -1,0 +1,1 @@
+"""Forms of rows that other tools write, and what they are in MiniMind's."""
