@@ -22,6 +22,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dataset.forms.messages import answered_part
+from dataset.forms.rows import as_conversation, as_pair, as_text
 from dataset.jsonl import Row, parse_json
 from model.errors import UserError
 
@@ -268,28 +270,26 @@ def parse_tool_fields(message: Message) -> Message:
 
 def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     """Pretraining: {"text": "…"}. An empty text gives no segments."""
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise UserError('has no "text" (pretraining rows are {"text": "…"})')
+    text = as_text(row)
     if not text.strip():
         return []
     return [(tokenizer.bos_token_id, True), (text, True), (tokenizer.eos_token_id, True)]
 
 
 def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
-    """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}."""
-    messages = check_messages(row.get("conversations"))
+    """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}, or any form that
+    `as_conversation` reads. A row whose only answer is empty gives no segments."""
+    messages = check_messages(as_conversation(row)["conversations"])
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
-    return chat_segments(tokenizer, messages, False, {})
+    answered = answered_part(messages)
+    return chat_segments(tokenizer, answered, False, {}) if answered else []
 
 
 def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[Segments, Segments]:
     """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
-    if not (row.get("chosen") and row.get("rejected")):
-        lacking = " and ".join(f'"{side}"' for side in SIDES if not row.get(side))
-        raise UserError(f'has no {lacking} (rows are {{"chosen": [messages], "rejected": …}})')
-    chosen, rejected = (check_messages(row[side], f'"{side}"') for side in SIDES)
+    pair = as_pair(row)
+    chosen, rejected = (check_messages(pair[side], f'"{side}"') for side in SIDES)
     shared = 0  # messages that both sides begin with
     while chosen[shared : shared + 1] == rejected[shared : shared + 1]:
         if shared == len(chosen):

@@ -27,11 +27,12 @@ from model.weights import ROOT, load_tokenizer
 @dataclass
 class Args:
     data_path: list[str] = option(
-        [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl or .jsonl.gz"
+        [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl, .jsonl.gz or .json"
     )
     kind: Literal[tuple(SEGMENTERS)] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
     rows: int = option(1, "number of sequences to show")
     first: int = option(0, "index of the first sequence to show")
     max_seq_len: int = option(128, "length of a sequence, in tokens")
@@ -48,7 +49,9 @@ class Args:
 
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
-    documents = load_documents(args.data_path, args.kind, tokenizer)
+    documents = load_documents(
+        args.data_path, args.kind, tokenizer, skip_bad_rows=args.skip_bad_rows
+    )
     sequences = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     indices = range(args.first, min(args.first + args.rows, len(sequences)))
     if not indices:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dataset.jsonl import check_file, error_at, read_rows
+from dataset.forms.rows import as_prompt
+from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.lm_dataset import Message, check_messages, encode_chat
 from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
@@ -137,7 +138,7 @@ def read_prompts(
     prompts = load_prompts(ctx, tokenizer, args.data_path, parse_row)
     val_prompts = load_prompts(ctx, tokenizer, args.val_path, parse_row) if args.val_path else None
     val_count = None if val_prompts is None else len(val_prompts)
-    train_indices, val_indices = split_held_out(args, len(prompts), val_count)
+    train_indices, val_indices = split_held_out(args, len(prompts), val_count, "prompts")
     max_tokens = args.max_seq_len + args.max_gen_len
     train_data = PromptDataset([prompts[n] for n in train_indices], max_tokens)
     if len(val_indices) == 0:
@@ -154,17 +155,21 @@ def load_prompts(
     max_seq_len = ctx.args.max_seq_len
     template_args = {"open_thinking": True} if ctx.args.reasoning else {}
     prompts, too_long = [], 0
+    bad_rows = BadRows() if ctx.args.skip_bad_rows else None
     for path in paths:
-        for number, row in read_rows(check_file(path)):
-            with error_at(path, number):
+        for number, row in read_rows(check_file(path), bad_rows):
+            with error_at(path, number, bad_rows):
                 messages, *truth = (parse or parse_prompt_row)(row)
                 encoded = encode_chat(
                     tokenizer, messages, add_generation_prompt=True, **template_args
                 )
-            if len(encoded.ids) > max_seq_len:
-                too_long += 1
-            else:
-                prompts.append(Prompt(len(prompts), messages, encoded.ids, *truth))
+                if len(encoded.ids) > max_seq_len:
+                    too_long += 1
+                else:
+                    prompts.append(Prompt(len(prompts), messages, encoded.ids, *truth))
+    if bad_rows and bad_rows.count:
+        bad_rows.refuse_if_all(len(prompts) + too_long)
+        ctx.print(str(bad_rows))
     if too_long:
         left_out = f"{too_long:,} prompts are longer than --max_seq_len {max_seq_len}"
         if not prompts:
@@ -178,7 +183,8 @@ def load_prompts(
 def parse_prompt_row(row: dict) -> tuple[list[Message], str | None]:
     """A row → its messages up to the last answer, and the truth: the row's "answer", or else what
     its last message has between <answer> and </answer>."""
-    messages = check_messages(row.get("conversations"))
+    row = as_prompt(row)
+    messages = check_messages(row["conversations"])
     answer = row.get("answer")
     if messages[-1]["role"] == "assistant":
         *messages, last = messages

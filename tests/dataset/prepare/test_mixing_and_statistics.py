@@ -72,7 +72,7 @@ def test_stats_counts_what_the_trainers_read(tmp_path, tokenizer, capsys):
     rows = [*(sentences(n, 5 + n) for n in range(20)), CHINESE, CHINESE, CHINESE, "2 + 2 = 4"]
     given = text_file(tmp_path / "a.jsonl", rows)
     figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
-        "figures"
+        "statistics"
     ]
     documents = load_documents(given, "text", tokenizer)
     lengths = [len(ids) for ids in documents["input_ids"]]
@@ -94,7 +94,7 @@ def test_stats_counts_what_the_trainers_read(tmp_path, tokenizer, capsys):
 def test_stats_of_conversations_count_what_is_trained(tmp_path, tokenizer):
     given = write_lines(tmp_path / "a.jsonl", [{"conversations": CHAT}] * 4)
     figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
-        "figures"
+        "statistics"
     ]
     documents = load_documents(given, "conversations", tokenizer)
     assert figures["tokens_trained"] == sum(int(row.sum()) for row in documents["loss_mask"])
