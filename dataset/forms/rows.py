@@ -100,13 +100,16 @@ def as_pair(row: Row) -> Row:
     ):
         return row
     name, used = list_name(row), list(SIDES)
+    prompt = messages_of(row[name], f'"{name}"') if name else []
+    if prompt and prompt[-1]["role"] == "assistant":  # UltraFeedback has the chosen side twice
+        if prompt != side_messages(row["chosen"], "chosen"):
+            raise UserError(f'has "{name}" that are neither the prompt nor "chosen"')
+        prompt = []
     if name:
-        prompt, used = messages_of(row[name], f'"{name}"'), [*used, name]
-    elif first_of(row, QUESTIONS):
+        used.append(name)
+    if not prompt and first_of(row, QUESTIONS):
         prompt, asked = exchange(row, answered=False)
         used += asked
-    else:
-        prompt = []
     pair = {side: with_prompt(prompt, row[side], side) for side in SIDES}
     pair = {side: with_system_and_tools(row, messages) for side, messages in pair.items()}
     check_the_rest(row, [*pair["chosen"], *pair["rejected"]], used)

@@ -143,8 +143,8 @@ def split_held_out(
     held_out = 0 if val_count is not None else math.ceil(count * args.val_share)
     if held_out >= count:
         raise UserError(
-            f"the data has {count} of {unit}, so none is left to train on; hold none out with "
-            "--val_share 0"
+            f"--val_share {args.val_share:g} holds out all {unit} of the data ({count}), so that "
+            "none is left to train on; hold nothing out with --val_share 0"
         )
     train_indices, val_indices = np.sort(order[held_out:]), order[:held_out]
     if val_count is not None:

@@ -28,13 +28,13 @@ def many(tmp_path, monkeypatch) -> str:
 
 def slowly(words: list[str], seconds: float):
     """The command, which takes its time over each chunk."""
-    write = resumable.Progress.add
+    write = resumable.JobProgress.add
 
     def add(progress, done):
         time.sleep(seconds)
         write(progress, done)
 
-    resumable.Progress.add = add  # in a process of its own
+    resumable.JobProgress.add = add  # in a process of its own
     main(words)
 
 
