@@ -116,11 +116,8 @@ def open_text(
         try:
             yield raw, text
         except UnicodeDecodeError as error:
-            guess = detect_encoding(Path(path))
-            likely = f"it may be {guess}, and " * (guess != "utf-8-sig")
-            raise UserError(
-                f"{path} is not UTF-8 ({error.reason}); {likely}{CLEAN} converts it"
-            ) from error
+            kind = "GBK (GB18030), not UTF-8" if is_gbk(start) else f"not UTF-8 ({error.reason})"
+            raise UserError(f"{path} is {kind}; {CLEAN} converts other encodings") from error
         finally:
             with suppress(ValueError):
                 text.detach()
