@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check stages docs lint types format clean help
+.PHONY: demo test check today stages docs lint types format clean help
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
@@ -10,6 +10,9 @@ demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a repo
 
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+today: .venv/installed  ## the files that people have today, and those of 2025: do all stages work?
+	$(BIN)/python benchmarks/today.py
 
 stages: .venv/installed  ## does each stage learn? two to three hours on two cores
 	$(BIN)/python benchmarks/learning/stages.py

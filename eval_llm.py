@@ -15,20 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dataset.lm_dataset import Message, encode_chat, encode_text
-from dataset.reply_parser import parse_reply
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import decode
-from model.inference.streaming import stream_text
-from model.weights import write_json
 from scripts.serving.arguments import ChatArgs
-from scripts.serving.loading import ChatModel, load_chat_model
-from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES, last_exchanges, read_prompts
-
-HELP = """/clear        forget the conversation
-/save [FILE]  save it as JSON, by default to chat.json
-/quit         quit, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 @dataclass
@@ -40,6 +29,23 @@ class Args(ChatArgs):
         "ask", "auto: example prompts; type: your own; ask: choose at the start"
     )
     show_speed: bool = option(True, "print tokens per second after each answer")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from dataset.lm_dataset import Message, encode_chat, encode_text
+from dataset.reply_parser import parse_reply
+from model.inference.generation import decode
+from model.inference.streaming import stream_text
+from model.weights import write_json
+from scripts.serving.loading import ChatModel, load_chat_model
+from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES, last_exchanges, read_prompts
+
+HELP = """/clear        forget the conversation
+/save [FILE]  save it as JSON, by default to chat.json
+/quit         quit, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def main(args: Args) -> None:
@@ -140,4 +146,4 @@ def save(conversations: list[Conversation], path: Path) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -156,7 +156,7 @@ BRANCHES = {
     "spo": {"clip": "--loss_type clip --update_epochs 2"},
     "distillation": {"on policy": "--on_policy 0.5 --divergence jsd --max_gen_len 8"},
 }
-LONG = 40  # updates of a run that is interrupted
+LONG = 40  # steps of a run that is interrupted
 RESUMED = ("pretrain", "ppo", "spo", "distillation")  # between them, all that a checkpoint holds
 
 
@@ -218,7 +218,7 @@ class Training:
     folder: Path
     files: dict[str, str]  # by the names that flags have for them
     resume: bool = False
-    stop_after: int = 0  # updates; 0: not before its end
+    stop_after: int = 0  # steps; 0: not before its end
     processes: list[Any] = field(default_factory=list)
 
     def start(self) -> None:
@@ -243,7 +243,7 @@ class Training:
 
     def ended(self) -> bool:
         if self.stop_after and self.metrics().count("\n") >= self.stop_after:
-            self.processes[0].terminate()  # it ends its update and saves
+            self.processes[0].terminate()  # it ends its step and saves
             self.stop_after = 0
         return not any(process.is_alive() for process in self.processes)
 

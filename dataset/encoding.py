@@ -1,8 +1,8 @@
 """Texts and messages → token ids and the loss mask, the same for every stage and for inference.
 
-- text: <|im_start|> text <|im_end|>, with loss on all of it;
-- conversations: what the chat template renders, with loss on its {% generation %} blocks alone:
-  what the assistant writes, its <|im_end|> included;
+- text: BOS text EOS, with loss on all of it (ours: <|im_start|> and <|im_end|>);
+- conversations: what the chat template renders, with loss on what the assistant writes alone, the
+  token that ends its turn included (chat.py);
 - preferences: the chosen and the rejected conversation, with loss where they differ; the messages
   that both begin with are the prompt.
 
@@ -12,33 +12,26 @@ and in what the assistant writes, and characters in what anybody else writes.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from dataset.chat import Segments, added_token_patterns, chat_segments, stop_tokens
+from dataset.chat_template import Message, parse_tool_fields
 from dataset.forms.messages import answered_part
 from dataset.forms.rows import as_conversation, as_pair, as_text
-from dataset.jsonl import Row, parse_json
+from dataset.jsonl import Row
 from model.errors import UserError
+from model.inference.tokens import decode_name
 
-TAGS = ("<think>", "</think>", "<answer>", "</answer>") + (
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-)
+__all__ = ["Message", "Segments", "parse_tool_fields"]  # of the chat modules
 ROLES = ("system", "user", "assistant", "tool")
 SIDES = ("chosen", "rejected")
-
-Message = dict[str, Any]
-# A document in segments, each with its loss mask: control tokens as ids, all between them as text.
-Segments = list[tuple[int | str, bool]]
 
 
 @dataclass
@@ -49,8 +42,20 @@ class Encoded:
     loss_mask: list[bool]
 
 
+def document_edges(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids before and after the text of a document: BOS, if the tokenizer has one (Qwen has
+    none), and EOS. UserError without EOS: documents could not be told apart, nor end."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no eos_token, with which texts and answers end; name one of its "
+            "tokens in its tokenizer_config.json"
+        )
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos, [tokenizer.eos_token_id]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """<|im_start|> text <|im_end|>, with loss on all of it (nothing predicts the first token)."""
+    """BOS text EOS, with loss on all of it (nothing predicts the first token)."""
     return encode_segments(tokenizer, [text_segments(tokenizer, {"text": text})])[0]
 
 
@@ -67,10 +72,17 @@ def encode_chat(
         messages: SPEC's messages: "role", "content", and perhaps "tools" (in a first system
             message), "tool_calls" and "reasoning_content".
         add_generation_prompt: end with the header of an assistant's turn, for it to answer.
-        template_options: variables of the template, such as tools or open_thinking.
+        template_options: variables of the template: tools, and open_thinking (default False), which
+            templates that call it enable_thinking get by that name too.
     """
     segments = chat_segments(tokenizer, messages, add_generation_prompt, template_options)
     return encode_segments(tokenizer, [segments])[0]
+
+
+def opens_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> bool:
+    """Whether a prompt ends within a thought, so that the reply begins there. With open_thinking
+    some templates end so, and others leave it to the model to begin one."""
+    return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
 
 
 # -- segments to tokens ----------------------------------------------------------------------------
@@ -109,121 +121,57 @@ def encode_segments(tokenizer: PreTrainedTokenizerBase, documents: list[Segments
     return encoded
 
 
-@dataclass
-class AddedTokenPatterns:
-    """Regular expressions that keep a person's text from being read as control tokens.
+# -- bytes -----------------------------------------------------------------------------------------
 
-    `any_token` matches the empty place after the first character of every added token's name, and
-    `control_token` does so for all of them but the tags: a text split there can no longer be read
-    as one. `special` are the tokens that only the template writes.
-    """
-
-    control_token: re.Pattern
-    any_token: re.Pattern
-    special: dict[str, int]
-    first_characters: set[str]
-
-    def may_be_in(self, text: str) -> bool:
-        """False for most texts, which saves them the slow search for names of tokens."""
-        return any(character in text for character in self.first_characters)
-
-    def split_control_tokens(self, segment: int | str) -> list[int | str]:
-        if isinstance(segment, str) and self.may_be_in(segment):
-            return self.control_token.split(segment)
-        return [segment]
+# What tokenizers may change: case, spaces, line breaks, composed, wide and rare characters.
+SAMPLE = "The Ünïcode  tëxt, 12½\n\n\tＡｂ e\u0301 ﬁ 从零开始。 😀 İ\u200d\ufeff ▁ ##x"
 
 
-@lru_cache(maxsize=8)
-def added_token_patterns(tokenizer: PreTrainedTokenizerBase) -> AddedTokenPatterns:
-    added = tokenizer.added_tokens_decoder
-    names = [token.content for token in added.values()]
-
-    def after_first_character(tokens: Iterable[str]) -> re.Pattern:
-        return re.compile(
-            "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens)
-        )
-
-    return AddedTokenPatterns(
-        control_token=after_first_character(name for name in names if name not in TAGS),
-        any_token=after_first_character(names),
-        special={token.content: number for number, token in added.items() if token.special},
-        first_characters={name[0] for name in names},
-    )
-
-
+@lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """[V] UTF-8 bytes that each token stands for; 0 for control tokens, which are no text.
 
     With it a loss in nats per token becomes one in bits per byte, comparable between tokenizers.
+    It is right for a tokenizer that loses nothing; for others `label_bytes` counts in the text.
     """
     sizes = torch.zeros(len(tokenizer), dtype=torch.long)
     added = tokenizer.added_tokens_decoder
     for token, number in tokenizer.get_vocab().items():
-        if number in added:
-            sizes[number] = 0 if added[number].special else len(token.encode())
-        else:
-            sizes[number] = len(token)  # byte-level BPE writes each byte as one character
+        if number not in added:
+            sizes[number] = len(decode_name(tokenizer, token))
+        elif not added[number].special:
+            sizes[number] = len(token.encode())
+        elif number == tokenizer.unk_token_id and number not in stop_tokens(tokenizer):
+            sizes[number] = 1  # stands for text, of any length
     return sizes
 
 
-# -- messages to segments --------------------------------------------------------------------------
-
-
-def chat_segments(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    add_generation_prompt: bool,
-    template_options: dict[str, Any],
-) -> Segments:
-    """The rendered conversation, split at the control tokens that the template wrote."""
-    patterns = added_token_patterns(tokenizer)
-    separator = unused_character([messages, template_options])
-
-    def escape(value: Any, pattern: re.Pattern) -> Any:
-        """Put the separator inside every name of a token in the texts of a message, so that after
-        rendering the template's own tokens can be told from those that a person wrote."""
-        if isinstance(value, str):
-            return pattern.sub(separator, value) if patterns.may_be_in(value) else value
-        if isinstance(value, list):
-            return [escape(item, pattern) for item in value]
-        if isinstance(value, dict):
-            return {escape(key, pattern): escape(item, pattern) for key, item in value.items()}
-        return value
-
-    # The assistant may write tags such as <think>; nobody else can.
-    escaped = [
-        escape(
-            message,
-            patterns.control_token if message["role"] == "assistant" else patterns.any_token,
-        )
-        for message in map(parse_tool_fields, messages)
-    ]
-    rendered, spans = render_jinja_template(
-        [escaped],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        add_generation_prompt=add_generation_prompt,
-        **{**tokenizer.special_tokens_map, **escape(template_options, patterns.any_token)},
+@lru_cache(maxsize=4)
+def has_exact_token_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the bytes of a text are the sum over its tokens, as in byte-level BPE. A normalizer,
+    a space before each text or unknown characters make them differ."""
+    sizes = token_bytes(tokenizer)
+    texts = [SAMPLE, *SAMPLE.split(), "word", " word"]
+    encoded = encode_segments(tokenizer, [[(text, True)] for text in texts])
+    return all(
+        int(sizes[each.ids].sum()) == len(text.encode())
+        for text, each in zip(texts, encoded, strict=True)
     )
-    text, spans = rendered[0], spans[0]
-
-    split_special = re.compile("(" + "|".join(map(re.escape, patterns.special)) + ")")
-    edges = [0, *(edge for span in spans for edge in span), len(text)]
-    segments: Segments = []
-    for number, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
-        has_loss = number % 2 == 1  # every second stretch of text is a {% generation %} block
-        for part in split_special.split(text[start:end]):
-            if part in patterns.special:
-                segments.append((patterns.special[part], has_loss))
-            else:
-                segments += [(plain, has_loss) for plain in part.split(separator) if plain]
-    return segments
 
 
-def unused_character(content: Any) -> str:
-    """A character of Unicode's private use area that occurs nowhere in `content`."""
-    text = json.dumps(content, ensure_ascii=False, default=str)
-    return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)
+def label_bytes(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> int:
+    """UTF-8 bytes of the text of a document that is predicted and carries loss: all but that of
+    its first token."""
+    texts = [text for text, has_loss in segments if has_loss and isinstance(text, str)]
+    size = sum(len(text.encode()) for text in texts)
+    first = segments[0][0] if segments and segments[0][1] else None
+    if isinstance(first, str):  # a tokenizer without BOS
+        encoding = tokenizer.backend_tokenizer.encode(first[:1000], add_special_tokens=False)
+        size -= len(first[: encoding.offsets[0][1]].encode()) if encoding.offsets else 0
+    return size
+
+
+# -- messages ------------------------------------------------------------------------------------
 
 
 def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]:
@@ -245,26 +193,6 @@ def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]
     return messages
 
 
-def parse_tool_fields(message: Message) -> Message:
-    """The message with "tools" and "tool_calls" as lists; files may have them as JSON in a string,
-    so that their columns are uniform. UserError if they are neither."""
-    lists = {key: message[key] for key in ("tools", "tool_calls") if message.get(key)}
-    for key, value in lists.items():
-        if isinstance(value, str):
-            try:
-                value = parse_json(value)
-            except UserError as error:
-                raise UserError(f'has "{key}" whose text {error}') from None
-        value = [value] if isinstance(value, dict) else value
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise UserError(f'has "{key}" that are no list of objects')
-        lists[key] = value
-    for call in lists.get("tool_calls", []):
-        if not isinstance((call.get("function") or call).get("name"), str):
-            raise UserError('has a tool call without a "name"')
-    return {**message, **lists}
-
-
 # -- rows of a data file to segments ---------------------------------------------------------------
 
 
@@ -273,20 +201,54 @@ def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     text = as_text(row)
     if not text.strip():
         return []
-    return [(tokenizer.bos_token_id, True), (text, True), (tokenizer.eos_token_id, True)]
+    bos, eos = document_edges(tokenizer)
+    return [(part, True) for part in (*bos, text, *eos)]
 
 
-def conversation_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
+def conversation_segments(
+    tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
+) -> Segments:
     """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}, or any form that
     `as_conversation` reads. A row whose only answer is empty gives no segments."""
     messages = check_messages(as_conversation(row)["conversations"])
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
-    answered = answered_part(messages)
-    return chat_segments(tokenizer, answered, False, {}) if answered else []
+    if not (messages := answered_part(messages)):
+        return []
+    (messages,) = with_empty_thoughts(empty_think_ratio, messages)
+    return check_trained(chat_segments(tokenizer, messages, False, {}))
 
 
-def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[Segments, Segments]:
+def with_empty_thoughts(ratio: float, *conversations: list[Message]) -> list[list[Message]]:
+    """Conversations of a row, whose answers get an empty thought in a share `ratio` of the rows. A
+    row that has thoughts stays as it is.
+
+    A model that learns from rows with thoughts and rows without cannot know which is wanted. After
+    an empty thought in a prompt, it has never seen anything but an answer.
+    """
+    everything = [message for messages in conversations for message in messages]
+    thinks = any(m.get("reasoning_content") or "<think>" in m["content"] for m in everything)
+    first = json.dumps(everything[:2], sort_keys=True, ensure_ascii=False)
+    # a number from 0 to 1 that depends on the row alone, and not on processes or order
+    if thinks or zlib.crc32(first.encode()) / 2**32 >= ratio:
+        return list(conversations)
+    return [
+        [{**m, "empty_think": True} if m["role"] == "assistant" else m for m in messages]
+        for messages in conversations
+    ]
+
+
+def check_trained(segments: Segments) -> Segments:
+    """UserError if nothing of a document carries loss, as with a {% generation %} mark that the
+    template does not reach."""
+    if not any(has_loss for _, has_loss in segments):
+        raise UserError("has nothing to train on: the tokenizer's chat template marks no answer")
+    return segments
+
+
+def preference_segments(
+    tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
+) -> tuple[Segments, Segments]:
     """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
     pair = as_pair(row)
     chosen, rejected = (check_messages(pair[side], f'"{side}"') for side in SIDES)
@@ -304,6 +266,7 @@ def preference_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[S
                 f"has a {role} message where the two sides begin to differ: both must answer the "
                 "same prompt"
             )
+    chosen, rejected = with_empty_thoughts(empty_think_ratio, chosen, rejected)
     return (
         completion_segments(tokenizer, chosen, chosen[:shared]),
         completion_segments(tokenizer, rejected, chosen[:shared]),
@@ -322,12 +285,13 @@ def completion_segments(
         turns += has_loss and not before
         before = has_loss
         segments.append((segment, has_loss and turns > prompt_turns))
+    check_trained(segments)
     while not segments[-1][1]:
         segments.pop()
     return segments
 
 
-SEGMENTERS: dict[str, Callable[[PreTrainedTokenizerBase, Row], Any]] = {
+SEGMENTERS: dict[str, Callable[..., Any]] = {  # (tokenizer, row, options)
     "text": text_segments,
     "conversations": conversation_segments,
     "preferences": preference_segments,  # two documents a row

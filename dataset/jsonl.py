@@ -4,8 +4,8 @@
         with error_at(path, number):
             ...
 
-A file is read line by line, so that its size does not matter; file_kinds.py says which files can be
-read. Whatever is wrong with a line is a UserError "line 7 of data.jsonl is not JSON: …": the
+A file is read line by line, so that its size does not matter; forms/files.py says which files can
+be read. Whatever is wrong with a line is a UserError "line 7 of data.jsonl is not JSON: …": the
 functions that check a row raise one that begins with a verb, and `error_at` adds the place. With a
 `BadRows` it counts such rows instead, and the reading goes on.
 """
@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dataset.file_kinds import CLEAN, counts_values, is_gbk, open_lines
+from dataset.forms.files import CLEAN, counts_values, is_gbk, open_lines
+from dataset.released import download_hint
 from model.errors import UserError
 
 Row = dict[str, Any]  # the JSON object of a line
@@ -32,7 +33,8 @@ def check_file(path: str | Path) -> Path:
     """The absolute path of a data file; UserError if it cannot be read."""
     path = Path(path).resolve()
     if not path.exists():
-        raise UserError(f"the data file {path} does not exist; --data_path names another")
+        hint = download_hint(path.name)
+        raise UserError(f"the data file {path} does not exist; {hint}--data_path names another")
     if not path.is_file():
         raise UserError(f"the data file {path} is a folder; name the .jsonl file in it")
     if not os.access(path, os.R_OK):

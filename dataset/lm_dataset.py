@@ -13,14 +13,17 @@ time is a whole file in RAM.
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +40,19 @@ from dataset.encoding import (
     encode_chat,
     encode_segments,
     encode_text,
+    has_exact_token_bytes,
+    label_bytes,
     token_bytes,
 )
-from dataset.jsonl import BadRows, LineChunk, check_file, error_at, parse_row, read_chunks
+from dataset.jsonl import (
+    BadRows,
+    LineChunk,
+    check_file,
+    error_at,
+    parse_row,
+    read_chunks,
+    read_lines,
+)
 from model.errors import UserError
 from model.weights import ROOT, tokenizer_hash, write_json
 
@@ -63,11 +76,15 @@ CHUNKS_PER_BATCH = 20  # few record batches: the header of each costs a mapped f
 MIN_BYTES_FOR_WORKERS = 1_000_000  # for less, starting processes takes longer than the work
 
 
+ChunkEncoder = Callable[[PreTrainedTokenizerBase, LineChunk], "EncodedChunk"]
+
+
 def load_documents(
     paths: str | Path | Sequence[str | Path],
     kind: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    empty_think_ratio: float = 0.0,
     workers: int | None = None,
     cache: Path | str = CACHE,
     skip_bad_rows: bool = False,
@@ -78,12 +95,14 @@ def load_documents(
     Args:
         kind: of the rows, a key of SEGMENTERS. Documents 2i and 2i + 1 of "preferences" are the
             chosen and the rejected side of pair i.
+        empty_think_ratio: of the rows of messages without thoughts, the share that gets empty ones.
         workers: processes to tokenise with; default: one a core.
         skip_bad_rows: leave out rows that are not what they must be, instead of raising.
         report: is told how many were left out, and which.
 
     Returns:
-        A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool); its
+        A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool), and
+        where tokens do not tell the bytes of their text, label_bytes (int32); its
         `info.description` is a fingerprint of the tokens, the same for the same data anywhere.
 
     Raises:
@@ -93,6 +112,10 @@ def load_documents(
     files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     key = [CACHE_VERSION, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, stamps]
+    if not has_exact_token_bytes(tokenizer):
+        key.append("label_bytes")
+    options = {"empty_think_ratio": empty_think_ratio} if empty_think_ratio else {}
+    key += options.items()
     key += ["skip_bad_rows"] * skip_bad_rows
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     arrow = Path(cache) / f"{name}.arrow"
@@ -101,7 +124,8 @@ def load_documents(
         with FileLock(arrow.with_suffix(".lock")):  # several ranks, or runs, tokenise it once
             if not is_complete(arrow):
                 workers = workers or os.cpu_count() or 1
-                tokenise_files(files, kind, tokenizer, arrow, workers, skip_bad_rows)
+                encode = partial(encode_chunk, kind, options, skip_bad_rows)
+                tokenise_files(files, kind, tokenizer, arrow, workers, encode)
     except OSError as error:  # a full disk too
         why = error.strerror or error
         raise UserError(
@@ -132,7 +156,7 @@ def tokenise_files(
     tokenizer: PreTrainedTokenizerBase,
     arrow: Path,
     workers: int,
-    skip_bad_rows: bool,
+    encode: ChunkEncoder,
 ) -> None:
     """Write the tokens of all documents to `arrow`, which appears only when it is complete, and
     beside it a .json: their fingerprint, and what was left out."""
@@ -140,6 +164,9 @@ def tokenise_files(
     schema = pa.schema(
         {"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "loss_mask": pa.list_(pa.bool_())}
     )
+    count_bytes = not has_exact_token_bytes(tokenizer)
+    if count_bytes:
+        schema = schema.append(pa.field("label_bytes", pa.int32()))
     ids_hash, lengths_hash = hashlib.sha256(), hashlib.sha256()
     sums = {path: FileSums() for path in files}
     partial = arrow.with_name(f".{arrow.name}.partial")
@@ -149,13 +176,13 @@ def tokenise_files(
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            chunks = encode_chunks(files, kind, tokenizer, workers, skip_bad_rows)
+            chunks = encode_chunks(files, tokenizer, workers, encode)
             while batch := list(islice(chunks, CHUNKS_PER_BATCH)):
                 for chunk in batch:
                     sums[chunk.path].add(chunk)
-                ids, loss_mask, lengths = (
+                ids, loss_mask, lengths, sizes = (
                     np.concatenate([getattr(chunk, name) for chunk in batch])
-                    for name in ("ids", "loss_mask", "lengths")
+                    for name in ("ids", "loss_mask", "lengths", "label_bytes")
                 )
                 ids_hash.update(ids.astype("<i4").tobytes())
                 lengths_hash.update(lengths.astype("<i8").tobytes())
@@ -163,7 +190,7 @@ def tokenise_files(
                 lists = [
                     pa.ListArray.from_arrays(offsets, pa.array(values))
                     for values in (ids.astype(dtype), loss_mask)
-                ]
+                ] + [pa.array(sizes, pa.int32())] * count_bytes
                 writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
                 bar.update(sum(chunk.bytes_read for chunk in batch))
         flush_to_disk(partial)
@@ -191,6 +218,7 @@ class EncodedChunk:
     ids: np.ndarray  # of all documents
     loss_mask: np.ndarray
     lengths: np.ndarray  # of the documents
+    label_bytes: np.ndarray  # of the documents, if needed
     num_empty: int  # rows that gave no document
     bad_rows: BadRows
 
@@ -232,7 +260,11 @@ class FileSums:
 
 
 def encode_chunk(
-    tokenizer: PreTrainedTokenizerBase, kind: str, skip_bad_rows: bool, chunk: LineChunk
+    kind: str,
+    options: dict[str, Any],
+    skip_bad_rows: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    chunk: LineChunk,
 ) -> EncodedChunk:
     """Parse and encode a chunk of lines; empty lines and empty texts give no document."""
     documents, num_empty, bad_rows = [], 0, BadRows()
@@ -240,17 +272,19 @@ def encode_chunk(
         if not line.strip():
             continue
         with error_at(chunk.path, number, bad_rows if skip_bad_rows else None):
-            segments = SEGMENTERS[kind](tokenizer, parse_row(line))
+            segments = SEGMENTERS[kind](tokenizer, parse_row(line), **options)
             num_empty += not segments
             if segments:
                 documents += segments if kind == "preferences" else [segments]
     encoded = encode_segments(tokenizer, documents)
+    counted = [] if has_exact_token_bytes(tokenizer) else documents
     return EncodedChunk(
         chunk.path,
         chunk.bytes_read,
         np.array(list(chain.from_iterable(each.ids for each in encoded)), np.int32),
         np.array(list(chain.from_iterable(each.loss_mask for each in encoded)), bool),
         np.fromiter((len(each.ids) for each in encoded), np.int64),
+        np.fromiter((label_bytes(tokenizer, each) for each in counted), np.int64),
         num_empty,
         bad_rows,
     )
@@ -258,16 +292,15 @@ def encode_chunk(
 
 def encode_chunks(
     files: list[Path],
-    kind: str,
     tokenizer: PreTrainedTokenizerBase,
     workers: int,
-    skip_bad_rows: bool,
+    encode: ChunkEncoder,
 ) -> Iterator[EncodedChunk]:
     """All chunks of all files, in the files' order."""
     chunks = (chunk for path in files for chunk in read_chunks(path, LINES_PER_CHUNK))
     if workers == 1:
         for chunk in chunks:
-            yield encode_chunk(tokenizer, kind, skip_bad_rows, chunk)
+            yield encode(tokenizer, chunk)
         return
     # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -277,8 +310,7 @@ def encode_chunks(
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
-                work = (kind, skip_bad_rows, chunk)
-                waiting.append(pool.submit(encode_chunk_in_worker, *work))
+                waiting.append(pool.submit(encode_chunk_in_worker, encode, chunk))
                 if len(waiting) > 2 * workers:  # bounds what is in memory
                     yield waiting.popleft().result()
             while waiting:
@@ -303,5 +335,16 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def encode_chunk_in_worker(kind: str, skip_bad_rows: bool, chunk: LineChunk) -> EncodedChunk:
-    return encode_chunk(worker_tokenizer, kind, skip_bad_rows, chunk)
+def encode_chunk_in_worker(encode: ChunkEncoder, chunk: LineChunk) -> EncodedChunk:
+    return encode(worker_tokenizer, chunk)
+
+
+# -- thoughts --------------------------------------------------------------------------------------
+
+THOUGHT = re.compile(rb'"reasoning_content"\s*:\s*"[^"]|<think>')
+
+
+def has_thoughts(paths: Sequence[str | Path]) -> bool:
+    """Whether any row of the files has a thought."""
+    lines = (line for path in paths for _, line in read_lines(check_file(path)))
+    return any(THOUGHT.search(line) for line in lines)

@@ -9,13 +9,14 @@ Letters in the shape comments: B sequences   T tokens of a sequence
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
+from typing_extensions import Self  # typing's since Python 3.11
 
 from model.losses import IGNORE_INDEX
 
@@ -52,8 +53,25 @@ class TrainingData(Protocol):
         """A line for the log."""
 
 
+class TensorFields:
+    """A dataclass whose tensors move together."""
+
+    def to(self, device: torch.device) -> Self:
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Page-locked memory, which a GPU reads while the CPU goes on (DataLoader calls this)."""
+        return self.map_tensors(Tensor.pin_memory)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Self:
+        instance: Any = self  # a dataclass, which this class alone is not
+        values = {each.name: getattr(self, each.name) for each in fields(instance) if each.init}
+        tensors = {name: each for name, each in values.items() if isinstance(each, Tensor)}
+        return replace(instance, **{name: function(each) for name, each in tensors.items()})
+
+
 @dataclass
-class Batch:
+class Batch(TensorFields):
     """Packed sequences for one forward pass; the tensors are [B, T]."""
 
     input_ids: Tensor
@@ -62,21 +80,6 @@ class Batch:
     num_tokens: int  # without padding
     num_label_tokens: int  # tokens that the loss is summed over
     num_samples: int  # sequences that have a token
-
-    def to(self, device: torch.device) -> "Batch":
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """Page-locked memory, which a GPU reads while the CPU goes on (DataLoader calls this)."""
-        return self.map_tensors(Tensor.pin_memory)
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
-            self,
-            input_ids=function(self.input_ids),
-            labels=function(self.labels),
-            position_ids=function(self.position_ids),
-        )
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -181,6 +184,14 @@ class PackedDataset(torch.utils.data.Dataset):
     @property
     def num_tokens(self) -> int:
         return int(self.chunks.length.sum())
+
+    @property
+    def label_bytes(self) -> int | None:
+        """UTF-8 bytes of the text that carries loss, where they were counted because the tokens do
+        not tell them; else None."""
+        if "label_bytes" not in self.documents.column_names:
+            return None
+        return int(np.asarray(self.documents.data.column("label_bytes"))[self.indices].sum())
 
     @property
     def fingerprint(self) -> str:

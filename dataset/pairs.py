@@ -6,16 +6,14 @@ work. `position_ids` restart at 0 with each document, which tells the model to k
 Letters in the shape comments: B sequences   T tokens of a sequence   N pairs of a batch
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
 
-from dataset.packing import IGNORE_INDEX, document_lengths
+from dataset.packing import IGNORE_INDEX, TensorFields, document_lengths
 
 # A token of a sequence this long costs twice as much as one of a short sequence, since attention
 # compares all pairs of a sequence, masked ones too (measured with --hidden_size 512 on a CPU).
@@ -23,7 +21,7 @@ DOUBLE_COST_LENGTH = 1536
 
 
 @dataclass
-class PreferenceBatch:
+class PreferenceBatch(TensorFields):
     """N pairs for one forward pass. Document 2i is the chosen side of pair i, 2i + 1 the rejected
     one."""
 
@@ -37,18 +35,6 @@ class PreferenceBatch:
     num_tokens: int  # without padding
     num_label_tokens: int  # tokens that carry loss
     num_samples: int  # N
-
-    def to(self, device: torch.device) -> "PreferenceBatch":
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "PreferenceBatch":
-        """Page-locked memory, which a GPU reads while the CPU goes on (DataLoader calls this)."""
-        return self.map_tensors(Tensor.pin_memory)
-
-    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "PreferenceBatch":
-        tensors = [field.name for field in fields(self) if field.type is Tensor]
-        mapped: dict[str, Any] = {name: function(getattr(self, name)) for name in tensors}
-        return replace(self, **mapped)
 
     @property
     def inputs(self) -> dict[str, Tensor]:

@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["content", "reasoning", "tool_call"]
-ENDS = {"content": ("<think>", "<tool_call>"), "reasoning": ("</think>",), "tool_call": ("</tool_call>",)}  # fmt: skip # noqa: E501
+ENDS = {
+    "content": ("<think>", "<tool_call>"),
+    # a model whose prompt leaves the thought to it begins with the tag that others find there
+    "reasoning": ("</think>", "<think>"),
+    "tool_call": ("</tool_call>",),
+}
 NEXT: dict[str, Kind] = {
     "<think>": "reasoning",
     "</think>": "content",
@@ -41,7 +46,8 @@ class ReplyParser:
     it is complete, {"name": …, "arguments": {…}}; one that is no such JSON stays content.
 
     Args:
-        thinking: the prompt ends with <think>, so that the reply starts within the reasoning.
+        thinking: the prompt ends with <think> (`opens_thought`), so that the reply starts within
+            the reasoning.
     """
 
     def __init__(self, thinking: bool = False):
@@ -90,20 +96,30 @@ class ReplyParser:
 
 REASONING_FORMAT = re.compile(r"<think>\n(.+?)\n</think>\n<answer>\n(.+?)\n</answer>", re.DOTALL)
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+UNTAGGED_FORMAT = re.compile(r"<think>\n(.+?)\n</think>\n{1,2}(.*\S.*)", re.DOTALL)
 
 
-def parse_reasoning(text: str) -> tuple[str, str] | None:
+def parse_reasoning(text: str, answer_tags: bool = True) -> tuple[str, str] | None:
     """Reasoning and answer of a text in exactly the format of r1_mix_1024.jsonl, each tag once and
-    nothing around them; else None."""
-    found = REASONING_FORMAT.fullmatch(text)
-    once = all(text.count(tag) == 1 for tag in REASONING_TAGS)
+    nothing around them; else None.
+
+    Args:
+        answer_tags: False for a model without <answer>, whose answer is what follows </think>.
+    """
+    found = (REASONING_FORMAT if answer_tags else UNTAGGED_FORMAT).fullmatch(text)
+    tags = REASONING_TAGS if answer_tags else REASONING_TAGS[:2]
+    once = all(text.count(tag) == 1 for tag in tags)
     return (found[1], found[2]) if found and once else None
 
 
 def tagged_answer(text: str) -> str | None:
-    """The text between <answer> and </answer>, whatever is around them."""
+    """The text between <answer> and </answer>, or else that behind the last </think>, as models
+    without <answer> write it; None where there is no such tag."""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    return found[1].strip() if found else None
+    if found:
+        return found[1].strip()
+    _, tag, answer = text.rpartition("</think>")
+    return parse_reply(answer).content.strip() if tag else None
 
 
 def parse_call(text: str) -> dict[str, Any] | None:

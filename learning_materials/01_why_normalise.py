@@ -58,7 +58,7 @@ def main(lesson: Lesson) -> None:
             gradients = chain(gain, norm)
             ratios[gain, name] = gradients[-1] / gradients[0]
             style = dict(color=colour, linestyle="-" if name == "with" else ":")
-            left.semilogy(gradients, **style, label=f"gain {gain}, {name}")
+            left.semilogy(gradients, **style, label=f"gain {gain}, {name} norm")
     rows = [(g, ratios[g, "without"], g**DEPTH, ratios[g, "with"]) for g in GAINS]
     headers = ("gain", "first / last, without", "gain^48", "first / last, with RMSNorm")
     lesson.table(*headers, rows=rows)
@@ -80,7 +80,7 @@ def main(lesson: Lesson) -> None:
         normal = block_gradients(small_model(**sizes), batch)
         bare = block_gradients(without_norms(small_model(**sizes)), batch)
         rows.append((std, normal[0], normal[-1], bare[0], bare[-1]))
-        right.semilogy(normal, color=colour, label=f"std {std}, with")
+        right.semilogy(normal, color=colour, label=f"std {std}, with norms")
         right.semilogy(bare, color=colour, linestyle=":", label=f"std {std}, without")
     lesson.table("std", "with: layer 1", "layer 24", "without: layer 1", "layer 24", rows=rows)
     small, _, large = (row[3] for row in rows)
@@ -109,7 +109,7 @@ def main(lesson: Lesson) -> None:
     left.set(title=f"a chain of {DEPTH} matrices", xlabel="layers back from the output")
     right.set(title="MiniMind, 24 layers (std 0.2 without: nan)", xlabel="layer", ylim=(1e-8, 1e3))
     for axes in (left, right):
-        axes.set_ylabel("size of the gradient")
+        axes.set_ylabel("norm of the gradient")
     lesson.save(figure)
 
     lesson.exercise("Which of 3x, -x, x + 3 changes the output of RMSNorm?", solution_1)

@@ -22,14 +22,14 @@ from model.rope import apply_rotary_emb, rope_cos_sin
 CONFIG = MiniMindConfig()  # the 26M model: heads of 64, theta 1e6
 
 
-def turned(vector: Tensor, position: int, config: MiniMindConfig = CONFIG) -> Tensor:
+def rotated(vector: Tensor, position: int, config: MiniMindConfig = CONFIG) -> Tensor:
     """[D] rotated for a position, as in the model."""
     rotation = rope_cos_sin(config, torch.tensor([[position]]))
     return apply_rotary_emb(vector[None, None, None], *rotation)[0, 0, 0]
 
 
 def score(query: Tensor, at: int, key: Tensor, there: int, config=CONFIG) -> float:
-    return (turned(query, at, config) @ turned(key, there, config)).item()
+    return (rotated(query, at, config) @ rotated(key, there, config)).item()
 
 
 def main(lesson: Lesson) -> None:
@@ -39,7 +39,7 @@ def main(lesson: Lesson) -> None:
     lesson.predict("A query at positions 0, 5 and 500. What changes, what stays the same?")
     rows = []
     for position in (0, 5, 500):
-        now = turned(query, position)
+        now = rotated(query, position)
         pair = torch.complex(query[0], query[D // 2]) * torch.exp(torch.tensor(1j * position))
         rows.append((position, now[0].item(), pair.real.item(), now.norm().item()))
     lesson.table("position", "x_0", "the same by complex numbers", "length", rows=rows)
@@ -62,16 +62,16 @@ def main(lesson: Lesson) -> None:
     )
 
     lesson.predict("How many positions does each pair need for a full rotation?")
-    turns = [2 * math.pi * CONFIG.rope_theta ** (2 * i / D) for i in range(D // 2)]
+    periods = [2 * math.pi * CONFIG.rope_theta ** (2 * i / D) for i in range(D // 2)]
     chosen = (0, 4, 8, 16, 24, 31)
-    rows = [(i, turns[i], 512 / turns[i]) for i in chosen]
+    rows = [(i, periods[i], 512 / periods[i]) for i in chosen]
     lesson.table("pair", "positions per rotation", "rotations within 512 tokens", rows=rows)
-    slow = sum(turn > 512 for turn in turns)
-    assert abs(turns[0] - 2 * math.pi) < 1e-6 and slow > len(turns) / 2
+    slow = sum(period > 512 for period in periods)
+    assert abs(periods[0] - 2 * math.pi) < 1e-6 and slow > len(periods) / 2
     lesson.conclude(
-        f"From 6 positions to {turns[-1] / 1e6:.1f} million. The first pairs distinguish adjacent "
-        f"tokens. {slow} of {len(turns)} pairs do not complete a rotation within 512 tokens, so "
-        "they carry content rather than position."
+        f"From 6 positions to {periods[-1] / 1e6:.1f} million. The first pairs tell adjacent "
+        f"tokens apart. {slow} of {len(periods)} pairs do not complete a rotation within 512 "
+        "tokens, so they carry content rather than position."
     )
 
     lesson.predict("q = k = (1, 1, ...): how does the score change with the distance?")
@@ -106,9 +106,9 @@ def main(lesson: Lesson) -> None:
     tokens = torch.randn(1, 8, 64)
     shuffled = tokens[:, [3, 0, 6, 1, 5, 2, 4, 7]]
     steps = torch.arange(8)[None]
-    no_turn = torch.ones(1, 1, 8, 16), torch.zeros(1, 1, 8, 16)
+    no_rotation = torch.ones(1, 1, 8, 16), torch.zeros(1, 1, 8, 16)
     moved = {}
-    for name, rotation in (("none", no_turn), ("RoPE", rope_cos_sin(model.config, steps))):
+    for name, rotation in (("none", no_rotation), ("RoPE", rope_cos_sin(model.config, steps))):
         outs = [attention(x, rotation, None, None, 8)[0, -1] for x in (tokens, shuffled)]
         moved[name] = (outs[0] - outs[1]).abs().max().item()
     lesson.table("rotation", "a shuffle changes the output by", rows=moved.items())

@@ -23,7 +23,7 @@ from model.rope import yarn
 TRAINED, LAG = 64, 8
 
 
-def turns(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
+def rotations(config: MiniMindConfig) -> tuple[Tensor, Tensor]:
     """[D/2]: rotations of each pair within the trained length, and its frequency with YaRN divided
     by the one without."""
     pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
@@ -44,11 +44,11 @@ def echo(rows: int, length: int, noise: torch.Generator) -> dict[str, Tensor]:
 
 
 def loss_at(model: MiniMindForCausalLM, length: int, how: str) -> float:
-    """Loss on texts of a length with RoPE as trained, interpolated, or YaRN."""
+    """Loss on texts of a length with plain RoPE, position interpolation, or YaRN."""
     factor = length / TRAINED
     model.config.inference_rope_scaling = how == "YaRN"
     model.config.yarn_factor, model.config.yarn_original_length = factor, TRAINED
-    steps = torch.arange(length)[None] / (factor if how == "interpolated" else 1)
+    steps = torch.arange(length)[None] / (factor if how == "position interpolation" else 1)
     noise, losses = torch.Generator().manual_seed(1), []
     for _ in range(4):
         # positions start at 1, because position 0 would begin another document
@@ -59,7 +59,7 @@ def loss_at(model: MiniMindForCausalLM, length: int, how: str) -> float:
 def main(lesson: Lesson) -> None:
     lesson.predict("MiniMind trained on 2,048 tokens, YaRN for 8,192: which pairs are slowed down?")
     config = MiniMindConfig(inference_rope_scaling=True)
-    often, share = turns(config)
+    often, share = rotations(config)
     rows = [(i, often[i].item(), share[i].item()) for i in (0, 4, 5, 8, 10, 12, 13, 14, 20, 31)]
     lesson.table("pair", "rotations within 2,048 tokens", "frequency, with / without", rows=rows)
     assert (share[often > 33] == 1).all() and (share[often < 0.6] == 0.25).all()
@@ -91,7 +91,7 @@ def main(lesson: Lesson) -> None:
     sizes = dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     model = small_model(vocab_size=32, rope_theta=1e2, **sizes)
     train(model, (echo(16, TRAINED, noise) for _ in range(200)), 1e-2)
-    lengths, ways = (64, 128, 256), ("RoPE as trained", "interpolated", "YaRN")
+    lengths, ways = (64, 128, 256), ("plain RoPE", "position interpolation", "YaRN")
     with torch.no_grad():
         found = {how: [loss_at(model, length, how) for length in lengths] for how in ways}
     rows = [(how, *losses) for how, losses in found.items()]
@@ -108,11 +108,11 @@ def main(lesson: Lesson) -> None:
     left.axvline(32, color="grey", linestyle=":")
     left.axvline(1, color="grey", linestyle=":")
     left.set(title="YaRN for 4 times 2,048 tokens", ylim=(0, 1.05))
-    left.set(xlabel="turns within the trained length", ylabel="frequency, of what it was")
+    left.set(xlabel="rotations within the trained length", ylabel="frequency / RoPE's")
     for how, losses in found.items():
         right.plot(lengths, losses, "o-", label=how)
-    right.axhline(math.log(32), color="grey", linestyle=":", label="guessing")
-    right.set(title=f"trained on {TRAINED} tokens", xlabel="length", ylabel="nats per token")
+    right.axhline(math.log(32), color="grey", linestyle=":", label="uniform guess")
+    right.set(title=f"trained on {TRAINED} tokens", xlabel="length", ylabel="loss, nats per token")
     right.set_xticks(lengths)
     lesson.save(figure)
 
@@ -125,7 +125,7 @@ def main(lesson: Lesson) -> None:
 def solution_1(lesson: Lesson) -> None:
     # 2048 / (2 pi theta^(2i/D)) = 32 rotations, solved for i and rounded down
     first = math.floor(64 / 2 * math.log(2048 / (32 * 2 * math.pi)) / math.log(1e6))
-    _, share = turns(MiniMindConfig(inference_rope_scaling=True))
+    _, share = rotations(MiniMindConfig(inference_rope_scaling=True))
     lesson.print(
         f"pair {first} is the last unchanged one: {[round(s, 3) for s in share[4:8].tolist()]}"
     )

@@ -39,17 +39,17 @@ def main(lesson: Lesson) -> None:
     )
 
     lesson.predict("Random q and k of D numbers, 64 keys. How does the largest weight grow with D?")
-    chance = []
+    sharp = []
     for D in (4, 16, 64, 256, 1024):
         scores = torch.randn(200, 1, D) @ torch.randn(200, D, 64)
         largest = [s.softmax(-1).amax(-1).mean().item() for s in (scores, scores / D**0.5)]
-        chance.append((D, scores.std().item(), D**0.5, *largest))
-    lesson.table("D", "std of q . k", "sqrt(D)", "largest weight", "with / sqrt(D)", rows=chance)
-    assert all(abs(std / root - 1) < 0.1 for _, std, root, *_ in chance)
-    assert chance[-1][3] > 0.9 and max(row[4] for row in chance) < 0.2
+        sharp.append((D, scores.std().item(), D**0.5, *largest))
+    lesson.table("D", "std of q . k", "sqrt(D)", "largest weight", "with / sqrt(D)", rows=sharp)
+    assert all(abs(std / root - 1) < 0.1 for _, std, root, *_ in sharp)
+    assert sharp[-1][3] > 0.9 and max(row[4] for row in sharp) < 0.2
     lesson.conclude(
         "A sum of D random products has a std of sqrt(D). Without the division, one key takes "
-        f"{chance[-1][3]:.0%} at D = 1024 before training, and a saturated softmax has no gradient."
+        f"{sharp[-1][3]:.0%} at D = 1024 before training, and a saturated softmax has no gradient."
     )
 
     lesson.predict("8 query heads, 2 key/value heads. Which query heads read which?")
@@ -94,17 +94,17 @@ def main(lesson: Lesson) -> None:
     assert rows[0][2] == 4 * rows[1][2] == 512
     lesson.conclude("512 MiB with 8 KV heads, ten times the size of the model; 128 MiB with our 2.")
 
-    sizes, _, _, raw, divided = zip(*chance, strict=True)
+    sizes, _, _, raw, divided = zip(*sharp, strict=True)
     left.semilogx(sizes, raw, "o-", base=2, label="q . k")
     left.semilogx(sizes, divided, "o-", base=2, label="q . k / sqrt(D)")
-    left.set(title="how sure chance is", xlabel="D", ylabel="largest of 64 weights")
-    middle.set(title="the KV cache of the 26M model", xlabel="tokens", ylabel="MiB")
+    left.set(title="random queries and keys", xlabel="D", ylabel="largest of 64 weights")
+    middle.set(title="KV cache of the 26M model", xlabel="tokens", ylabel="MiB")
     # with the identity matrix as values, the output is the attention weights
     query, key, one = torch.randn(1, 1, 16, 16), torch.randn(1, 1, 16, 16), torch.eye(16)
     weights = eager_attention(query, key, one[None, None], None, 0)[0, 0]
     assert torch.allclose(weights.sum(-1), torch.ones(16)) and weights.triu(1).abs().max() == 0
     figure.colorbar(right.imshow(weights))
-    right.set(title="weights: only backwards", xlabel="key", ylabel="query")
+    right.set(title="causal attention weights", xlabel="key", ylabel="query")
     right.set(xticks=range(0, 16, 5), yticks=range(0, 16, 5))
     right.grid(False)
     lesson.save(figure)

@@ -113,10 +113,10 @@ def main(lesson: Lesson) -> None:
     z = torch.linspace(-5, 5, 201)
     for name, function in (("ReLU", F.relu), ("GELU", F.gelu), ("SiLU", F.silu)):
         left.plot(z, function(z), label=name)
-    left.set(title="what bends", xlabel="z", ylim=(-0.6, 3), xlim=(-5, 3.2))
+    left.set(title="activation functions", xlabel="z", ylim=(-0.6, 3), xlim=(-5, 3.2))
     for name, curve in errors.items():
         right.semilogy(curve, label=name)
-    right.set(title="learning products", xlabel="update", ylabel="mean squared error")
+    right.set(title="learning a product of inputs", xlabel="step", ylabel="mean squared error")
     lesson.save(figure)
 
     lesson.exercise("Build x_1 * x_2 exactly from SiLU gates with weights set by hand.", solution_1)

@@ -99,11 +99,13 @@ def main(lesson: Lesson) -> None:
         "weights the model is confidently wrong, and training first has to undo this."
     )
     stds, _, losses, _ = zip(*rows, strict=True)
-    right.loglog(stds, losses, "o-", label="first loss")
+    right.loglog(stds, losses, "o-", label="loss")
     right.axhline(math.log(6400), color="grey", linestyle="--", label="ln 6400")
-    left.set(title="the stream (dotted: all weights alike)", xlabel="share of the depth")
+    left.set(title="residual stream (dotted: equal std)", xlabel="depth, 1: after all blocks")
     left.set(ylabel="rms, relative to the embedding")
-    right.set(title="the first loss", xlabel="std of the initial weights", ylabel="nats per token")
+    right.set(
+        title="loss before training", xlabel="std of the initial weights", ylabel="nats per token"
+    )
     lesson.save(figure)
 
     lesson.exercise("Check the std of every kind of matrix in a new 8-layer model.", solution_1)

@@ -116,7 +116,7 @@ def main(lesson: Lesson) -> None:
         panel.set_yticks(range(len(words)), words if head == 0 else [""] * len(words), fontsize=7)
         panel.set_xlabel(f"head {head}")
         panel.grid(False)
-    figure.suptitle("first block, untrained: what each token (row) takes from those before it")
+    figure.suptitle("first block, untrained: attention of each token (row) to those before it")
     lesson.save(figure)
 
     lesson.exercise("Change the last token. Which rows of the logits change?", solution_1)

@@ -96,11 +96,11 @@ def main(lesson: Lesson) -> None:
     figure, (left, right) = lesson.figure(2)
     p = torch.linspace(0.001, 1, 500)
     left.plot(p, -p.log())
-    left.set(title="the price of a token", xlabel="p of the token that came", ylabel="nats")
+    left.set(title="cross-entropy of one token", xlabel="p of the correct token", ylabel="nats")
     for vocabulary, curve in curves.items():
         right.plot(curve, label=f"{vocabulary} tokens")
         right.axhline(math.log(vocabulary), color="grey", linestyle=":")
-    right.set(title="training loss (dotted: ln V)", xlabel="update", ylabel="nats per token")
+    right.set(title="training loss (dotted: ln V)", xlabel="step", ylabel="nats per token")
     right.set_ylim(0)
     lesson.save(figure)
 

@@ -51,8 +51,8 @@ def main(lesson: Lesson) -> None:
 
     lesson.predict(f"How many sequences of {ROW} tokens do 300 documents need, padded or packed?")
     rows = {how: PackedDataset(some, ROW, packing=how == "packed") for how in ("padded", "packed")}
-    figures = [(how, len(some), some.packing_efficiency) for how, some in rows.items()]
-    lesson.table("how", "sequences", "share of real tokens", rows=figures)
+    sizes = [(how, len(some), some.packing_efficiency) for how, some in rows.items()]
+    lesson.table("how", "sequences", "share of real tokens", rows=sizes)
     padded, packed = rows["padded"], rows["packed"]
     assert packed.num_tokens == padded.num_tokens
     assert packed.packing_efficiency > 0.95 > 0.5 > padded.packing_efficiency
@@ -112,12 +112,12 @@ def main(lesson: Lesson) -> None:
     most = max((packed[n] for n in range(len(packed))), key=len)  # with most documents
     real = collate([most], tokenizer.pad_token_id)
     left.imshow(mask_of(real.position_ids), cmap="Blues")
-    left.set(title="a packed row: who sees whom", xlabel="key", ylabel="query")
+    left.set(title="mask of a packed sequence", xlabel="key", ylabel="query")
     left.grid(False)
     right.barh(list(rows), [len(r) for r in rows.values()], color="lightgrey", label="padding")
     filled = [len(r) * r.packing_efficiency for r in rows.values()]
     right.barh(list(rows), filled, label="real tokens")
-    right.set(title="the same 300 documents", xlabel=f"rows of {ROW} tokens")
+    right.set(title="the same 300 documents", xlabel=f"sequences of {ROW} tokens")
     lesson.save(figure)
 
     lesson.exercise(

@@ -119,8 +119,8 @@ def main(lesson: Lesson) -> None:
         "benchmarks/RECIPE_LOG.md has measurements with the real model."
     )
     left.set(title="a valley", xlabel="flat", ylabel="steep")
-    middle.set(title="learning a matrix", xlabel="update", ylabel="loss")
-    right.set(title="MiniMind on text", xlabel="update", ylabel="nats per byte")
+    middle.set(title="learning a matrix", xlabel="step", ylabel="loss")
+    right.set(title="MiniMind on text", xlabel="step", ylabel="nats per byte")
     lesson.save(figure)
 
     lesson.exercise("Above which learning rate does plain SGD diverge in the valley?", solution_1)

@@ -117,8 +117,8 @@ def main(lesson: Lesson) -> None:
     ranks, _, learnt, floors = zip(*by_rank, strict=True)
     right.plot(ranks, floors, "k--", label="best possible")
     right.plot(ranks, learnt, "o", label="learnt")
-    left.set(title="another language", xlabel="update", ylabel="nats per token")
-    right.set(title="a change of rank 4", xlabel="rank of LoRA", ylabel="squared error")
+    left.set(title="fine-tuning on another language", xlabel="step", ylabel="nats per token")
+    right.set(title="a weight change of rank 4", xlabel="rank of LoRA", ylabel="squared error")
     lesson.save(figure)
 
     lesson.exercise("What is the rank of the change that full fine-tuning makes?", solution_1)

@@ -22,10 +22,10 @@ EXPERTS = dict(num_hidden_layers=1, use_moe=True, moe_intermediate_size=64, n_ro
 # with one expert per token a renormalised weight is always 1, and the gate gets no gradient
 EXPERTS |= dict(num_experts_per_tok=1, norm_topk_prob=False, n_shared_experts=0)
 BALANCES = {
-    "nothing": dict(aux_loss_alpha=0.0),
-    "a loss, alpha 0.1": dict(aux_loss_alpha=0.1),
+    "no balancing": dict(aux_loss_alpha=0.0),
+    "auxiliary loss, alpha 0.1": dict(aux_loss_alpha=0.1),
     # 50 times the usual speed, because training here takes 60 steps and not 60,000
-    "a bias, speed 0.05": dict(scoring_func="sigmoid", bias_update_speed=0.05),
+    "router bias, speed 0.05": dict(scoring_func="sigmoid", bias_update_speed=0.05),
 }
 
 
@@ -98,7 +98,7 @@ def main(lesson: Lesson) -> None:
     )
 
     lesson.predict("Do experts specialise in certain words?")
-    model, inputs = models["a loss, alpha 0.1"].eval(), []
+    model, inputs = models["auxiliary loss, alpha 0.1"].eval(), []
     (mixture,) = moe_layers(model)
     mixture.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     ids = Language().batch(64)["input_ids"]
@@ -112,9 +112,9 @@ def main(lesson: Lesson) -> None:
     lesson.conclude(f"A word goes to its most frequent expert in {favourite:.0%}, by chance 12%.")
     order = shares.argmax(-1).argsort()
     figure.colorbar(right.imshow(shares[order].T, aspect="auto", cmap="Blues"))
-    right.set(title="share of a word's tokens", xlabel="word (sorted)", ylabel="expert")
+    right.set(title="experts of each word", xlabel="word (sorted)", ylabel="expert")
     right.grid(False)
-    left.set(title="the busiest expert", xlabel="update", ylabel="times the mean load")
+    left.set(title="load of the busiest expert", xlabel="step", ylabel="load / mean load")
     lesson.save(figure)
 
     lesson.exercise("Show that k = E gives a dense weighted sum of all experts.", solution_1)

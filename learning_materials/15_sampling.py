@@ -88,7 +88,7 @@ def main(lesson: Lesson) -> None:
         pairs = torch.stack((text[:, :-1], text[:, 1:]), dim=-1).reshape(-1, 2)
         legal = (language.next[pairs[:, 0], pairs[:, 1]] > 0).float().mean().item()
         rows.append((name, legal, len(pairs.unique(dim=0)) / len(pairs)))
-    lesson.table("setting", "share of possible pairs", "share of different pairs", rows=rows)
+    lesson.table("setting", "share of possible pairs", "share of distinct pairs", rows=rows)
     legal = {name: share for name, share, _ in rows}
     different = {name: share for name, _, share in rows}
     assert legal["greedy"] > legal["T 1"] > legal["T 2"] + 0.1
@@ -106,7 +106,7 @@ def main(lesson: Lesson) -> None:
     left.set(title="temperature", xlabel="token", ylabel="probability")
     for name, share, variety in rows:
         right.plot(variety, share, "o", label=name)
-    right.set(title="a trained model", xlabel="share of different pairs", ylabel="possible pairs")
+    right.set(title="a trained model", xlabel="distinct word pairs", ylabel="possible word pairs")
     lesson.save(figure)
 
     lesson.exercise("After how many words does greedy decoding of this model loop?", solution_1)

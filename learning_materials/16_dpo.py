@@ -35,10 +35,10 @@ def loss_at(theta: Tensor, beta: float = 1.0, **settings) -> Tensor:
     return dpo_loss(policy, reference, ONE, beta=beta, **settings)
 
 
-def descend(updates: int = 60, rate: float = 0.3, **settings) -> Tensor:
-    """Theta during gradient descent from 0, [updates + 1, 2]."""
+def descend(steps: int = 60, rate: float = 0.3, **settings) -> Tensor:
+    """Theta during gradient descent from 0, [steps + 1, 2]."""
     path = [torch.zeros(2)]
-    for _ in range(updates):
+    for _ in range(steps):
         theta = path[-1].clone().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_at(theta, **settings).sum(), theta)
         path.append(path[-1] - rate * gradient)
@@ -99,20 +99,20 @@ def main(lesson: Lesson) -> None:
         left.plot(*path.T, "o-", markersize=2, label=name)
     left.set(title="the loss (blue) and p(chosen) (lines)", xlabel="theta 1", ylabel="theta 2")
     right.plot(torch.tensor(log)[:, 3:], label=["chosen", "rejected"])
-    right.set(title="a language model: log(pi / pi_ref)", xlabel="update")
+    right.set(title="a language model: log(pi / pi_ref)", xlabel="step")
     lesson.save(figure)
 
     lesson.exercise("At which h does IPO stop, with beta 0.1 and correct labels?", solution_1)
     lesson.exercise("Show that a reward that depends only on the prompt cancels.", solution_2)
 
 
-def teach_preferences(updates: int = 36, beta: float = 0.5) -> list[tuple]:
+def teach_preferences(steps: int = 36, beta: float = 0.5) -> list[tuple]:
     """DPO of a half-trained model: step, loss, accuracy, gains of new pairs' two answers."""
     language, policy = Language(), small_model()
     train(policy, (language.batch(8) for _ in range(15)))
     reference, log = copy.deepcopy(policy).requires_grad_(False), []
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-3)
-    for update in range(updates):
+    for step in range(steps):
         ids = language.batch(64, 8)["input_ids"].repeat(2, 1)  # 64 chosen, then 64 rejected
         ids[64:, -1] = (language.next[ids[64:, -2]] == 0).float().multinomial(1)[:, 0]
         labels = torch.full_like(ids, -100)
@@ -123,9 +123,7 @@ def teach_preferences(updates: int = 36, beta: float = 0.5) -> list[tuple]:
         )
         loss = dpo_loss(new, old, ONE, beta=beta).mean()
         gained = (new - old)[:, 0] > (new - old)[:, 1]
-        log.append(
-            (update, loss.item(), gained.float().mean().item(), *(new - old).mean(0).tolist())
-        )
+        log.append((step, loss.item(), gained.float().mean().item(), *(new - old).mean(0).tolist()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

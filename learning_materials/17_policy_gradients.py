@@ -79,9 +79,9 @@ def main(lesson: Lesson) -> None:
 
     figure, (left, right) = lesson.figure(2)
     left.plot(rho, pushed(rho), label=["clip (GRPO)", "simple (SPO)"])
-    left.set(title="A = 1: how strongly log pi is pushed up", xlabel="pi / pi_old")
+    left.set(title="weight of the gradient of log pi at A = 1", xlabel="pi / pi_old")
     right.plot(torch.tensor(list(curves.values())).T, label=list(curves))
-    right.set(title="a tiny language", xlabel="update", ylabel="reward: possible pairs")
+    right.set(title="a tiny language", xlabel="step", ylabel="reward: possible pairs")
     lesson.save(figure)
 
     lesson.exercise("At which rho does the gradient vanish for A = -1?", solution_1)
@@ -102,7 +102,7 @@ def pushed(ratios: torch.Tensor, advantage: float = 1.0) -> torch.Tensor:
     return 0 - log_pi.grad
 
 
-def learn(name: str, updates: int = 20) -> list[float]:
+def learn(name: str, steps: int = 20) -> list[float]:
     """Mean reward of 64 completions of 8 words at each step, trained with the trainer's loss."""
     language, model = Language(), small_model()
     train(model, (language.batch(8) for _ in range(15)))
@@ -114,9 +114,9 @@ def learn(name: str, updates: int = 20) -> list[float]:
         model, MiniMindForScoring.from_language_model(copy.deepcopy(model))
     )
     optimizer, curve = torch.optim.AdamW(both.parameters(), 2e-3), []
-    for update in range(updates):
+    for step in range(steps):
         asked = torch.randint(64, (64 // G,)).repeat_interleave(G).numpy()
-        settings = SamplingParams(max_new_tokens=8, stop_ids=(), seed=update)
+        settings = SamplingParams(max_new_tokens=8, stop_ids=(), seed=step)
         texts = torch.tensor(generate(model, asked[:, None].tolist(), settings))
         before = torch.cat([torch.from_numpy(asked)[:, None], texts[:, :-1]], 1)
         scores = (language.next[before, texts] > 0).float().mean(1)

@@ -2,8 +2,8 @@
 
 Question   A small model can learn from the data, or from a large model trained on them. What does
            the large model know that the data do not contain?
-Concept    The data contain the word that came. The teacher gives the probability of every word,
-           also of those that did not come, so one sentence of the teacher tells as much as many
+Concept    The data contain one next word. The teacher gives the probability of every word, also
+           of those that are not in the data, so one sentence of the teacher tells as much as many
            sentences of data. A temperature raises the teacher's small probabilities, so that they
            contribute to the loss.
 Equation   p = softmax(z / T);  loss = T^2 * KL(p_teacher || p_student)
@@ -61,21 +61,21 @@ def main(lesson: Lesson) -> None:
     train(teacher, (language.batch() for _ in range(150)))
     good = above_best(teacher, language)
     lesson.predict(
-        "Two small students train on the same 60 batches of 4 sentences. One learns the words that "
-        f"came, the other the distribution of a teacher ({good:.2f} nats above the best possible "
+        "Two small students train on the same 60 batches of 4 sentences. One learns the data's "
+        f"words, the other the distribution of a teacher ({good:.2f} nats above the best possible "
         "loss). How far above the best possible loss are they?"
     )
     few = [language.batch(rows=4) for _ in range(60)]
     alone = small_model(1, **STUDENT)
     train(alone, few)
-    students = {"the words that came": above_best(alone, language)}
+    students = {"the data": above_best(alone, language)}
     for T in (1.0, 2.0, 4.0):
         student = small_model(1, **STUDENT)
         train(student, few, loss_of=soft_loss(teacher, T))
         students[f"the teacher, T = {T:.0f}"] = above_best(student, language)
     rows = [("(the teacher itself)", good), *students.items()]
-    lesson.table("student of", "nats above the best", rows=rows)
-    alone, taught = students["the words that came"], students["the teacher, T = 1"]
+    lesson.table("student trained on", "nats above the best", rows=rows)
+    alone, taught = students["the data"], students["the teacher, T = 1"]
     assert taught < 0.8 * alone
     lesson.conclude(
         f"{alone:.2f} against {taught:.2f}, from the same sentences in the same number of steps: "
@@ -127,15 +127,15 @@ def main(lesson: Lesson) -> None:
         left.plot(
             (row / T).softmax(-1).sort(descending=True).values[:16], ".-", label=f"T = {T:.0f}"
         )
-    left.set(title="a teacher, softened", xlabel="word, likeliest first", ylabel="probability")
+    left.set(title="a teacher's distribution", xlabel="word, likeliest first", ylabel="probability")
     middle.barh(list(students), list(students.values()), height=0.5)
     middle.axvline(good, color="k", linestyle=":", label="the teacher")
     middle.invert_yaxis()
-    middle.set(title="students of", xlabel="nats above the best loss")
+    middle.set(title="students trained on", xlabel="nats above the best loss")
     right.fill_between(words, peaks[0].exp(), alpha=0.2, label="teacher")
     for (kind, log_p), style in zip(hills.items(), ("-", "-", "--"), strict=True):
         right.plot(words, log_p[0].exp(), style, label=kind)
-    right.set(title="one hill for two peaks", xlabel="words", ylabel="probability")
+    right.set(title="one mode fitted to two", xlabel="words", ylabel="probability")
     lesson.save(figure)
 
     lesson.exercise(

@@ -55,11 +55,11 @@ CASES: dict[str, tuple[Callable[[Language], list[Batch]], float, str]] = {
     "healthy": (fresh, 5e-3, "falls fast, then slowly, towards the entropy"),
     "lr 20 times too high": (fresh, 0.1, "stays high, or has spikes"),
     "lr 100 times too low": (fresh, 5e-5, "a straight line that does not bend"),
-    "labels of other rows": (wrong_pairs, 5e-3, "plateau at the frequencies"),
+    "labels of other sequences": (wrong_pairs, 5e-3, "plateau at the frequencies"),
     "labels shifted twice": (shifted_twice, 5e-3, "plateau between frequencies and entropy"),
     "sees the future": (sees_the_future, 5e-3, "below the entropy; high held-out loss"),
     "padding counts": (learns_padding, 5e-3, "half as high at once: padding is easy"),
-    "the same rows": (same_rows, 5e-3, "below the entropy; high held-out loss"),
+    "the same sequences": (same_rows, 5e-3, "below the entropy; high held-out loss"),
 }
 
 
@@ -97,18 +97,18 @@ def main(lesson: Lesson) -> None:
     entropy, frequencies = lines["entropy"], lines["frequencies"]
     assert entropy < last["healthy"] < entropy + 0.6
     assert abs(honest["healthy"] - last["healthy"]) < 0.3
-    for name in ("lr 20 times too high", "lr 100 times too low", "labels of other rows"):
+    for name in ("lr 20 times too high", "lr 100 times too low", "labels of other sequences"):
         assert last[name] > last["healthy"] + 0.5, name
-    assert abs(last["labels of other rows"] - frequencies) < 0.3
-    for name in ("sees the future", "the same rows"):
+    assert abs(last["labels of other sequences"] - frequencies) < 0.3
+    for name in ("sees the future", "the same sequences"):
         assert last[name] < entropy - 0.2 and honest[name] > last["healthy"] + 0.5, name
     assert last["padding counts"] < 0.7 * last["healthy"] < 0.7 * honest["padding counts"]
     lesson.conclude(
         "Too high: the wrong learning rates, and labels that do not match the text, which end at "
         f"the loss of word frequencies ({frequencies:.2f}). Too low: attention to the future "
-        f"{last['sees the future']:.2f}, the same sequences {last['the same rows']:.2f}, loss on "
+        f"{last['sees the future']:.2f}, the same data {last['the same sequences']:.2f}, loss on "
         f"padding {last['padding counts']:.2f}, all below the entropy {entropy:.2f}. On held-out "
-        f"text these have {honest['sees the future']:.1f}, {honest['the same rows']:.1f} and "
+        f"text these have {honest['sees the future']:.1f}, {honest['the same sequences']:.1f} and "
         f"{honest['padding counts']:.1f}: a low training loss alone proves nothing."
     )
 
@@ -118,9 +118,9 @@ def main(lesson: Lesson) -> None:
             panel.plot(curves[name], label=name, color="black" if name == "healthy" else None)
         for height in lines.values():
             panel.axhline(height, color="grey", linestyle=":")
-        panel.set(ylim=(0, 8), xlabel="update", ylabel="training loss, nats per token")
-    panels[0].set_title("too high (dotted: ln V, frequencies, entropy)")
-    panels[1].set_title("too good to be true")
+        panel.set(ylim=(0, 8), xlabel="step", ylabel="training loss, nats per token")
+    panels[0].set_title("loss too high (dotted: ln V, frequencies, entropy)")
+    panels[1].set_title("loss too low")
     lesson.save(figure)
 
     lesson.exercise("What is the lowest loss that 'padding counts' can reach?", solution_1)

@@ -23,7 +23,7 @@ from model.command_line import option, parse_arguments
 from model.errors import exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import atomic_write
-from trainer.common.optimizers import learning_rate_factor, make_optimizer
+from trainer.common.optimizers import learning_rate_factor, make_optimizer, set_learning_rates
 
 matplotlib.use("Agg")  # no window: the picture goes to a file
 FIGURES = Path(__file__).with_name("figures")
@@ -145,16 +145,15 @@ def train(
 ) -> list[float]:
     """One optimizer step per batch (the model's arguments, with labels), with a warmup of ten steps
     and linear decay to 0. Returns the loss (default: the model's own) before each step."""
-    updates = make_optimizer(model.train(), optimizer, learning_rate, weight_decay=0.0)
+    optimizers = make_optimizer(model.train(), optimizer, learning_rate, weight_decay=0.0)
     batches, losses = list(batches), []
     for step, batch in enumerate(batches):
         factor = learning_rate_factor("linear", step, step / len(batches), warmup_steps=10)
-        for group in updates.param_groups:
-            group["lr"] = factor * group["peak_lr"]
+        set_learning_rates(optimizers, factor)
         loss = loss_of(model, batch) if loss_of else model(**batch, return_logits=False).loss
         loss.backward()
-        updates.step()
-        updates.zero_grad()
+        optimizers.step()
+        optimizers.zero_grad()
         losses.append(loss.item())
     model.eval()
     return losses

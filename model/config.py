@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields
+from typing import Annotated, TypeVar, get_origin
 
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -10,6 +11,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 # since 5.24 "cache". It is the second field of every output.
 CACHE_ARGUMENT = fields(BaseModelOutputWithPast)[1].name
 
+# A field that training fixes: with another value the weights would not fit, or compute nonsense.
+T = TypeVar("T")
+Structural = Annotated[T, "structural"]
+
 
 class MiniMindConfig(PreTrainedConfig):
     """Sizes and switches of a model. The defaults are MiniMind-small, 25.83M parameters."""
@@ -17,12 +22,12 @@ class MiniMindConfig(PreTrainedConfig):
     model_type = "minimind"
     keys_to_ignore_at_inference = [CACHE_ARGUMENT]
 
-    vocab_size: int = 6400
-    hidden_size: int = 512
-    intermediate_size: int | None = None  # None: 8/3 of hidden_size, rounded up to 64s
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
+    vocab_size: Structural[int] = 6400
+    hidden_size: Structural[int] = 512
+    intermediate_size: Structural[int | None] = None  # None: 8/3 of hidden_size, rounded up to 64s
+    num_hidden_layers: Structural[int] = 8
+    num_attention_heads: Structural[int] = 8
+    num_key_value_heads: Structural[int] = 2
     max_position_embeddings: int = 32768
     rope_theta: float = 1e6
     # YaRN, for texts longer than those of training (rope.py)
@@ -32,16 +37,18 @@ class MiniMindConfig(PreTrainedConfig):
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
     yarn_attention_factor: float | None = None  # None: 0.1 · ln(factor) + 1
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: Structural[float] = 1e-5
     dropout: float = 0.0
-    qk_norm: bool = False
+    qk_norm: Structural[bool] = False
     # mixture of experts (feed_forward.py)
-    use_moe: bool = False
-    n_routed_experts: int = 4
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None  # None: as intermediate_size
-    scoring_func: str = "softmax"  # or "sigmoid": balanced by a router bias instead of a loss
+    use_moe: Structural[bool] = False
+    n_routed_experts: Structural[int] = 4
+    n_shared_experts: Structural[int] = 1
+    num_experts_per_tok: Structural[int] = 2
+    moe_intermediate_size: Structural[int | None] = None  # None: as intermediate_size
+    scoring_func: Structural[str] = (
+        "softmax"  # or "sigmoid": balanced by a router bias instead of a loss
+    )
     aux_loss_alpha: float = 0.1  # weight of the load-balancing loss
     seq_aux: bool = True  # balance within each sequence; False: over the batch
     norm_topk_prob: bool = True  # the weights of the selected experts sum to 1
@@ -89,6 +96,7 @@ class MiniMindConfig(PreTrainedConfig):
             raise ValueError(
                 f"head_dim must be hidden_size / num_attention_heads, here {self.head_dim}"
             )
+        kwargs.pop("rope_scaling", None)  # of earlier versions: formats/native_format.py reads it
         super().__post_init__(**kwargs)
 
     @property
@@ -103,3 +111,8 @@ class MiniMindConfig(PreTrainedConfig):
         if not self.use_moe:
             return self.intermediate_size
         return (self.num_experts_per_tok + self.n_shared_experts) * self.moe_intermediate_size
+
+
+STRUCTURAL_FIELDS = {
+    name for name, kind in MiniMindConfig.__annotations__.items() if get_origin(kind) is Annotated
+}

@@ -5,27 +5,21 @@
 W is frozen; only A and B are trained, a few per cent of the parameters. For inference the product
 is added to W (`merge`) and costs nothing; `unmerge` restores W bit for bit.
 
-The names are those of peft: `model.layers.0.self_attn.q_proj.lora_A.weight` and `….lora_B.weight`,
-in a peft adapter with the prefix `base_model.model.`.
+The names are those of peft: `model.layers.0.self_attn.q_proj.lora_A.weight` and `….lora_B.weight`.
+Files of adapters are read and written in formats/lora_format.py.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
-from model.weights import read_info, read_state, to_fp16_cpu, write_json, write_weights
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -37,6 +31,7 @@ class LoraConfig:
     r: int = 8  # rank
     alpha: float = 16.0  # B·A is scaled by alpha / r
     dropout: float = 0.0  # of the input of A
+    # as in peft: last names of layers, such as q_proj, or whole names
     target_modules: list[str] = field(default_factory=lambda: list(ATTENTION_MODULES))
 
     def __post_init__(self) -> None:
@@ -85,15 +80,15 @@ class LoraLinear(nn.Linear):
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> None:
-    """Add an adapter to each linear layer whose last name is one of the target modules, and freeze
-    everything else. UserError if there is no such layer."""
+    """Add an adapter to each linear layer that the target modules name, and freeze everything else.
+    UserError if there is no such layer."""
     if "lm_head" in config.target_modules:
         raise UserError("LoRA is for layers inside the blocks; lm_head is tied to the embedding")
     for target in dict.fromkeys(config.target_modules):
         found = [
             (name, layer)
             for name, layer in model.named_modules()
-            if type(layer) is nn.Linear and name.rsplit(".", 1)[-1] == target
+            if type(layer) is nn.Linear and f".{name}".endswith(f".{target}")
         ]
         if not found:
             linears = {
@@ -162,131 +157,3 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         plain.weight, plain.bias = layer.weight, layer.bias
         model.set_submodule(name, plain)
     return model
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def save_lora(
-    model: nn.Module,
-    path: Path | str,
-    *,
-    stage: str,
-    config: LoraConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    origin: dict[str, Any],
-) -> Path:
-    """Save the adapter as a float16 `.pth`, with its config in the `.json`."""
-    state = to_fp16_cpu(lora_state(model))
-    parameters = sum(weight.numel() for weight in state.values())
-    info = {"stage": stage, "lora": asdict(config), "parameters": parameters, "origin": origin}
-    return write_weights(path, state, model, tokenizer, info)
-
-
-def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:
-    """The adapter in a file and its config. UserError if it is not a LoRA file."""
-    state, info = read_state(path), read_info(path)
-    if not all(".lora_" in name for name in state):
-        raise UserError(f"{path} is a whole model and not a LoRA file")
-    if info is None or "lora" not in info:
-        raise UserError(
-            f"{path} has no .json with the LoRA config beside it; alpha cannot be read from the "
-            "shapes of the weights"
-        )
-    try:
-        return state, LoraConfig(**info["lora"])
-    except TypeError as error:
-        raise UserError(f"{path.with_suffix('.json')} does not hold a LoRA config") from error
-
-
-def load_lora(model: nn.Module, path: Path | str) -> LoraConfig:
-    """Add the adapter of a file to `model`. UserError if it does not fit."""
-    path = Path(path)
-    state, config = read_lora(path)
-    add_lora(model, config)
-    set_lora_state(model, state, path)
-    return config
-
-
-@torch.no_grad()
-def set_lora_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Copy weights into the adapter of `model`. UserError unless names and shapes are equal."""
-    expected = lora_state(model)
-    if expected.keys() != state.keys():
-        name = min(expected.keys() ^ state.keys())
-        raise UserError(f"{source} does not fit the model: only one of them has {name}")
-    for name, weight in state.items():
-        if weight.shape != expected[name].shape:
-            raise UserError(
-                f"{source} does not fit the model: {name} is {list(weight.shape)} in the file and "
-                f"{list(expected[name].shape)} in the model"
-            )
-        expected[name].copy_(weight)
-
-
-# -- peft ------------------------------------------------------------------------------------------
-
-PEFT_PREFIX = "base_model.model."  # of each name in a peft adapter
-
-
-def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
-    """Write a LoRA file as a peft adapter.
-
-    Args:
-        base: the base model that adapter_config.json names.
-    """
-    state, lora = read_lora(Path(path))
-    if any(".experts." in name or ".mlp.gate." in name for name in state):
-        raise UserError(
-            "peft cannot adapt experts and routers, which are not linear layers in transformers; "
-            "merge the adapter into the model instead (merge-lora)"
-        )
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": lora.target_modules,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "base_model_name_or_path": str(base),
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    named = {PEFT_PREFIX + name: weight.float().contiguous() for name, weight in state.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", config)
-
-
-@torch.no_grad()
-def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
-    """Add a peft adapter to `model`. UserError if it is not a plain LoRA adapter."""
-    try:
-        peft_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-        targets = peft_config["target_modules"]
-        if peft_config.get("peft_type") != "LORA" or peft_config.get("bias", "none") != "none":
-            raise ValueError("its peft_type is not LORA, or it trains biases")
-        if not isinstance(targets, list):
-            raise ValueError("target_modules is not a list")
-        config = LoraConfig(
-            r=peft_config["r"],
-            alpha=peft_config["lora_alpha"],
-            dropout=peft_config.get("lora_dropout", 0.0),
-            target_modules=sorted(name.rsplit(".", 1)[-1] for name in targets),
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} is not a LoRA adapter of peft: {error}") from error
-    for name in (
-        "use_dora",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "fan_in_fan_out",
-    ):
-        if peft_config.get(name):
-            raise UserError(f"the adapter in {folder} has {name}, which MiniMind does not support")
-    add_lora(model, config)
-    set_lora_state(model, {n.removeprefix(PEFT_PREFIX): w for n, w in state.items()}, folder)
-    return config

@@ -4,14 +4,12 @@ The `.pth` is a plain float16 state dict with the names of transformers. The `.j
 shapes do not show: the config, the stage, the hash of the tokenizer and how the weights were
 trained. Without it (earlier versions) the config is read from the shapes (formats/minimind_format).
 
-A weight file can never run code: torch.load is called with weights_only=True everywhere.
+Wherever weights are named, a stage, a `.pth` or a folder will do (`resolve_weights`, `load_model`).
 """
 
 import hashlib
 import json
 import os
-import pickle
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,69 +25,25 @@ from transformers import (
 )
 
 from model.errors import UserError
-from model.formats.minimind_format import config_from_shapes
+from model.formats.hf_format import load_hf_folder
+from model.formats.minimind_format import check_state, config_from_shapes, make_config, read_state
+from model.inference.thinking import close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
-
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "out"
-TOKENIZER = ROOT / "model"
-SCORE_HEAD = "score.weight"  # a reward model has it instead of lm_head.weight
-# Flags cannot override these fields of a .json: the weights would not fit, or mean something else.
-STRUCTURAL_FIELDS = set(
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-    "num_key_value_heads qk_norm use_moe n_routed_experts n_shared_experts num_experts_per_tok "
-    "moe_intermediate_size scoring_func".split()
+from model.paths import (  # noqa: F401  where weights lie, for whoever has torch imported anyway
+    OUT,
+    ROOT,
+    TOKENIZER,
+    check_tokenizer_folder,
+    find_weights,
+    is_hf_folder,
+    list_weights,
+    resolve_weights,
+    tokenizer_beside,
+    weight_name,
+    weight_path,
 )
 
-
-# -- names -----------------------------------------------------------------------------------------
-
-
-def weight_name(stage: str, hidden_size: int, use_moe: bool = False) -> str:
-    """{stage}_{hidden_size}[_moe]"""
-    return f"{stage}_{hidden_size}" + "_moe" * use_moe
-
-
-def weight_path(
-    stage: str, hidden_size: int, directory: Path | str = OUT, use_moe: bool = False
-) -> Path:
-    """out/{stage}_{hidden_size}[_moe].pth"""
-    return Path(directory) / f"{weight_name(stage, hidden_size, use_moe)}.pth"
-
-
-def find_weights(
-    stage: str,
-    hidden_size: int | None = None,
-    directory: Path | str = OUT,
-    newest: bool = True,
-    use_moe: bool | None = None,
-) -> Path:
-    """The weight file of a stage.
-
-    Args:
-        hidden_size: its size; None: any.
-        newest: of several files take the newest; False: several are an error.
-        use_moe: with experts, without, or (None) either.
-
-    Raises:
-        UserError: there is no such file, or several and not `newest`.
-    """
-    beginning = Path(directory) / stage  # a stage may contain a folder, such as lora/medical
-    size = hidden_size or r"\d+"
-    moe = {None: "(_moe)?", True: "_moe", False: ""}[use_moe]
-    pattern = re.compile(rf"{re.escape(beginning.name)}_{size}{moe}\.pth")
-    found = [path for path in beginning.parent.glob("*.pth") if pattern.fullmatch(path.name)]
-    if not found:
-        size = f"_{hidden_size or '*'}" + "_moe" * bool(use_moe)
-        there = sorted(path.name for path in beginning.parent.glob("*.pth"))
-        raise UserError(
-            f"there are no weights {beginning}{size}.pth; "
-            + (f"that folder has {', '.join(there)}" if there else "train that stage first")
-        )
-    if len(found) > 1 and not newest:
-        names = ", ".join(sorted(path.name for path in found))
-        raise UserError(f"there are several sizes of {stage} ({names}); choose with --hidden_size")
-    return max(found, key=lambda path: path.stat().st_mtime)
+SCORE_HEAD = "score.weight"  # a reward model has it instead of lm_head.weight
 
 
 # -- saving ----------------------------------------------------------------------------------------
@@ -163,7 +117,8 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
-    write_json(path.with_suffix(".json"), {**info, **config})
+    thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
+    write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
         torch.save(state, file)
     return path
@@ -190,24 +145,35 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     **overrides: Any,
 ) -> MiniMindForCausalLM:
-    """Load a model from its `.pth`; missing and unexpected keys are errors.
+    """Load a model from its `.pth` or folder; missing and unexpected keys are errors.
 
     Args:
         tokenizer: must be the one that the weights were trained with. If no hash is known, only the
             size of its vocabulary is checked.
-        overrides: fields of the config that replace those of the file; STRUCTURAL_FIELDS must
-            agree with its `.json`.
+        overrides: fields of the config that replace those of the file; structural ones must agree
+            with its `.json` or config.json.
 
     Raises:
         UserError: not a checkpoint; a key is missing, unexpected or of another shape; another
-            tokenizer.
+            tokenizer; a folder of an architecture that MiniMind does not have.
     """
     path = Path(path)
+    if is_hf_folder(path):
+        model = load_hf_folder(path, **overrides)
+        if tokenizer is not None:
+            own = tokenizer_beside(path)
+            info = {"tokenizer_hash": tokenizer_hash(load_tokenizer(own))} if own else None
+            check_tokenizer(tokenizer, model.config, info, path)
+        return model.to(device=device, dtype=dtype).eval()
     state = read_state(path)
     if SCORE_HEAD in state:
         raise UserError(
             f"{path} is a reward model, which scores texts and cannot generate; name a language "
             "model, such as full_sft"
+        )
+    if any(".lora" in name for name in state):
+        raise UserError(
+            f"{path} is a LoRA adapter and no whole model; --lora_weight names an adapter"
         )
     model = MiniMindForCausalLM(resolve_config(path, state, tokenizer, overrides))
     check_state(state, model, path)
@@ -249,59 +215,12 @@ def resolve_config(
     info = read_info(path)
     heads = overrides.get("num_attention_heads", 8)
     known = info["config"] if info else config_from_shapes(state, path, heads)
-    try:
-        config = MiniMindConfig(**{**known, **overrides})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
-    for name in STRUCTURAL_FIELDS & overrides.keys() if info else ():
-        saved = getattr(MiniMindConfig(**known), name)
-        if saved != overrides[name]:
-            raise UserError(
-                f"{path} has {name} {saved}, as its .json says, and not {overrides[name]}"
-            )
+    config = make_config(known, overrides, path, ".json" if info else "")
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)
+        if info and info.get("empty_think"):
+            close_thoughts(tokenizer)
     return config
-
-
-def read_state(path: Path | str) -> dict[str, Tensor]:
-    """The state dict in a `.pth`, on the CPU. UserError if the file holds anything else."""
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise UserError(f"the weights {path} cannot be read: that {what}")
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise UserError(f"the weights {path} cannot be read: {error.strerror}") from error
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(
-            f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
-        )
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        raise UserError(f"{path} is a safetensors file; name its folder instead")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: it is not a plain state dict (a damaged file, or a pickle with "
-            "code, which is never executed here)"
-        ) from error
-    except Exception as error:  # which one depends on where the file is damaged
-        raise UserError(
-            f"{path} is not a checkpoint, or only part of one ({path.stat().st_size} bytes); copy "
-            "or download it again"
-        ) from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"{path} does not hold a state dict (tensors by name)")
-    # prefixes of DistributedDataParallel and torch.compile
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): v for name, v in state.items()}
-    if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: saved once
-    return state
 
 
 def read_info(path: Path | str) -> dict[str, Any] | None:
@@ -321,43 +240,31 @@ def read_info(path: Path | str) -> dict[str, Any] | None:
         ) from error
 
 
-def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | str) -> None:
-    """UserError with the first weight that is missing, unexpected or of another shape."""
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    if missing or unknown:
-        names, what = (missing, "lacks") if missing else (unknown, "has, but the model does not,")
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
-    embedding = state["model.embed_tokens.weight"]
-    head = state.get("lm_head.weight", embedding)
-    if model.config.tie_word_embeddings and not torch.equal(embedding, head):
-        raise UserError(
-            f"{path} has an lm_head.weight that differs from the embedding, but its config ties "
-            "them (tie_word_embeddings)"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{path} does not fit the model: {name} is {list(tensor.shape)} in the file "
-                f"and {list(expected[name].shape)} in the model; check the size flags"
-            )
-
-
 # -- tokenizer -------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder; by default MiniMind's own, in model/."""
     path = Path(path) if path else TOKENIZER
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(f"there is no tokenizer.json in {path}; --tokenizer_path names its folder")
+    check_tokenizer_folder(path)
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of many types: damaged JSON, an unknown model type, …
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
+    if tokenizer.pad_token_id is None:  # what fills a batch is never read: any token will do
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def require_tokenizer(path: Path, tokenizer_path: str) -> None:
+    """UserError if nothing says which tokenizer weights were trained with. With another one each id
+    means another text, and a training would begin from nonsense."""
+    if not tokenizer_path and (path.is_dir() or read_info(path) is None):
+        raise UserError(
+            f"{path} does not say which tokenizer it was trained with; name its folder with "
+            "--tokenizer_path (this project's is in model/)"
+        )
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -8,11 +8,8 @@ Enter sends; /clear forgets the conversation, /quit or Ctrl-D quits; Ctrl-C stop
 
 from dataclasses import dataclass
 
-import openai
-
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from scripts.serving.prompts import last_exchanges, read_prompts
 
 
 @dataclass
@@ -27,6 +24,15 @@ class Args:
     top_p: float = option(0.85, "nucleus sampling: smallest set of tokens with this probability")
     open_thinking: bool = option(False, "start answers with <think>, for reasoning models")
     stream: bool = option(True, "print the answer as it is generated")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import openai
+
+from scripts.serving.prompts import last_exchanges, read_prompts
 
 
 def main(args: Args) -> None:
@@ -85,4 +91,4 @@ def print_answer(client: openai.OpenAI, messages: list[dict[str, str]], args: Ar
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -11,29 +11,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, read_info
-from scripts.make_recipe import files_of, read_log
+from model.paths import OUT
 from trainer.common.recipes import read_recipe
-from trainer.report.forecast import duration
-from trainer.report.pages import Records, charts, section, shown, table, write_page
-
-COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
 
 
 @dataclass
 class Args:
     runs: list[str] = option([], "training runs, such as out/pretrain_512 out/pretrain_768")
-    recipe: list[str] = option([], "recipes whose reference runs are included")
+    recipe: list[str] = option([], "recipes whose baselines are shown too")
     output: str = option(str(OUT / "compare.html"), "file of the HTML page")
 
     def __post_init__(self) -> None:
         if not self.runs and not self.recipe:
             raise UserError("--runs needs the runs to compare, such as out/pretrain_512")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from rich.console import Console
+from rich.table import Table
+
+from model.weights import read_info
+from trainer.report.forecast import duration
+from trainer.report.log import files_of, read_log
+from trainer.report.pages import Records, charts, section, shown, table, write_page
+
+COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
 
 
 def main(args: Args) -> list[tuple[str, ...]]:
@@ -107,4 +114,4 @@ def differences(settings: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

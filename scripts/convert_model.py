@@ -8,67 +8,141 @@
     python scripts/convert_model.py from-peft my-adapter L.pth --base out/full_sft_512.pth
 
 to-hf writes an ordinary Llama, Qwen, Mixtral or GLM model in the format of transformers, which vLLM
-and others load too. from-hf also reads a bare .pth of an earlier MiniMind. to-gguf, for llama.cpp
-and ollama, reads a .pth or a folder. Each conversion of a model compares the logits before and
+and others load too. from-hf also reads a bare .pth or resume file of an earlier MiniMind, and its
+folders with code of their own, which is not run. to-gguf is for llama.cpp and ollama. All of them
+read a .pth or a folder. Each conversion of a model compares the logits before and
 after, and fails if they differ by more than rounding; to-gguf also compares with llama.cpp itself,
 if llama-cpp-python is installed. `convert_model.py to-gguf --help` lists the flags of to-gguf, and
 likewise for the others.
 """
 
-import argparse
 import copy
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from model.command_line import names_where, option, parse_command
+from model.errors import UserError, exit_on_user_error
+from model.paths import check_exists, check_tokenizer_folder, tokenizer_beside
+from scripts.serving.arguments import YarnArgs
+
+CONFIG = "what the shapes in a bare .pth do not tell"  # a group of --help
+CONFIG_HELP = "config field, for a .pth without .json"
+
+
+@dataclass
+class Conversion:
+    source: Path = option(Path(), "a .pth file or a folder", positional=True, check=check_exists)
+    target: Path = option(Path(), "the output: a file, or a folder", positional=True)
+    force: bool = option(False, "overwrite existing files")
+    suffix = ""  # not a flag: that of the target; "": it is a folder
+
+
+@dataclass
+class ModelConversion(YarnArgs, Conversion):
+    tokenizer_path: str = option("", "folder of the tokenizer", check=check_tokenizer_folder)
+    num_attention_heads: int | None = option(None, CONFIG_HELP, group=CONFIG)
+    num_experts_per_tok: int | None = option(None, CONFIG_HELP, group=CONFIG)
+    rms_norm_eps: float | None = option(None, CONFIG_HELP, group=CONFIG)
+    rope_theta: float | None = option(None, CONFIG_HELP, group=CONFIG)
+    max_position_embeddings: int | None = option(None, CONFIG_HELP, group=CONFIG)
+
+
+@dataclass
+class ToHf(ModelConversion):
+    """write a transformers folder"""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "type of the weights")
+    native: bool = option(False, "keep MiniMind's architecture and include its code")
+
+
+@dataclass
+class FromHf(ModelConversion):
+    """read a transformers folder, or an earlier .pth"""
+
+    suffix = ".pth"
+
+
+@dataclass
+class ToGguf(ModelConversion):
+    """write a file for llama.cpp and ollama"""
+
+    dtype: Literal["float16", "float32", "q8_0"] = option("float16", "type of the weights")
+    ollama: bool = option(False, "also write a Modelfile for ollama")
+    suffix = ".gguf"
+
+
+@dataclass
+class MergeLora(ModelConversion):
+    """merge a LoRA adapter into the weights"""
+
+    lora: Path | None = option(None, "the adapter, a .pth", required=True)
+    suffix = ".pth"
+
+
+@dataclass
+class ToPeft(Conversion):
+    """write a LoRA adapter in peft's format"""
+
+    base: str = option("", "base model to name in the adapter: a folder or a Hub id")
+
+
+@dataclass
+class FromPeft(Conversion):
+    """read an adapter of peft"""
+
+    base: Path | None = option(None, "base model of the adapter, a .pth or a folder", required=True)
+    tokenizer_path: str = option("", "folder of the tokenizer", check=check_tokenizer_folder)
+    suffix = ".pth"
+
+
+FLAGS = {
+    "to-hf": ToHf,
+    "from-hf": FromHf,
+    "to-gguf": ToGguf,
+    "merge-lora": MergeLora,
+    "to-peft": ToPeft,
+    "from-peft": FromPeft,
+}
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    with exit_on_user_error():
+        command, args = parse_command(FLAGS, __doc__)
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.errors import UserError, exit_on_user_error
 from model.formats import gguf_format
-from model.formats.hf_format import (
-    load_hf_folder,
-    load_transformers,
-    read_hf_config,
-    save_hf_folder,
-)
-from model.inference.loading import yarn_settings
-from model.model_lora import load_lora, load_peft, merge_and_unload, save_lora, save_peft
+from model.formats.hf_format import load_transformers, save_hf_folder
+from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
+from model.formats.native_format import is_native
+from model.model_lora import merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
     load_model,
     load_tokenizer,
     read_info,
+    require_tokenizer,
     save_weights,
 )
+from scripts.serving.loading import yarn_settings
 
 # Tolerances of logits, relative to the largest: for the same weights with sums in another order,
 # and for weights or activations rounded to float16 or to 8 bits.
 EXACT, FLOAT16, EIGHT_BITS = 1e-4, 0.02, 0.1
-CONFIG_FLAGS = {  # config fields that the shapes in a bare .pth do not determine
-    "num_attention_heads": int,
-    "num_experts_per_tok": int,
-    "rms_norm_eps": float,
-    "rope_theta": float,
-    "max_position_embeddings": int,
-}
-YARN_FLAGS = {
-    "yarn_factor": float,
-    "yarn_original_length": int,
-    "yarn_beta_fast": float,
-    "yarn_beta_slow": float,
-    "yarn_attention_factor": float,
-}
+CONFIG_FIELDS = sorted(names_where(ModelConversion, "group", CONFIG))
 
 
 # -- the conversions -------------------------------------------------------------------------------
 
 
-def to_hf(args: argparse.Namespace) -> None:
+def to_hf(args: ToHf) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         dtype = getattr(torch, args.dtype)
@@ -82,13 +156,13 @@ def to_hf(args: argparse.Namespace) -> None:
     print(f"{args.target}: load it with AutoModelForCausalLM.from_pretrained")
 
 
-def from_hf(args: argparse.Namespace) -> None:
+def from_hf(args: FromHf) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         save_and_check(model, tokenizer, args, folder, {"converted from": args.source.name})
 
 
-def to_gguf(args: argparse.Namespace) -> None:
+def to_gguf(args: ToGguf) -> None:
     modelfiles = [args.target.with_name("Modelfile")] if args.ollama else []
     with atomic_output(args, args.target, *modelfiles) as folder:
         tokenizer, model = load_source(args)
@@ -108,7 +182,7 @@ def to_gguf(args: argparse.Namespace) -> None:
         print(f"{modelfile}: ollama create {args.target.stem} -f {modelfile}")
 
 
-def merge_lora(args: argparse.Namespace) -> None:
+def merge_lora(args: MergeLora) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         load_lora(model, args.lora)
@@ -118,15 +192,15 @@ def merge_lora(args: argparse.Namespace) -> None:
         save_and_check(merged, tokenizer, args, folder, origin)
 
 
-def to_peft(args: argparse.Namespace) -> None:
+def to_peft(args: ToPeft) -> None:
     with atomic_output(args, args.target) as folder:
         save_peft(args.source, folder, base=args.base or "")
     print(f"{args.target}: load it with peft.PeftModel.from_pretrained(model, folder)")
 
 
-def from_peft(args: argparse.Namespace) -> None:
+def from_peft(args: FromPeft) -> None:
     with atomic_output(args, args.target) as folder:
-        tokenizer = load_tokenizer(args.tokenizer_path)
+        tokenizer = find_tokenizer(args.base, args.tokenizer_path)
         model = load_model(args.base, tokenizer=tokenizer)
         config = load_peft(model, args.source)
         name, _, _ = args.target.stem.removesuffix("_moe").rpartition("_")
@@ -141,31 +215,30 @@ def from_peft(args: argparse.Namespace) -> None:
 
 
 def load_source(
-    args: argparse.Namespace,
+    args: ModelConversion,
 ) -> tuple[PreTrainedTokenizerBase, MiniMindForCausalLM]:
-    """The model in a `.pth` or a transformers folder; of a folder, the logits are compared with
-    those of transformers."""
-    overrides = {name: x for name in CONFIG_FLAGS if (x := getattr(args, name)) is not None}
+    """The model in a `.pth` or a folder; of another architecture in transformers, the logits are
+    compared with those of transformers."""
+    overrides = {name: x for name in CONFIG_FIELDS if (x := getattr(args, name)) is not None}
     overrides |= yarn_settings(args)
-    if args.source.is_dir():
-        read_hf_config(args.source)  # its errors are reported before those of the tokenizer
-        tokenizer = load_tokenizer(args.tokenizer_path or args.source)
-        if overrides:
-            raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
-        model = load_hf_folder(args.source)
-        check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
-        return tokenizer, model
-    if read_info(args.source) is None and not args.tokenizer_path:
-        raise UserError(
-            f"{args.source} does not say which tokenizer it was trained with; name its folder with "
-            "--tokenizer_path (this project's is in model/)"
-        )
-    tokenizer = load_tokenizer(args.tokenizer_path)
+    in_transformers = args.source.is_dir() and not is_native(args.source)
+    if args.source.is_dir() and overrides:
+        raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
+    tokenizer = find_tokenizer(args.source, args.tokenizer_path)
     model = load_model(args.source, tokenizer=tokenizer, **overrides)
-    if read_info(args.source) is None:
-        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in CONFIG_FLAGS)
+    if in_transformers:
+        check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
+    if args.source.is_file() and read_info(args.source) is None:
+        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in CONFIG_FIELDS)
         print(f"assumed, since shapes do not tell (flags of these names change it): {assumed}")
     return tokenizer, model
+
+
+def find_tokenizer(source: Path, tokenizer_path: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of --tokenizer_path, or of the weights; UserError if that is unknown."""
+    tokenizer_path = tokenizer_path or tokenizer_beside(source)
+    require_tokenizer(source, tokenizer_path)
+    return load_tokenizer(tokenizer_path)
 
 
 def save_native(
@@ -184,7 +257,7 @@ def save_native(
 def save_and_check(
     model: MiniMindForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace,
+    args: Conversion,
     folder: Path,
     origin: dict[str, str],
 ) -> None:
@@ -199,7 +272,7 @@ def save_and_check(
 
 
 @contextmanager
-def atomic_output(args: argparse.Namespace, *targets: Path) -> Iterator[Path]:
+def atomic_output(args: Conversion, *targets: Path) -> Iterator[Path]:
     """A temporary folder to write to; its files are moved to the target when they are complete.
 
     A target with a suffix is a file (a `.pth` comes with a `.json`); otherwise it is a folder, in
@@ -312,75 +385,15 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model.eval()(random_tokens(model)[None]).logits[0]
 
 
-# -- the command line ------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def make_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="CONVERSION")
-    switch = dict(type=int, nargs="?", const=1, default=0, choices=(0, 1))
-
-    def add_command(name: str, run, about: str, suffix: str, reads_model: bool = True) -> Parser:
-        subparser = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        subparser.set_defaults(run=run, suffix=suffix)
-        subparser.add_argument("source", type=Path, help="a .pth file or a folder")
-        target_help = f"output, a {suffix} file" if suffix else "output folder"
-        subparser.add_argument("target", type=Path, help=target_help)
-        subparser.add_argument("--force", **switch, help="overwrite existing files")
-        if reads_model:
-            subparser.add_argument("--tokenizer_path", help="folder of the tokenizer")
-            for field, kind in CONFIG_FLAGS.items():
-                subparser.add_argument(
-                    f"--{field}", type=kind, help="config field, for a .pth without .json"
-                )
-            subparser.add_argument(
-                "--inference_rope_scaling", **switch, help="YaRN, for texts longer than in training"
-            )
-            for field, kind in YARN_FLAGS.items():
-                subparser.add_argument(f"--{field}", type=kind, help="as in eval_llm.py")
-        return subparser
-
-    floats = ("float32", "bfloat16", "float16")
-    subparser = add_command("to-hf", to_hf, "write a transformers folder", "")
-    subparser.add_argument("--dtype", choices=floats, default="float32", help="type of the weights")
-    subparser.add_argument(
-        "--native", **switch, help="keep MiniMind's architecture and include its code"
-    )
-    add_command("from-hf", from_hf, "read a transformers folder, or an earlier .pth", ".pth")
-    subparser = add_command("to-gguf", to_gguf, "write a file for llama.cpp and ollama", ".gguf")
-    kinds = tuple(gguf_format.DTYPES)
-    subparser.add_argument("--dtype", choices=kinds, default=kinds[0], help="type of the weights")
-    subparser.add_argument("--ollama", **switch, help="also write a Modelfile for ollama")
-    subparser = add_command(
-        "merge-lora", merge_lora, "merge a LoRA adapter into the weights", ".pth"
-    )
-    subparser.add_argument("--lora", type=Path, required=True, help="the adapter, a .pth")
-    subparser = add_command(
-        "to-peft", to_peft, "write a LoRA adapter in peft's format", "", reads_model=False
-    )
-    subparser.add_argument("--base", help="base model to name in the adapter: a folder or a Hub id")
-    subparser = add_command(
-        "from-peft", from_peft, "read an adapter of peft", ".pth", reads_model=False
-    )
-    subparser.add_argument(
-        "--base", type=Path, required=True, help="base model of the adapter, a .pth"
-    )
-    subparser.add_argument("--tokenizer_path", help="folder of the tokenizer")
-    return parser
+RUN = (to_hf, from_hf, to_gguf, merge_lora, to_peft, from_peft)
+COMMANDS = dict(zip(FLAGS, RUN, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    if not args.source.exists():
-        raise UserError(f"{args.source} does not exist")
-    args.run(args)
+    command, args = parse_command(FLAGS, __doc__, argv)
+    COMMANDS[command](args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main()
+        COMMANDS[command](args)

@@ -25,18 +25,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-from rich.console import Console
-from rich.table import Table
-
-from model.command_line import option, parse_arguments
+from model.command_line import nearest, option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, TOKENIZER, write_json
-from scripts.serving.arguments import ModelArgs
-from scripts.serving.loading import ChatModel, is_hf_folder, load_chat_model
-from trainer.common.hardware import describe_machine, resolve_device
-from trainer.report.plots import save_figure
+from model.paths import OUT, TOKENIZER, is_hf_folder
+from scripts.serving.arguments import MACHINE, ModelArgs
 
+BENCHMARKS = "benchmarks"  # a group of --help
 TASKS = "ceval cmmlu openbookqa arc_easy arc_challenge hellaswag piqa gsm8k"
 
 
@@ -46,35 +40,60 @@ class Args(ModelArgs):
         [str(TOKENIZER)], "./model: own weights from save_dir; else transformers folders"
     )
     weight: list[str] = option(["full_sft"], "own weights: stages, such as pretrain, or .pth files")
-    tasks: list[str] = option(TASKS.split(), f"benchmarks: {TASKS}; arc: both ARC sets")
-    local: str = option("", "folder with copies of the benchmarks, instead of the network")
+    tasks: list[str] = option(
+        TASKS.split(), f"benchmarks: {TASKS}; arc: both ARC sets", group=BENCHMARKS
+    )
+    local: str = option(
+        "", "folder with copies of the benchmarks, instead of the network", group=BENCHMARKS
+    )
     num_fewshot: int | None = option(
-        None, "few-shot examples before each question; default: 5 for gsm8k, else 0"
+        None,
+        "few-shot examples before each question; default: 5 for gsm8k, else 0",
+        group=BENCHMARKS,
+        at_least=0,
     )
-    chat_template: bool = option(False, "ask in the chat template, as a user message")
+    chat_template: bool = option(
+        False, "ask in the chat template, as a user message", group=BENCHMARKS
+    )
     limit: int = option(
-        0, "maximum number of questions of each task or subject, for a quick test; 0: all"
+        0,
+        "maximum number of questions of each task or subject, for a quick test; 0: all",
+        group=BENCHMARKS,
+        at_least=0,
     )
-    batch_size: int = option(16, "sequences per forward pass")
+    batch_size: int = option(16, "sequences per forward pass", group=MACHINE, at_least=1)
     max_seq_len: int = option(
-        2048, "maximum length of a question with its examples; its beginning is cut"
+        2048,
+        "maximum length of a question with its examples; its beginning is cut",
+        group=MACHINE,
+        at_least=1,
     )
     compare: list[str] = option([], "files written by --json, whose models are shown too")
     json: str = option("", "also write the results to this file")
     plot: str = option(str(OUT / "benchmark.png"), "file of the bar chart")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("limit", "num_fewshot"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
+        super().__post_init__()
         arc = ["arc_easy", "arc_challenge"]
         self.tasks = [t for task in self.tasks for t in (arc if task == "arc" else [task])]
         for task in self.tasks:
             if task not in TASKS.split():
-                raise UserError(f"--tasks {task} is unknown; known are {TASKS}")
+                meant = nearest(task, TASKS.split())
+                raise UserError(f"--tasks {task} is unknown; known are {TASKS}{meant}")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from model.weights import write_json
+from scripts.serving.loading import ChatModel, load_chat_model
+from trainer.common.hardware import describe_machine, resolve_device
+from trainer.report.plots import save_figure
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -215,4 +234,4 @@ def plot_bars(models: list[dict], path: str) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -18,6 +18,47 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from scripts.serving.arguments import MACHINE, ModelArgs
+
+CHARACTERS = 500
+TEXT = "text"  # a group of --help
+
+
+def check_text(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}")
+
+
+@dataclass
+class Args(ModelArgs):
+    weight: str = option("pretrain", "own weights: a stage, such as pretrain, or a .pth file")
+    data: str = option(
+        "",
+        "the text to evaluate on: JSONL or a text file, also .gz",
+        group=TEXT,
+        required=True,
+        check=check_text,
+    )
+    documents: int = option(
+        0, "number of documents, from the first; 0: all", group=TEXT, at_least=0
+    )
+    characters: int = option(
+        CHARACTERS,
+        "number of characters of each document, from the first; 0: all",
+        group=TEXT,
+        at_least=0,
+    )
+    batch_size: int = option(16, "documents per forward pass", group=MACHINE, at_least=1)
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error", group=TEXT)
+    json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -26,41 +67,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.encoding import check_messages, encode_segments
-from dataset.file_kinds import open_text
+from dataset.forms.files import open_text
 from dataset.forms.rows import as_conversation
 from dataset.jsonl import BadRows, Row, error_at, read_rows
 from dataset.text import language_of
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
 from model.weights import write_json
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 
-CHARACTERS = 500
 MAX_LENGTH = 2048  # tokens per forward pass
-
-
-@dataclass
-class Args(ModelArgs):
-    weight: str = option("pretrain", "own weights: a stage, such as pretrain, or a .pth file")
-    data: str = option("", "JSONL or text file, also .gz")
-    documents: int = option(0, "number of documents, from the first; 0: all")
-    characters: int = option(
-        CHARACTERS, "number of characters of each document, from the first; 0: all"
-    )
-    batch_size: int = option(16, "documents per forward pass")
-    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
-    json: str = option("", "also write the results to this file")
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise UserError("--data is required: the text to evaluate on")
-        for name in ("documents", "characters"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size must be at least 1, not {self.batch_size}")
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -82,8 +97,7 @@ def read_documents(
     path: str | Path, characters: int = CHARACTERS, bad_rows: BadRows | None = None
 ) -> Iterator[str]:
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    check_text(path)
     if {".jsonl", ".json", ".ndjson"} & set(path.suffixes):
         for number, row in read_rows(path, bad_rows):
             with error_at(path, number, bad_rows):
@@ -278,4 +292,4 @@ def show(result: dict) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -3,74 +3,111 @@
     python scripts/eval_toolcall.py --weight full_sft [--json FILE]
     python scripts/eval_toolcall.py --load_from ./MiniMind2     any transformers folder
 
-Each task is a conversation with tools (docs/data.md, "Formats"); without --data_path, the demo's
-held-out ones. The model gets the messages up to the last question, and dataset/tools/loop.py runs
-the episode: model → <tool_call> → execute → <tool_response> → answer. Three metrics, 1 or 0 each:
+Each task is a conversation with tools (docs/data.md, "Formats"); without --data_path, those of
+dataset/tools/tasks.jsonl. The model gets the messages up to the last question, and
+dataset/tools/loop.py runs the episode: model → <tool_call> → execute → <tool_response> → answer.
+Three metrics, from 0 to 1 each:
 
     name        it called the same tools as the row, in the same order (or none, as the row)
     arguments   with the same arguments, up to case and white space
-    answer      and its final answer is the row's, up to case, white space and a full stop
+    answer      its final answer says the same as the row's; of a "gt", the share that it contains
 
 The table shows means with standard errors. All three are 0 where a call is invalid (no JSON, no
-such tool, wrong arguments) or the model does not finish within --max_turns replies. For comparison,
-the same questions are also asked without tools. The clock returns the time recorded in the row.
+such tool, wrong arguments) or the model does not finish within --max_turns replies. Rows with "gt"
+alone do not say which calls are right. For comparison, the same questions are also asked without
+tools. The clock returns the time recorded in the row.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from dataset.jsonl import BadRows, check_file
+from dataset.tools import MAX_TURNS
+from model.command_line import Ignored, Refused, option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from scripts.serving.arguments import MACHINE, SAMPLING, ModelArgs
+
+TASKS = "tasks"  # a group of --help
+
+
+@dataclass
+class Args(ModelArgs):
+    legacy_flags = {
+        "backend": {
+            "local": Ignored("the model is loaded here; --load_from and --weight name it"),
+            "api": Refused(
+                "the model is loaded here, by --load_from or --weight; a server is asked by "
+                "scripts/chat_openai_api.py --base_url URL"
+            ),
+        },
+        "api_base_url": Ignored("no server is asked; the model is loaded here"),
+        "api_key": Ignored("no server is asked; the model is loaded here"),
+        "api_model": Ignored("no server is asked; --load_from or --weight names the model"),
+        "show_speed": Ignored("the progress bar shows the tasks per second"),
+    }
+
+    data_path: str = option(
+        "",
+        "JSONL of conversations with tools; default: dataset/tools/tasks.jsonl",
+        group=TASKS,
+        check=check_file,
+    )
+    tasks: int = option(0, "number of tasks, from the first; 0: all", group=TASKS, at_least=0)
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error", group=TASKS)
+    max_turns: int = option(
+        MAX_TURNS, "maximum number of replies to a question", group=TASKS, at_least=1
+    )
+    compare: bool = option(True, "also ask the same questions without tools", group=TASKS)
+    examples: int = option(
+        3, "number of tasks to print, right and wrong ones in turn", group=TASKS, at_least=0
+    )
+    json: str = option("", "also write metrics and all episodes to this file", group=TASKS)
+    max_new_tokens: int = option(
+        128, "maximum length of a reply, in tokens", group=SAMPLING, at_least=1
+    )
+    temperature: float = option(0.0, "sampling temperature; 0: greedy", group=SAMPLING, at_least=0)
+    top_p: float = option(
+        1.0,
+        "nucleus sampling: smallest set of tokens with this probability",
+        group=SAMPLING,
+        above=0,
+        at_most=1,
+    )
+    seed: int = option(42, "random seed of the sampling", group=SAMPLING, at_least=0, below=2**31)
+    open_thinking: bool = option(
+        False, "start replies with <think>, for reasoning models", group=SAMPLING
+    )
+    batch_size: int = option(64, "tasks generated in parallel", group=MACHINE, at_least=1)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
-from dataset.demo.files import demo_rows
+from dataset import tools
 from dataset.tools.loop import (
     ERRORS,
-    MAX_TURNS,
     Episode,
     Task,
+    describe_unrunnable,
     read_tasks,
     run_episodes,
     score,
-    task_of,
 )
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.weights import write_json
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import ChatModel, load_chat_model
 
-
-@dataclass
-class Args(ModelArgs):
-    data_path: str = option(
-        "", "JSONL of conversations with tools; default: the demo's held-out tasks"
-    )
-    tasks: int = option(0, "number of tasks, from the first; 0: all")
-    max_turns: int = option(MAX_TURNS, "maximum number of replies to a question")
-    max_new_tokens: int = option(128, "maximum length of a reply, in tokens")
-    temperature: float = option(0.0, "sampling temperature; 0: greedy")
-    seed: int = option(42, "random seed of the sampling")
-    open_thinking: bool = option(False, "start replies with <think>, for reasoning models")
-    compare: bool = option(True, "also ask the same questions without tools")
-    batch_size: int = option(64, "tasks generated in parallel")
-    examples: int = option(3, "number of tasks to print, right and wrong ones in turn")
-    json: str = option("", "also write metrics and all episodes to this file")
-
-    def __post_init__(self) -> None:
-        for name in ("max_turns", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("tasks", "temperature", "examples"):
-            if not getattr(self, name) >= 0:  # also refuses NaN
-                raise UserError(f"--{name} must be at least 0, not {getattr(self, name)}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be at least 0 and below 2^31, not {self.seed}")
+DEFAULT_TASKS = Path(tools.__file__).with_name("tasks.jsonl")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -96,21 +133,37 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def load_tasks(args: Args) -> list[Task]:
-    if args.data_path:
-        tasks = read_tasks(args.data_path)
-    else:
-        tasks = [task_of(row) for row in demo_rows("tools", held_out=True)]
-    return tasks[: args.tasks or None]
+    """The tasks, as many as are asked for. Those without a right answer are left out."""
+    path = args.data_path or DEFAULT_TASKS
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    rows = read_tasks(path, bad_rows)
+    if bad_rows and bad_rows.count:
+        print(bad_rows)
+    tasks = [task for task in rows if task.truth]
+    if not tasks:
+        raise UserError(
+            f'no row of {path} has a right answer: give it an "answer", a "gt", or an answer as '
+            "its last message"
+        )
+    if len(tasks) < len(rows):
+        print(f"{len(rows) - len(tasks):,} of {len(rows):,} rows have no right answer: left out")
+    tasks = tasks[: args.tasks or None]
+    if sentence := describe_unrunnable(tasks):
+        print(sentence)
+    return tasks
 
 
 def run_tasks(loaded: ChatModel, tasks: list[Task], args: Any, label: str) -> list[Episode]:
     """Run an episode for each task, a batch at a time.
 
     Args:
-        args: has max_turns, max_new_tokens, temperature, seed, open_thinking and batch_size.
+        args: has max_turns, max_new_tokens, temperature, top_p, seed, open_thinking and
+            batch_size.
         label: of the progress bar.
     """
-    sampling = SamplingParams(args.max_new_tokens, args.temperature, seed=args.seed)
+    sampling = SamplingParams(
+        args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed
+    )
     generate_batch = partial(generate_replies, loaded, sampling)
     max_prompt_tokens = loaded.max_positions - args.max_new_tokens
     episodes = [Episode(task, loaded.tokenizer, args.open_thinking) for task in tasks]
@@ -132,7 +185,9 @@ def generate_replies(
 
 
 def tools_needed(task: Task) -> str:
-    """The names of the tools that the reference answer calls."""
+    """The names of the tools that the row calls."""
+    if task.calls is None:
+        return "calls not recorded"
     return ", ".join(dict.fromkeys(call["name"] for call in task.calls)) or "no call"
 
 
@@ -162,11 +217,11 @@ def means(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def add_baseline(report: dict[str, Any], tasks: list[Task], baseline: list[Episode]) -> None:
-    """Add the accuracy of answers to the same questions without tools, as "bare"."""
+    """Add the accuracy of answers to the same questions without tools."""
     correct = [score(episode)["answer"] for episode in baseline]
     for kind, metrics in report["kinds"].items():
         group = [
-            {"bare": each}
+            {"answer_without_tools": each}
             for task, each in zip(tasks, correct, strict=True)
             if tools_needed(task) == kind or (kind == "tools" and task.calls)
         ]
@@ -185,7 +240,7 @@ def show_table(console: Console, report: dict[str, Any]) -> None:
             f"{100 * metrics[name]:.1f} ± {100 * metrics[f'{name}_error']:.1f}"
             if name in metrics
             else ""
-            for name in ("name", "arguments", "answer", "bare")
+            for name in ("name", "arguments", "answer", "answer_without_tools")
         ]
         table.add_row(kind if kind != "tools" else "any tool", str(metrics["tasks"]), *cells)
     console.print(table)
@@ -198,18 +253,22 @@ def choose_examples(episodes: list[Episode], count: int) -> list[Episode]:
     """Right and wrong episodes in turn, as long as there are both."""
     right, wrong = [], []
     for episode in episodes:
-        (right if score(episode)["answer"] else wrong).append(episode)
+        (right if is_right(episode) else wrong).append(episode)
     alternating = [each for pair in zip(right, wrong, strict=False) for each in pair]
     num_pairs = len(alternating) // 2
     return (alternating + right[num_pairs:] + wrong[num_pairs:])[:count]
 
 
+def is_right(episode: Episode) -> bool:
+    return score(episode)["answer"] == 1
+
+
 def show_episode(console: Console, episode: Episode) -> None:
-    console.rule("right" if score(episode)["answer"] else "wrong", align="left")
+    console.rule("right" if is_right(episode) else "wrong", align="left")
     question = episode.task.messages[-1]["content"]
     for role, text in (("user", question), *episode.transcript):
         console.print(f"[bold]{role}[/bold] {escape(text)}", soft_wrap=True)
-    if not score(episode)["answer"]:
+    if not is_right(episode):
         console.print(f"[bold]truth[/bold] {escape(episode.task.answer)}", soft_wrap=True)
         for error in episode.errors:
             console.print(f"[bold]{error}[/bold] {ERRORS[error]}")
@@ -219,7 +278,7 @@ def to_json(episode: Episode) -> dict[str, Any]:
     task = episode.task
     return {
         "question": task.messages[-1]["content"],
-        "said": [{"role": role, "content": text} for role, text in episode.transcript],
+        "transcript": [{"role": role, "content": text} for role, text in episode.transcript],
         "calls": task.calls,
         "answer": task.answer,
         "errors": episode.errors,
@@ -229,4 +288,4 @@ def to_json(episode: Episode) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

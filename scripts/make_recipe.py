@@ -9,34 +9,39 @@ import os
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
 
-from dataset.jsonl import load_rows
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import ROOT, read_info, write_json
-from trainer.common.metrics import with_new_keys
+from model.paths import ROOT
 from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
 
 
 @dataclass
 class Args:
     run: str = option(
-        "", "weights of the run, such as out/pretrain_512.pth, with its log next to them"
+        "",
+        "weights of the run, such as out/pretrain_512.pth, with its log beside them",
+        required=True,
     )
-    name: str = option("", "name of the recipe")
+    name: str = option("", "name of the recipe", required=True)
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
-    band: float = option(0.05, "relative tolerance of bits per byte for a run on track")
+    band: float = option(
+        0.05,
+        "largest relative difference in bits per byte of a run on track",
+        above=0,
+        below=1,
+    )
     machine: str = option("", "machine of the run; default: as recorded")
     folder: str = option(str(RECIPES), "folder of the recipes")
 
-    def __post_init__(self) -> None:
-        for name in ("run", "name"):
-            if not getattr(self, name):
-                raise UserError(f"--{name} is required (--help explains it)")
-        if not 0 < self.band < 1:
-            raise UserError(f"--band must be above 0 and below 1, not {self.band}")
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from model.weights import read_info, write_json
+from trainer.report.log import files_of, read_log
 
 
 def main(args: Args) -> Path:
@@ -78,25 +83,6 @@ def main(args: Args) -> Path:
     return path
 
 
-def files_of(run: str) -> tuple[Path, Path]:
-    """The weights and the log of a run, from the path of either, with or without its suffix."""
-    stem = run.removesuffix(".pth").removesuffix(".metrics.jsonl")
-    return Path(f"{stem}.pth"), Path(f"{stem}.metrics.jsonl")
-
-
-def read_log(path: Path, stage: str) -> list[dict[str, Any]]:
-    """The records of a stage's metrics.jsonl. UserError if it cannot be read."""
-    try:
-        records = with_new_keys(load_rows(path), stage)
-        if not all("step" in record for record in records):
-            raise UserError("a line has no step")
-    except UserError as error:
-        raise UserError(f"{path} is not a training log: {error}") from error
-    if not records:
-        raise UserError(f"{path} is empty")
-    return records
-
-
 def relative_to_root(value: str | list[str]) -> str | list[str]:
     """Paths relative to the project's folder."""
     if isinstance(value, list):
@@ -106,4 +92,4 @@ def relative_to_root(value: str | list[str]) -> str | list[str]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -12,35 +12,17 @@ sizes and hashes, the settings, and what was dropped and why, with examples.
 `prepare_data.py clean --help` lists the flags of clean, and likewise for the other commands.
 """
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from dataset.jsonl import BadRows
-from dataset.prepare import hub, pipeline
-from dataset.prepare.cleaning import Filters
-from dataset.prepare.deduplication import SHORTEST_QUESTION
-from dataset.prepare.job_dir import JobDir, open_job
-from dataset.prepare.resumable import stamps_of
-from dataset.prepare.sources import check_input
-from dataset.text import LANGUAGES
-from model.command_line import Parser, option
+from dataset.released import DATASET, MODELS, files_of_set, size_of
+from model.command_line import option, parse_command
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, ROOT, load_tokenizer, tokenizer_hash
-from trainer.report.plots import plt, save_figure
-
-console = Console()
-
+from model.paths import OUT, check_input_file, check_tokenizer_folder
 
 # -- the flags -------------------------------------------------------------------------------------
 
@@ -52,15 +34,21 @@ SKIP_BAD_ROWS = "leave bad rows out and report them; 0: the first is an error"
 class Download:
     """download MiniMind's data files, released weights and the reward model"""
 
-    set: Literal["", "mini", "full"] = option(
-        "", "mini: pretrain_hq and sft_mini_512; full: the files of every stage"
+    set: str = option(
+        "",
+        f"mini ({size_of('mini')}) or full ({size_of('full')}): a file for each stage; of one "
+        "stage: lora, dpo, rlaif, agent; 2025: those that the main branch no longer has",
     )
-    file: list[str] = option([], "data files by name, or a pattern such as 'sft_*.jsonl'")
-    model: list[str] = option([], f"folders of models: {', '.join(hub.MODELS)}, or OWNER/NAME")
+    file: list[str] = option(
+        [], "files by name or pattern, such as 'sft_*.jsonl'; with --model of that model"
+    )
+    model: list[str] = option([], f"folders of models: {', '.join(MODELS)}, or OWNER/NAME")
     output: str = option("", "folder; default: dataset/, for a model ./NAME")
     hub: Literal["huggingface", "modelscope"] = option("huggingface", "the hub to download from")
     repo: str = option("", "repository of the data files; default: MiniMind's own")
-    revision: str = option("", "branch, tag or commit; default: the newest")
+    revision: str = option(
+        "", "branch, tag or commit; default: the newest, for data files that of released.py"
+    )
     endpoint: str = option("", "address of a mirror; default: HF_ENDPOINT, or the hub itself")
 
 
@@ -68,9 +56,9 @@ class Download:
 class Job:
     """Arguments of all commands that write a file."""
 
-    input: list[str] = option([], "the files to read")
+    input: list[str] = option([], "the files to read", required=True, check=check_input_file)
     output: str = option("", "the file to write, .jsonl or .jsonl.gz")
-    workers: int = option(0, "number of processes; 0: one a core")
+    workers: int = option(0, "number of processes; 0: one a core", at_least=0)
     force: bool = option(False, "write over an output that is there")
 
     def __post_init__(self) -> None:
@@ -93,11 +81,15 @@ class Clean(Job):
         "file", "what is one document of a plain text"
     )
     encoding: str = option("", "of the files; default: detected")
-    min_chars: int = option(5, "shorter rows are dropped")
+    min_chars: int = option(5, "shorter rows are dropped", at_least=0)
     max_chars: int = option(1_000_000, "longer rows are dropped")
     languages: list[str] = option(["zh", "en"], "to keep: zh, en (Latin letters), other")
-    max_repetition: float = option(0.5, "largest share of repeated 8-word n-grams, or lines")
-    max_signs: float = option(0.5, "largest share of punctuation among the visible characters")
+    max_repetition: float = option(
+        0.5, "largest share of repeated 8-word n-grams, or lines", at_least=0, at_most=1
+    )
+    max_signs: float = option(
+        0.5, "largest share of punctuation among the visible characters", at_least=0, at_most=1
+    )
     mask: bool = option(True, "mask mail addresses, phone, identity and card numbers")
     dropped: str = option("", "write the dropped rows too, with the reason, to this file")
 
@@ -106,31 +98,32 @@ class Clean(Job):
         self.to = "preferences" if self.to == "preference" else self.to  # its former spelling
         if unknown := set(self.languages) - {"zh", "en", "other"}:
             raise UserError(f"--languages knows zh, en and other, not {min(unknown)}")
-        if self.min_chars < 0 or self.max_chars < self.min_chars:
-            raise UserError("--min_chars must be 0 or more, and --max_chars no less than it")
-        for name in ("max_repetition", "max_signs"):
-            check_share(self, name)
+        if self.max_chars < self.min_chars:
+            raise UserError("--max_chars must not be less than --min_chars")
 
 
 @dataclass
 class Dedup(Job):
     """drop exact and near duplicates, and rows with texts of an evaluation file"""
 
-    against: list[str] = option([], "evaluation files of any format, whose texts are removed")
+    against: list[str] = option(
+        [], "evaluation files of any format, whose texts are removed", check=check_input_file
+    )
     near: bool = option(True, "drop near duplicates too; 0: exact ones only")
-    overlap: int = option(13, "n of the word n-grams that must not be in an evaluation file")
+    overlap: int = option(
+        13, "n of the word n-grams that must not be in an evaluation file", at_least=8
+    )
+    threshold: float = option(
+        0.8, "Jaccard similarity of 5-grams that makes near duplicates", above=0, at_most=1
+    )
+    num_perm: int = option(
+        128, "MinHash permutations: more are more exact, and slower", at_least=16, at_most=1024
+    )
     skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
-    threshold: float = option(0.8, "Jaccard similarity of 5-grams that makes near duplicates")
-    num_perm: int = option(128, "MinHash permutations: more are more exact, and slower")
     dropped: str = option("", "write the dropped rows too, with the reason, to this file")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self, "threshold")
-        if self.threshold == 0 or not 16 <= self.num_perm <= 1024:
-            raise UserError("--threshold must be more than 0, and --num_perm from 16 to 1024")
-        if self.overlap < SHORTEST_QUESTION:
-            raise UserError(f"--overlap must be at least {SHORTEST_QUESTION} words")
 
 
 @dataclass
@@ -140,9 +133,13 @@ class Mix(Job):
     weight: list[float] = option(
         [], "share of each input in the output's bytes; default: every row once"
     )
-    megabytes: float = option(0.0, "size of the output; 0: as large as the weights allow")
-    max_repeat: float = option(4.0, "how often a row may be repeated to fill its share")
-    val_share: float = option(0.0, "share of the texts that is held out, by hash")
+    megabytes: float = option(
+        0.0, "size of the output; 0: as large as the weights allow", at_least=0, needs="weight"
+    )
+    max_repeat: float = option(4.0, "how often a row may be repeated to fill its share", above=0)
+    val_share: float = option(
+        0.0, "share of the texts that is held out, by hash", at_least=0, at_most=1
+    )
     val_output: str = option("", "file of the held-out rows; default: OUTPUT_val.jsonl")
     order: Literal["shuffled", "length", "kept"] = option(
         "shuffled", "length: short rows first; kept: as in the inputs"
@@ -150,21 +147,17 @@ class Mix(Job):
     stages: int = option(
         1,
         "n: a curriculum of n files, OUTPUT_1 with the shortest rows, OUTPUT_n with the longest",
+        at_least=1,
     )
     skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
     seed: int = option(42, "of the random order")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self, "val_share")
         if self.weight and len(self.weight) != len(self.input):
             raise UserError(f"{len(self.input)} --input files need as many --weight numbers")
         if any(weight < 0 for weight in self.weight) or (self.weight and not sum(self.weight)):
             raise UserError("--weight must not be negative, and not all of them 0")
-        if self.megabytes and not self.weight:
-            raise UserError("--megabytes goes with --weight")
-        if self.stages < 1 or self.megabytes < 0 or self.max_repeat <= 0:
-            raise UserError("--stages, --max_repeat must be more than 0, --megabytes not negative")
 
 
 @dataclass
@@ -172,14 +165,35 @@ class Stats(Job):
     """tokens, lengths, languages, compression and the most frequent texts: a table and a plot"""
 
     output: str = option("", "the picture, .png; default: out/{first input}_stats.png")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
+    tokenizer_path: str = option(
+        "", "folder of the tokenizer; default: model/", check=check_tokenizer_folder
+    )
     skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
-    top: int = option(5, "how many of the most frequent texts to show")
+    top: int = option(5, "how many of the most frequent texts to show", at_least=0)
 
 
-def check_share(args: Any, name: str) -> None:
-    if not 0 <= getattr(args, name) <= 1:
-        raise UserError(f"--{name} must be from 0 to 1, not {getattr(args, name)}")
+FLAGS = {"download": Download, "clean": Clean, "dedup": Dedup, "mix": Mix, "stats": Stats}
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    with exit_on_user_error():
+        command, args = parse_command(FLAGS, __doc__)
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dataset.jsonl import BadRows
+from dataset.prepare import hub, pipeline
+from dataset.prepare.cleaning import Filters
+from dataset.prepare.job_dir import JobDir, open_job
+from dataset.prepare.resumable import stamps_of
+from dataset.prepare.sources import check_input
+from dataset.text import LANGUAGES
+from model.weights import load_tokenizer, tokenizer_hash
+from trainer.report.plots import plt, save_figure
+
+console = Console()
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -280,18 +294,14 @@ def download(args: Download) -> dict[str, Any]:
     if not (args.set or args.file or args.model or args.repo):
         raise UserError("name what to download: --set mini, --file, --model or --repo")
     downloads: list[tuple[str, str, list[str], Path]] = []  # repository, type, files, folder
-    if args.set or args.file or (args.repo and not args.model):
-        names = [*hub.SETS.get(args.set, []), *args.file]
+    data = args.set or args.repo or not args.model
+    if data:
+        names = [*files_of_set(args.set), *args.file]
         repo = args.repo or hub.DATASETS[args.hub]
-        downloads.append((repo, "dataset", names, Path(args.output or ROOT / "dataset")))
-    for name in args.model:
-        if name not in hub.MODELS and "/" not in name:
-            raise UserError(
-                f"no model {name} is known; known: {', '.join(hub.MODELS)}; or OWNER/NAME"
-            )
-        repo = hub.MODELS[name][hub.HUBS.index(args.hub)] if name in hub.MODELS else name
+        downloads.append((repo, "dataset", names, Path(args.output or DATASET)))
+    for repo in [hub.model_repo(name, args.hub) for name in args.model]:
         folder = Path(args.output or ".") / repo.partition("/")[2]
-        downloads.append((repo, "model", [], folder))
+        downloads.append((repo, "model", [] if data else args.file, folder))
     return {
         repo: pipeline.download(
             repo, repo_type, names, folder, args.hub, args.revision, args.endpoint
@@ -363,52 +373,18 @@ def plot_lengths(records: np.ndarray, path: Path) -> None:
     save_figure(figure, path)
 
 
-# -- the command line ------------------------------------------------------------------------------
-
-
-@dataclass
-class NoFlags:
-    """The command line before the command."""
-
-
-COMMANDS: dict[str, tuple[type, Callable[[Any], Any]]] = {
-    "download": (Download, download),
-    "clean": (Clean, clean),
-    "dedup": (Dedup, dedup),
-    "mix": (Mix, mix),
-    "stats": (Stats, stats),
-}
-
-
-def command_line() -> Parser:
-    parser = Parser(
-        NoFlags, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.usage = "%(prog)s COMMAND [--flag value ...]"
-    commands = parser.add_subparsers(
-        required=True, metavar="COMMAND", dest="command", prog=parser.prog
-    )
-    for name, (args_class, _) in COMMANDS.items():
-        commands.add_parser(
-            name,
-            args_class=args_class,
-            help=args_class.__doc__,
-            description=args_class.__doc__,
-            allow_abbrev=False,
-        )
-    return parser
+COMMANDS = {"download": download, "clean": clean, "dedup": dedup, "mix": mix, "stats": stats}
 
 
 def main(argv: list[str] | None = None) -> Any:
-    given = vars(command_line().parse_args(argv))
-    args_class, run = COMMANDS[given.pop("command")]
-    return run(args_class(**given))
+    command, args = parse_command(FLAGS, __doc__, argv)
+    return COMMANDS[command](args)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
         try:
-            main()
+            COMMANDS[command](args)
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)

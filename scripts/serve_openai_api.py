@@ -14,14 +14,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from model.command_line import parse_command_line
+from model.errors import exit_on_user_error
+from scripts.serving.arguments import ServerArgs
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(ServerArgs, __doc__)
+
+
 import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse, Response
 
-from model.command_line import parse_arguments
-from model.errors import exit_on_user_error
-from scripts.serving.arguments import ServerArgs
 from scripts.serving.chat_handler import ChatHandler
 from scripts.serving.completion_handler import CompletionHandler
 from scripts.serving.errors import add_error_handlers
@@ -95,4 +100,4 @@ def make_app(args: ServerArgs, loaded: ChatModel) -> FastAPI:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(ServerArgs, __doc__))
+        main(args)

@@ -1,7 +1,7 @@
 """Show a batch token by token: the inputs, and which of them have a label.
 
-    python scripts/show_batch.py --data_path dataset/sft_mini_512.jsonl
-    python scripts/show_batch.py --data_path dataset/pretrain_hq.jsonl --kind text
+    python scripts/show_batch.py --data_path dataset/sft_t2t_mini.jsonl
+    python scripts/show_batch.py --data_path dataset/pretrain_t2t_mini.jsonl --kind text
     python scripts/show_batch.py --data_path dataset/dpo.jsonl --kind preferences --packing 0
 
 The loss counts green tokens: the model learns to predict them from the tokens before them in their
@@ -12,39 +12,51 @@ attention does not cross it.
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from dataset.encoding import SEGMENTERS
-from dataset.lm_dataset import load_documents
-from dataset.packing import IGNORE_INDEX, PackedDataset, collate
-from model.command_line import option, parse_arguments
+from dataset.jsonl import check_file
+from dataset.released import default_data
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import ROOT, load_tokenizer
+from model.paths import check_tokenizer_folder
+
+STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "preferences"}
 
 
 @dataclass
 class Args:
     data_path: list[str] = option(
-        [str(ROOT / "dataset" / "sft_mini_512.jsonl")], "JSONL file(s), .jsonl, .jsonl.gz or .json"
+        [],
+        "JSONL file(s), .jsonl, .jsonl.gz or .json; default: as for pretraining, SFT or DPO",
+        check=check_file,
     )
-    kind: Literal[tuple(SEGMENTERS)] = option(
+    kind: Literal["text", "conversations", "preferences"] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
     skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
-    rows: int = option(1, "number of sequences to show")
-    first: int = option(0, "index of the first sequence to show")
-    max_seq_len: int = option(128, "length of a sequence, in tokens")
+    rows: int = option(1, "number of sequences to show", at_least=1)
+    first: int = option(0, "index of the first sequence to show", at_least=0)
+    max_seq_len: int = option(128, "length of a sequence, in tokens", at_least=2)
     packing: bool = option(True, "several documents per sequence; 0: one, padded")
     table: bool = option(False, "one line per token: position, id, text, label")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: model/")
+    tokenizer_path: str = option(
+        "", "folder of the tokenizer; default: model/", check=check_tokenizer_folder
+    )
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 2:
-            raise UserError("--max_seq_len must be at least 2: a token and the one it predicts")
-        if self.rows < 1 or self.first < 0:
-            raise UserError("--rows must be at least 1 and --first at least 0")
+        self.data_path = self.data_path or [default_data(STAGE_OF[self.kind])]
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dataset.lm_dataset import load_documents
+from dataset.packing import IGNORE_INDEX, PackedDataset, collate
+from model.inference.tokens import decode_token_bytes
+from model.weights import load_tokenizer
 
 
 def main(args: Args) -> None:
@@ -106,13 +118,14 @@ def as_table(tokenizer, tokens: list[tuple[int, int, int]]) -> Table:
 
 def readable(tokenizer, token: int) -> str:
     """A token as visible text: line breaks as signs, incomplete characters as a byte count."""
-    text = tokenizer.decode([token])
-    if "\ufffd" in text:
-        characters = tokenizer.convert_ids_to_tokens(token)
-        return f"‹{len(characters)} byte{'s' * (len(characters) > 1)}›"
+    part = decode_token_bytes(tokenizer, token)
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        return f"‹{len(part)} byte{'s' * (len(part) > 1)}›"
     return text.replace("\n", "⏎").replace("\t", "⇥")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -1,6 +1,6 @@
 r"""Train the tokenizer: byte-level BPE, the control tokens and the chat template.
 
-    python scripts/train_tokenizer.py --data_path dataset/pretrain_hq.jsonl --output_dir mine
+    python scripts/train_tokenizer.py --data_path dataset/pretrain_t2t_mini.jsonl --output_dir mine
 
 BPE (arXiv 1508.07909) starts from the 256 bytes and repeatedly merges the pair of neighbouring
 tokens that is most frequent. So the vocabulary depends on how often each text counts, and the
@@ -39,17 +39,41 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.released import data_option, resolve_data_path
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from model.paths import OUT, ROOT
+
+
+@dataclass
+class Args:
+    data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
+    file_weight: list[float] = option([], "weight of each of these files (default: 1)")
+    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
+    row_weight: list[str] = option(
+        [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
+    )
+    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
+    vocab_size: int = option(6400, "size of the vocabulary")
+    output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
+    eval_path: list[str] = option([], "files to measure the compression on too")
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from dataset.encoding import TAGS, check_messages
-from dataset.file_kinds import open_lines, open_text
+from dataset.chat import TAGS
+from dataset.encoding import check_messages
+from dataset.forms.files import open_lines, open_text
 from dataset.forms.rows import as_pair, as_prompt, is_pair
 from dataset.jsonl import BadRows, Row, error_at, parse_row
 from dataset.text import LANGUAGES, is_chinese, language_of
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, ROOT, atomic_write, write_json
+from model.weights import atomic_write, write_json
 
 TEMPLATE = ROOT / "dataset" / "chat_template.jinja"
 
@@ -72,27 +96,11 @@ COPIES = 4  # resolution of the weights: a pre-token that counts 2.25 is repeate
 HELD_OUT = 100  # every 100th document is held out, to measure on
 
 
-@dataclass
-class Args:
-    data_path: list[str] = option([], "files to train on: .jsonl, .jsonl.gz or plain text")
-    file_weight: list[float] = option([], "weight of each of these files (default: 1)")
-    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
-    row_weight: list[str] = option(
-        [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
-    )
-    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
-    vocab_size: int = option(6400, "size of the vocabulary")
-    output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
-    eval_path: list[str] = option([], "files to measure the compression on too")
-    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
-
-
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Train, write and measure; returns {data: {language: characters per token}}."""
+    resolve_data_path(args)
     files = [check_file(path) for path in args.data_path]
     eval_files = [check_file(path) for path in args.eval_path]
-    if not files:
-        raise UserError("there is no text to train on; name it with --data_path")
     smallest = len(CONTROL) + 256
     if args.vocab_size < smallest:
         raise UserError(
@@ -344,4 +352,4 @@ def measure(tokenizer: Tokenizer, documents: Iterable[list[str]]) -> dict[str, f
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -7,15 +7,36 @@
 The page offers all models that it finds. The flags after `--` are those of eval_llm.py.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
 
-import streamlit as st
-
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from scripts.serving.arguments import ChatArgs
+
+
+@dataclass
+class Args(ChatArgs):
+    historys: int = option(8, "number of earlier messages in the prompt; 0: each prompt alone")
+    language: Literal["auto", "en", "zh"] = option(
+        "auto", "language of the page; auto: the browser's"
+    )
+
+
+def without_streamlit() -> None:
+    """What `python scripts/web_demo.py` answers."""
+    parse_command_line(Args, __doc__)  # for --help, and for wrong flags
+    with exit_on_user_error():
+        raise UserError("this is a web page; start it with: streamlit run scripts/web_demo.py")
+
+
+if __name__ == "__main__" and "streamlit" not in sys.modules:
+    without_streamlit()
+
+import streamlit as st
+
 from scripts.web.chat import chat_page, stop_answer
 from scripts.web.controls import persistent
 from scripts.web.microscope import microscope_page
@@ -35,14 +56,6 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
 <path d="M7 23V10l9 9 9-9v13" fill="none" stroke="#fff" stroke-width="3.5" stroke-linecap="round"
 stroke-linejoin="round"/></svg>"""
 STYLE = "<style>.stMainBlockContainer {padding-top: 4.5rem; padding-bottom: 2rem}</style>"
-
-
-@dataclass
-class Args(ChatArgs):
-    historys: int = option(8, "number of earlier messages in the prompt; 0: each prompt alone")
-    language: Literal["auto", "en", "zh"] = option(
-        "auto", "language of the page; auto: the browser's"
-    )
 
 
 def main() -> None:
@@ -175,9 +188,4 @@ def train_demo(args: Args, t: Translator) -> None:
 
 
 if __name__ == "__main__":
-    if st.runtime.exists():
-        main()
-    else:
-        with exit_on_user_error():
-            parse_arguments(Args, __doc__)  # for --help, and for wrong flags
-            raise UserError("this is a web page; start it with: streamlit run scripts/web_demo.py")
+    main() if st.runtime.exists() else without_streamlit()

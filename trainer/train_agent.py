@@ -10,10 +10,14 @@ question, advantages and loss are those of train_grpo.py, from which they are im
 where t goes over the tokens that the policy sampled (action_mask). Those of the tools' results are
 context without loss: they are no action of the policy (as in Search-R1, arXiv 2503.09516, §3.1).
 
---reward takes what train_grpo.py takes (answer: the final answer is the row's), and
+--reward takes what train_grpo.py takes (answer: the final answer is the row's, or the share of the
+row's "gt" that it contains), and
 
     name        1 if the right tools were called, in the right order
     arguments   1 if their arguments were right, too
+
+The latter two count where the row has calls to compare with. A row with "gt" and an empty last
+answer, as in agent_rl.jsonl, has none: its reward is that of its answer.
 
 Departures from train_grpo.py:
 1. An episode in which anything goes wrong (a call that is no JSON, an unknown tool, wrong
@@ -22,58 +26,26 @@ Departures from train_grpo.py:
 
     python trainer/train_agent.py --data_path out/demo/data/tools.jsonl --beta 0
 
-The data are SFT's conversations with tools: their calls and answers are the truth.
+The data are SFT's conversations with tools, whose calls and answers are the truth, or MiniMind's
+agent_rl.jsonl. Rows without a truth are scored by the reward model that is there, or left out.
 """
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.grading import grade
-from dataset.tools.loop import ERRORS, MAX_TURNS, Episode, run_episodes, score, task_of
+from dataset.released import data_option
+from dataset.tools import MAX_TURNS
 from model.command_line import option
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_tokenizer
-from trainer import train_grpo
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, ROLLOUT
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
-from trainer.rl.batches import UpdateStats, micro_batches
-from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
-from trainer.rl.prompts import (
-    GenerationRequest,
-    Prompt,
-    PromptDataset,
-    collate_prompts,
-    read_prompts,
-)
-from trainer.rl.rewards import Rewards, answer_in, right_answer, sum_count
-from trainer.rl.rollout import (
-    Completion,
-    completion_stats,
-    evaluate_policy,
-    make_generate_fn,
-    make_seed,
-)
-from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
-from trainer.trainer_utils import Run
+from model.errors import UserError
+from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import GroupArgs
 
 
 @dataclass
-class Args(train_grpo.Args):
-    data_path: list[str] = option(
-        [str(DATASET / "tools.jsonl")], "JSONL of conversations with tools, as for fine-tuning"
-    )
+class Args(GroupArgs):
+    data_path: list[str] = data_option("agent", "JSONL of conversations with tools")
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
@@ -84,11 +56,76 @@ class Args(train_grpo.Args):
         group=ROLLOUT,
         at_least=1,
     )
+    max_total_len: int = option(
+        0,
+        "most tokens of an episode, prompt and tool results included; 0: those of a prompt and of "
+        "--max_turns replies",
+        group=ROLLOUT,
+        at_least=0,
+    )
     reward: list[str] = option(
         ["answer:0.6", "arguments:0.2", "name:0.2"],
         "parts with weights: name, arguments, and what rewards.py lists",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.max_total_len <= self.max_gen_len:
+            raise UserError("--max_total_len must leave room for a prompt beside --max_gen_len")
+
+    @property
+    def max_prompt_len(self) -> int:
+        if not self.max_total_len:
+            return self.max_seq_len
+        return min(self.max_seq_len, self.max_total_len - self.max_gen_len)
+
+    @property
+    def max_prompt_flag(self) -> str:
+        if self.max_prompt_len == self.max_seq_len:
+            return super().max_prompt_flag
+        return f"--max_total_len {self.max_total_len} minus --max_gen_len {self.max_gen_len}"
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.tools.loop import (
+    ERRORS,
+    Episode,
+    describe_unrunnable,
+    parse_task,
+    run_episodes,
+    score,
+)
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import UpdateStats, micro_batches
+from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
+from trainer.rl.rollout import (
+    Completion,
+    completion_stats,
+    evaluate_policy,
+    make_generate_fn,
+    make_seed,
+    print_sample,
+)
+from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
+from trainer.trainer_utils import Run
 
 # -- episodes --------------------------------------------------------------------------------------
 
@@ -99,16 +136,21 @@ class EpisodeCompletion(Completion):
 
     episode: Episode = field(kw_only=True)
 
+    @property
+    def transcript(self) -> str:
+        return "\n".join(f"{role}: {text}" for role, text in self.episode.transcript)
+
 
 def parse_task_row(row: dict) -> tuple:
-    """A row → its messages up to the question, the answer, and the task itself."""
-    task = task_of(row)
-    return task.messages, task.answer, task
+    """A row → its messages up to the question, the truth, and the task itself."""
+    task = parse_task(row)
+    return task.messages, task.truth, task
 
 
 def new_episode(ctx: Context[Args], tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> Episode:
     assert prompt.task is not None  # parse_task_row gives every prompt one
-    return Episode(prompt.task, tokenizer, open_thinking=ctx.args.reasoning)
+    thinking = ctx.args.reasoning or prompt.thinking
+    return Episode(prompt.task, tokenizer, open_thinking=thinking)
 
 
 def to_completion(prompt: Prompt, episode: Episode) -> EpisodeCompletion:
@@ -175,29 +217,27 @@ def generate_greedy(
 
 def token_budget(args: Args, config: MiniMindConfig) -> int:
     """Tokens of an episode beyond which another reply might not fit the model, or the memory."""
-    longest = args.max_seq_len + args.max_turns * args.max_gen_len
+    longest = args.max_total_len or args.max_seq_len + args.max_turns * args.max_gen_len
     return min(longest, config.max_position_embeddings) - args.max_gen_len
 
 
 # -- rewards ---------------------------------------------------------------------------------------
 
 
+def has_calls(prompt: Prompt) -> bool:
+    return prompt.task is not None and prompt.task.calls is not None
+
+
 class ToolRewards:
     """Rewards of episodes; 0 where anything went wrong."""
 
-    def __init__(
-        self,
-        ctx: Context[Args],
-        tokenizer: PreTrainedTokenizerBase,
-        hidden_size: int,
-        prompts: PromptDataset,
-    ):
+    def __init__(self, ctx: Context[Args], tokenizer: PreTrainedTokenizerBase, hidden_size: int):
         tool_rules = {
-            "name": lambda each, args: score(each.episode)["name"],
-            "arguments": lambda each, args: score(each.episode)["arguments"],
+            "name": Rule(lambda each, args: score(each.episode)["name"], has_calls),
+            "arguments": Rule(lambda each, args: score(each.episode)["arguments"], has_calls),
         }
         self.args = ctx.args
-        self.rewards = Rewards(ctx, tokenizer, hidden_size, prompts, tool_rules)
+        self.rewards = Rewards(ctx, tokenizer, hidden_size, tool_rules)
 
     def __call__(self, completions: list[EpisodeCompletion]) -> tuple[Tensor, dict[str, Metric]]:
         """[N] rewards; and metrics: their parts, right answers (success), calls, and each kind of
@@ -208,15 +248,19 @@ class ToolRewards:
         # An answer that is right after a broken call was guessed. A reward for it would teach that
         # calls need not be right.
         rewards = rewards.masked_fill(torch.tensor(failed, dtype=torch.bool), 0.0)
-        correct = [grade(answer_in(each, self.args), right_answer(each)) for each in completions]
+        graded = [each for each in completions if each.prompt.truth]
+        correct = [
+            not each.episode.errors and RULES["answer"].score(each, self.args) == 1
+            for each in graded
+        ]
         errors = Counter(error for episode in episodes for error in episode.errors)
         sums = {
-            "success": sum(yes and not no for yes, no in zip(correct, failed, strict=True)),
             "tools/call_frequency": sum(len(episode.calls) for episode in episodes),
             **{f"error_{kind}": errors[kind] for kind in ERRORS},
         }
         per_episode = {name: (number, count) for name, number in sums.items()}
-        return rewards, {**metrics, "reward": sum_count(rewards), **per_episode}
+        success = {"success": (sum(correct), len(graded))}
+        return rewards, {**metrics, "reward": sum_count(rewards), **success, **per_episode}
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -227,8 +271,12 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = add_lora_if_asked(args, init_model(args, tokenizer))
-    train_data, val_data = read_prompts(ctx, tokenizer, parse_task_row)
-    rewards_of = ToolRewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    rewards_of = ToolRewards(ctx, tokenizer, model.config.hidden_size)
+    train_data, val_data = read_prompts(
+        ctx, tokenizer, rewards_of.rewards.can_score, parse_task_row
+    )
+    if sentence := describe_unrunnable(prompt.task for prompt in train_data.prompts):
+        ctx.print(sentence)
     stage = args.stage("agent")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -238,14 +286,17 @@ def main(args: Args) -> dict[str, Any]:
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
     run.resume(model, optimizer)
 
+    # From here on the loop is train_grpo.py's, line by line but for the episodes: a reader of one
+    # trainer should find its whole loop in it.
     for global_batch in run.steps():
         # Rollout and rewards: G episodes of each question, by the policy as it is now.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(
             run, model, rewards_of, prompts, train_data, generate_episodes
         )
+        print_sample(ctx, run.step, completions, rewards)
 
-        # Advantages: one for the whole episode, so that an early call is paid for the answer.
+        # Advantages: one for the whole episode, so that an early call is credited for the answer.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -254,7 +305,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: as in train_grpo.py; completion_mask leaves out the tools' tokens.
+        # Policy loss, as in train_grpo.py; completion_mask leaves out the tools' tokens.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
@@ -281,4 +332,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

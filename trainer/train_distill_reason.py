@@ -8,8 +8,8 @@ of <think>…</think><answer>…</answer>, which are rare and decide the format,
 the sum over the global batch, all ranks together.
 
 At every evaluation the model answers held-out questions greedily: eval_format is the share of
-replies that have exactly this format and end by themselves, eval_answer the share that are right
-besides.
+replies that have exactly this format and end by themselves, eval_answer the share of replies that
+are right too.
 
 Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 
@@ -19,38 +19,17 @@ Departure from the paper: it has no tag weight; --tag_weight 1 is its loss.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.grading import grade
-from dataset.packing import PackedDataset
-from dataset.reply_parser import REASONING_TAGS, parse_reasoning
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.losses import sum_label_weights
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, STAGE, TrainArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager, evaluate_loss
-from trainer.common.loop import GlobalBatch
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.trainer_utils import Run
-
-EVAL_BATCH_SIZE = 64  # held-out questions answered at once
+from trainer.common.arguments import LEARNING_RATE_HELP, STAGE, TrainArgs
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "r1_mix_1024.jsonl")],
-        'JSONL of {"conversations": [messages]}, answers as <think>…</think><answer>…</answer>',
+    data_path: list[str] = data_option(
+        "reason", 'JSONL of {"conversations": [messages]}, answers with thoughts'
     )
     from_weight: str = option("dpo", "stage to initialise from")
     batch_size: int = option(8, "sequences in a forward pass of a device")
@@ -62,6 +41,34 @@ class Args(TrainArgs):
     max_gen_len: int = option(
         512, "most tokens of an answer to a held-out question", group=STAGE, at_least=1
     )
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.chat import stop_tokens
+from dataset.grading import grade
+from dataset.packing import PackedDataset
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.losses import sum_label_weights
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss
+from trainer.common.loop import GlobalBatch
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
+
+EVAL_BATCH_SIZE = 64  # held-out questions answered at once
 
 
 def make_label_weights(
@@ -99,8 +106,8 @@ def main(args: Args) -> dict[str, Any]:
     label_weights = label_weights.to(ctx.device)
 
     for global_batch in run.steps():
-        # Forward and backward. Divided by the sum of the weights and not by the number of labels,
-        # so that a heavier tag does not act like a higher learning rate.
+        # Forward and backward. The loss is divided by the sum of the weights and not by the number
+        # of labels: otherwise heavier tags would act like a higher learning rate.
         total_weight = total_label_weight(ctx, global_batch, label_weights)
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
@@ -114,8 +121,8 @@ def main(args: Args) -> dict[str, Any]:
             run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
         run.update(model, optimizer)
 
-        # Evaluate, log, save. A low loss does not show whether the tags come out in order, so the
-        # model writes whole answers.
+        # Evaluate, log, save. A low loss does not tell whether the tags come in the right order, so
+        # the model writes whole answers.
         if val_data and run.is_due(args.eval_interval):
             sample, metrics = answer_questions(ctx, model, tokenizer, questions)
             metrics = evaluate_loss(ctx, model, tokenizer, val_data) | metrics
@@ -155,8 +162,8 @@ def answer_questions(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[Question],
 ) -> tuple[str, dict[str, float]]:
-    """The first question with the model's reply, and the shares of replies that have the format and
-    that are right besides. The ranks share the questions out between them."""
+    """The first question with the model's reply, and the shares of replies that have the format,
+    and that are right too. Each rank answers a part of the questions."""
     local = questions[ctx.rank :: ctx.world_size]
     settings = SamplingParams(ctx.args.max_gen_len, temperature=0)
     replies = []
@@ -167,7 +174,7 @@ def answer_questions(
     formatted = correct = 0
     for reply, text, (_, answer) in zip(replies, texts, local, strict=True):
         # a reply that was cut off at --max_gen_len has not learnt to end
-        reasoned = parse_reasoning(text) if reply[-1] == tokenizer.eos_token_id else None
+        reasoned = parse_reasoning(text) if reply[-1] in stop_tokens(tokenizer) else None
         formatted += reasoned is not None
         correct += reasoned is not None and grade(reasoned[1], answer)
     count, formatted, correct = ctx.all_reduce_sum(len(local), formatted, correct)
@@ -178,4 +185,4 @@ def answer_questions(
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -20,7 +20,7 @@ vocabulary.
     β: --mixture
 
 --on_policy λ (GKD, Algorithm 1): a share λ of the steps, evenly spread, trains on the student's own
-answers to the same questions instead of the data's. The teacher's probabilities of each of their
+answers to the same questions instead of the data's. The teacher's probabilities at each of their
 tokens teach the student in the states that it really reaches. There is no CE then, and L = τ² · D.
 No gradient goes through the sampling.
 
@@ -40,61 +40,38 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.formats.hf_format import load_hf_folder
-from model.losses import divergence_sum
-from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    count_parameters,
-    find_weights,
-    load_model,
-    load_tokenizer,
-    to_fp16_cpu,
-    tokenizer_hash,
-)
+from model.paths import check_weights, is_hf_folder, resolve_weights, tokenizer_beside
 from trainer.common.arguments import (
-    DATASET,
     LEARNING_RATE_HELP,
-    LOG,
     MODEL,
     ROLLOUT,
     STAGE,
     WEIGHTS,
-    TrainArgs,
+    SampleArgs,
 )
-from trainer.common.checkpoint import hash_of
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.evaluation import eager, evaluate_loss, sample_answer
-from trainer.common.loop import GlobalBatch
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.rl.batches import micro_batches
-from trainer.rl.prompts import Prompt
-from trainer.rl.rollout import completion_stats, generate_completions
-from trainer.trainer_utils import Run
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import RolloutServerArgs
 
 # hidden sizes of student and teacher where a stage is named without one
 STUDENT_SIZE, TEACHER_SIZE = 512, 768
 
 
 @dataclass
-class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "sft_mini_512.jsonl")], 'JSONL of {"conversations": [messages]}'
+class Args(SampleArgs, RolloutServerArgs):
+    data_path: list[str] = data_option("full_sft", 'JSONL of {"conversations": [messages]}')
+    from_weight: str = option(
+        "full_sft",
+        "stage to initialise the student from; none: random",
+        alias=("from_student_weight",),
     )
-    from_weight: str = option("full_sft", "stage to initialise the student from; none: random")
     teacher_weight: str = option(
-        "full_sft", "the teacher: a stage, .pth or transformers folder", group=WEIGHTS
+        "full_sft",
+        "the teacher: a stage, .pth or transformers folder",
+        group=WEIGHTS,
+        alias=("from_teacher_weight",),
     )
     epochs: int = option(6, "passes through the data")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
@@ -121,11 +98,13 @@ class Args(TrainArgs):
     student_hidden_size: int | None = option(
         None, "as --hidden_size; default for a stage: 512", group=MODEL
     )
-    student_num_hidden_layers: int | None = option(None, "as --num_hidden_layers", group=MODEL)
+    student_num_hidden_layers: int | None = option(
+        None, "as --num_hidden_layers", group=MODEL, alias=("student_num_layers",)
+    )
     student_use_moe: bool | None = option(None, "as --use_moe", group=MODEL)
     teacher_hidden_size: int | None = option(None, "width; default for a stage: 768", group=MODEL)
     teacher_num_hidden_layers: int | None = option(
-        None, "depth; default: that of its weights", group=MODEL
+        None, "depth; default: that of its weights", group=MODEL, alias=("teacher_num_layers",)
     )
     teacher_use_moe: bool = option(False, "the teacher of that stage is a mixture", group=MODEL)
 
@@ -153,26 +132,61 @@ class Args(TrainArgs):
         needs="on_policy",
         may_differ=True,
     )
-    rollout_folder: str = option(
-        "", "folder for the server's weights", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    rollout_reload: Literal["vllm", "sglang"] = option(
-        "vllm", "how it reloads them", group=ROLLOUT, needs="rollout_url", may_differ=True
-    )
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_hidden_layers", "use_moe"):
             given = getattr(self, f"student_{name}")
             if given is not None:
                 setattr(self, name, given)
-        if self.hidden_size is None and not self.from_weight.endswith(".pth"):
+        named_by_stage = not (self.from_weight.endswith(".pth") or is_hf_folder(self.from_weight))
+        if self.hidden_size is None and named_by_stage and not self.preset:
             self.hidden_size = STUDENT_SIZE
+        if not self.tokenizer_path and self.from_weight == "none":  # the two must have the same
+            self.tokenizer_path = tokenizer_beside(self.teacher_weight, self.save_dir)
         super().__post_init__()
-        if self.rollout_url and not self.rollout_folder:
-            raise UserError("--rollout_url needs --rollout_folder, where the server reads weights")
+
+    def check_files(self) -> None:
+        super().check_files()
+        self.teacher_path()
+
+    def teacher_path(self) -> Path:
+        """The teacher's .pth or folder. UserError if there is none."""
+        kind = dict(newest=False, use_moe=self.teacher_use_moe)
+        width = self.teacher_hidden_size or TEACHER_SIZE
+        found = resolve_weights(self.teacher_weight, width, self.save_dir, **kind)
+        return check_weights(found)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
+from model.losses import divergence_sum
+from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
+from model.weights import (
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    to_fp16_cpu,
+)
+from trainer.common.checkpoint import hash_of
+from trainer.common.context import Context, unwrap
+from trainer.common.evaluation import eager, evaluate_loss, sample_answer
+from trainer.common.loop import GlobalBatch
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.rl.batches import micro_batches
+from trainer.rl.prompts import Prompt
+from trainer.rl.rollout import completion_stats, generate_completions
+from trainer.trainer_utils import Run
 
 
 def divergence(teacher: Tensor, student: Tensor, kind: str, mixture: float) -> Tensor:
@@ -199,21 +213,8 @@ def load_teacher(
     args: Args, tokenizer: PreTrainedTokenizerBase, student: MiniMindConfig
 ) -> MiniMindForCausalLM:
     """The teacher, frozen. UserError if there is none, or its vocabulary is not the student's."""
-    path = Path(args.teacher_weight)
-    if (path / "config.json").exists():
-        theirs = load_tokenizer(path)
-        if tokenizer_hash(theirs) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"the teacher {path} has another tokenizer ({len(theirs)} tokens) than the student "
-                f"({len(tokenizer)}), so that their distributions cannot be compared token by token"
-            )
-        teacher = load_hf_folder(path)
-    else:
-        if path.suffix != ".pth":
-            width = args.teacher_hidden_size or TEACHER_SIZE
-            kind = dict(newest=False, use_moe=args.teacher_use_moe)
-            path = find_weights(args.teacher_weight, width, args.save_dir, **kind)
-        teacher = load_model(path, tokenizer=tokenizer)
+    path = args.teacher_path()
+    teacher = load_model(path, tokenizer=tokenizer)
     if teacher.config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {path} knows {teacher.config.vocab_size} tokens and the student "
@@ -281,11 +282,12 @@ def evaluate_kl(
 
 
 def is_on_policy_step(step: int, share: float) -> bool:
-    """Whether this step trains on the student's own answers: of any n in a row, n · share do."""
+    """Whether this step trains on the student's own answers: evenly spread, so that of any n steps
+    in a row about n · share do."""
     return math.floor(step * share) > math.floor((step - 1) * share)
 
 
-def prompts_of(batch: Batch) -> list[Prompt]:
+def extract_prompts(batch: Batch) -> list[Prompt]:
     """Each document of a batch, up to where its last answer begins."""
     found = []
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
@@ -308,7 +310,7 @@ def generate_on_policy(
 ) -> tuple[GlobalBatch, dict[str, Metric]]:
     """The questions of a global batch with the student's own answers, and metrics of these."""
     ctx, tokenizer = run.ctx, run.tokenizer
-    prompts = [prompt for batch in global_batch for prompt in prompts_of(batch)]
+    prompts = [prompt for batch in global_batch for prompt in extract_prompts(batch)]
     completions = generate_completions(
         ctx, model, tokenizer, prompts, step=run.step, temperature=1.0
     )
@@ -389,4 +391,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

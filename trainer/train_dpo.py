@@ -35,31 +35,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.pairs import PreferenceDataset, collate_pairs
+from dataset.released import data_option
 from model.command_line import option
-from model.model_lora import add_lora, save_lora
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, STAGE, LoraArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.evaluation import map_pairs, sample_answer
-from trainer.common.metrics import mean_of, pair_metrics
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_pairs, prepare_model
-from trainer.rl.reference import completion_log_probs, precompute_ref_log_probs
-from trainer.trainer_utils import Run
+from trainer.common.arguments import (
+    LEARNING_RATE_HELP,
+    STAGE,
+    ConversationArgs,
+    OptionalLoraArgs,
+)
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(LoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+class Args(ConversationArgs, OptionalLoraArgs):
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "stage to initialise from; also the reference")
     batch_size: int = option(4, "pairs in a forward pass of a device")
@@ -84,10 +74,34 @@ class Args(LoraArgs):
     sft_weight: float = option(
         0.0, "weight of the chosen answer's own loss (RPO)", group=STAGE, at_least=0
     )
-    use_lora: bool = option(False, "train an adapter only, saved as lora/dpo", group=LORA)
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
+    use_lora: bool = option(False, "train an adapter only, saved as lora/dpo")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.pairs import PreferenceDataset, collate_pairs
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.evaluation import (
+    completion_log_probs,
+    map_pairs,
+    precompute_ref_log_probs,
+    sample_answer,
+)
+from trainer.common.metrics import mean_of, pair_metrics
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.trainer_utils import Run
 
 
 def dpo_loss(
@@ -132,7 +146,7 @@ def main(args: Args) -> dict[str, Any]:
         add_lora(model, args.lora_config())
     train_data, val_data = load_pairs(ctx, tokenizer)
     collate = partial(collate_pairs, packing=args.packing)
-    stage = "lora/dpo" if args.use_lora else "dpo"
+    stage = args.stage("dpo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate)
 
     model = prepare_model(ctx, model)
@@ -201,4 +215,4 @@ def evaluate_pairs(
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -4,7 +4,7 @@ Group Relative Policy Optimization (DeepSeekMath, arXiv 2402.03300, eq. 3). For 
 completions o_1 … o_G of one prompt, with rewards r_1 … r_G:
 
     A_i = (r_i − mean(r)) / (std(r) + 1e-4)          no critic: the group is the baseline
-    ρ_t = π(o_t) / π_old(o_t)                        1 before the first update from these samples
+    ρ_t = π(o_t) / π_old(o_t)                        1 before the first step on these samples
     k_t = π_ref(o_t) / π(o_t) − log(π_ref(o_t) / π(o_t)) − 1               an estimate of the KL
     L   = −1/G · Σ_i 1/|o_i| · Σ_t [ min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i) − β·k_t ]
 
@@ -27,34 +27,34 @@ completions o_1 … o_G of one prompt, with rewards r_1 … r_G:
 
 Departures from the paper:
 1. The reference is the policy before training throughout, and is not renewed.
-2. By default one update from each set of completions, for which ρ is 1 and the clip never acts.
-3. A completion whose reward could not be computed has the advantage 0, and is left out of its
-   group's mean.
+2. By default one optimizer step per set of completions: ρ is 1, and the clip never acts.
+3. A completion whose reward could not be computed has advantage 0 and is left out of its group's
+   mean.
 
     python trainer/train_grpo.py --from_weight full_sft --reward answer --data_path FILE
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
+
+from trainer.common.command import parse_trainer, run_trainer
+from trainer.rl.arguments import GroupArgs as Args
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
 
 import torch
 from torch import Tensor
 
-from model.command_line import option
-from model.errors import UserError
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
-from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT, STAGE
-from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, prepare_model
-from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
-from trainer.rl.policy import ReferenceModel, add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
 from trainer.rl.prompts import (
     Prompt,
     PromptBatch,
@@ -63,60 +63,16 @@ from trainer.rl.prompts import (
     read_prompts,
     sample_prompts,
 )
+from trainer.rl.reference import ReferenceModel
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
     evaluate_policy,
     generate_completions,
+    print_sample,
 )
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(RolloutArgs):
-    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
-    beta: float = option(
-        0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
-    )
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = option(
-        "grpo", "see above; dapo and cispo weigh all tokens equally", group=STAGE
-    )
-    epsilon: float = option(
-        0.2,
-        "range of the ratio's clip around 1",
-        group=STAGE,
-        needs="loss_type=grpo|dr_grpo|bnpo|dapo",
-        at_least=0,
-    )
-    epsilon_high: float | None = option(
-        None,
-        "its upper side; default: epsilon; dapo: 0.28; cispo: the largest weight, 5",
-        group=STAGE,
-        at_least=0,
-    )
-    resample: int = option(
-        2,
-        "most times that groups without signal are replaced by other prompts'",
-        group=STAGE,
-        needs="loss_type=dapo",
-        at_least=0,
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_generations < 2:
-            raise UserError("--num_generations must be at least 2: a group is its own baseline")
-        if self.epsilon_high is None:
-            self.epsilon_high = {"dapo": 0.28, "cispo": 5.0}.get(self.loss_type, self.epsilon)
-
-    @property
-    def clip_range(self) -> tuple[float, float]:
-        """How far below and above 1 the ratio is clipped."""
-        assert self.epsilon_high is not None  # __post_init__ has set it
-        return self.epsilon, self.epsilon_high
-
 
 # -- advantages ------------------------------------------------------------------------------------
 
@@ -129,9 +85,9 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
         scale: divide by the standard deviation.
     """
     count = (~rewards.isnan()).sum(1, keepdim=True)
-    # Centred within the group and not over the batch: what is to be learnt is which answer to this
+    # Centred within the group and not over the batch: the policy is to learn which answer to this
     # prompt is better. Against the batch's mean, all answers to an easy prompt would look good,
-    # wrong ones too.
+    # even the wrong ones.
     advantages = rewards - rewards.nanmean(1, keepdim=True)
     if scale:
         variance = advantages.square().nansum(1, keepdim=True) / (count - 1).clamp(min=1)
@@ -157,15 +113,16 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
     """
     # Every token of a completion has its advantage: the reward does not say which token earned it.
     ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
-    # Minus, because the optimizer minimises and good completions are to become likelier. At ratio 1
-    # the gradient is that of −A · log π.
+    # Negative, because the optimizer minimises and good completions are to become likelier. At
+    # ratio 1 the gradient is that of −A · log π.
     low, high = args.clip_range
     if args.loss_type == "cispo":
-        # the ratio corrects for samples of π_old as a constant weight; clipped, it is not silenced
+        # The ratio is a constant weight that corrects for sampling from π_old. A clipped token
+        # keeps its gradient.
         loss = -ratio.clamp(max=high).detach() * advantages * log_probs
     else:
-        # The minimum is the pessimistic choice: no gain beyond the clip, but what moved the wrong
-        # way is still pulled back.
+        # The minimum is the pessimistic choice: nothing is gained beyond the clip, but a token that
+        # moved the wrong way is still pulled back.
         clipped = ratio.clamp(1 - low, 1 + high)
         loss = -torch.min(ratio * advantages, clipped * advantages)
     if batch.ref_log_probs is not None:
@@ -176,11 +133,11 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 def aggregate_loss(
     token_losses: Tensor, batch: RolloutBatch, args: Args, stats: UpdateStats
 ) -> Tensor:
-    """A micro-batch's part of the update's loss, from the losses of its tokens, [B, T − 1].
+    """A micro-batch's part of the step's loss, from the losses of its tokens, [B, T − 1].
 
-    Divided by counts of all ranks' micro-batches and not by those of this one, so that the parts
-    add up to the same loss however completions are split into micro-batches and over ranks (bnpo,
-    whose definition is another, excepted).
+    Divided by the counts of all micro-batches on all ranks, so that the parts add up to the same
+    loss however completions are split into micro-batches and over ranks. Only bnpo is defined
+    otherwise.
     """
     mask = batch.completion_mask
     if args.loss_type == "grpo":
@@ -236,8 +193,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = add_lora_if_asked(args, init_model(args, tokenizer))
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     stage = args.stage("grpo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -251,8 +208,9 @@ def main(args: Args) -> dict[str, Any]:
         # Rollout and rewards: G completions of each prompt, by the policy as it is now.
         prompts = [prompt for batch in global_batch for prompt in batch.prompts]
         completions, rewards, metrics = generate_groups(run, model, rewards_of, prompts, train_data)
+        print_sample(ctx, run.step, completions, rewards)
 
-        # Advantages and π_ref: fixed for all updates from these completions.
+        # Advantages and π_ref: computed once for these completions.
         advantages = group_advantages(rewards, scale=args.loss_type != "dr_grpo").view(-1, 1)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -261,7 +219,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: one an epoch, from all completions.
+        # Policy loss: one optimizer step per epoch, on all completions.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
@@ -286,4 +244,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

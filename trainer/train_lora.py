@@ -15,31 +15,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.model_lora import add_lora, lora_state, save_lora
-from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, LOG, LORA, LoraArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.evaluation import evaluate_loss, sample_answer
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
-from trainer.trainer_utils import Run
+from trainer.common.arguments import LEARNING_RATE_HELP, LORA, ConversationArgs, LoraArgs
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
-class Args(LoraArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "lora_identity.jsonl")], 'JSONL of {"conversations": [messages]}'
-    )
+class Args(ConversationArgs, LoraArgs):
+    data_path: list[str] = data_option("lora", 'JSONL of {"conversations": [messages]}')
     from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")
     lora_name: str = option("", "the adapter's; default: that of the data file", group=LORA)
-    sample_prompt: str = option(
-        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,10 +36,24 @@ class Args(LoraArgs):
             raise UserError("--save_weight is not for LoRA: --lora_name names the adapter")
 
     @property
-    def stage(self) -> str:
-        """lora/ and the name: where the adapter is saved below save_dir."""
+    def adapter(self) -> str:
+        """The adapter's name."""
         data_file = Path(self.data_path[0]).name
-        return "lora/" + (self.lora_name or data_file.removesuffix(".gz").removesuffix(".jsonl"))
+        return self.lora_name or data_file.removesuffix(".gz").removesuffix(".jsonl")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora, lora_state
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.evaluation import evaluate_loss, sample_answer
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.trainer_utils import Run
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def main(args: Args) -> dict[str, Any]:
     # model; with A at 0 too, neither would ever get a gradient.
     add_lora(model, config)
     train_data, val_data = load_packed(ctx, tokenizer, "conversations")
-    run = Run(ctx, args.stage, model, tokenizer, train_data, val_data)
+    run = Run(ctx, args.stage(args.adapter), model, tokenizer, train_data, val_data)
     trainable = sum(weight.numel() for weight in lora_state(model).values())
     ctx.print(f"LoRA: {trainable:,} trainable parameters, rank {args.lora_r}")
 
@@ -96,4 +99,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

@@ -9,7 +9,7 @@ token pays for its distance from the reference:
     δ_t = r_t + γ · V(s_t+1) − V(s_t)                    V after the last token is 0
     A_t = δ_t + γλ · δ_t+1 + (γλ)² · δ_t+2 + …           GAE; A is then whitened
     R_t = A_t + V_old(s_t)                               the critic's target, before whitening
-    ρ_t = π(o_t) / π_old(o_t)                            1 before the first update
+    ρ_t = π(o_t) / π_old(o_t)                            1 before the first step
 
     L = −mean_t min(ρ_t·A_t, clip(ρ_t, 1−ε, 1+ε)·A_t)                                  (eq. 7)
         + vf_coef · ½ · mean_t max((V − R_t)², (clip(V, V_old−ε_v, V_old+ε_v) − R_t)²)
@@ -18,8 +18,8 @@ token pays for its distance from the reference:
     V: values            V_old: batch.values              R: batch.returns   A: batch.advantages
     ε: --clip_epsilon    ε_v: --value_clip                γ: --gamma         λ: --gae_lambda
 
-Each set of completions is used in --update_epochs epochs of --num_minibatches updates, but no
-longer once KL(π ‖ π_old) exceeds --target_kl.
+Each set of completions is used for --update_epochs epochs of --num_minibatches optimizer steps; no
+more steps follow once KL(π ‖ π_old) exceeds --target_kl.
 
 Departures from the paper:
 1. Actor and critic share no weights. The critic starts as a copy of the policy's blocks with a head
@@ -37,49 +37,39 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from model.command_line import option
-from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
-from model.weights import load_tokenizer
+from model.command_line import Ignored, Refused, option
 from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
-from trainer.common.command import run_trainer
-from trainer.common.context import Context, unwrap
-from trainer.common.metrics import Metric
-from trainer.common.optimizers import MultiOptimizer, make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
-from trainer.rl.policy import (
-    ReferenceModel,
-    add_lora_if_asked,
-    log_probs,
-    make_save_fn,
-    policy_inputs,
-)
-from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
-from trainer.rl.rewards import Rewards
-from trainer.rl.rollout import (
-    completion_stats,
-    evaluate_policy,
-    generate_completions,
-)
-from trainer.trainer_utils import Run
 
 
 @dataclass
 class Args(RolloutArgs):
     reference_flag = "kl_coef"
+    legacy_flags = {
+        "mini_batch_size": Refused(
+            "--num_minibatches says into how many optimizer steps a pass through the completions "
+            "is divided; a mini-batch has --batch_size x --num_generations / --num_minibatches"
+        ),
+        "update_old_actor_freq": {
+            "1": Ignored("the old policy is always the one that sampled the completions"),
+        },
+    }
 
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
     critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
     num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
-    update_epochs: int = option(2, "passes through the same completions")
+    update_epochs: int = option(
+        2, "passes through the same completions", alias=("ppo_update_iters",)
+    )
     num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
     clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
     value_clip: float = option(
-        0.2, "range of the value clip around the old value", group=STAGE, at_least=0
+        0.2,
+        "range of the value clip around the old value",
+        group=STAGE,
+        at_least=0,
+        alias=("cliprange_value",),
     )
     vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
     kl_coef: float = option(
@@ -90,16 +80,52 @@ class Args(RolloutArgs):
         0.95,
         "1: whole returns, unbiased; 0: one step, then the critic",
         group=STAGE,
+        alias=("lam",),
         at_least=0,
         at_most=1,
     )
     target_kl: float = option(
-        0.1, "KL to the old policy that ends the passes early; 0: never", group=STAGE, at_least=0
+        0.1,
+        "KL to the old policy that ends the passes early; 0: never",
+        group=STAGE,
+        at_least=0,
+        alias=("early_stop_kl",),
     )
 
 
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+import torch
+from torch import Tensor, nn
+
+from model.model_minimind import MiniMindForCausalLM, MiniMindForScoring
+from model.weights import load_tokenizer
+from trainer.common.context import Context, unwrap
+from trainer.common.metrics import Metric
+from trainer.common.optimizers import MultiOptimizer, make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import RolloutBatch, UpdateStats, mean_std, micro_batches
+from trainer.rl.policy import (
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import (
+    completion_stats,
+    evaluate_policy,
+    generate_completions,
+    print_sample,
+)
+from trainer.trainer_utils import Run
+
+
 class ActorCritic(nn.Module):
-    """Both models in one module, so that one forward pass, one update and one checkpoint cover
+    """Both models in one module, so that one forward pass, one step and one checkpoint cover
     both, and DistributedDataParallel exchanges the gradients of both."""
 
     def __init__(self, actor: MiniMindForCausalLM, critic: MiniMindForScoring):
@@ -125,8 +151,8 @@ def token_rewards(batch: RolloutBatch, rewards: Tensor, kl_coef: float) -> Tenso
     mask = batch.completion_mask
     r = torch.zeros_like(batch.old_log_probs)
     if batch.ref_log_probs is not None:
-        # The KL is a cost of each token, because each token's distribution may drift, and γ and λ
-        # then charge it to the tokens that led there.
+        # The KL is a cost of each token, because each token's distribution may drift. GAE charges
+        # it to the tokens that led there.
         r = -kl_coef * (batch.old_log_probs - batch.ref_log_probs) * mask
     # The completion is judged as a whole, so its reward is paid when it is complete: with the last
     # token. GAE carries it back to the earlier ones.
@@ -156,8 +182,8 @@ def compute_gae(
 def whiten(ctx: Context, batches: list[RolloutBatch]) -> None:
     """Shift and scale the advantages to mean 0 and standard deviation 1.
 
-    Over the tokens of all ranks and batches: with a mean of its own, each batch would be told that
-    half of its tokens were bad, and the update would depend on how completions are batched.
+    Over the tokens of all ranks and batches: with its own mean, every batch would have bad tokens
+    by definition, and the step would depend on how completions are batched.
     """
     own = torch.cat([batch.advantages[batch.completion_mask] for batch in batches])
     mean, std = mean_std(ctx, own)
@@ -200,7 +226,7 @@ def compute_advantages(
     values = torch.cat([batch.values[batch.completion_mask] for batch in batches])
     # 1: the critic predicts the returns exactly; 0: no better than their mean would
     explained = 1 - ((returns - values).var() / returns.var()).item() if len(returns) > 1 else 0.0
-    count = len(rewards) if math.isfinite(explained) else 0  # not so where all returns are alike
+    count = len(rewards) if math.isfinite(explained) else 0  # no variance: all returns are equal
     return {
         "critic_value": (values.double().sum().item(), len(values)),
         "explained_variance": (explained * count if count else 0.0, count),
@@ -209,8 +235,8 @@ def compute_advantages(
 
 def impute_failed_rewards(rewards: Tensor) -> Tensor:
     """[N] rewards, NaN (the reward could not be computed) replaced by the mean of the others, which
-    neither praises nor blames the completion. PPO cannot leave it out, as GRPO does: the critic
-    would learn that it ends with no reward."""
+    makes the completion neither good nor bad. PPO cannot leave it out, as GRPO does: the critic
+    would learn that it ends with reward 0."""
     return rewards.nan_to_num(rewards.nanmean().item() if len(rewards) else 0.0)
 
 
@@ -229,9 +255,9 @@ def ppo_loss(
     mask, advantages = batch.completion_mask, batch.advantages
     ratio = torch.exp(log_probs - batch.old_log_probs)
     clipped = ratio.clamp(1 - args.clip_epsilon, 1 + args.clip_epsilon)
-    # Minus, because the optimizer minimises and the expected advantage is to grow. The minimum
-    # takes the pessimistic one: beyond the clip nothing more can be gained, so the gradient is 0,
-    # but what moved the wrong way is still pulled back.
+    # Negative, because the optimizer minimises and the expected advantage is to grow. The minimum
+    # is the pessimistic choice: beyond the clip nothing more is gained and the gradient is 0, but a
+    # token that moved the wrong way is still pulled back.
     actor_loss = -torch.min(ratio * advantages, clipped * advantages)
     clipped_values = batch.values + (values - batch.values).clamp(-args.value_clip, args.value_clip)
     critic_loss = 0.5 * torch.max(
@@ -243,8 +269,8 @@ def ppo_loss(
 def minibatches(
     run: Run[Args, PromptBatch], batches: list[RolloutBatch]
 ) -> Iterator[list[RolloutBatch]]:
-    """The batches of each update. Each epoch has another order, the same on all ranks; and on every
-    rank there are as many updates, if need be of a batch without tokens."""
+    """The batches of each optimizer step. Each epoch has another order, the same on all ranks. All
+    ranks make as many steps; one that has no completions left gets a batch without tokens."""
     args = run.ctx.args
     for epoch in range(args.update_epochs):
         generator = torch.Generator().manual_seed(args.seed * 1000 + run.step * 10 + epoch)
@@ -265,8 +291,8 @@ def main(args: Args) -> dict[str, Any]:
     # The critic has the policy's blocks and a head of zeros, so that V = 0 at first.
     critic = MiniMindForScoring.from_language_model(copy.deepcopy(policy))
     model = ActorCritic(add_lora_if_asked(args, policy), critic)
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, policy.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     stage = args.stage("ppo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
 
@@ -290,14 +316,15 @@ def main(args: Args) -> dict[str, Any]:
         )
         run.metrics.add_tokens(sum(each.num_sampled for each in completions))
 
-        # Rewards and advantages: fixed for all updates from these completions.
+        # Rewards and advantages: computed once for these completions.
         rewards, metrics = rewards_of(completions)  # [N]
+        print_sample(ctx, run.step, completions, rewards)
         rewards = impute_failed_rewards(rewards)
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
         metrics |= compute_advantages(run, unwrap(model), reference, batches, rewards)
 
-        # Updates.
+        # Losses of actor and critic: one optimizer step per minibatch.
         for minibatch in minibatches(run, batches):
             stats = UpdateStats(ctx, minibatch)
             for batch in minibatch:
@@ -313,8 +340,8 @@ def main(args: Args) -> dict[str, Any]:
                 stats.accumulate(new_log_probs, batch, args.clip_epsilon, args.clip_epsilon)
                 stats.sums["critic_loss"] += critic_loss.item()
             run.update(model, optimizer)
-            # The advantages are those of π_old: the further π is from it, the less they say about
-            # π. The clip limits each token's ratio, but not the sum over all of them.
+            # The advantages are π_old's: the further π moves away, the less they say about π. The
+            # clip limits each token's ratio, but not the sum over all tokens.
             if args.target_kl and stats.approx_kl() > args.target_kl:
                 break
 
@@ -329,4 +356,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

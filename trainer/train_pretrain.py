@@ -7,29 +7,36 @@ p is the softmax of the model's logits, and `model(labels=…)` computes the sum
 into one sequence do not attend to each other. Padding and the first token of a document carry no
 loss.
 
-    python trainer/train_pretrain.py --data_path dataset/pretrain_hq.jsonl
+    python trainer/train_pretrain.py --data_path dataset/pretrain_t2t_mini.jsonl
     torchrun --nproc_per_node 2 trainer/train_pretrain.py
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from dataset.released import data_option
 from model.command_line import option
+from trainer.common.arguments import BATCH_RAMP_HELP, TrainArgs
+from trainer.common.command import parse_trainer, run_trainer
+
+
+@dataclass
+class Args(TrainArgs):
+    data_path: list[str] = data_option("pretrain", 'JSONL of {"text": …}')
+    accumulation_steps: int = option(8, "forward passes of an optimizer step")
+    batch_ramp: int = option(200, BATCH_RAMP_HELP)
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
 from model.weights import load_tokenizer
-from trainer.common.arguments import BATCH_RAMP_HELP, DATASET, TrainArgs
-from trainer.common.command import run_trainer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_continuation
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, load_packed, prepare_model
 from trainer.trainer_utils import Run
-
-
-@dataclass
-class Args(TrainArgs):
-    data_path: list[str] = option([str(DATASET / "pretrain_hq.jsonl")], 'JSONL of {"text": …}')
-    accumulation_steps: int = option(8, "forward passes of an optimizer step")
-    batch_ramp: int = option(200, BATCH_RAMP_HELP)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -53,13 +60,13 @@ def main(args: Args) -> dict[str, Any]:
                     **batch.inputs,
                     labels=batch.labels,  # unshifted: the model compares logit t with label t + 1
                     # Each micro-batch's loss is a sum over its tokens, divided by the number of
-                    # label tokens in the whole global batch. A mean per micro-batch would count a
-                    # token more in a micro-batch that has few of them.
+                    # label tokens in the whole global batch. A mean per micro-batch would give a
+                    # token more weight in a micro-batch that has few of them.
                     num_items_in_batch=global_batch.num_label_tokens,
                     return_logits=False,  # [B, T, V] would be the largest tensor of the step
                 )
             run.backward(outputs.loss, global_batch.aux_loss(batch, outputs))
-        # Update: clip the gradient, set the learning rate, step.
+        # Optimizer step: clip the gradient, set the learning rate, change the weights.
         run.update(model, optimizer)
 
         # Evaluate, log, save.
@@ -72,4 +79,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

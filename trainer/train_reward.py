@@ -17,35 +17,42 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from dataset.released import data_option
 from model.command_line import option
-from model.model_minimind import MiniMindForScoring
-from model.weights import load_tokenizer
-from trainer.common.arguments import DATASET, LEARNING_RATE_HELP, TrainArgs
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.evaluation import map_pairs
-from trainer.common.metrics import mean_of, pair_metrics
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_pairs, prepare_model
-from trainer.trainer_utils import Run
+from trainer.common.arguments import LEARNING_RATE_HELP, TrainArgs
+from trainer.common.command import parse_trainer, run_trainer
 
 
 @dataclass
 class Args(TrainArgs):
-    data_path: list[str] = option(
-        [str(DATASET / "dpo.jsonl")], 'JSONL of {"chosen": [messages], "rejected": [messages]}'
+    data_path: list[str] = data_option(
+        "preferences", 'JSONL of {"chosen": [messages], "rejected": [messages]}'
     )
     from_weight: str = option("full_sft", "language model to initialise from")
     batch_size: int = option(8, "pairs in a forward pass of a device")
     learning_rate: float = option(3e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
     packing: bool = option(True, "short sides share a sequence; 0: each padded to the longest")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from model.model_minimind import MiniMindForScoring
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.evaluation import map_pairs
+from trainer.common.metrics import mean_of, pair_metrics
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.trainer_utils import Run
 
 
 def bradley_terry_loss(scores: Tensor) -> Tensor:
@@ -73,8 +80,8 @@ def main(args: Args) -> dict[str, Any]:
         for batch in global_batch:
             with run.forward(model, sync=batch is global_batch[-1]):
                 outputs = model(**batch.inputs)
-                # Only the last token has seen the whole answer; a causal model's scores of earlier
-                # tokens would judge half of it.
+                # Only the last token has seen the whole answer. The scores of earlier tokens, in a
+                # causal model, would judge a part of it.
                 scores.append(batch.gather_last(outputs.scores))  # [N, 2]
                 losses = bradley_terry_loss(scores[-1])
             # a mean over the pairs of all ranks
@@ -115,4 +122,4 @@ def evaluate_pairs(
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

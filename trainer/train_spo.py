@@ -26,8 +26,8 @@ plus --beta · KL to the policy before training (k3), summed over tokens and div
     r: scores in [0, 1] A: advantages               log π_old: batch.old_log_probs
 
 Departures from the papers:
-1. D is the sum over the updates since of the mean KL per token, measured on each update's own
-   completions; the paper's needs the old policy.
+1. D is the sum of the mean KL per token of every optimizer step since, each measured on the step's
+   own completions; the paper's D needs the old policy.
 2. Rewards outside [0, 1] (reward models) go through the logistic function for the tracker.
 3. The first values are not estimated from completions sampled beforehand.
 
@@ -37,37 +37,11 @@ Departures from the papers:
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from model.command_line import option
 from model.errors import UserError
-from model.model_minimind import MiniMindForCausalLM
-from model.weights import load_tokenizer
 from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
-from trainer.common.command import run_trainer
-from trainer.common.context import Context
-from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
-from trainer.rl.policy import (
-    ReferenceModel,
-    RolloutRun,
-    add_lora_if_asked,
-    log_probs,
-    make_save_fn,
-    policy_inputs,
-)
-from trainer.rl.prompts import collate_prompts, read_prompts
-from trainer.rl.rewards import Rewards
-from trainer.rl.rollout import (
-    completion_stats,
-    evaluate_policy,
-    generate_completions,
-)
-from trainer.trainer_utils import Run
 
 
 @dataclass
@@ -103,6 +77,36 @@ class Args(RolloutArgs):
             raise UserError("--rho_min must not be larger than --rho_max")
 
 
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_trainer(Args, __doc__)
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import load_tokenizer
+from trainer.common.context import Context
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
+from trainer.rl.policy import (
+    add_lora_if_asked,
+    log_probs,
+    make_save_fn,
+    policy_inputs,
+)
+from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
+from trainer.rl.reference import ReferenceModel
+from trainer.rl.rewards import Rewards
+from trainer.rl.rollout import (
+    completion_stats,
+    evaluate_policy,
+    generate_completions,
+    print_sample,
+)
+from trainer.trainer_utils import Run
+
 # -- baseline --------------------------------------------------------------------------------------
 
 
@@ -112,8 +116,8 @@ class ValueTracker:
 
     def __init__(self, num_prompts: int, args: Args):
         self.args = args
-        # If each update keeps the share ρ_min, evidence sums to at most Σ ρ_min^n = 1/(1 − ρ_min)
-        # completions. The prior has just this weight.
+        # If each sampling keeps the share ρ_min, evidence sums to at most Σ ρ_min^n = 1/(1 − ρ_min)
+        # completions. The prior has exactly this weight.
         evidence = 1 / (1 - args.rho_min)
         self.successes = np.full(num_prompts, evidence * args.first_value)
         self.failures = evidence - self.successes
@@ -128,8 +132,8 @@ class ValueTracker:
     def sample(self, count: int, seed: list[int]) -> np.ndarray:
         """Indices of prompts; none twice, unless there are too few."""
         values = self.values
-        # √(v·(1 − v)) is the standard deviation of a success: where it is 0, the outcome is known
-        # beforehand and the advantage is 0.
+        # √(v·(1 − v)) is the standard deviation of a success: where it is 0, the outcome is certain
+        # and the advantage is 0.
         chances = np.sqrt(values * (1 - values)) + self.args.exploration
         chances = chances / chances.sum()
         replace = bool(count > np.count_nonzero(chances))
@@ -145,17 +149,19 @@ class ValueTracker:
             self.failures[index] = rho * self.failures[index] + 1 - score
         self.kl_at_sampling[indices] = self.total_kl
 
-    # The keys are those of the first version, so that its checkpoints still load.
-    KEYS = {"successes": "successes", "failures": "failures", "asked_at": "kl_at_sampling"}
+    ARRAYS = ("successes", "failures", "kl_at_sampling")
+    # Names of the first version's checkpoints, which are read for one version more.
+    OLD_NAMES = {"moved": "total_kl", "asked_at": "kl_at_sampling"}
 
     def state_dict(self) -> dict[str, Any]:
-        arrays = {key: torch.from_numpy(getattr(self, name)) for key, name in self.KEYS.items()}
-        return {"moved": self.total_kl, **arrays}
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in self.ARRAYS}
+        return {"total_kl": self.total_kl, **arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total_kl = state["moved"]
-        for key, name in self.KEYS.items():
-            setattr(self, name, state[key].numpy().copy())
+        state = {self.OLD_NAMES.get(name, name): value for name, value in state.items()}
+        self.total_kl = state["total_kl"]
+        for name in self.ARRAYS:
+            setattr(self, name, state[name].numpy().copy())
 
 
 def local_prompts(ctx: Context, num_prompts: int, tracker: ValueTracker, step: int) -> np.ndarray:
@@ -184,7 +190,7 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
         log_probs: [B, T − 1], of the policy that is trained.
         batch: old_log_probs and ref_log_probs (or None), [B, T − 1]; advantages, [B, 1].
     """
-    # Minus in each of them, because the optimizer minimises and completions with A > 0 are to
+    # Negative in each of them, because the optimizer minimises and completions with A > 0 are to
     # become likelier. At ratio 1 all three have the gradient of −A · log π.
     ratio, advantages = torch.exp(log_probs - batch.old_log_probs), batch.advantages
     if args.loss_type == "simple":
@@ -203,9 +209,12 @@ def policy_loss(log_probs: Tensor, batch: RolloutBatch, args: Args) -> Tensor:
 
 @torch.no_grad()
 def update_kl(
-    run: RolloutRun, model: MiniMindForCausalLM, batches: list[RolloutBatch], stats: UpdateStats
+    run: Run[Args, PromptBatch],
+    model: MiniMindForCausalLM,
+    batches: list[RolloutBatch],
+    stats: UpdateStats,
 ) -> float:
-    """D of this update: KL(π ‖ π_old) per token of its completions, over all ranks."""
+    """D of this step: KL(π ‖ π_old) per token of its completions, over all ranks."""
     own = sum(
         (kl_estimate(log_probs(run, model, batch), batch.old_log_probs) * batch.completion_mask)
         .sum()
@@ -223,8 +232,8 @@ def main(args: Args) -> dict[str, Any]:
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = add_lora_if_asked(args, init_model(args, tokenizer))
-    train_data, val_data = read_prompts(ctx, tokenizer)
-    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size, train_data)
+    rewards_of = Rewards(ctx, tokenizer, model.config.hidden_size)
+    train_data, val_data = read_prompts(ctx, tokenizer, rewards_of.can_score)
     tracker = ValueTracker(len(train_data), args)
     stage = args.stage("spo")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)
@@ -242,16 +251,20 @@ def main(args: Args) -> dict[str, Any]:
         indices = local_prompts(ctx, num_prompts, tracker, run.step)
         prompts = [train_data.prompts[index] for index in indices]
         completions = generate_completions(ctx, model, tokenizer, prompts, step=run.step)
-        run.metrics.add_tokens(sum(each.num_sampled for each in completions))
+        # the loader has counted the tokens of its own prompts, which nobody reads
+        unread = sum(batch.num_tokens for batch in global_batch)
+        read = sum(len(each.prompt.ids) + each.num_sampled for each in completions)
+        run.metrics.add_tokens(read - unread)
 
         # Rewards and advantages.
         rewards, metrics = rewards_of(completions)  # [N]
+        print_sample(ctx, run.step, completions, rewards)
         scores = rewards.clamp(0, 1) if rewards_of.are_bounded else rewards.sigmoid()
-        # The value of before this completion: with its own reward in it, the baseline would depend
-        # on the action, and the gradient would be biased.
+        # The value from before this completion: if it included the completion's own reward, the
+        # baseline would depend on the action, and the gradient would be biased.
         values = torch.from_numpy(tracker.values[indices])
-        # Over the batch of all ranks, and not over a group: the baseline took the prompt's part
-        # away already, so the rest is comparable between prompts.
+        # Over the batch of all ranks, and not over a group: the baseline has already removed the
+        # prompt's difficulty, so what is left can be compared between prompts.
         advantages = normalize(ctx, scores - values).float()[:, None]
         pad_id = tokenizer.pad_token_id
         batches = micro_batches(completions, args.update_batch_size, pad_id, ctx.device)
@@ -260,7 +273,7 @@ def main(args: Args) -> dict[str, Any]:
             if reference:
                 batch.ref_log_probs = reference.log_probs(run, model, batch)
 
-        # Updates: one an epoch, from all completions.
+        # Policy loss: one optimizer step per epoch, on all completions.
         stats = UpdateStats(ctx, batches)
         for _ in range(args.update_epochs):
             for batch in batches:
@@ -269,7 +282,7 @@ def main(args: Args) -> dict[str, Any]:
                     # in the first epoch the policy is still the one that sampled
                     batch.set_old_log_probs(outputs.log_probs)
                     token_losses = policy_loss(outputs.log_probs, batch, args)
-                    # all ranks' tokens: a local mean would weigh tokens by their rank's number
+                    # of all ranks: with a local mean, a token's weight would depend on its rank
                     loss = token_losses.sum() / stats.num_tokens
                 run.backward(loss, stats.aux_loss(batch, outputs.aux_loss))
                 stats.accumulate(outputs.log_probs, batch, args.epsilon, args.epsilon)
@@ -293,4 +306,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_trainer(main, Args, __doc__)
+    run_trainer(main, args)

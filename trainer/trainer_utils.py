@@ -17,7 +17,7 @@ A trainer reads, in every stage:
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, cast
 
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dataset.packing import TrainingData, collate
+from dataset.packing import TrainingData
+from dataset.packing import collate as collate_packed
 from model.config import MiniMindConfig
 from model.weights import save_weights, weight_name
 from trainer.common import hardware
@@ -53,18 +54,18 @@ from trainer.common.loop import (
     make_sampler,
     update_router_biases,
 )
-from trainer.common.metrics import Metric, MetricLog
+from trainer.common.metrics import Accumulator, Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
-from trainer.common.recipes import RecipeComparison
 from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
+from trainer.report.recipe_comparison import RecipeComparison
 
-COMPILE_STEPS = 10  # compile new shapes only during the first steps; later ones run eagerly
+COMPILE_STEPS = 10  # new shapes are compiled in the first steps only, and run eagerly later
 
 
 class Run(Generic[ArgsT, BatchT]):
-    """Accumulation, schedule, log and checkpoints of one training: the verbs of its loop."""
+    """One training: gradient accumulation, schedule, log and checkpoints."""
 
     def __init__(
         self,
@@ -75,15 +76,15 @@ class Run(Generic[ArgsT, BatchT]):
         train_data: TrainingData,
         val_data: TrainingData | None = None,
         *,
-        collate: Callable[[list, int], BatchT] = collate,  # type: ignore[assignment]  # generic
+        collate: Callable[[list, int], BatchT] | None = None,
         fingerprint: dict[str, str] | None = None,
     ):
         """Plan the run and print the plan. UserError if it cannot fit the machine.
 
         Args:
-            model: before its first update.
-            collate: makes a micro-batch of samples and the padding's id.
-            fingerprint: what makes it another run, beyond arguments, first weights and data.
+            model: before its first step.
+            collate: samples and the padding's id → a micro-batch; default: packed sequences.
+            fingerprint: what else tells runs apart, besides arguments, first weights and data.
         """
         args = ctx.args
         config = cast(MiniMindConfig, model.config)  # which nn.Module does not declare
@@ -97,7 +98,8 @@ class Run(Generic[ArgsT, BatchT]):
         self.fraction_done = 0.0  # of the samples of all epochs, before this step
         self.stop = StopSignal()
         self.sampler = make_sampler(ctx, train_data)
-        self.loader = make_loader(ctx, train_data, self.sampler, tokenizer.pad_token_id, collate)
+        pad_id, collate_fn = tokenizer.pad_token_id, collate or collate_packed
+        self.loader = make_loader(ctx, train_data, self.sampler, pad_id, collate_fn)
         self.plan = self.plan_steps()
         self.recipe = None
         if args.recipe:
@@ -153,7 +155,7 @@ class Run(Generic[ArgsT, BatchT]):
             before = checkpoint["global_batch_size"]
             now = self.sampler.global_batch_size
             if before != now:
-                ctx.print(f"warning: a full update has {now} samples now, and had {before}")
+                ctx.print(f"warning: a full step has {now} samples now, and had {before}")
         elif ctx.args.resume:
             ctx.print(f"no checkpoint {path} to resume: starting from the beginning")
         self.progress.tracker_id = self.metrics.open(self.name, self.progress.tracker_id)
@@ -180,7 +182,7 @@ class Run(Generic[ArgsT, BatchT]):
                 done.step += 1
                 done.samples_seen = after
                 self.fraction_done = before / plan.total_samples
-                self.metrics.tokens += global_batch.num_tokens
+                self.metrics.accumulator.tokens += global_batch.num_tokens
                 yield global_batch
                 bar.update()
                 if self.stop.agreed or done.step == plan.total_steps:
@@ -231,7 +233,7 @@ class Run(Generic[ArgsT, BatchT]):
             for each in optimizer.optimizers:
                 self.scaler.step(each)
         else:
-            done.skip_update(scaled=self.scaler.is_enabled(), print=self.ctx.print)
+            done.skip_step(scaled=self.scaler.is_enabled(), print=self.ctx.print)
         self.scaler.update()
         optimizer.zero_grad()
         self.metrics.add_expert_load(update_router_biases(self.ctx, unwrap(model)))
@@ -255,32 +257,22 @@ class Run(Generic[ArgsT, BatchT]):
         self.metrics.bar.set_postfix(self.metrics.in_bar(values), refresh=False)
         if not self.is_due(self.ctx.args.log_interval) and self.step > 1:
             return
-        done = self.progress
-        done.tokens += self.metrics.tokens
-        done.seconds += self.metrics.seconds
-        self.metrics.write(
-            {
-                **dict(step=self.step, num_tokens=done.tokens, seconds=round(done.seconds, 2)),
-                **dict(self.metrics.means(), skipped=done.skipped),
-            }
-        )
-        self.metrics.reset()
+        self.progress.add(self.metrics.accumulator)
+        means = self.metrics.means() | {"skipped": self.progress.skipped}
+        self.metrics.accumulator = Accumulator()
+        self.metrics.write(self.progress.position() | means)
 
     def log_evaluation(self, sample: str = "", **metrics: float) -> None:
         """Log metrics on held-out data and a sample of the model's text; with --recipe, whether the
         run is on track."""
-        done = self.progress
-        done.evaluation = {name: round(value, 4) for name, value in metrics.items()}
+        evaluation = {name: round(value, 4) for name, value in metrics.items()}
+        self.progress.evaluation = evaluation
         line = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         indented = ["    " + sample.replace("\n", "\n    ")] if sample else []
         self.ctx.print(f"step {self.step}: {line}", *indented)
-        record = {
-            "step": self.step,
-            "num_tokens": done.tokens + self.metrics.tokens,
-            "seconds": round(done.seconds + self.metrics.seconds, 2),
-            **done.evaluation,
-            **({"sample": sample} if sample else {}),
-        }
+        now = replace(self.progress)
+        now.add(self.metrics.accumulator)  # what the next log line will add
+        record = now.position() | evaluation | ({"sample": sample} if sample else {})
         expected = self.recipe.expected_metrics(record) if self.recipe else {}
         self.metrics.write(record | expected)
         if self.recipe and expected:
@@ -313,15 +305,16 @@ class Run(Generic[ArgsT, BatchT]):
             return
         model, done = unwrap(model), self.progress
         done.changed_fraction = changed_fraction(self.initial_weights, trainable_fp16(model))
-        origin = {
-            **self.metadata,
-            **dict(steps=self.step, tokens=done.tokens, seconds=round(done.seconds)),
+        origin = self.metadata | {
+            "steps": self.step,
+            "tokens": done.tokens,
+            "seconds": round(done.seconds),
             **done.evaluation,
-            **dict(changed_fraction=round(done.changed_fraction, 4), args=asdict(self.ctx.args)),
+            "changed_fraction": round(done.changed_fraction, 4),
+            "args": asdict(self.ctx.args),
         }
-        about = dict(stage=self.stage, tokenizer=self.tokenizer, origin=origin)
         write: Callable = save or save_weights
-        write(model, self.file(".pth"), **about)
+        write(model, self.file(".pth"), stage=self.stage, tokenizer=self.tokenizer, origin=origin)
         save_checkpoint(  # last: a finished run has its weights
             self.checkpoint_path,
             model=model,
@@ -338,11 +331,9 @@ class Run(Generic[ArgsT, BatchT]):
     def finish(self) -> dict[str, Any]:
         """Close the log, draw curves, write the report. Returns the last metrics and the log."""
         done, stopped, history = self.progress, self.stop.agreed, self.metrics.history
-        result = {
-            **dict(name=self.name, stopped=stopped, step=self.step, num_tokens=done.tokens),
-            **dict(seconds=done.seconds, history=history),
-            **done.evaluation,
-        }
+        result: dict[str, Any] = dict(name=self.name, stopped=stopped, step=self.step)
+        result |= dict(num_tokens=done.tokens, seconds=done.seconds, history=history)
+        result |= done.evaluation
         if not self.ctx.is_main:
             return result
         if done.changed_fraction is not None and not stopped:
@@ -354,8 +345,16 @@ class Run(Generic[ArgsT, BatchT]):
         plot_losses({self.name: history}, self.file(".loss.png"))
         page = self.file(".report.html")
         state = f"stopped at step {self.step} of {self.plan.total_steps}" if stopped else "finished"
-        about: dict[str, Any] = dict(name=self.name, stage=self.stage, metadata=self.metadata)
-        write_report(page, self.ctx, **about, state=state, history=history, recipe=self.recipe)
+        write_report(
+            page,
+            self.ctx,
+            name=self.name,
+            stage=self.stage,
+            state=state,
+            metadata=self.metadata,
+            history=history,
+            recipe=self.recipe,
+        )
         if stopped:
             self.ctx.print(f"stopped at step {self.step}; --resume goes on from there")
         elif self.file(".pth").exists():

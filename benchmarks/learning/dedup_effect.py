@@ -36,7 +36,7 @@ class Args:
     documents: int = option(20_000, "number of documents of data_path, from the first")
     repeated_share: float = option(0.01, "share of documents that are repeated")
     copies: int = option(100, "number of copies of each of them")
-    max_steps: int = option(120, "updates of each training, of 4,096 tokens")
+    max_steps: int = option(120, "optimizer steps of each training, of 4,096 tokens")
     hidden_size: int = option(192, "hidden size")
     num_hidden_layers: int = option(4, "number of layers")
     seed: int = option(42, "random seed of the training and of the choice of repeated documents")

@@ -16,7 +16,7 @@ from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer
 from scripts.evaluation.exact_match import encode_questions
-from trainer.rl.reference import completion_log_probs
+from trainer.common.evaluation import completion_log_probs
 from trainer.rl.rewards import similarity
 
 GENERATION_BATCH, PAIR_BATCH = 128, 32

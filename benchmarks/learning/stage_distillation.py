@@ -1,4 +1,4 @@
-"""Does a student learn more from a teacher than from the data alone, with the same updates?
+"""Does a student learn more from a teacher than from the data alone, with the same number of steps?
 
     python benchmarks/learning/stage_distillation.py --base DIR [--seeds 42 43 44] [--json FILE]
                                             [--variants reverse jsd skew on_policy]
@@ -7,7 +7,7 @@ DIR holds data and base model of stages.py: `data` and `base/full_sft_192.pth`. 
 base model with its fine-tuning finished (TEACHER): 3.0M parameters in 4 layers. The student is the
 base model without two of its layers, so that it has to learn again: 2.1M parameters. Both are made
 once and kept in --output. With each seed the student is trained twice, on the same rows in the same
-order, with the same number of updates and learning rate: by train_full_sft.py, on cross-entropy
+order, with the same number of steps and learning rate: by train_full_sft.py, on cross-entropy
 (CE) alone, and by train_distillation.py with its defaults (and with each of --variants: other
 divergences, and on-policy distillation). Metrics:
 
@@ -67,7 +67,7 @@ class Args:
     variants: list[str] = option([], f"also train with: {', '.join(VARIANTS)}")
     output: str = option(str(OUT / "stage_distillation"), "folder of weights, logs and plots")
     json: str = option(str(OUT / "stage_distillation.json"), "file of the report")
-    max_steps: int = option(0, "maximum updates of each training, for a quick test; 0: all")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -194,7 +194,9 @@ def mean_gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(console: Console, report: dict[str, Any]) -> None:
-    table = Table(title="the same updates, with and without a teacher", title_justify="left")
+    table = Table(
+        title="the same number of steps, with and without a teacher", title_justify="left"
+    )
     for name in ("metric", "seed", "CE alone", "distilled", "difference ± standard error", ""):
         table.add_column(name, justify="left" if name in ("metric", "") else "right")
     for row in report["rows"]:

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from trainings import run_trainer
 
+from dataset.chat import stop_tokens
 from dataset.grading import grade
 from dataset.jsonl import load_rows, write_rows
 from dataset.lm_dataset import encode_chat
@@ -54,7 +55,7 @@ def reason(
         base: folder with full_sft_192.pth, the base model.
         data: folder of the demo's data.
         out: folder for weights and logs.
-        max_steps: maximum updates of each training, for a quick test; 0: all.
+        max_steps: most optimizer steps of each training, for a quick test; 0: all.
     """
     out.mkdir(parents=True, exist_ok=True)
     reasoning, direct = data / "r1_mix_1024.jsonl", out / "r1_direct.jsonl"
@@ -104,7 +105,7 @@ def evaluate(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[
     for reply, answer in zip(replies, answers, strict=True):
         text = tokenizer.decode(reply, skip_special_tokens=True)
         _, final_answer = (("", text) if direct else parse_reasoning(text)) or ("", None)
-        complete = reply[-1] == tokenizer.eos_token_id and final_answer is not None
+        complete = reply[-1] in stop_tokens(tokenizer) and final_answer is not None
         num_formatted += complete
         num_correct += complete and grade(final_answer, answer)
     accuracy = num_correct / len(questions)

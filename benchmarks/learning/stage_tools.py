@@ -32,7 +32,7 @@ SFT = """--data_path {data}/tools.jsonl --from_weight {base}/full_sft_{size}.pth
     --max_seq_len 960 --batch_size 4 --learning_rate 8e-4 --log_interval 10"""
 FULL_SFT = f"{SFT} --save_weight toolcall_{{seed}} --max_steps 440"
 PARTIAL_SFT = f"{SFT} --save_weight agent_start --max_steps 190 --lr_schedule constant"
-# Many different questions per update and few episodes of each: that averages out the noise best.
+# Many different questions per step and few episodes of each: that averages out the noise best.
 AGENT = """--data_path {out}/first_questions.jsonl --from_weight {out}/agent_start_{size}.pth
     --save_weight agent_{seed} --batch_size 24 --num_generations 4 --loss_type dr_grpo --beta 0
     --learning_rate 3e-4 --max_seq_len 300 --max_gen_len 64 --max_turns 3 --update_batch_size 16
@@ -116,8 +116,9 @@ def row(
     start, end = (each["kinds"]["tools"] for each in (before, after))
     details = {name: value for name, value in end.items() if name != metric}
     details |= {f"before_{metric}_error": start[f"{metric}_error"]}
-    if "bare" in start:  # the same questions without tools
-        details |= {f"before_bare{which}": start[f"bare{which}"] for which in ("", "_error")}
+    if "answer_without_tools" in start:
+        names = ("answer_without_tools", "answer_without_tools_error")
+        details |= {f"before_{name}": start[name] for name in names}
     no_call = after["kinds"]["no call"]
     details |= {"no_call_needed_and_none_made": no_call["name"], "no_call_tasks": no_call["tasks"]}
     details |= {"calls": after["calls"], "errors": after["errors"], "seconds": round(seconds, 1)}

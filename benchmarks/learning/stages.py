@@ -28,6 +28,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,15 +50,6 @@ from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, load_model, write_json
 from scripts.runs.demo import COMMON, HIDDEN_SIZE, PRETRAIN, SFT
-from trainer import (
-    train_dpo,
-    train_full_sft,
-    train_grpo,
-    train_ppo,
-    train_pretrain,
-    train_reward,
-    train_spo,
-)
 from trainer.common.hardware import describe_machine
 
 matplotlib.use("Agg")
@@ -65,7 +57,7 @@ from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340 in the demo
 FROM = "--from_weight {base}/full_sft_{size}.pth"
-# Many different prompts per update and few answers to each: that averages out the noise best.
+# Many different prompts per step and few answers to each: that averages out the noise best.
 RL = f"""{FROM} --data_path {{data}}/rlaif-mini.jsonl --val_share 0 --epochs 9
     --reward answer:0.5 similarity:0.5 --max_gen_len 48 --update_batch_size 64
     --rollout_batch_size 128 --num_workers 0 --learning_rate 2e-4"""
@@ -75,7 +67,8 @@ PAIRS = f"""{FROM} --data_path {{data}}/dpo.jsonl --val_path {{data}}/dpo_val.js
 
 @dataclass
 class Stage:
-    trainer: Any
+    """Of trainer/train_NAME.py, by its name in STAGES."""
+
     flags: str
     targets: dict[str, tuple[str, float]]  # metric → ("level", at least) or ("gain", over before)
     curve: str  # metric of the log that is plotted
@@ -84,32 +77,27 @@ class Stage:
 UP_15 = {"skill_accuracy": ("gain", 0.15)}
 STAGES = {
     "reward": Stage(
-        train_reward,
         f"{PAIRS} --batch_size 8 --learning_rate 4e-4",
         {"pair_accuracy": ("level", 0.85)},
         "rewards/accuracies",
     ),
     "dpo": Stage(
-        train_dpo,
         f"{PAIRS} --batch_size 16 --learning_rate 1e-5",
         {"preference_accuracy": ("level", 0.85), "skill_accuracy": ("gain", -0.03)},
         "rewards/accuracies",
     ),
     "ppo": Stage(
-        train_ppo,
         f"{RL} --batch_size 128 --critic_learning_rate 2e-4 --kl_coef 0 --update_epochs 1 "
         "--max_steps 90",
         UP_15,
         "reward",
     ),
     "grpo": Stage(
-        train_grpo,
         f"{RL} --batch_size 32 --num_generations 4 --loss_type dr_grpo --beta 0 --max_steps 110",
         UP_15,
         "reward",
     ),
     "spo": Stage(
-        train_spo,
         f"{RL} --batch_size 128 --accumulation_steps 1 --beta 0.1 --max_steps 100",
         UP_15,
         "reward",
@@ -134,7 +122,7 @@ class Args:
     jobs: int = option(os.cpu_count() or 1, "number of trainings in parallel")
     output: str = option(str(OUT / "stages"), "folder of data, weights, logs and plot")
     json: str = option(str(OUT / "stages_report.json"), "file of the report")
-    max_steps: int = option(0, "maximum updates of each training, for a quick test; 0: all")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -192,22 +180,18 @@ def train_base(console: Console, out: Path, args: Args) -> Path:
     """Generate the data and train the base model, or resume where that was interrupted."""
     base = out / "base"
     write_demo_data(out / "data", seed=42)
-    trainings = (
-        (train_pretrain, PRETRAIN, ""),
-        (train_full_sft, SFT, "--lr_schedule constant"),
-    )
-    for trainer, flags, extra in trainings:
-        name = Path(trainer.__file__).stem.removeprefix("train_")
+    trainings = ("pretrain", PRETRAIN, ""), ("full_sft", SFT, "--lr_schedule constant")
+    for name, flags, extra in trainings:
         text = f"{flags} {COMMON} {extra} --max_steps {BASE_STEPS[name]} --num_workers 0 --resume 1"
         argv = [w.format(data=out / "data", out=base, device="cpu") for w in text.split()]
-        run_trainer(console, trainer, argv, args.max_steps)
+        run_trainer(console, import_module(f"trainer.train_{name}"), argv, args.max_steps)
     return base / f"full_sft_{HIDDEN_SIZE}.pth"
 
 
 def train_and_measure(
     name: str, seed: int, args: Args, before: dict[str, float]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """PackedDataset of the report, and the training's records. Runs in a process of its own."""
+    """Rows of the report, and the training's records. Runs in a process of its own."""
     out = Path(args.output)
     with (
         open(out / f"{name}_{seed}.log", "w", encoding="utf-8") as log,
@@ -231,13 +215,12 @@ def train_and_measure(
 
 
 def train(console: Console, name: str, seed: int, out: Path, args: Args) -> dict[str, Any]:
-    stage = STAGES[name]
     values = dict(base=out / "base", data=out / "data", size=HIDDEN_SIZE)
-    argv = [word.format(**values) for word in stage.flags.split()]
+    argv = [word.format(**values) for word in STAGES[name].flags.split()]
     argv += f"--seed {seed} --save_weight {name}_{seed} --device cpu --log_interval 2".split()
     argv += "--save_interval 0 --eval_interval 0".split()
     argv += ["--save_dir", str(out), "--checkpoint_dir", str(out / "checkpoints")]
-    return run_trainer(console, stage.trainer, argv, args.max_steps)
+    return run_trainer(console, import_module(f"trainer.train_{name}"), argv, args.max_steps)
 
 
 def target_rows(stage: str, seed: int, before: dict, after: dict) -> list[dict[str, Any]]:
@@ -261,7 +244,7 @@ def plot_curves(curves: dict[str, dict[int, list[dict]]], path: Path) -> None:
         for seed, records in seeds.items():
             points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
             axis.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
-        axis.set(title=name, xlabel="update", ylabel=f"{metric} in training")
+        axis.set(title=name, xlabel="step", ylabel=f"{metric} in training")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

@@ -101,7 +101,7 @@ def required_operations(
     tokens = sum(lengths)
     pairs = sum(n * (n + 1) // 2 for n in lengths)
     head = 6 * config.hidden_size * config.vocab_size
-    blocks = flops_per_token(config, row_length=0) - head  # without its attention
+    blocks = flops_per_token(config, seq_len=0) - head  # without its attention
     attention = 12 * config.num_hidden_layers * config.hidden_size
     return blocks * tokens + head * num_label_tokens + attention * pairs
 

@@ -73,7 +73,7 @@ def main(args: Args) -> dict[str, Any]:
         metrics = {method: measure(method, config, documents, args) for method in METHODS}
         report["models"][name] = metrics
         table = Table(
-            title=f"{name}, {args.batch_size} rows of {ROW} an update", title_justify="left"
+            title=f"{name}, {args.batch_size} rows of {ROW} per step", title_justify="left"
         )
         table.add_column("method")
         for column in metrics["plain"]:
@@ -129,14 +129,14 @@ def measure(method: str, config: MiniMindConfig, documents, args: Args) -> dict[
     required = required_operations(config, picked, batch.num_label_tokens)
     return {
         "real tokens/s": batch.num_tokens / step_seconds,
-        "ms an update": 1000 * step_seconds,
+        "ms per step": 1000 * step_seconds,
         "of it optimizer": 1000 * mean_seconds(optimizer.step, args.updates),
         "MFU %": 100
         * required
         / step_seconds
         / (peak_flops(DEVICE, torch.bfloat16) or float("nan")),
         "GB": torch.cuda.max_memory_allocated() / 1e9,
-        "first update, s": first,
+        "first step, s": first,
         "loss": loss,
     }
 

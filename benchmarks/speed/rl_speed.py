@@ -186,7 +186,7 @@ def race(args: Args, folder: str) -> dict[str, list[dict[str, float]]]:
 
 
 def measure(args: Args) -> dict[str, float]:
-    """PreferenceDataset or completions per second, and the peak memory of this process in GB."""
+    """Pairs or completions per second, and the peak memory of this process in GB."""
     found = CONTESTANTS[args.part][args.measure](args)
     pairs = args.updates * args.batch_size * (GENERATIONS if args.part == "grpo" else 1)
     return {

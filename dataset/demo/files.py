@@ -8,7 +8,7 @@ material.py combines both and splits them, stages.py and tool_stage.py make the 
 module writes the files and the tests. No training file contains what a test or a "_val" file asks.
 """
 
-import argparse
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -17,8 +17,9 @@ from dataset.demo import stages, tool_stage
 from dataset.demo.material import TRAIN, VAL, Material
 from dataset.demo.skills import LANGUAGES, SKILLS, Table
 from dataset.jsonl import load_rows, write_rows
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT
+from model.paths import OUT
 
 SOURCE = Path(__file__).with_name("texts")
 OUTPUT = OUT / "demo" / "data"
@@ -120,18 +121,21 @@ def write_demo_data(output: Path | str = OUTPUT, seed: int = 42) -> dict[str, in
     return {name: len(rows) for name, rows in files.items()}
 
 
+@dataclass
+class Args:
+    output: str = option(str(OUTPUT), "folder to write into")
+    seed: int = option(42, "another seed gives other problems")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate the demo data of every stage.")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write into")
-    parser.add_argument("--seed", type=int, default=42, help="another seed gives other problems")
-    args = parser.parse_args()
+    args = parse_command_line(Args, __doc__)
     with exit_on_user_error():
-        counts = write_demo_data(args.output, args.seed)
+        counts = write_demo_data(Path(args.output), args.seed)
     purposes = {name: purpose for name, (_, purpose) in (FILES | TESTS).items()}
     print(f"{'file':26}{'rows':>7}{'KB':>7}  for")
     for name, rows in counts.items():
         stem = name.removesuffix(".jsonl")
         purpose = purposes.get(stem) or f"held out from {stem.removesuffix('_val')}"
-        size = (args.output / name).stat().st_size / 1000
+        size = (Path(args.output) / name).stat().st_size / 1000
         print(f"{name:26}{rows:7}{size:7.0f}  {purpose}")
     print(f"in {args.output}")

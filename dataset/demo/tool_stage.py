@@ -8,7 +8,8 @@ from typing import Any
 from dataset.demo.material import HELD_OUT, TRAIN, VAL, Material
 from dataset.demo.skills import LANGUAGES, Table
 from dataset.demo.stages import conversation
-from dataset.tools.builtin import TOOLS, WEEKDAYS, call_tool
+from dataset.tools.builtin import TOOLS, WEEKDAYS
+from dataset.tools.call import call_tool
 
 TOOL_ROWS, TOOL_VAL_ROWS = 2400, 600
 TOOL_MIX = {  # how often a tool helps, would help but is not on offer, or is not needed

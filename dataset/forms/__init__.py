@@ -1,1 +1,1 @@
-"""Forms of rows that other tools write, and what they are in MiniMind's."""
+"""Forms of data: kinds of files (files.py), rows (rows.py) and messages (messages.py)."""

@@ -7,7 +7,7 @@ with "tools", an assistant's with "tool_calls" and "reasoning_content"; tools an
 import json
 from typing import Any
 
-from dataset.file_kinds import CLEAN
+from dataset.forms.files import CLEAN
 from dataset.jsonl import parse_json
 from model.errors import UserError
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dataset.file_kinds import CLEAN
+from dataset.forms.files import CLEAN
 from dataset.forms.messages import (
     MEDIA,
     THOUGHTS,

@@ -2,6 +2,9 @@
 
 A file is downloaded as `.{name}.partial` and renamed when its size and hash are what the hub says,
 so that a file with its final name is complete. A partial download is resumed.
+
+MiniMind's own files of 2026 are taken at the commit that dataset/released.py has the sizes of, and
+those of 2025, which the main branch no longer has, at the newest commit that still has them.
 """
 
 import hashlib
@@ -27,34 +30,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
+from dataset.released import MODELS, OLDER, REVISION, SETS, SIZES
 from model.errors import UserError
 
 DATASETS = {"huggingface": "jingyaogong/minimind_dataset", "modelscope": "gongjy/minimind_dataset"}
-SETS = {"mini": ["pretrain_hq.jsonl", "sft_mini_512.jsonl"]}
-SETS["full"] = [
-    *SETS["mini"],
-    "sft_512.jsonl",
-    "sft_1024.jsonl",
-    "sft_2048.jsonl",
-    "lora_identity.jsonl",
-    "lora_medical.jsonl",
-    "dpo.jsonl",
-    "rlaif-mini.jsonl",
-    "r1_mix_1024.jsonl",
-]
-MODELS = {  # name → the repository on Hugging Face, on ModelScope
-    "MiniMind2": ("jingyaogong/MiniMind2", "gongjy/MiniMind2"),
-    "MiniMind2-Small": ("jingyaogong/MiniMind2-Small", "gongjy/MiniMind2-Small"),
-    "MiniMind2-MoE": ("jingyaogong/MiniMind2-MoE", "gongjy/MiniMind2-MoE"),
-    "MiniMind2-R1": ("jingyaogong/MiniMind2-R1", "gongjy/MiniMind2-R1"),
-    "MiniMind2-Pytorch": ("jingyaogong/MiniMind2-Pytorch", "gongjy/MiniMind2-PyTorch"),
-    "minimind-3": ("jingyaogong/minimind-3", "gongjy/minimind-3"),
-    "minimind-3-moe": ("jingyaogong/minimind-3-moe", "gongjy/minimind-3-moe"),
-    "internlm2-1_8b-reward": (
-        "internlm/internlm2-1_8b-reward",
-        "Shanghai_AI_Laboratory/internlm2-1_8b-reward",
-    ),
-}
 HUBS = ("huggingface", "modelscope")
 
 
@@ -122,14 +101,16 @@ class HuggingFaceRepo:
     def __init__(self, repo: str, repo_type: str, revision: str, endpoint: str):
         self.api = HfApi(endpoint=endpoint or None)
         self.repo, self.repo_type, self.revision = repo, repo_type, revision or "main"
-        self.where = self.api.endpoint
+        self.where, self.chosen = self.api.endpoint, bool(revision)  # by --revision
 
-    def files(self) -> list[Remote]:
+    def files(self, revision: str = "") -> list[Remote]:
+        """The files at a revision, at which `fetch` has them from now on."""
+        revision = revision or self.revision
         with plain_errors(self.where, self.repo):
             about: Any = self.api.repo_info(  # of another class for each repo_type
-                self.repo, repo_type=self.repo_type, revision=self.revision, files_metadata=True
+                self.repo, repo_type=self.repo_type, revision=revision, files_metadata=True
             )
-        self.revision = about.sha or self.revision  # the same commit for all files
+        self.revision = about.sha or revision  # the same commit for all files
         return [
             Remote(
                 file.rfilename,
@@ -139,6 +120,27 @@ class HuggingFaceRepo:
             )
             for file in about.siblings or []
         ]
+
+    def find(self, names: list[str]) -> list[Remote]:
+        """The files with these names or patterns, at the revision that the module's text tells."""
+        revision = self.revision
+        if self.repo == DATASETS["huggingface"] and not self.chosen and set(names) & SIZES.keys():
+            with suppress(UserError):  # a mirror may lack the commit, or have newer files
+                return choose(self.files(REVISION), names, self.repo)
+        remotes = self.files(revision)
+        gone = [name for name in lacking(remotes, names) if name in OLDER]
+        if gone and not self.chosen:
+            print(f"{', '.join(gone)}: no longer on the main branch, looked for in its history")
+            for commit in self.history():
+                if not lacking(older := self.files(commit), names):
+                    return choose(older, names, self.repo)
+        return choose(remotes, names, self.repo)
+
+    def history(self) -> list[str]:
+        """The commits, the newest first."""
+        with plain_errors(self.where, self.repo):
+            commits = self.api.list_repo_commits(self.repo, repo_type=self.repo_type)
+        return [commit.commit_id for commit in commits]
 
     def fetch(self, remote: Remote, partial: Path) -> None:
         """Append the rest of the file to `partial`."""
@@ -191,6 +193,9 @@ class ModelScopeRepo:
             if file.get("Type") != "tree"
         ]
 
+    def find(self, names: list[str]) -> list[Remote]:
+        return choose(self.files(), names, self.repo)
+
     def fetch(self, remote: Remote, partial: Path) -> None:
         folder = partial.parent / ".modelscope"  # its own partial downloads
         with self.errors():
@@ -215,6 +220,16 @@ class ModelScopeRepo:
             ) from error
 
 
+def model_repo(name: str, hub: str) -> str:
+    """The repository of a model of MODELS, in any case, or OWNER/NAME itself."""
+    known = {each.lower(): repos for each, repos in MODELS.items()}
+    if name.lower() in known:
+        return known[name.lower()][HUBS.index(hub)]
+    if "/" not in name:
+        raise UserError(f"no model {name} is known; known: {', '.join(MODELS)}; or OWNER/NAME")
+    return name
+
+
 def open_repo(
     hub: str, repo: str, repo_type: str, revision: str = "", endpoint: str = ""
 ) -> HuggingFaceRepo | ModelScopeRepo:
@@ -222,22 +237,46 @@ def open_repo(
     return kind(repo, repo_type, revision, endpoint)
 
 
+def lacking(remotes: list[Remote], names: list[str]) -> list[str]:
+    """The names (or patterns such as *.json) that no file has."""
+    return [name for name in names if not any(fnmatch(file.name, name) for file in remotes)]
+
+
 def choose(remotes: list[Remote], names: list[str], repo: str) -> list[Remote]:
-    """The files with these names (or patterns such as *.json); all if there are none.
+    """The files with these names or patterns; all if there are none.
 
     Raises:
-        UserError: one does not exist; the message lists those that do.
+        UserError: one does not exist; the message lists those that do, and the sets.
     """
     if not names:
         return [file for file in remotes if not file.name.startswith(".git")]
-    chosen = []
-    for name in names:
-        found = [file for file in remotes if fnmatch(file.name, name)]
-        if not found:
-            there = ", ".join(sorted(file.name for file in remotes)) or "nothing"
-            raise UserError(f"{repo} has no {name}; it has {there}")
-        chosen += [file for file in found if file not in chosen]
-    return chosen
+    if missing := lacking(remotes, names):
+        there = ", ".join(sorted(file.name for file in remotes)) or "nothing"
+        told = f"{repo} has no {', '.join(missing)}; it has {there}"
+        if repo in DATASETS.values():
+            told += f"; the sets are {', '.join(SETS)}"
+        if set(missing) & set(OLDER):
+            told += "; the files of 2025 are no longer there, --revision may name an older commit"
+        raise UserError(told)
+    found = [file for name in names for file in remotes if fnmatch(file.name, name)]
+    return list({file.name: file for file in found}.values())
+
+
+def check_space(remotes: list[Remote], folder: Path) -> None:
+    """UserError if the disk of the folder has no room for the files that are not there yet."""
+    needed = 0
+    for remote in remotes:
+        target = folder / remote.name
+        parts = (target, target.with_name(f".{target.name}.partial"))
+        there = max(path.stat().st_size if path.exists() else 0 for path in parts)
+        needed += max(0, (remote.size or 0) - there)
+    disk = next(place for place in [folder, *folder.parents] if place.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise UserError(
+            f"{needed / 1e9:.1f} GB are to be downloaded, and the disk of {folder} has "
+            f"{free / 1e9:.1f} GB left; make room, or name another folder with --output"
+        )
 
 
 def download(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.file_kinds import is_plain, open_lines
+from dataset.forms.files import is_plain, open_lines
 from dataset.jsonl import BadRows, decode, error_at, read_lines
 from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import ChunkResult

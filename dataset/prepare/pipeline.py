@@ -209,8 +209,11 @@ def download(
         names: files or patterns; none: all.
     """
     repo = hub.open_repo(hub_name, repo_name, repo_type, revision, endpoint)
-    files = []
-    for remote in hub.choose(repo.files(), names, repo_name):
+    files, remotes = [], repo.find(names)
+    hub.check_space(remotes, folder.resolve())
+    size = sum(remote.size or 0 for remote in remotes)
+    print(f"{len(remotes)} files, {size:,} bytes, of {repo_name} at {repo.revision}", flush=True)
+    for remote in remotes:
         path, fetched = hub.download(repo, remote, folder)
         state = "fetched" if fetched else "was there"
         how = remote.checked_by()

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from dataset.encoding import check_messages
-from dataset.file_kinds import BinaryFile, detect_encoding, open_data, open_lines
+from dataset.forms.files import BinaryFile, detect_encoding, open_data, open_lines
 from dataset.forms.messages import answered_part
 from dataset.forms.rows import (
     as_conversation,
@@ -33,6 +33,7 @@ from dataset.forms.rows import (
 )
 from dataset.jsonl import parse_json
 from model.errors import UserError
+from model.paths import check_input_file
 
 TEXT_FIELDS = ("text", "content", "raw_content")
 MESSAGES = ("conversations", "chosen", "rejected")
@@ -67,11 +68,8 @@ def check_input(paths: list[str]) -> list[Path]:
     """The files, or a UserError about the first that cannot be read."""
     if not paths:
         raise UserError("there is nothing to read; name the files with --input")
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"the file {path} does not exist")
-        if not path.is_file():
-            raise UserError(f"{path} is a folder; name the files in it")
+    for path in paths:
+        check_input_file(path)
     return [Path(path) for path in paths]
 
 

@@ -1,15 +1,14 @@
-"""Built-in tools that a model can call: safe, local, the same in data, training and evaluation.
+"""The tools of the demo, which a model can call: safe, local, the same in data, training and
+evaluation.
 
-A tool is a name, a JSON schema of its arguments, and a function of them. `call_tool` never raises:
-an error is the result of the call, so that the model may try again. A model trained on the demo's
-tools.jsonl knows all of them. loop.py reads calls from replies and executes them.
+A tool is a name, a JSON schema of its arguments, and a function of them. A model trained on the
+demo's tools.jsonl knows all of these. call.py executes calls, of them and of those in mock.py.
 """
 
 import ast
-import json
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -30,77 +29,6 @@ class ToolError(Exception):
     """The error message that the model gets instead of a result."""
 
     kind = "failed"
-
-
-class UnknownTool(ToolError):
-    kind = "unknown_tool"
-
-
-class BadArguments(ToolError):
-    kind = "bad_arguments"
-
-
-class Result(NamedTuple):
-    """The JSON that the model reads, {"error": "…"} if the call failed, and the kind of error."""
-
-    text: str
-    error: str | None = None
-
-
-def call_tool(
-    name: str, arguments: dict[str, Any] | str, offered: Iterable[str] | None = None
-) -> Result:
-    """The result of a call; it never raises.
-
-    Args:
-        arguments: an object, or the JSON text of one, as a model writes it.
-        offered: the tools that may be called; default: all.
-    """
-    offered = list(TOOLS if offered is None else offered)
-    try:
-        if name not in offered:
-            raise UnknownTool(
-                f"there is no tool {name!r}; there are {', '.join(offered) or 'none'}"
-            )
-        result, kind = run_tool(name, arguments), None
-    except ToolError as error:
-        result, kind = {"error": str(error)}, error.kind
-    return Result(json.dumps(result, ensure_ascii=False), kind)
-
-
-def run_tool(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
-    if name not in TOOLS:  # offered by somebody's data
-        raise ToolError(f"{name} cannot be run here")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError) as error:
-            raise BadArguments(f"the arguments are not JSON: {error}") from None
-    if not isinstance(arguments, dict):
-        raise BadArguments("the arguments must be a JSON object")
-    parameters = TOOLS[name].schema["function"]["parameters"]
-    for key, about in parameters["properties"].items():
-        if key not in arguments:
-            raise BadArguments(f"{name} needs {key!r}: {about['description']}")
-        if about["type"] == "number":
-            arguments = {**arguments, key: number(arguments[key], key)}
-        elif not isinstance(arguments[key], str):
-            raise BadArguments(f"{key!r} must be a text")
-    for key in arguments:
-        if key not in parameters["properties"]:
-            raise BadArguments(f"{name} takes no {key!r}")
-    return TOOLS[name].run(**arguments)
-
-
-def number(value: Any, key: str) -> float:
-    """The argument as a number, which small models often write in quotes."""
-    try:
-        value = float(value)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise BadArguments(f"{key!r} must be a number")
-    return value
 
 
 def plain(value: float) -> float | int:
@@ -272,33 +200,42 @@ def dictionary(word: str) -> dict[str, Any]:
 
 
 def tool(
-    name: str, description: str, run: Callable[..., dict[str, Any]], **properties: tuple[str, str]
+    name: str,
+    description: str,
+    run: Callable[..., dict[str, Any]],
+    **properties: tuple[str, str] | tuple[str, str, Any],
 ) -> BuiltinTool:
-    """A tool, all of whose arguments are required; `properties`: type and description of each."""
-    fields = {key: {"type": kind, "description": told} for key, (kind, told) in properties.items()}
-    parameters = {"type": "object", "properties": fields, "required": list(fields)}
+    """A tool; `properties`: type and description of each argument, and the default of one that is
+    not required."""
+    fields: dict[str, dict[str, Any]] = {}
+    for key, (kind, told, *default) in properties.items():
+        fields[key] = {"type": kind, "description": told}
+        fields[key] |= {"default": default[0]} if default else {}
+    required = [key for key, about in fields.items() if "default" not in about]
+    parameters = {"type": "object", "properties": fields, "required": required}
     about = {"name": name, "description": description, "parameters": parameters}
     return BuiltinTool({"type": "function", "function": about}, run)
 
 
-TOOLS = {
-    each.schema["function"]["name"]: each
-    for each in (
-        tool("calculator", "Work out a sum", calculator, expression=("string", "such as 348 * 27")),
-        tool("clock", "Tell today's date and weekday, and the time of day", clock),
-        tool(
-            "convert_units",
-            "Convert a length, mass, volume, time or temperature",
-            convert_units,
-            value=("number", "how many of from_unit"),
-            from_unit=("string", "such as km or celsius"),
-            to_unit=("string", "such as mile or fahrenheit"),
-        ),
-        tool(
-            "dictionary",
-            "Look up what a word of machine learning means",
-            dictionary,
-            word=("string", "such as token"),
-        ),
-    )
-}
+def by_name(*tools: BuiltinTool) -> dict[str, BuiltinTool]:
+    return {each.schema["function"]["name"]: each for each in tools}
+
+
+TOOLS = by_name(
+    tool("calculator", "Work out a sum", calculator, expression=("string", "such as 348 * 27")),
+    tool("clock", "Tell today's date and weekday, and the time of day", clock),
+    tool(
+        "convert_units",
+        "Convert a length, mass, volume, time or temperature",
+        convert_units,
+        value=("number", "how many of from_unit"),
+        from_unit=("string", "such as km or celsius"),
+        to_unit=("string", "such as mile or fahrenheit"),
+    ),
+    tool(
+        "dictionary",
+        "Look up what a word of machine learning means",
+        dictionary,
+        word=("string", "such as token"),
+    ),
+)

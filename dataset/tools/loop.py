@@ -11,9 +11,11 @@ results until a reply calls no tool.
 Evaluation (scripts/eval_toolcall.py) and reinforcement learning (trainer/train_agent.py) run this
 loop; the web page, which shows each step to its user, executes calls by the same `answer_calls`.
 
-A task is a row of conversations: the messages up to the last question, and the truth, which is what
-follows: calls, results and answer. A call that the truth makes too gets the result recorded there,
-so that a clock tells the time of the row; any other call of the clock gets CLOCK.
+A task is a row of conversations: the messages up to the last question, and what follows it in the
+data: calls, results, and the truth (grading.py::read_truth). A call that the row makes too gets the
+result recorded there, so that a clock tells the time of the row; any other call of the clock gets
+CLOCK. An empty last answer is the place to answer: then the row knows neither calls nor answer, and
+its truth is its "gt".
 
 What the model wrote is never tokenised again: an episode keeps the ids that were sampled and
 appends those of the results, as the chat template writes them. Text tokenised again may give other
@@ -28,15 +30,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fields
 from dataset.forms.rows import as_prompt
-from dataset.grading import grade
+from dataset.grading import Truth, final_answer, read_truth
 from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
-from dataset.tools.builtin import Result, call_tool
+from dataset.tools import MAX_TURNS
+from dataset.tools.call import Result, Schema, call_tool, can_run, tool_name
 from model.errors import UserError
 
-MAX_TURNS = 4  # replies to one question; without a limit a model may call tools for ever
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
 # What can go wrong. An episode with any of these is scored 0.
 ERRORS = {
@@ -60,11 +63,20 @@ class Task:
     """A question with tools, and the truth."""
 
     messages: list[Message]  # up to the question
-    tools: list[dict[str, Any]]  # schemas of the tools on offer
+    tools: list[Schema]  # of the tools on offer
     offered: list[str]  # their names
-    calls: list[Call]  # that the truth makes
-    answer: str  # the final one
-    recorded_results: dict[tuple, str] = field(default_factory=dict)  # of the truth's calls
+    calls: list[Call] | None  # that the row makes; None: it does not say which are right
+    truth: Truth | None  # of the final answer; None: a reward model must judge it
+    recorded_results: dict[tuple, str] = field(default_factory=dict)  # of the row's calls
+
+    @property
+    def answer(self) -> str:
+        """The right answer, to be shown."""
+        return self.truth.text if self.truth else ""
+
+    @property
+    def schemas(self) -> dict[str, Schema]:
+        return {tool_name(schema): schema for schema in self.tools}
 
     def without_tools(self) -> "Task":
         """The same question with no tool on offer."""
@@ -72,35 +84,37 @@ class Task:
         return replace(self, messages=messages, tools=[], offered=[], calls=[], recorded_results={})
 
 
-def task_of(row: dict[str, Any]) -> Task:
-    """A row of conversations as a task; its "answer", if there is one, counts as the truth's.
+def parse_task(row: dict[str, Any]) -> Task:
+    """A row of conversations as a task.
 
     Raises:
-        UserError: it is no conversation, or has no question or no answer.
+        UserError: it is no conversation, has no question, or no place for an answer.
     """
     row = as_prompt(row)
     messages = [parse_tool_fields(message) for message in check_messages(row["conversations"])]
     questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
     if not questions:
         raise UserError("has no question: there is no user message")
-    asked, truth = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
-    calls, waiting = [], []
+    asked, following = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
+    calls: list[Call] = []
+    waiting: list[Call] = []
     recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}
-    for message in truth:
+    for message in following:
         if message["role"] == "assistant":
             waiting = [plain_call(call) for call in message.get("tool_calls", [])]
             calls += waiting
         elif waiting:
             recorded[call_key(waiting.pop(0))] = message["content"]
-    answer = row.get("answer")
-    if answer is None:
-        if not truth or truth[-1]["role"] != "assistant" or truth[-1].get("tool_calls"):
-            raise UserError("does not end with the assistant's answer, so there is no truth")
-        answer = truth[-1]["content"]
+    ends = following and following[-1]["role"] == "assistant"
+    answered = ends and not following[-1].get("tool_calls")
+    truth = read_truth(row, following[-1]["content"] if answered else None)
+    if not truth and not answered and "gt" not in row:
+        raise UserError("does not end with the assistant's answer, so there is no truth")
+    said = any(m["content"] for m in following if m["role"] == "assistant")
     tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
-    offered = [str((tool.get("function") or tool).get("name")) for tool in tools]
+    offered = [tool_name(tool) for tool in tools]
     offered += [call["name"] for call in calls if call["name"] not in offered]
-    return Task(asked, tools, offered, calls, str(answer), recorded)
+    return Task(asked, tools, offered, calls if calls or said else None, truth, recorded)
 
 
 def plain_call(call: dict[str, Any]) -> Call:
@@ -129,12 +143,27 @@ def read_tasks(path: str | Path, bad_rows: BadRows | None = None) -> list[Task]:
     tasks = []
     for number, row in read_rows(check_file(path), bad_rows):
         with error_at(path, number, bad_rows):
-            tasks.append(task_of(row))
+            tasks.append(parse_task(row))
     if bad_rows:
         bad_rows.refuse_if_all(len(tasks))
     if not tasks:
         raise UserError(f"{path} holds no tasks")
     return tasks
+
+
+def describe_unrunnable(tasks: Iterable[Task]) -> str:
+    """A sentence about the tools on offer that cannot be run here; "" if all of them can."""
+    rows, names = 0, set()
+    for task in tasks:
+        missing = {name for name in task.offered if not can_run(name, task.schemas.get(name))}
+        rows, names = rows + bool(missing), names | missing
+    shown = ", ".join(sorted(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if not names:
+        return ""
+    return (
+        f"{rows:,} rows offer tools that cannot be run here ({shown}): a call of one gets the "
+        "result that its row records, or else an error"
+    )
 
 
 def call_key(call: Call) -> tuple:
@@ -159,13 +188,17 @@ def call_key(call: Call) -> tuple:
 
 
 def answer_calls(
-    reply: Reply, offered: Iterable[str], recorded_results: dict[tuple, str] | None = None
+    reply: Reply,
+    offered: Iterable[str],
+    recorded_results: dict[tuple, str] | None = None,
+    schemas: dict[str, Schema] | None = None,
 ) -> list[Result]:
     """The results of a reply's calls, in their order; [] if it calls nothing.
 
     Args:
         offered: the tools that may be called.
         recorded_results: by `call_key`; these calls are not executed.
+        schemas: of the offered tools, by name, as the model was told; default: the tools' own.
     """
     results = []
     for call in reply.tool_calls:
@@ -173,7 +206,7 @@ def answer_calls(
         if recorded is not None and call["name"] in offered:
             results.append(Result(recorded))
         else:
-            results.append(call_tool(call["name"], call["arguments"], offered))
+            results.append(call_tool(call["name"], call["arguments"], offered, schemas))
     if "<tool_call>" in reply.content:  # the parser could not read it
         message = {"error": "a tool call is JSON with a name and arguments"}
         results.append(Result(json.dumps(message), "malformed"))
@@ -187,10 +220,9 @@ def tokens_of_results(
     before = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]
     messages = before + [{"role": "tool", "content": result.text} for result in results]
     options = {"add_generation_prompt": True, "open_thinking": open_thinking}
-    replies = encode_chat(tokenizer, before).ids.count(tokenizer.eos_token_id)
-    ids = encode_chat(tokenizer, messages, **options).ids
-    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id]
-    return ids[ends[replies - 1] + 1 :]
+    loss_mask = encode_chat(tokenizer, messages).loss_mask
+    end = len(loss_mask) - loss_mask[::-1].index(True)  # of the reply
+    return encode_chat(tokenizer, messages, **options).ids[end:]
 
 
 class Episode:
@@ -226,11 +258,12 @@ class Episode:
         self.extend(tokens, sampled=True)
         self.text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         self.transcript.append(("assistant", self.text))
-        if tokens[-1] != self.tokenizer.eos_token_id:
+        if tokens[-1] not in stop_tokens(self.tokenizer):
             self.end("unfinished")
             return
         reply = parse_reply(self.text, thinking=self.open_thinking)
-        results = answer_calls(reply, self.task.offered, self.task.recorded_results)
+        task = self.task
+        results = answer_calls(reply, task.offered, task.recorded_results, task.schemas)
         self.calls += reply.tool_calls
         self.errors += [result.error for result in results if result.error]
         if not results:
@@ -278,12 +311,14 @@ def run_episodes(
 
 
 def score(episode: Episode) -> dict[str, float]:
-    """1 or 0 for the names that were called, the arguments, and the final answer; all 0 if
-    anything went wrong."""
-    task, right = episode.task, not episode.errors
-    called, expected = episode.calls, task.calls
-    return {
-        "name": float(right and [c["name"] for c in called] == [c["name"] for c in expected]),
-        "arguments": float(right and list(map(call_key, called)) == list(map(call_key, expected))),
-        "answer": float(right and grade(task.answer, episode.answer)),
-    }
+    """From 0 to 1 for the final answer; 1 or 0 for the names that were called and the arguments,
+    where the row says which are right. All 0 if anything went wrong, or nothing was said."""
+    task, called = episode.task, episode.calls
+    answer = final_answer(episode.answer)
+    right = not episode.errors and bool(called or answer.strip())
+    scores = {"answer": task.truth.score(answer) if right and task.truth else 0.0}
+    if task.calls is not None:
+        names = [call["name"] for call in called] == [call["name"] for call in task.calls]
+        arguments = list(map(call_key, called)) == list(map(call_key, task.calls))
+        scores |= {"name": float(right and names), "arguments": float(right and arguments)}
+    return scores

@@ -42,18 +42,13 @@ from transformers import (
 
 from model.errors import UserError
 from model.formats.experts import PROJECTIONS, join_experts, put_experts
+from model.formats.minimind_format import make_config
+from model.formats.native_format import YARN_FIELDS, is_native, load_native
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 SHARED_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id
     eos_token_id pad_token_id""".split()
-YARN_FIELDS = {  # transformers: MiniMind
-    "factor": "yarn_factor",
-    "original_max_position_embeddings": "yarn_original_length",
-    "beta_fast": "yarn_beta_fast",
-    "beta_slow": "yarn_beta_slow",
-    "attention_factor": "yarn_attention_factor",
-}
 # Values of further RoPE fields that change nothing.
 HARMLESS_ROPE_FIELDS = {
     "truncate": True,
@@ -155,8 +150,6 @@ def rope_parameters(config: MiniMindConfig) -> dict[str, Any]:
 
 def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
     """The MiniMind config of a transformers model. UserError if it is not one of the above."""
-    if isinstance(config, MiniMindConfig):
-        return config
     if type(config) not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES.values())
         raise UserError(
@@ -180,12 +173,12 @@ def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
     fields["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] == "yarn":
         fields["inference_rope_scaling"] = True
-        fields |= {own: rope[hf] for hf, own in YARN_FIELDS.items() if hf in rope}
+        fields |= {own: rope[hf] for hf, own in YARN_FIELDS.items() if rope.get(hf) is not None}
     elif rope["rope_type"] != "default":
         raise UserError(
             f"the model has RoPE scaling {rope['rope_type']}, which MiniMind does not support"
         )
-    known = {"rope_type", "rope_theta", *YARN_FIELDS}
+    known = {"type", "rope_type", "rope_theta", *YARN_FIELDS}  # "type": until transformers 4
     for name, value in rope.items():
         if name not in known and value is not None and HARMLESS_ROPE_FIELDS.get(name) != value:
             raise UserError(f"the model's RoPE has {name} {value}, which MiniMind does not support")
@@ -193,6 +186,8 @@ def from_hf_config(config: PreTrainedConfig) -> MiniMindConfig:
     if isinstance(config, LlamaConfig | Qwen3Config):
         return MiniMindConfig(**fields)
     fields |= {"use_moe": True, "num_experts_per_tok": config.num_experts_per_tok}
+    if hasattr(config, "router_aux_loss_coef"):
+        fields["aux_loss_alpha"] = config.router_aux_loss_coef
     if isinstance(config, MixtralConfig):
         if config.sliding_window:
             raise UserError(
@@ -300,13 +295,20 @@ def read_hf_config(folder: Path) -> PreTrainedConfig:
         raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
 
 
-def load_hf_folder(folder: Path) -> MiniMindForCausalLM:
-    """Load a transformers folder as a MiniMind model in float32. UserError if it has none."""
-    from_hf_config(read_hf_config(folder))  # errors before the weights are read
+def load_hf_folder(folder: Path, **overrides: Any) -> MiniMindForCausalLM:
+    """Load a transformers folder as a MiniMind model, in float32 and eval mode.
+
+    Args:
+        overrides: fields of the config that replace those of config.json, but for structural ones.
+
+    Raises:
+        UserError: MiniMind has no such model.
+    """
+    if is_native(folder):
+        return load_native(folder, **overrides)
+    known = from_hf_config(read_hf_config(folder)).to_diff_dict()  # errors before the weights
+    config = make_config(known, overrides, folder, "config.json")
     other = load_transformers(folder, torch.float32)
-    if isinstance(other, MiniMindForCausalLM):
-        return other.eval()
-    config = from_hf_config(other.config)
     model = MiniMindForCausalLM(config)
     model.load_state_dict(from_hf_state(dict(other.state_dict()), config), strict=True)
     return model.eval()
@@ -358,6 +360,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a transformers folder, as its own architecture; UserError unless all weights fit."""
+    if is_native(folder):
+        return load_native(folder).to(dtype)
     try:
         with quiet_transformers():  # the errors below say it in one sentence
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -1,15 +1,70 @@
-"""Bare `.pth` files of earlier MiniMind versions: the config from the shapes of the weights."""
+"""MiniMind's `.pth` files, of this and earlier versions: the state dict, and the config from the
+shapes of the weights where no `.json` lies beside them."""
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from model.config import STRUCTURAL_FIELDS, MiniMindConfig
 from model.errors import UserError
+from model.paths import check_weights
 
 ROUTER_BIAS = "mlp.e_score_correction_bias"  # its name in a layer, with scoring_func "sigmoid"
+
+
+def read_state(path: Path | str) -> dict[str, Tensor]:
+    """The state dict in a `.pth`, on the CPU; of a resume file, the weights under "model".
+
+    A file can never run code: weights_only=True allows tensors and plain values alone.
+
+    Raises:
+        UserError: the file holds anything else.
+    """
+    path = check_weights(Path(path))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"the weights {path} cannot be read: {error.strerror}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`"
+        )
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        raise UserError(f"{path} is a safetensors file; name its folder instead")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is refused: it is not a plain state dict (a damaged file, or a pickle with "
+            "code, which is never executed here)"
+        ) from error
+    except Exception as error:  # which one depends on where the file is damaged
+        raise UserError(
+            f"{path} is not a checkpoint, or only part of one ({path.stat().st_size} bytes); copy "
+            "or download it again"
+        ) from error
+    if isinstance(state, dict) and "rng_states" in state:
+        raise UserError(
+            f"{path} is a checkpoint, which --resume goes on from; its weights are the .pth of the "
+            "same name in --save_dir"
+        )
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]  # beside the optimizer and the position in the data
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise UserError(f"{path} does not hold a state dict (tensors by name)")
+    # DistributedDataParallel and torch.compile add these to the names
+    state = {re.sub(r"^(module\.)+", "", n.replace("_orig_mod.", "")): v for n, v in state.items()}
+    if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: saved once
+    return state
 
 
 def config_from_shapes(
@@ -57,6 +112,7 @@ def config_from_shapes(
                 for name in state
             ),
             "num_experts_per_tok": 1 if newer else 2,
+            "aux_loss_alpha": 5e-4 if newer else 0.1,
             "scoring_func": "sigmoid" if first + ROUTER_BIAS in state else "softmax",
         }
     return {
@@ -72,3 +128,53 @@ def config_from_shapes(
         "rms_norm_eps": 1e-6 if newer else 1e-5,
         "tie_word_embeddings": torch.equal(state.get("lm_head.weight", embedding), embedding),
     }
+
+
+def make_config(
+    known: dict[str, Any], overrides: dict[str, Any], path: Path | str, said_by: str = ""
+) -> MiniMindConfig:
+    """The config of weights, with overrides.
+
+    Args:
+        known: its fields, as a file or the shapes have them.
+        said_by: the file beside the weights that has them; structural fields must agree with it.
+
+    Raises:
+        UserError: they do not make a model, or an override contradicts the file.
+    """
+    try:
+        config = MiniMindConfig(**{**known, **overrides})
+        before = MiniMindConfig(**known)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
+    for name in sorted(STRUCTURAL_FIELDS & overrides.keys()) if said_by else ():
+        saved = getattr(before, name)
+        if saved != overrides[name]:
+            raise UserError(
+                f"{path} has {name} {saved}, as its {said_by} says, and not {overrides[name]}"
+            )
+    return config
+
+
+def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | str) -> None:
+    """UserError with the first weight that is missing, unexpected or of another shape."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    if missing or unknown:
+        names, what = (missing, "lacks") if missing else (unknown, "has, but the model does not,")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
+    embedding = state["model.embed_tokens.weight"]
+    head = state.get("lm_head.weight", embedding)
+    if model.config.tie_word_embeddings and not torch.equal(embedding, head):
+        raise UserError(
+            f"{path} has an lm_head.weight that differs from the embedding, but its config ties "
+            "them (tie_word_embeddings)"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{path} does not fit the model: {name} is {list(tensor.shape)} in the file "
+                f"and {list(expected[name].shape)} in the model; check the size flags"
+            )

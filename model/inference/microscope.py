@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from model.attention import VarlenMetadata, attention_weights, make_attention_mask
 from model.feed_forward import MixtureOfExperts, Routing
@@ -175,22 +175,3 @@ def expert_load(routing: Routing) -> Tensor:
 
 
 # -- bytes -----------------------------------------------------------------------------------------
-
-
-def unicode_to_bytes() -> dict[str, int]:
-    """The inverse of GPT-2's bytes_to_unicode: byte-level BPE writes a printable byte as the
-    character of that number, and the others as characters from 256 on, in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = unicode_to_bytes()
-
-
-def decode_token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """The bytes of a token, often part of a character; of a special token, its name."""
-    name = tokenizer.convert_ids_to_tokens(token)
-    if token not in tokenizer.added_tokens_decoder and all(c in BYTE_OF_CHARACTER for c in name):
-        return bytes(BYTE_OF_CHARACTER[c] for c in name)
-    return tokenizer.decode([token]).encode()

@@ -155,7 +155,7 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def to_hub_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """PackedDataset of ARC and OpenBookQA as on the Hub; the published files nest the question."""
+    """A row of ARC or OpenBookQA with the Hub's columns; the published files nest the question."""
     question = row.get("question")
     if not isinstance(question, dict):
         return row
@@ -176,9 +176,9 @@ def evaluate(
     """Evaluate a model on a benchmark.
 
     Returns:
-        accuracy (the benchmark's usual metric) with standard error, all metrics as "figures", and
-        the accuracy of guessing as "chance": one over the number of answers, averaged over the
-        questions; 0 where the model writes the answer.
+        accuracy (the benchmark's usual metric) with standard error, all "metrics", and the accuracy
+        of guessing as "chance": one over the number of answers, averaged over the questions; 0
+        where the model writes the answer.
     """
     if num_fewshot is None:
         num_fewshot = benchmark.num_fewshot
@@ -212,7 +212,7 @@ def evaluate(
         "chance": sum(chances) / len(chances),
         "questions": len(samples),
         "shots": num_fewshot,
-        "figures": metrics,
+        "metrics": metrics,
         "subjects": {
             task: output["results"][task][f"{metric},{filter_name}"]
             for task in output["samples"]
@@ -273,6 +273,8 @@ class HarnessModel(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            open_thinking=False,  # the answer is compared from its first token on
+            enable_thinking=False,
         )
 
     @torch.inference_mode()

@@ -16,15 +16,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from model.command_line import option, parse_arguments, parse_command_line
+from model.errors import UserError, exit_on_user_error
+from model.paths import OUT, weight_path
+from scripts.serving.arguments import ModelArgs
+
+
+@dataclass
+class Args:
+    output: str = option(str(OUT / "demo"), "folder for data, weights, logs and plots")
+    report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
+    started: float = option(0.0, "start time in seconds since the epoch (set by make)")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
+    max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
+    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from rich.console import Console
 from rich.table import Table
 
 from dataset.demo.files import load_tests, write_demo_data
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, weight_path, write_json
+from model.weights import write_json
 from scripts.evaluation.exact_match import exact_match, greedy_answers
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import load_chat_model
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
@@ -35,7 +53,7 @@ HIDDEN_SIZE = 192
 TRIAL_STEPS = 20  # to measure the speed of this machine
 PRETRAIN_SHARE = 0.3  # of the training time; fine-tuning has the rest
 EVALUATION_SECONDS = 30  # reserved after training
-# Small batches, hence many updates: there is little data and little time. Four heads of 48
+# Small batches, hence many steps: there is little data and little time. Four heads of 48
 # dimensions encode positions better than eight of 24; QK norm allows the high learning rate.
 SIZES = f"""--hidden_size {HIDDEN_SIZE} --num_hidden_layers 4 --num_attention_heads 4
     --num_key_value_heads 4 --qk_norm 1"""
@@ -56,17 +74,6 @@ QUESTIONS = [
     "Will it rain tomorrow?",
     "你真棒！",
 ]
-
-
-@dataclass
-class Args:
-    output: str = option(str(OUT / "demo"), "folder for data, weights, logs and plots")
-    report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
-    started: float = option(0.0, "start time in seconds since the epoch (set by make)")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    minutes: float = option(12.0, "total time; a slower machine makes fewer updates; 0: no limit")
-    max_steps: int = option(0, "maximum updates of each training, for a quick test; 0: all")
-    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
 
 
 def main(args: Args) -> dict:
@@ -131,7 +138,7 @@ def train(
     argv = [word.format(**values) for word in f"{flags} {COMMON}".split()]
     steps = args.max_steps
     if deadline and not steps:
-        console.print(f"how fast is this machine? {TRIAL_STEPS} updates to find out")
+        console.print(f"how fast is this machine? {TRIAL_STEPS} steps to find out")
         step_seconds = measure_step(trainer, argv, Path(args.output) / "trial")
         steps = max(1, round(share * (deadline - time.time()) / step_seconds))
     argv += ["--max_steps", str(steps)] if steps else []
@@ -184,7 +191,7 @@ def show(console: Console, report: dict, counts: dict[str, int], out: Path, args
         f"{report['parameters'] / 1e6:.2f}M parameters, {report['eval_bpb']:.2f} bits per byte on "
         f"held-out text, {duration(report['seconds'])} in all, of which "
         f"{duration(report['training_seconds'])} training ({report['machine']})\n"
-        f"figures: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"
+        f"results: {args.report}\ncurves:  {out / 'demo_losses.png'}\n"
         f"talk:    python eval_llm.py --save_dir {args.output} --weight full_sft",
         soft_wrap=True,
     )
@@ -192,4 +199,4 @@ def show(console: Console, report: dict, counts: dict[str, int], out: Path, args
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

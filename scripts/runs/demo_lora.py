@@ -16,18 +16,34 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from dataset.jsonl import load_rows, write_rows
+from model.command_line import option, parse_arguments, parse_command_line
+from model.errors import exit_on_user_error
+from model.paths import OUT, weight_path
+from scripts.serving.arguments import ModelArgs
+
+
+@dataclass
+class Args:
+    output: str = option(str(OUT / "demo"), "folder of the demo's data and weights")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    max_steps: int = option(0, "most optimizer steps, for a quick test; 0: all")
+    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
+    seed: int = option(42, "random seed: replayed chats, initial adapter weights, order")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from rich.console import Console
 from rich.table import Table
 
 from dataset.demo.files import write_demo_data
 from dataset.demo.material import phrasing_key
-from dataset.jsonl import load_rows, write_rows
-from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
-from model.weights import OUT, weight_path, write_json
+from model.weights import write_json
 from scripts.evaluation.exact_match import exact_match, greedy_answers
 from scripts.runs.demo import HIDDEN_SIZE, held_out_tests
-from scripts.serving.arguments import ModelArgs
 from scripts.serving.loading import ChatModel, load_chat_model
 from trainer import train_lora
 from trainer.common.hardware import describe_machine, resolve_device
@@ -47,15 +63,6 @@ TITLES = {
     "textbook": "textbook, held-out phrasings",
 }
 QUESTIONS = ["Who are you?", "你是谁？", "I am tired today.", "What is 37 + 45?"]
-
-
-@dataclass
-class Args:
-    output: str = option(str(OUT / "demo"), "folder of the demo's data and weights")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    max_steps: int = option(0, "maximum updates, for a quick test; 0: all")
-    questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
-    seed: int = option(42, "random seed: replayed chats, initial adapter weights, order")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -145,4 +152,4 @@ def show(console: Console, report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -1,70 +1,176 @@
-"""Flags that chat, web page, server and evaluation share: which model, and how to sample."""
+"""Flags that chat, web page, server and evaluation share: which model, and how to sample. Imports
+nothing slow."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from model.command_line import option
-from model.errors import UserError
-from model.inference.sampling import SamplingParams
-from model.weights import OUT, TOKENIZER
+from model.command_line import default_of, option, tell
+from model.paths import (
+    OUT,
+    TOKENIZER,
+    check_model_folder,
+    check_tokenizer_folder,
+    check_weights,
+    is_hf_folder,
+    resolve_weights,
+)
+
+if TYPE_CHECKING:
+    from model.inference.sampling import SamplingParams
+
+# groups of --help
+MODEL, LONG_TEXTS, SAMPLING, MACHINE = "model", "long texts (YaRN)", "sampling", "machine"
+SERVER, LIMITS = "server", "limits"
+OWN_WEIGHTS = ("weight", "hidden_size", "num_hidden_layers", "use_moe", "save_dir")
 
 
 @dataclass
-class ModelArgs:
-    """Which model to load, and on what device."""
+class YarnArgs:
+    """How a model reads texts longer than those of its training."""
 
-    load_from: str = option(
-        str(TOKENIZER), "./model: own weights from save_dir; else a transformers folder"
+    inference_rope_scaling: bool = option(
+        False, "YaRN, for texts longer than in training", group=LONG_TEXTS
     )
-    weight: str = option("full_sft", "own weights: a stage, such as pretrain, or a .pth file")
-    lora_weight: str = option("", "own weights: a LoRA adapter, such as lora_identity, or a .pth")
-    hidden_size: int | None = option(None, "own weights: hidden size; default: the newest file")
-    save_dir: str = option(str(OUT), "folder of own weights")
-    tokenizer_path: str = option("", "folder of the tokenizer; default: load_from")
-    inference_rope_scaling: bool = option(False, "YaRN, for texts longer than in training")
-    yarn_factor: float | None = option(None, "YaRN: context length / trained length; default: 4")
-    yarn_original_length: int | None = option(None, "YaRN: trained length; default: 2048")
+    yarn_factor: float | None = option(
+        None,
+        "context length / trained length; default: 4",
+        group=LONG_TEXTS,
+        needs="inference_rope_scaling",
+    )
+    yarn_original_length: int | None = option(
+        None, "trained length; default: 2048", group=LONG_TEXTS, needs="inference_rope_scaling"
+    )
     yarn_beta_fast: float | None = option(
-        None, "YaRN: dimensions with more rotations are not scaled; default: 32"
+        None,
+        "dimensions with more rotations are not scaled; default: 32",
+        group=LONG_TEXTS,
+        needs="inference_rope_scaling",
     )
     yarn_beta_slow: float | None = option(
-        None, "YaRN: dimensions with fewer rotations are fully interpolated; default: 1"
+        None,
+        "dimensions with fewer rotations are fully interpolated; default: 1",
+        group=LONG_TEXTS,
+        needs="inference_rope_scaling",
     )
     yarn_attention_factor: float | None = option(
-        None, "YaRN: factor on cos and sin of the rotation; default: 0.1 · ln(factor) + 1"
+        None,
+        "factor on cos and sin of the rotation; default: 0.1 · ln(factor) + 1",
+        group=LONG_TEXTS,
+        needs="inference_rope_scaling",
     )
-    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu")
+
+
+@dataclass
+class ModelArgs(YarnArgs):
+    """Which model to load, and on what device."""
+
+    groups = (MODEL, SAMPLING, LONG_TEXTS, MACHINE)
+
+    load_from: str = option(
+        str(TOKENIZER),
+        "./model: own weights from save_dir; else a transformers folder",
+        group=MODEL,
+        check=check_model_folder,
+    )
+    weight: str = option(
+        "full_sft", "own weights: a stage, such as pretrain, a .pth or a folder", group=MODEL
+    )
+    lora_weight: str = option(
+        "", "own weights: a LoRA adapter, such as lora_identity, or a .pth", group=MODEL
+    )
+    hidden_size: int | None = option(
+        None, "own weights: hidden size; default: the newest file", group=MODEL, at_least=1
+    )
+    num_hidden_layers: int | None = option(
+        None, "own weights: depth, which the file must have; default: its own", group=MODEL
+    )
+    use_moe: bool | None = option(
+        None, "own weights: with experts (1) or without (0); default: the newest file", group=MODEL
+    )
+    save_dir: str = option(str(OUT), "folder of own weights", group=MODEL)
+    tokenizer_path: str = option(
+        "",
+        "folder of the tokenizer; default: load_from, or beside the weights",
+        group=MODEL,
+        check=check_tokenizer_folder,
+    )
+    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu", group=MACHINE)
     dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", "of the weights on CUDA; elsewhere float32"
+        "bfloat16", "of the weights on CUDA; elsewhere float32", group=MACHINE
     )
+
+    def __post_init__(self) -> None:
+        if self.lora_weight in ("None", "none"):  # as MiniMind's own scripts have it
+            self.lora_weight = ""
+        if all(is_hf_folder(folder) for folder in listed(self.load_from)):
+            defaults = {each.name: default_of(each) for each in fields(self)}
+            for name in OWN_WEIGHTS:
+                if getattr(self, name) != defaults[name]:
+                    tell(
+                        f"--{name} has no effect: it chooses own weights, and --load_from names a "
+                        "transformers folder"
+                    )
+
+    def check_files(self) -> None:
+        """UserError if there are no such weights."""
+        for folder in listed(self.load_from):
+            for weight in listed(self.weight):
+                find_model(replace(self, load_from=folder), weight)
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def find_model(args: ModelArgs, weight: str | None = None) -> Path:
+    """The folder that --load_from names, if it holds a model, or else the weights of --weight."""
+    if is_hf_folder(args.load_from):
+        return Path(args.load_from)
+    check_model_folder(args.load_from)
+    name = args.weight if weight is None else weight
+    found = resolve_weights(name, args.hidden_size, args.save_dir, use_moe=args.use_moe)
+    return check_weights(found)
 
 
 @dataclass
 class ChatArgs(ModelArgs):
     """Which model to load, and how to sample its answers."""
 
-    historys: int = option(0, "number of earlier messages in the prompt; 0: each prompt alone")
-    max_new_tokens: int = option(512, "maximum length of an answer, in tokens")
-    temperature: float = option(0.85, "sampling temperature; 0: greedy")
-    top_p: float = option(0.85, "nucleus sampling: smallest set of tokens with this probability")
-    top_k: int = option(0, "sample from the k most likely tokens; 0: all")
-    repetition_penalty: float = option(1.0, "above 1 makes repetition less likely")
-    open_thinking: bool = option(False, "start answers with <think>, for reasoning models")
-    seed: int | None = option(None, "random seed of the sampling; default: a new one each time")
+    historys: int = option(
+        0, "number of earlier messages in the prompt; 0: each prompt alone", at_least=0
+    )
+    max_new_tokens: int = option(
+        512, "maximum length of an answer, in tokens", group=SAMPLING, at_least=1
+    )
+    temperature: float = option(0.85, "sampling temperature; 0: greedy", group=SAMPLING, at_least=0)
+    top_p: float = option(
+        0.85,
+        "nucleus sampling: smallest set of tokens with this probability",
+        group=SAMPLING,
+        above=0,
+        at_most=1,
+    )
+    top_k: int = option(
+        0, "sample from the k most likely tokens; 0: all", group=SAMPLING, at_least=0
+    )
+    repetition_penalty: float = option(
+        1.0, "above 1 makes repetition less likely", group=SAMPLING, above=0
+    )
+    open_thinking: bool = option(
+        False, "start answers with <think>, for reasoning models", group=SAMPLING
+    )
+    seed: int | None = option(
+        None,
+        "random seed of the sampling; default: a new one each time",
+        group=SAMPLING,
+        at_least=0,
+        below=2**31,
+    )
 
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # also refuses NaN
-            raise UserError(f"--temperature must be at least 0, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if not 0 <= (self.seed or 0) < 2**31:
-            raise UserError(f"--seed must be at least 0 and below 2^31, not {self.seed}")
-        if self.historys < 0:
-            raise UserError(f"--historys must be at least 0, not {self.historys}")
+    def sampling(self) -> "SamplingParams":
+        from model.inference.sampling import SamplingParams
 
-    def sampling(self) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -79,22 +185,51 @@ class ChatArgs(ModelArgs):
 class ServerArgs(ModelArgs):
     """Which model to serve, where, and with what limits."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
-    port: int = option(8000, "port to listen on")
-    api_key: str = option("", "API key that clients must send; default: none needed")
-    model_name: str = option("minimind", "name of the model in the API")
-    max_batch: int = option(32, "maximum number of requests decoded at a time")
-    max_queue: int = option(256, "maximum number of requests waiting; more are refused")
-    max_length: int = option(4096, "maximum length of prompt and reply together, in tokens")
-    max_new_tokens: int = option(512, "maximum length of a reply; default of requests")
-    prefill_tokens: int = option(512, "maximum number of prompt tokens per engine step")
-    open_thinking: bool = option(False, "start replies with <think>; default of requests")
-    temperature: float = option(0.85, "sampling temperature; default of requests")
-    top_p: float = option(0.85, "nucleus sampling; default of requests")
+    groups = (MODEL, SERVER, LIMITS, SAMPLING, LONG_TEXTS, MACHINE)
 
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_length", "max_new_tokens", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_queue < 0:
-            raise UserError(f"--max_queue must be at least 0, not {self.max_queue}")
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0: reachable from other machines",
+        group=SERVER,
+    )
+    port: int = option(8000, "port to listen on", group=SERVER, at_least=0, at_most=65535)
+    api_key: str = option("", "API key that clients must send; default: none needed", group=SERVER)
+    model_name: str = option("minimind", "name of the model in the API", group=SERVER)
+    max_batch: int = option(
+        32, "maximum number of requests decoded at a time", group=LIMITS, at_least=1
+    )
+    max_queue: int = option(
+        256,
+        "maximum number of requests waiting; more are refused",
+        group=LIMITS,
+        at_least=0,
+    )
+    max_length: int = option(
+        4096,
+        "maximum length of prompt and reply together, in tokens",
+        group=LIMITS,
+        at_least=1,
+        alias=("max_seq_len",),
+    )
+    max_new_tokens: int = option(
+        512, "maximum length of a reply; default of requests", group=SAMPLING, at_least=1
+    )
+    prefill_tokens: int = option(
+        512, "maximum number of prompt tokens per engine step", group=LIMITS, at_least=1
+    )
+    open_thinking: bool = option(
+        False, "start replies with <think>; default of requests", group=SAMPLING
+    )
+    temperature: float = option(
+        0.85, "sampling temperature; default of requests", group=SAMPLING, at_least=0
+    )
+    top_p: float = option(
+        0.85,
+        "nucleus sampling; default of requests",
+        group=SAMPLING,
+        above=0,
+        at_most=1,
+    )
+    top_k: int = option(
+        0, "sample from the k most likely tokens; default of requests", group=SAMPLING, at_least=0
+    )

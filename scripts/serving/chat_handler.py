@@ -9,6 +9,7 @@ from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
+from model.inference.tokens import decode_token_bytes
 from scripts.serving.errors import ApiError
 from scripts.serving.handler import MIN_LOGPROB, Handler
 from scripts.serving.openai_types import ChatMessage, ChatRequest, NamedToolChoice
@@ -183,9 +184,9 @@ class ChatHandler(Handler):
             return []
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.token_text(token)
+            part = list(decode_token_bytes(self.tokenizer, token))
             logprob = max(logprob, MIN_LOGPROB)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": self.token_text(token), "logprob": logprob, "bytes": part}
 
         return [
             entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}

@@ -8,6 +8,7 @@ from typing import Any
 from model.inference.engine import Request
 from model.inference.grammar import Grammar
 from model.inference.streaming import StreamingDetokenizer
+from model.inference.tokens import decode_token_bytes
 from scripts.serving.openai_types import BaseRequest
 from scripts.serving.service import Delta, Service
 
@@ -86,4 +87,4 @@ class Handler:
         }
 
     def token_text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        return decode_token_bytes(self.tokenizer, token).decode(errors="replace")

@@ -1,16 +1,28 @@
 """The one loader of a finished model, for chat, server, web page, evaluation and demo."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.errors import UserError
+from model.formats.hf_format import load_transformers
+from model.formats.lora_format import load_lora, resolve_lora
+from model.formats.native_format import is_native
+from model.inference.engine import eos_ids
 from model.inference.generation import pack_for_cpu_decoding
-from model.inference.loading import load_for_chat, yarn_settings
-from model.model_lora import load_lora, merge_and_unload
-from model.weights import count_parameters, find_weights
-from scripts.serving.arguments import ModelArgs
+from model.inference.thinking import close_thoughts
+from model.model_lora import merge_and_unload
+from model.weights import (
+    TOKENIZER,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    read_info,
+    tokenizer_beside,
+)
+from scripts.serving.arguments import ModelArgs, find_model
 from trainer.common.hardware import resolve_device, resolve_dtype
 
 
@@ -39,51 +51,64 @@ def load_chat_model(
     """Load the model that the flags name, with its LoRA adapter merged.
 
     Args:
-        weight: instead of args.weight, where a command takes several.
+        weight: instead of args.weight, where a command takes several: a stage, a .pth or a folder.
         decode_only: on a CPU, pack the weights as float16. This makes decoding two to three times
             as fast; forward passes over whole texts need the unpacked model.
 
     Raises:
         UserError: there are no such weights, they do not fit the tokenizer, or flags contradict.
     """
-    weight = args.weight if weight is None else weight
-    device = resolve_device(args.device)
-    model, tokenizer, stage = load_for_chat(
-        args.load_from,
-        weight,
-        hidden_size=args.hidden_size,
-        directory=args.save_dir,
-        tokenizer_path=args.tokenizer_path,
-        device=device,
-        dtype=resolve_dtype(args.dtype, device),
-        yarn=yarn_settings(args),
-    )
+    device, path = resolve_device(args.device), find_model(args, weight)
+    tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args, path))
+    yarn, dtype = yarn_settings(args), resolve_dtype(args.dtype, device)
+    # A folder is run as its own architecture, unless it is to do what only MiniMind's can.
+    if path.is_dir() and not (is_native(path) or yarn or args.lora_weight):
+        model = load_transformers(path, dtype).to(device).eval()
+    else:
+        model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **yarn)
+    stop_at_end_of_turn(model, tokenizer, is_own=not path.is_dir())
     num_parameters = count_parameters(model)
-    in_hf_format = is_hf_folder(args.load_from)
+    if not path.is_dir():
+        check_depth(args, model, path)
     if args.lora_weight:
-        if in_hf_format:
-            raise UserError("--lora_weight needs own weights, but --load_from names another model")
-        merge_lora(model, args)
-    name = args.load_from if in_hf_format else weight
+        lora = resolve_lora(args.lora_weight, model.config, args.save_dir)
+        load_lora(model, lora)
+        merge_and_unload(model)
+        if (read_info(lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
+    stage = "" if path.is_dir() else (read_info(path) or {}).get("stage", "")
+    name = str(path) if path.is_dir() else weight or args.weight
     model = pack_for_cpu_decoding(model) if decode_only else model.eval()
     return ChatModel(model, tokenizer, stage, name, num_parameters)
 
 
-def is_hf_folder(folder: str | Path) -> bool:
-    """Whether a folder holds a model in the format of transformers."""
-    return (Path(folder) / "config.json").is_file()
+def check_depth(args: ModelArgs, model: PreTrainedModel, path: Path) -> None:
+    """UserError if weights have another depth than the flag says."""
+    given, found = args.num_hidden_layers, model.config.num_hidden_layers
+    if given not in (None, found):
+        raise UserError(f"{path} has --num_hidden_layers {found}, not {given}")
 
 
-def merge_lora(model: PreTrainedModel, args: ModelArgs) -> None:
-    """Merge the adapter that --lora_weight names, by stage or as a .pth file, into the weights."""
-    path = Path(args.lora_weight)
-    if path.suffix != ".pth":
-        config = model.config
-        path = find_weights(
-            f"lora/{args.lora_weight}",
-            config.hidden_size,
-            args.save_dir,
-            use_moe=config.use_moe,
-        )
-    load_lora(model, path)
-    merge_and_unload(model)
+def stop_at_end_of_turn(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, is_own: bool
+) -> None:
+    """Let replies end at the token with which the chat template ends a turn, which may be another
+    than EOS; a folder of transformers may name still others."""
+    ids = [*(() if is_own else eos_ids(model)), *stop_tokens(tokenizer)]
+    if ids and set(ids) != set(eos_ids(model)):
+        model.generation_config.eos_token_id = list(dict.fromkeys(ids))
+
+
+def find_tokenizer(args: ModelArgs, path: Path) -> Path | str:
+    """The tokenizer's folder where no flag names it: of --load_from, or beside the weights."""
+    if Path(args.load_from) != TOKENIZER:
+        return args.load_from
+    return tokenizer_beside(path) or TOKENIZER
+
+
+def yarn_settings(args: Any) -> dict[str, Any]:
+    """The config fields that the flags --inference_rope_scaling and --yarn_* set."""
+    given = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
+    if given and not args.inference_rope_scaling:
+        raise UserError(f"--{min(given)} is for --inference_rope_scaling 1")
+    return {"inference_rope_scaling": True, **given} if args.inference_rope_scaling else {}

@@ -45,7 +45,7 @@ class BaseRequest(IgnoredFields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     # extensions that vLLM and others have too
-    top_k: Annotated[int, Field(ge=0)] | None = 0
+    top_k: Annotated[int, Field(ge=0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
 
     @property

@@ -88,7 +88,7 @@ class Service:
         return SamplingParams(
             max_new_tokens=min(max_tokens or args.max_new_tokens, room),
             temperature=args.temperature if body.temperature is None else body.temperature,
-            top_k=body.top_k or 0,
+            top_k=args.top_k if body.top_k is None else body.top_k,
             top_p=args.top_p if body.top_p is None else body.top_p,
             repetition_penalty=body.repetition_penalty or 1.0,
             presence_penalty=body.presence_penalty or 0.0,

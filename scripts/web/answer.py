@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from dataset.reply_parser import Reply, ReplyParser
-from dataset.tools.builtin import TOOLS
+from dataset.tools.call import ALL_TOOLS
 from dataset.tools.loop import answer_calls
 from model.inference.engine import Request
 from model.inference.streaming import StreamingDetokenizer
@@ -114,7 +114,7 @@ def encode_prompt(
         [without_note(message) for message in messages],
         add_generation_prompt=True,
         open_thinking=controls.open_thinking,
-        tools=[TOOLS[name].schema for name in controls.tools] or None,
+        tools=[ALL_TOOLS[name].schema for name in controls.tools] or None,
     ).ids
 
 

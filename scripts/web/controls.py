@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from dataset.tools.builtin import TOOLS
+from dataset.tools.call import ALL_TOOLS
 from model.inference.sampling import SamplingParams
 from scripts.serving.arguments import ChatArgs
 from scripts.web.models import ServedModel
@@ -19,7 +19,7 @@ class ChatControls:
             if not is_base_model:
                 self.tools = st.multiselect(
                     t("tools"),
-                    list(TOOLS),
+                    list(ALL_TOOLS),
                     help=t("tools_help"),
                     placeholder=t("none_chosen"),
                     **persistent("tools"),

@@ -10,7 +10,6 @@ import streamlit as st
 from dataset.lm_dataset import encode_chat, encode_text
 from model.inference.microscope import (
     Observation,
-    decode_token_bytes,
     expert_load,
     logit_lens,
     observe,
@@ -18,6 +17,7 @@ from model.inference.microscope import (
     token_ranks,
     top_tokens,
 )
+from model.inference.tokens import decode_token_bytes
 from scripts.web.answer import without_note
 from scripts.web.controls import persistent
 from scripts.web.models import ServedModel

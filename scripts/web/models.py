@@ -13,9 +13,10 @@ import streamlit as st
 from model.errors import UserError
 from model.inference.engine import Engine
 from model.inference.engine_thread import EngineThread
+from model.paths import is_hf_folder
 from model.weights import ROOT, TOKENIZER
-from scripts.serving.arguments import ChatArgs, ModelArgs
-from scripts.serving.loading import ChatModel, is_hf_folder, load_chat_model
+from scripts.serving.arguments import ChatArgs, ModelArgs, find_model
+from scripts.serving.loading import ChatModel, load_chat_model
 
 MAX_BATCH = 8  # replies generated at a time
 MAX_QUEUE = 64
@@ -43,11 +44,9 @@ class FoundModel(NamedTuple):
 
 def find_models(args: ModelArgs) -> list[FoundModel]:
     """What --weight and --load_from name, and all models in save_dir; the newest first."""
-    named = [path for path in (Path(args.weight),) if path.suffix == ".pth" and path.is_file()]
-    if is_hf_folder(args.load_from):
-        named.append(Path(args.load_from))
+    named = [path for path in (named_model(args),) if path and path.exists()]
     root = Path(args.save_dir)
-    inside = [path for path in root.rglob("*.pth") if not SKIPPED_FOLDERS & set(path.parts)]
+    inside = [path for path in root.rglob("*.pth") if not is_skipped(path)]
     inside += [
         path.parent
         for path in root.rglob("config.json")
@@ -55,6 +54,20 @@ def find_models(args: ModelArgs) -> list[FoundModel]:
     ]
     found = {path.resolve(): FoundModel(make_label(path, root), path) for path in (*named, *inside)}
     return sorted(found.values(), key=lambda model: model.modified, reverse=True)
+
+
+def named_model(args: ModelArgs) -> Path | None:
+    """The model that the flags name, if there is one."""
+    try:
+        return find_model(args)
+    except UserError:
+        return None
+
+
+def is_skipped(path: Path) -> bool:
+    """Whether a .pth is no model, or not worth showing; earlier versions put lora_NAME_SIZE.pth
+    beside the weights."""
+    return bool(SKIPPED_FOLDERS & set(path.parts)) or path.name.startswith("lora_")
 
 
 def make_label(path: Path, root: Path) -> str:
@@ -68,23 +81,21 @@ def make_label(path: Path, root: Path) -> str:
 
 def default_model(found: list[FoundModel], args: ModelArgs) -> FoundModel:
     """The model that the flags name, or the newest."""
-    if is_hf_folder(args.load_from):
-        matches = [model for model in found if model.path == Path(args.load_from)]
-    elif args.weight.endswith(".pth"):
-        matches = [model for model in found if model.path == Path(args.weight)]
-    else:
-        name = re.compile(rf"{re.escape(args.weight)}_{args.hidden_size or '[0-9]+'}(_moe)?.pth")
-        matches = [model for model in found if name.fullmatch(model.path.name)]
+    named = named_model(args)
+    name = re.compile(rf"{re.escape(args.weight)}_{args.hidden_size or '[0-9]+'}(_moe)?.pth")
+    matches = [model for model in found if model.path == named]  # else one in a folder of save_dir
+    matches = matches or [model for model in found if name.fullmatch(model.path.name)]
     return (matches or found)[0]
 
 
 def find_lora(model: FoundModel) -> list[Path]:
-    """The LoRA adapters in lora/ next to own weights, of the same hidden size."""
+    """The LoRA adapters of the same hidden size, in lora/ next to own weights and beside them."""
     if model.is_folder:
         return []
     size = re.search(r"_[0-9]+(_moe)?$", model.path.stem)
     pattern = f"*{size[0]}.pth" if size else "*.pth"
-    return sorted((model.path.parent / "lora").glob(pattern))
+    beside = sorted(model.path.parent.glob(f"lora_{pattern}"))
+    return sorted((model.path.parent / "lora").glob(pattern)) + beside
 
 
 # -- loading ---------------------------------------------------------------------------------------

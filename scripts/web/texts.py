@@ -94,7 +94,7 @@ TEXTS = {
         "Starts the answer with <think>. This needs a model trained on reasoning data.",
         "回答以 <think> 开头。需要用推理数据训练过的模型。",
     ),
-    "sampling": ("SamplingParams", "采样"),
+    "sampling": ("Sampling", "采样"),
     "temperature": ("Temperature (0: greedy)", "温度（0：贪心解码）"),
     "top_p": ("Top-p", "Top-p"),
     "top_k": ("Top-k (0: all)", "Top-k（0：不限）"),

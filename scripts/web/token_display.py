@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 from torch import Tensor
 
-from model.inference.microscope import decode_token_bytes
+from model.inference.tokens import decode_token_bytes
 from scripts.web.texts import Translator
 
 MAX_AXIS_LABELS = 48  # more token labels would not fit along an axis

@@ -6,8 +6,9 @@ import pytest
 
 from dataset.encoding import check_messages
 from dataset.forms.rows import as_conversation, as_pair, as_prompt, as_text
+from dataset.grading import read_truth
 from dataset.lm_dataset import encode_chat, load_documents
-from dataset.tools.loop import task_of
+from dataset.tools.loop import parse_task
 from model.errors import UserError
 from trainer.rl.prompts import parse_prompt_row
 
@@ -308,7 +309,7 @@ PROMPTS = {
 @pytest.mark.parametrize(("row", "answer"), PROMPTS.values(), ids=PROMPTS.keys())
 def test_prompts_of_other_tools(row, answer):
     messages, truth, *_ = parse_prompt_row(row)
-    assert messages == [ASK] and truth == answer
+    assert messages == [ASK] and truth == read_truth({"answer": answer})
 
 
 def test_a_prompt_keeps_its_list_of_truths():
@@ -318,7 +319,7 @@ def test_a_prompt_keeps_its_list_of_truths():
 
 @pytest.mark.parametrize("beside", [{"messages": CALLED}, {"conversations": CALLED}])
 def test_tools_beside_the_messages_are_offered(beside):
-    task = task_of({**beside, "tools": json.dumps([TOOL])})
+    task = parse_task({**beside, "tools": json.dumps([TOOL])})
     assert task.tools == [TOOL] and task.offered == ["thermo"]
     assert task.calls == [CALL] and task.answer == "7"
 

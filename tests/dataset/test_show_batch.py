@@ -67,7 +67,7 @@ def test_show_batch_tells_in_a_table_what_is_trained(
         (["--kind", "text"], 'line 1 of .* has no "text"'),
         (["--kind", "dpo"], "invalid choice"),
         (["--colour", "1"], "unknown argument --colour"),
-        (["--first", "-1"], "--first at least 0"),
+        (["--first", "-1"], "--first must not be negative"),
         (["--max_seq_len", "1"], "--max_seq_len must be at least 2"),
     ],
 )

@@ -11,15 +11,16 @@ from tool_chats import HALF, ROWS, SUM, TIME, call_text, tool_row
 from toy import Trainer, chat_file
 
 from dataset.lm_dataset import encode_chat
-from dataset.tools.builtin import TOOLS, Result
+from dataset.tools.builtin import TOOLS
+from dataset.tools.call import Result
 from dataset.tools.loop import (
     CLOCK,
     Episode,
     call_key,
+    parse_task,
     read_tasks,
     run_episodes,
     score,
-    task_of,
     tokens_of_results,
 )
 from model.errors import UserError
@@ -88,7 +89,7 @@ def test_an_episode_has_the_tokens_that_fine_tuning_has(tokenizer, played, numbe
     chat = ROWS[number]["conversations"]
     says = [m for m in chat if m["role"] == "assistant"]
     texts = [m["content"] or call_text(*json.loads(m["tool_calls"])) for m in says]
-    episode = played(task_of(ROWS[number]), *texts)
+    episode = played(parse_task(ROWS[number]), *texts)
     whole = encode_chat(tokenizer, chat)
     assert episode.ids == whole.ids[:-1]  # but for the line break behind its end
     assert [False] * episode.prompt_length + episode.action_mask == whole.loss_mask[:-1]
@@ -110,7 +111,7 @@ def test_a_template_with_a_system_message_of_its_own_writes_the_same_results(tok
 
 
 def test_several_calls_in_one_reply_are_answered_in_one_turn(tokenizer, played):
-    task = task_of(tool_row(calls=(SUM, TIME), results=('{"result": 42}', CLOCK)))
+    task = parse_task(tool_row(calls=(SUM, TIME), results=('{"result": 42}', CLOCK)))
     episode = played(task, call_text(SUM, TIME), "It is 42.")
     chat = tool_row(calls=(SUM, TIME), results=('{"result": 42}', CLOCK))["conversations"]
     assert episode.ids == encode_chat(tokenizer, chat).ids[:-1]
@@ -136,7 +137,7 @@ WRONG = {
 @pytest.mark.parametrize("kind, text", WRONG.values(), ids=WRONG)
 def test_what_goes_wrong_is_told_to_the_model_and_scored_0(tokenizer, played, kind, text):
     """Even if the model does it right after that: it goes on, but has lost."""
-    task = task_of(tool_row())
+    task = parse_task(tool_row())
     episode = played(task, text, call_text(SUM), "It is 42.")
     assert episode.errors == [kind] and episode.turns == 3 and episode.done
     assert '"error"' in tokenizer.decode(episode.ids[episode.prompt_length :])
@@ -149,25 +150,25 @@ def test_what_goes_wrong_is_told_to_the_model_and_scored_0(tokenizer, played, ki
 
 
 def test_a_tool_that_is_not_on_offer_is_unknown(played):
-    task = task_of(tool_row("What is 6 × 7?", calls=(), answer="I cannot.", tools=["clock"]))
+    task = parse_task(tool_row("What is 6 × 7?", calls=(), answer="I cannot.", tools=["clock"]))
     assert played(task, call_text(SUM), "It is 42.").errors == ["unknown_tool"]
     assert score(played(task, "I cannot."))["answer"] == 1
 
 
 @pytest.mark.parametrize("turns", [1, 2, 5])
 def test_endless_calls_end(played, turns):
-    episode = played(task_of(tool_row()), call_text(SUM), max_turns=turns)
+    episode = played(parse_task(tool_row()), call_text(SUM), max_turns=turns)
     assert episode.turns == len(episode.calls) == turns and episode.errors == ["endless"]
     assert score(episode)["name"] == 0
 
 
 def test_a_reply_that_does_not_end_calls_nothing(played):
-    episode = played(task_of(tool_row()), call_text(SUM), unfinished=True)
+    episode = played(parse_task(tool_row()), call_text(SUM), unfinished=True)
     assert episode.errors == ["unfinished"] and not episode.calls and episode.turns == 1
 
 
 def test_an_episode_ends_before_the_models_last_position(played):
-    task = task_of(tool_row())
+    task = parse_task(tool_row())
     start = played(task, "It is 42.").prompt_length
     assert played(task, call_text(SUM), token_budget=10).errors == ["too_long"]
     assert played(task, call_text(SUM), token_budget=10).turns == 0
@@ -176,10 +177,10 @@ def test_an_episode_ends_before_the_models_last_position(played):
 
 def test_the_clock_tells_what_it_tells_in_the_row(tokenizer, played):
     told = '{"date": "2031-05-06", "weekday": "星期二", "time": "07:08"}'
-    task = task_of(tool_row("几点了？", calls=(TIME,), results=(told,), answer="现在是 07:08。"))
+    task = parse_task(tool_row("几点了？", calls=(TIME,), results=(told,), answer="现在是 07:08。"))
     episode = played(task, call_text(TIME), "现在是 07:08。")
     assert ("tool", told) in episode.transcript and score(episode)["answer"] == 1
-    other = played(task_of(tool_row()), call_text(TIME), "It is 42.")  # nobody asked for it
+    other = played(parse_task(tool_row()), call_text(TIME), "It is 42.")  # nobody asked for it
     assert ("tool", CLOCK) in other.transcript and not other.errors
     assert score(other) == {"name": 0, "arguments": 0, "answer": 1}
 
@@ -187,7 +188,7 @@ def test_the_clock_tells_what_it_tells_in_the_row(tokenizer, played):
 def test_a_foreign_tool_is_replayed(played):
     """Data may have tools that cannot be run here: the results of its own calls are known."""
     call = {"name": "weather", "arguments": {"city": "Oslo", "days": 2}}
-    task = task_of(
+    task = parse_task(
         tool_row("Rain?", calls=(call,), results=("wet",), answer="Yes.", tools=["clock"])
     )
     same = {"name": "weather", "arguments": {"days": "2", "city": "OSLO"}}
@@ -215,7 +216,7 @@ def test_which_calls_are_the_same(one, other, same):
 
 
 def test_without_tools_it_is_the_same_question(tokenizer, played):
-    task = task_of(tool_row())
+    task = parse_task(tool_row())
     bare = task.without_tools()
     text = tokenizer.decode(Episode(bare, tokenizer).ids)
     assert "What is 6 × 7?" in text and "calculator" not in text and "<tools>" not in text
@@ -230,11 +231,11 @@ def test_tasks_ask_the_last_question_and_take_calls_in_every_form():
     chat[2]["tool_calls"] = json.dumps([theirs])
     chat[0]["tools"] = json.dumps(chat[0]["tools"])
     first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    task = task_of({"conversations": [chat[0], *first, *chat[1:]]})
+    task = parse_task({"conversations": [chat[0], *first, *chat[1:]]})
     assert task.calls == [SUM] and task.answer == "It is 42." and task.offered == list(TOOLS)
     assert [m["role"] for m in task.messages] == ["system", "user", "assistant", "user"]
     assert task.recorded_results[call_key(SUM)] == "42"
-    asked = task_of({"conversations": chat[:2], "answer": 42})
+    asked = parse_task({"conversations": chat[:2], "answer": 42})
     assert asked.answer == "42" and not asked.calls
 
 
@@ -283,9 +284,9 @@ def test_no_reply_is_a_crash(tokenizer):
     ]
     chance = random.Random(0)
     tasks = [
-        task_of(tool_row()),
-        task_of(tool_row(calls=(), tools=[])),
-        task_of(ROWS[0]).without_tools(),
+        parse_task(tool_row()),
+        parse_task(tool_row(calls=(), tools=[])),
+        parse_task(ROWS[0]).without_tools(),
     ]
 
     def write(episodes):
@@ -310,7 +311,7 @@ def test_tasks_side_by_side_are_played_as_alone(tokenizer, save):
         some = zip(found, episodes, strict=True)
         return [ids[: n % 5] + call + [2] if e.turns < n % 4 else ids for ids, e in some for n in [len(e.ids)]]  # fmt: skip # noqa: E501
 
-    tasks = [task_of(each) for each in ROWS[:6]]
+    tasks = [parse_task(each) for each in ROWS[:6]]
     together = [Episode(task, tokenizer) for task in tasks]
     run_episodes(together, write)
     for task, one in zip(tasks, together, strict=True):

@@ -92,7 +92,7 @@ def test_mistakes_end_with_a_sentence(tmp_path, flags):
     [
         ({"vocab_size": 271}, "too small"),
         ({"vocab_size": 6400}, "yields only"),
-        ({"data_path": []}, "no text to train on"),
+        ({"data_path": []}, "there is no training data"),
         ({"file_weight": [1, 2]}, "2 numbers for 1 files"),
         ({"row_weight": ["cat"]}, "REGEX=NUMBER"),
         ({"row_weight": ["(=1"]}, "REGEX=NUMBER"),

@@ -25,6 +25,7 @@ from trainer import (
     train_pretrain,
     train_reward,
 )
+from trainer.common.command import parse_trainer, run_trainer
 
 TINY = dict(
     hidden_size=32,
@@ -113,6 +114,11 @@ STAGES = {
     ),
     train_reward: (pair_file, PAIRS, {"from_weight": "none", **SLOWLY}),
 }
+
+
+def run_stage(stage) -> None:
+    """What a trainer does when it is started as a script."""
+    run_trainer(stage.main, parse_trainer(stage.Args, ""))
 
 
 def name_of(stage) -> str:

@@ -4,14 +4,15 @@ import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_weights import bare, check_sentence
 
 from model.errors import UserError
+from model.formats.minimind_format import read_state
 from model.weights import (
     load_model,
-    read_state,
 )
 
 
@@ -32,7 +33,10 @@ BAD_FILES = {
     "html": (b"<!DOCTYPE html><html><body>404</body></html>", "is (refused|not a checkpoint)"),
     "list": ([torch.ones(1)], "state dict"),
     "tensor": (torch.ones(1), "state dict"),
-    "training_state": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "state dict"),
+    "resume_file": ({"model": {"a": torch.ones(1)}, "epoch": 3}, "not hold MiniMind weights"),
+    "resume_file_of_plans": ({"model": {"layers": 3}, "epoch": 3}, "state dict"),
+    "checkpoint": ({"model": {"a": torch.ones(1)}, "rng_states": []}, "which --resume goes on"),
+    "resume_file_with_code": ({"model": {}, "epoch": np.float64(2)}, "never executed here"),
     "another_model": ({"weight": torch.ones(1)}, "not hold MiniMind weights"),
     "safetensors": (struct.pack("<Q", 2) + b"{}", "safetensors"),
 }

@@ -12,16 +12,15 @@ from torch.testing import assert_close
 from toy import Trainer, everything, logged, same
 
 from model.errors import UserError
+from model.formats.lora_format import load_lora, save_lora
 from model.model_lora import (
     LoraConfig,
     LoraLinear,
     add_lora,
-    load_lora,
     lora_layers,
     lora_state,
     merge,
     merge_and_unload,
-    save_lora,
     unmerge,
 )
 from model.weights import load_model, save_weights
@@ -242,7 +241,7 @@ def test_bad_settings_are_named(lora, change):
 
 
 def test_a_persona_is_not_a_model(saved):
-    with pytest.raises(UserError, match="does not describe|not hold MiniMind weights|does not fit"):
+    with pytest.raises(UserError, match="a LoRA adapter and no whole model; --lora_weight"):
         load_model(saved)
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.errors import UserError
+from model.errors import UserError, tell_once
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import (
     atomic_write,
     find_weights,
     load_model,
     load_tokenizer,
+    resolve_weights,
     save_weights,
     tokenizer_hash,
     weight_path,
@@ -112,7 +113,10 @@ NEWER = dict(qk_norm=True, rms_norm_eps=1e-6, yarn_factor=16.0, yarn_attention_f
         (NEWER, dict(num_attention_heads=4, num_key_value_heads=1)),
         (OLDER, dict(num_attention_heads=8, use_moe=True, n_routed_experts=5, n_shared_experts=2)),
         (OLDER, dict(num_attention_heads=8, use_moe=True, scoring_func="sigmoid")),
-        (NEWER, dict(use_moe=True, n_shared_experts=0, num_experts_per_tok=1)),
+        (
+            NEWER,
+            dict(use_moe=True, n_shared_experts=0, num_experts_per_tok=1, aux_loss_alpha=5e-4),
+        ),
     ],
     ids=str,
 )
@@ -201,6 +205,35 @@ def test_weights_with_experts_have_names_of_their_own(folder, use_moe, name):
     assert find_weights("sft", 64, folder, use_moe=use_moe).name == name
     assert find_weights("sft", None, folder, use_moe=use_moe).name == name
     assert weight_path("sft", 64, use_moe=use_moe).name == name
+
+
+@pytest.mark.parametrize(
+    ("size", "use_moe", "told"),
+    [
+        (64, None, "weights: sft_64_moe.pth, and not sft_64.pth; choose with --use_moe"),
+        (64, False, "weights: sft_64.pth, and not sft_64_moe.pth; choose with --use_moe"),
+        (None, None, "sft_64_moe.pth, and not sft_512.pth, sft_64.pth; choose with --hidden_size"),
+        (512, None, ""),
+    ],
+)
+def test_a_choice_among_files_of_one_name_is_told(folder, capsys, size, use_moe, told):
+    tell_once.cache_clear()
+    for _ in range(2):
+        find_weights("sft", size, folder, use_moe=use_moe)
+    said = capsys.readouterr().err
+    assert told in said and said.count("\n") == bool(told)
+
+
+def test_a_name_is_a_stage_a_file_or_a_folder(folder, tmp_path):
+    assert resolve_weights("sft", 512, folder) == folder / "sft_512.pth"
+    assert resolve_weights("ppo_actor_768.pth", 512, folder) == Path("ppo_actor_768.pth")
+    assert resolve_weights(folder / "sft_64.json", 512, folder) == folder / "sft_64.json"
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UserError, match="without config.json.*name the .pth file itself"):
+        resolve_weights(other, 512, folder)
+    (other / "config.json").touch()
+    assert resolve_weights(other, 512, folder) == other
 
 
 def test_newest_weights_are_found_whatever_their_size(folder):

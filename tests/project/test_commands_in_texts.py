@@ -269,6 +269,9 @@ def prepare(copy: Path, tokenizer) -> None:
         few(file, copy / "dataset" / file.name)
         if "pretrain" not in file.name:  # which a recipe knows by its hash
             few(file, file)
+    today = {"pretrain_hq": "pretrain_t2t_mini", "sft_mini_512": "sft_t2t_mini"}
+    for name, new in today.items():
+        few(demo / f"{name}.jsonl", copy / "dataset" / f"{new}.jsonl")
     few(demo / "rlaif-mini.jsonl", copy / "FILE")
     few(demo / "pretrain_hq.jsonl", copy / "crawl.txt", 5)
     few(demo / "pretrain_hq_val.jsonl", copy / "other.jsonl")

@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from dataset.grading import Truth
 from dataset.lm_dataset import encode_chat
 from model.losses import IGNORE_INDEX
 from trainer import train_agent, train_grpo, train_ppo, train_spo
@@ -63,7 +64,7 @@ def some_prompts(tokenizer, count: int = 3) -> list[Prompt]:
     for n in range(count):
         messages = [{"role": "user", "content": "why " * (1 + 3 * n) + str(n)}]
         ids = encode_chat(tokenizer, messages, add_generation_prompt=True).ids
-        found.append(Prompt(n, messages, ids, str(n)))
+        found.append(Prompt(n, messages, ids, Truth((str(n),))))
     return found
 
 

@@ -2,18 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from rl_toy import ASKED, batches_of, prompt_file
+from test_mistakes import complaint
 from test_ranks import together
 from torch.testing import assert_close
-from toy import Trainer, everything, same
+from toy import Trainer, everything, flags, same
 
 from dataset.demo.files import demo_rows
 from dataset.reply_parser import Reply
 from dataset.tools import loop
+from dataset.tools.call import ALL_TOOLS
 from dataset.tools.loop import ERRORS, parse_reply
+from model.errors import UserError
 from model.weights import load_model
 from trainer import train_agent, train_grpo
 from trainer.common.context import Context
@@ -79,10 +83,10 @@ def agent(tmp_path) -> Trainer:
 
 @pytest.fixture
 def make_run(save, tmp_path, tokenizer):
-    def make(**settings):
+    def make(data=ROWS, **settings):
         args = train_agent.Args(
             from_weight=str(save(num_hidden_layers=1, max_position_embeddings=2048)),
-            data_path=[tool_file(tmp_path / "data.jsonl")],
+            data_path=[tool_file(tmp_path / "data.jsonl", data)],
             val_share=0.0,
             device="cpu",
             save_dir=str(tmp_path),
@@ -90,7 +94,7 @@ def make_run(save, tmp_path, tokenizer):
         )
         model = load_model(args.from_weight, tokenizer=tokenizer)
         ctx = Context.create(args)
-        data, _ = prompts.read_prompts(ctx, tokenizer, train_agent.parse_task_row)
+        data, _ = prompts.read_prompts(ctx, tokenizer, parse_row=train_agent.parse_task_row)
         run = Run(ctx, "agent", model, tokenizer, data, collate=prompts.collate_prompts)
         return run, model.train(), data
 
@@ -172,7 +176,12 @@ def test_rewards_and_metrics_by_hand(make_run, tokenizer, monkeypatch):
     prompt = prompts.prompts[0]
     (call,) = prompt.task.calls
     worse = {**call, "arguments": {"expression": "1 + 1"}}
-    says = [(call, prompt.answer), (worse, prompt.answer), ({**call, "name": "x"}, ""), (call,) * 2]
+    says = [
+        (call, prompt.truth.text),
+        (worse, prompt.truth.text),
+        ({**call, "name": "x"}, ""),
+        (call,) * 2,
+    ]
 
     def draw(requests):
         texts = []
@@ -183,12 +192,88 @@ def test_rewards_and_metrics_by_hand(make_run, tokenizer, monkeypatch):
 
     monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
     completions = sample(run, model, [prompt], 4)
-    rewards, metrics = train_agent.ToolRewards(run.ctx, tokenizer, 64, prompts)(completions)
+    rewards, metrics = train_agent.ToolRewards(run.ctx, tokenizer, 64)(completions)
     assert rewards.tolist() == pytest.approx([1.0, 0.7, 0.0, 0.0])
     assert metrics["success"] == (2, 4) and metrics["tools/call_frequency"] == (5, 4)
     assert metrics["reward"] == pytest.approx((1.7, 4))
     assert metrics["error_unknown_tool"] == metrics["error_endless"] == (1, 4)
     assert {f"error_{kind}" for kind in ERRORS} <= metrics.keys()
+
+
+TOOLS = json.dumps([ALL_TOOLS["calculate_math"].schema["function"], {"name": "search_web"}])
+
+
+def gt_row(question: str, gt: list | None, tools: str = TOOLS) -> dict:
+    """A row as agent_rl.jsonl has it: the last answer is empty."""
+    chat = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+    system = [{"role": "system", "content": "", "tools": tools}] if tools else []
+    return {"conversations": [*system, *chat], "gt": gt}
+
+
+def test_gt_decides_the_reward_of_agent_data(make_run, tokenizer, monkeypatch):
+    """With the default reward: the share of gt in the final answer, whatever was called; nothing
+    for an empty reply or a broken call."""
+    run, model, prompts = make_run(
+        data=[gt_row("What is 3 * 7, and 1000 + 250?", ["21", "1250"])], max_turns=2
+    )
+    (prompt,) = prompts.prompts
+    call = json.dumps({"name": "calculate_math", "arguments": {"expression": "3 * 7"}})
+    foreign = json.dumps({"name": "search_web", "arguments": {}})
+    says = ["21 and 1,250.", "It is 21.", "", (call, "21, 1250"), (call, ""), (foreign, "21, 1250")]
+
+    def draw(requests):
+        texts = []
+        for request in requests:
+            said = says[request.sample]
+            later = len(request.ids) > len(prompt.ids)
+            text = said if isinstance(said, str) else said[later]
+            texts.append(f"<tool_call>\n{text}\n</tool_call>" if text.startswith("{") else text)
+        return [tokenizer(text).input_ids + [tokenizer.eos_token_id] for text in texts]
+
+    monkeypatch.setattr(train_agent, "make_generate_fn", lambda *_: draw)
+    completions = sample(run, model, [prompt], 6)
+    rewards, metrics = train_agent.ToolRewards(run.ctx, tokenizer, 64)(completions)
+    assert rewards.tolist() == pytest.approx([1, 0.5, 0, 1, 0, 0])
+    assert metrics["success"] == (2, 6) and metrics["error_failed"] == (1, 6)
+    assert metrics["rewards/name/mean"] == (0, 0)  # the row does not say which calls are right
+    assert "result" in completions[3].transcript and "21" in completions[3].transcript
+
+
+def test_training_on_agent_data_as_they_are(agent, capsys, command):
+    """Rows without gt are left out, and tools that cannot be run are told; before the training."""
+    rows = [gt_row(f"What is {n} * 7?", [str(7 * n)]) for n in range(3)]
+    agent.data = tool_file(agent.folder / "gt.jsonl", [*rows, gt_row("Hi", [], tools="")])
+    default = train_agent.Args().reward
+    agent(reward=default, max_steps=1, thinking_ratio=0.5, debug_mode=True, debug_interval=1)
+    shown = capsys.readouterr().out
+    assert "1 of 4 prompts have no right answer" in shown
+    assert "3 rows offer tools that cannot be run here (search_web)" in shown
+    assert "step 1: reward 0.000" in shown and "of 3 prompts open with <think>" in shown
+    (line,) = agent.log(kind="reward")
+    assert 0 <= line["completions/thinking_ratio"] <= 1
+    tool_file(agent.folder / "gt.jsonl", [gt_row("Hi", [], tools="")])
+    code, printed = command(train_agent, *flags(agent.settings(reward=default)))
+    assert code == 2 and "there is no reward: no prompt has a right answer" in complaint(printed)
+
+
+def test_an_episode_has_at_most_max_total_len_tokens(make_run, calling, monkeypatch):
+    run, model, prompts = make_run()
+    limit = max(len(prompt.ids) for prompt in prompts.prompts) + 60
+    args = train_agent.Args(**{**vars(run.ctx.args), "max_total_len": limit, "max_turns": 4})
+    make_generate_fn, lengths = train_agent.make_generate_fn, []
+
+    def recording(*given):
+        generate = make_generate_fn(*given)
+        return lambda requests: lengths.extend(len(r.ids) for r in requests) or generate(requests)
+
+    monkeypatch.setattr(train_agent, "make_generate_fn", recording)
+    ctx = replace(run.ctx, args=args)
+    episodes = train_agent.generate_episodes(ctx, model, run.tokenizer, prompts.prompts, step=1)
+    assert limit - 60 < max(lengths) <= limit - args.max_gen_len
+    assert any("too_long" in each.episode.errors for each in episodes)
+    assert args.max_prompt_len == limit - args.max_gen_len < args.max_seq_len
+    with pytest.raises(UserError, match="must leave room for a prompt"):
+        train_agent.Args(max_total_len=100, max_gen_len=100)
 
 
 # -- training --------------------------------------------------------------------------------------

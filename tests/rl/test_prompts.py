@@ -37,7 +37,7 @@ def read(request, tmp_path, tokenizer):
             save_dir=str(tmp_path),
             **{"val_share": 0.0, **settings},
         )
-        train, _ = read_prompts(Context.create(args), tokenizer, STAGES[stage])
+        train, _ = read_prompts(Context.create(args), tokenizer, lambda prompt: True, STAGES[stage])
         return [prompt.messages[-1]["content"] for prompt in train.prompts]
 
     return read

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from rl_toy import ASKED, prompt_file
@@ -10,6 +11,7 @@ from test_mistakes import complaint
 from test_ranks import together
 from toy import everything, flags, same
 
+from dataset.jsonl import write_rows
 from model.errors import UserError
 from trainer import train_grpo, train_ppo, train_spo
 from trainer.common import hardware
@@ -123,14 +125,20 @@ def test_a_row_that_asks_nothing_is_named(rl, command, row, sentence):
 
 
 @pytest.mark.parametrize("rl", [train_ppo, train_grpo, train_spo], indirect=True)
-def test_a_rule_needs_answers_and_auto_tells_how_to_get_a_reward(rl, command):
+def test_prompts_without_an_answer_are_left_out_and_all_of_them_are_a_mistake(rl, command, capsys):
     rows = [json.loads(line) for line in open(rl.data)]
     del rows[3]["answer"]
-    with open(rl.data, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    code, printed = command(rl.stage, *flags(rl.settings(reward=["answer"])))
-    assert code == 2 and 'needs an "answer" in every row, and 1 of 9' in complaint(printed)
-    code, printed = command(rl.stage, *flags(rl.settings(reward=["auto"])))
-    assert code == 2
-    for way in ("--reward_model_path", "train_reward.py", 'every row has an "answer"'):
-        assert way in complaint(printed)
+    rows[5]["answer"] = ""
+    write_rows(Path(rl.data), rows)
+    rl(reward=["answer"], max_steps=1)
+    assert "2 of 9 prompts have no right answer, and there is no reward model" in (
+        capsys.readouterr().out
+    )
+    for row in rows:
+        row |= {"answer": None, "gt": []}
+    write_rows(Path(rl.data), rows)
+    for reward in ("answer", "auto"):
+        code, printed = command(rl.stage, *flags(rl.settings(reward=[reward])))
+        assert code == 2
+        for way in ("train_reward.py", "--reward_model_path DIR", "--reward length repetition"):
+            assert way in complaint(printed)

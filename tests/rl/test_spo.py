@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from rl_toy import batch_of
+from rl_toy import ASKED, RL, batch_of, prompt_file
+from toy import Trainer
 
 from trainer import train_spo
 
@@ -56,3 +57,32 @@ def test_the_tracker_asks_most_what_succeeds_now_and_then():
     expected = chances / chances.sum()
     assert np.bincount(drawn) / 3000 == pytest.approx(expected, abs=0.03)
     assert sorted(tracker.sample(3, [1])) == [0, 1, 2]
+
+
+def test_a_trackers_state_is_that_of_the_first_version_too():
+    args = train_spo.Args()
+    tracker, again = train_spo.ValueTracker(2, args), train_spo.ValueTracker(2, args)
+    tracker.total_kl, tracker.kl_at_sampling = 0.5, np.array([0.25, 0.5])
+    tracker.update(np.array([1]), np.array([1.0]))
+    state = tracker.state_dict()
+    assert set(state) == {"successes", "failures", "kl_at_sampling", "total_kl"}
+    old = {"moved": state["total_kl"], "asked_at": state["kl_at_sampling"]}
+    for each in (state, old | {key: state[key] for key in ("successes", "failures")}):
+        again.load_state_dict(each)
+        assert again.total_kl == 0.5 and again.kl_at_sampling.tolist() == [0.25, 0.5]
+        assert again.values.tolist() == tracker.values.tolist()
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_tokens_are_those_of_the_prompts_that_were_sampled(tmp_path, monkeypatch):
+    train = Trainer(tmp_path, train_spo, (prompt_file, ASKED, RL))
+    generate, seen = train_spo.generate_completions, []
+
+    def counting(*given, **settings):
+        completions = generate(*given, **settings)
+        seen.append(sum(len(each.prompt.ids) + len(each.tokens) for each in completions))
+        return completions
+
+    monkeypatch.setattr(train_spo, "generate_completions", counting)
+    train(max_steps=2, accumulation_steps=2, max_seq_len=64)
+    assert [line["num_tokens"] for line in train.log()] == np.cumsum(seen).tolist()

@@ -13,9 +13,10 @@ import torch
 from eval_llm import Args
 from model.command_line import parse_arguments
 from model.errors import UserError
-from model.inference.loading import yarn_settings
-from model.model_lora import LoraConfig, add_lora, lora_layers, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import LoraConfig, add_lora, lora_layers
 from model.weights import ROOT, load_model, save_weights, weight_path
+from scripts.serving.loading import yarn_settings
 from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 
 

@@ -8,9 +8,7 @@ from test_mistakes import complaint
 from tool_chats import ROWS, call_text
 from toy import chat_file
 
-from dataset.tools.loop import (
-    task_of,
-)
+from dataset.tools.loop import parse_task
 from model.command_line import parse_arguments
 from scripts import eval_toolcall
 
@@ -32,7 +30,7 @@ def evaluate(save, monkeypatch):
 
 def perfect_replies(right=lambda task: True):
     """A model that says what the rows say, where `right`; else it asks for the time."""
-    said = {json.dumps(task_of(each).messages[-1]): each["conversations"] for each in ROWS}
+    said = {json.dumps(parse_task(each).messages[-1]): each["conversations"] for each in ROWS}
 
     def replies(loaded, sampling, episodes):
         found = []
@@ -74,10 +72,12 @@ def test_metrics_by_hand(evaluate, tmp_path):
     share = sums["tasks"] / tools["tasks"]
     assert tools["answer"] == pytest.approx(share)
     assert tools["answer_error"] == pytest.approx((share * (1 - share) / tools["tasks"]) ** 0.5)
-    assert sums["bare"] == 0  # without a calculator in sight the script's answer is "What?"
+    assert (
+        sums["answer_without_tools"] == 0
+    )  # without a calculator in sight the script's answer is "What?"
 
 
-def test_the_command_on_the_demos_tasks(evaluate, capsys):
+def test_the_command_on_its_own_tasks(evaluate, capsys):
     report = evaluate("--tasks", 12, "--max_new_tokens", 8, "--examples", 2, "--batch_size", 5)
     assert report["kinds"]["tools"]["answer"] == 0 and report["errors"]["unfinished"] == 12
     assert "truth" in capsys.readouterr().out
@@ -87,7 +87,7 @@ def test_the_command_on_the_demos_tasks(evaluate, capsys):
     "flags, sentence",
     [
         (["--max_turns", "0"], "--max_turns must be at least 1"),
-        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--temperature", "-1"], "--temperature must not be negative"),
         (["--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--weight", "nothing"], "no weights"),
     ],

@@ -1,4 +1,4 @@
-"""Benchmarks by the harness: its log-likelihoods of our models, and its figures, by hand."""
+"""Benchmarks by the harness: its log-likelihoods of our models, and its metrics, by hand."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ import pytest
 import torch
 from peers import peer_with_weights
 
+from model.command_line import parse_arguments
 from model.errors import UserError
 from model.weights import ROOT, load_model
 from scripts import eval_benchmark
@@ -195,9 +196,9 @@ def test_accuracies_are_those_counted_by_hand(local, save, tokenizer, tmp_path, 
         per = [score / len(text) for score, text in zip(scores, texts, strict=True)]
         byte_right += per.index(max(per)) == correct
     found = results["openbookqa"]
-    assert found["figures"]["acc,none"] == pytest.approx(right / 12)
+    assert found["metrics"]["acc,none"] == pytest.approx(right / 12)
     p = byte_right / 12
-    assert found["accuracy"] == found["figures"]["acc_norm,none"] == pytest.approx(p)
+    assert found["accuracy"] == found["metrics"]["acc_norm,none"] == pytest.approx(p)
     assert found["standard_error"] == pytest.approx((p * (1 - p) / 11) ** 0.5)
     assert found["chance"] == pytest.approx((6 / 3 + 6 / 4) / 12)
     assert results["arc_easy"]["questions"] == results["arc_challenge"]["questions"] == 12
@@ -209,7 +210,7 @@ def test_accuracies_are_those_counted_by_hand(local, save, tokenizer, tmp_path, 
         context = f"Question: {row['goal']}\nAnswer:"
         scores = [likelihood(own, tokenizer, context, row[name]) for name in ("sol1", "sol2")]
         right += scores.index(max(scores)) == int(label)
-    assert results["piqa"]["figures"]["acc,none"] == pytest.approx(right / 6)
+    assert results["piqa"]["metrics"]["acc,none"] == pytest.approx(right / 6)
 
     assert results["gsm8k"]["accuracy"] == 2 / 4 and results["gsm8k"]["chance"] == 0
     assert len(results["ceval"]["subjects"]) == results["ceval"]["questions"] == 52
@@ -260,10 +261,14 @@ def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch):
     ("settings", "told"),
     [
         ({"tasks": ["mmlu"]}, "--tasks mmlu is unknown; known are ceval"),
-        ({"limit": -1}, "--limit must be at least 0"),
+        ({"limit": -1}, "--limit must not be negative"),
         ({"compare": ["/none.json"]}, "is not a file written by --json"),
     ],
 )
 def test_mistakes_are_told(settings, told):
+    def listed(value) -> list[str]:
+        return list(map(str, value if isinstance(value, list) else [value]))
+
     with pytest.raises(UserError, match=told):
-        eval_benchmark.main(eval_benchmark.Args(**settings))
+        argv = [word for name, value in settings.items() for word in (f"--{name}", *listed(value))]
+        eval_benchmark.main(parse_arguments(eval_benchmark.Args, argv=argv))

@@ -10,17 +10,10 @@ import psutil
 import pytest
 import torch
 from test_mistakes import complaint
-from toy import (
-    Trainer,
-    ended,
-    flags,
-    fork,
-    no_file_grows_beyond,
-)
+from toy import Trainer, ended, flags, fork, no_file_grows_beyond, run_stage
 
 from model.model_minimind import MiniMindForCausalLM, MiniMindModel
 from trainer.common import hardware
-from trainer.common.command import run_trainer
 from trainer.common.metrics import MetricLog
 from trainer.trainer_utils import Run
 
@@ -114,7 +107,7 @@ def test_a_worker_that_is_killed_is_named(any_stage, monkeypatch):
     monkeypatch.setattr(MiniMindModel, "forward", without_worker)
     monkeypatch.setattr(sys, "argv", ["", *flags(train.settings(num_workers=1, epochs=200))])
     log = train.folder / "log"
-    assert ended(fork(lambda: run_trainer(train.stage.main, train.stage.Args, ""), log)) == 2
+    assert ended(fork(lambda: run_stage(train.stage), log)) == 2
     assert "error: a process that prepares data was killed" in log.read_text()
     assert "--num_workers 0" in log.read_text()
 
@@ -132,7 +125,7 @@ def test_a_full_disk_is_told_whatever_was_written(any_stage, monkeypatch):
     monkeypatch.setattr(MetricLog, "write", without_room)
     monkeypatch.setattr(sys, "argv", ["", *flags(train.settings())])
     log = train.folder / "log"
-    assert ended(fork(lambda: run_trainer(train.stage.main, train.stage.Args, ""), log)) == 2
+    assert ended(fork(lambda: run_stage(train.stage), log)) == 2
     assert re.search("^error: the disk is full .*; make room, and --resume", log.read_text(), re.M)
 
 

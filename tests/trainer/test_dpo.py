@@ -17,8 +17,8 @@ from dataset.pairs import PreferenceDataset, collate_pairs
 from model.errors import UserError
 from model.weights import load_tokenizer
 from trainer import train_dpo
+from trainer.common.evaluation import completion_log_probs
 from trainer.rl import reference
-from trainer.rl.reference import completion_log_probs
 from trainer.train_dpo import dpo_loss
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")

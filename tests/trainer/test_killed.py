@@ -23,6 +23,7 @@ from toy import (
     flags,
     fork,
     no_file_grows_beyond,
+    run_stage,
     same,
 )
 
@@ -30,7 +31,6 @@ from dataset import lm_dataset
 from dataset.lm_dataset import load_documents
 from model.weights import load_tokenizer
 from trainer import trainer_utils
-from trainer.common.command import run_trainer
 from trainer.common.metrics import MetricLog
 from trainer.trainer_utils import Run
 
@@ -201,7 +201,7 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
         patch.setattr(Run, "update", troubled)
         patch.setattr(sys, "argv", ["train", *flags(train.settings(**settings))])
         log = train.folder / "log"
-        process = fork(lambda: run_trainer(train.stage.main, train.stage.Args, ""), log)
+        process = fork(lambda: run_stage(train.stage), log)
         assert ended(process) == 2
     said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "cannot write" in said[0] and complaint in said[0]
@@ -224,7 +224,13 @@ def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_st
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log"
     assert (
-        ended(fork(lambda: run_trainer(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+        ended(
+            fork(
+                lambda: run_stage(any_stage.stage),
+                log,
+            )
+        )
+        == 2
     )
     assert re.search(r"^error: .*metrics.jsonl: Is a directory", log.read_text(), re.M)
 

@@ -238,7 +238,7 @@ MISTAKES = {
     "another tokenizer": (other_tokenizer, "was trained with another tokenizer .*--tokenizer_path"),
     # tokenizer
     "no tokenizer": (given(tokenizer_path="nowhere"), "no tokenizer.json in nowhere"),
-    "no padding": (tokenizer_without("pad_token"), "tokenizer .* has no pad_token"),
+    "no end": (tokenizer_without("eos_token"), "tokenizer .* has no eos_token"),
     "a broken tokenizer": (broken_tokenizer, "tokenizer .* cannot be read"),
     # places
     "weights to nowhere": (occupied("save_dir"), "cannot write to .*file/folder"),
@@ -258,7 +258,7 @@ MISTAKES = {
     "more experts than there are": (given(use_moe=1, num_experts_per_tok=5), "cannot use 5 of 4"),
     "a damaged checkpoint": (damaged_checkpoint, "checkpoint.pt is damaged; start anew without"),
     # training
-    "far too fast": (given(learning_rate=1e30, epochs=9), "were not finite.*--learning_rate"),
+    "far too fast": (given(learning_rate=1e30, epochs=9), "no finite gradient.*--learning_rate"),
     **{
         f"--{name} {value}": (given(**{name: value}), f"--{name} (must|1)")
         for name, values in {

@@ -14,19 +14,10 @@ import numpy as np
 import psutil
 import pytest
 from torch.nn.parallel import DistributedDataParallel
-from toy import (
-    Trainer,
-    assert_close,
-    ended,
-    flags,
-    fork,
-    output,
-    wait_for_steps,
-)
+from toy import Trainer, assert_close, ended, flags, fork, output, run_stage, wait_for_steps
 
 from trainer import train_full_sft, train_pretrain
 from trainer.common import checkpoint, context, loop
-from trainer.common.command import run_trainer
 from trainer.trainer_utils import Run
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
@@ -46,7 +37,7 @@ def start_ranks(train: Trainer, ranks: int, **settings) -> list[int]:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=port)
         sys.argv = ["train", *flags(train.settings(**settings))]
-        run_trainer(train.stage.main, train.stage.Args, "")
+        run_stage(train.stage)
 
     logs = [train.folder / f"log{rank}" for rank in range(ranks)]
     return [fork(lambda rank=rank: start(rank), log) for rank, log in enumerate(logs)]
@@ -234,7 +225,13 @@ def test_processes_that_cannot_meet_are_told_to_use_torchrun(
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log0"
     assert (
-        ended(fork(lambda: run_trainer(any_stage.stage.main, any_stage.stage.Args, ""), log)) == 2
+        ended(
+            fork(
+                lambda: run_stage(any_stage.stage),
+                log,
+            )
+        )
+        == 2
     )
     assert "the 2 processes cannot find each other" in errors(any_stage, 0)[0]
 

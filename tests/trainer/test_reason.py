@@ -237,7 +237,7 @@ def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
     run_args = train_grpo.Args(**rl.settings(**settings))
     prompts, _ = read_prompts(Context.create(run_args), tokenizer)
     assert all(tokenizer.decode(prompt.ids).endswith("<think>\n") for prompt in prompts.prompts)
-    assert all(prompt.answer.isdigit() for prompt in prompts.prompts)
+    assert all(prompt.truth.text.isdigit() for prompt in prompts.prompts)
 
 
 # -- thinking in a conversation --------------------------------------------------------------------

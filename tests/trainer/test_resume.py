@@ -113,7 +113,7 @@ def test_a_run_that_goes_on_with_another_window_does_not_call_itself_finished(
     train(resume=True, batch_size=4)
     printed = capsys.readouterr().out
     assert "at step 8 of 10: going on" in printed
-    assert "warning: a full update has 4 samples now, and had 2" in printed
+    assert "warning: a full step has 4 samples now, and had 2" in printed
 
 
 @pytest.fixture(scope="module")

@@ -193,7 +193,7 @@ def test_an_update_that_is_not_finite_changes_nothing(train, trajectory, poison,
     poison(3)
     records = logged(train(optimizer=optimizer, max_steps=5))
     assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
-    assert "step 3: the gradient is not finite" in capsys.readouterr().out
+    assert "step 3 is skipped: its gradient is not finite" in capsys.readouterr().out
     assert same(trajectory[2], trajectory[1]) and not same(trajectory[3], trajectory[2])
     assert all(tensor.isfinite().all() for tensor in trajectory[-1].values())
 
@@ -202,7 +202,7 @@ def test_several_in_a_row_end_the_run(train, trajectory, poison):
     poison(*range(3, 99))
     with pytest.raises(
         UserError,
-        match=f"{MAX_SKIPPED_IN_A_ROW} updates .* step {MAX_SKIPPED_IN_A_ROW + 2}; try a lower",
+        match=f"{MAX_SKIPPED_IN_A_ROW} steps .* step {MAX_SKIPPED_IN_A_ROW + 2}; try a lower",
     ):
         train()
     assert same(trajectory[-1], trajectory[1])
@@ -220,7 +220,7 @@ def test_a_broken_weight_ends_the_run(train, monkeypatch):
         return model
 
     monkeypatch.setattr(train_pretrain, "init_model", broken)
-    with pytest.raises(UserError, match="were not finite"):
+    with pytest.raises(UserError, match="had no finite gradient"):
         train()
 
 
@@ -264,7 +264,7 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
     assert info["origin"]["changed_fraction"] == record["changed_fraction"]
     printed = capsys.readouterr().out
     assert f"{share:.1%} of the values stored in float16 differ from the start's" in printed
-    assert ("warning: most updates were too small" in printed) == warned
+    assert ("warning: most weights changed too little" in printed) == warned
 
 
 def test_fill_and_waste_of_the_rows_are_told(train, capsys):

@@ -1,19 +1,33 @@
-"""The arguments that all trainers share. A field is a flag."""
+"""The arguments that all trainers share. A field is a flag. Imports nothing slow."""
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from model.command_line import check_values, option
+from dataset.jsonl import check_file
+from dataset.released import resolve_data_path
+from model.command_line import option
 from model.errors import UserError
-from model.model_lora import ATTENTION_MODULES, LoraConfig
-from model.weights import OUT, ROOT
+from model.paths import (
+    OUT,
+    ROOT,
+    check_tokenizer_folder,
+    check_weights,
+    resolve_weights,
+    tokenizer_beside,
+)
+from model.presets import PRESETS
+
+if TYPE_CHECKING:
+    from model.model_lora import LoraConfig
 
 CHECKPOINTS = ROOT / "checkpoints"
-DATASET = ROOT / "dataset"
 LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of it (optimizers.py)"
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
 batch"""
+EMPTY_THINK_HELP = """share of the rows without thoughts that get an empty one, if the data has
+thoughts: so open_thinking 0 means an answer at once"""
 # groups of --help
 STAGE, DATA, WEIGHTS, TRAINING = "this stage", "data", "weights and folders", "training"
 OPTIMIZER, MODEL, MOE, LORA = "optimizer", "model", "mixture of experts", "LoRA"
@@ -28,12 +42,18 @@ class TrainArgs:
     batch_size_flag = "batch_size"  # not a flag: names the one that limits a forward pass
 
     data_path: list[str] = option(
-        [], "JSONL file(s) to train on, .jsonl or .jsonl.gz", group=DATA, may_differ=True, path=True
+        [],
+        "JSONL file(s) to train on, .jsonl or .jsonl.gz",
+        group=DATA,
+        check=check_file,
+        may_differ=True,
+        path=True,
     )
     val_path: list[str] = option(
         [],
         "held-out file(s); default: a share of data_path",
         group=DATA,
+        check=check_file,
         may_differ=True,
         path=True,
     )
@@ -57,10 +77,17 @@ class TrainArgs:
     )
 
     from_weight: str = option(
-        "none", "stage to initialise from, such as pretrain; none: random weights", group=WEIGHTS
+        "none",
+        "weights to initialise from: a stage, such as pretrain, a .pth or a folder; none: random",
+        group=WEIGHTS,
     )
     tokenizer_path: str = option(
-        "", "folder of the tokenizer; default: model/", group=WEIGHTS, may_differ=True, path=True
+        "",
+        "folder of the tokenizer; default: that of the weights, else model/",
+        group=WEIGHTS,
+        check=check_tokenizer_folder,
+        may_differ=True,
+        path=True,
     )
     save_weight: str = option(
         "", "name of the saved weights; default: the stage's", group=WEIGHTS, pinned=False
@@ -109,6 +136,12 @@ class TrainArgs:
         1.0, "largest norm of the gradient; 0: no limit", group=OPTIMIZER, at_least=0
     )
 
+    preset: str = option(
+        "",
+        f"sizes of a released model: {', '.join(PRESETS)}; a flag beside it overrides one",
+        group=MODEL,
+        may_differ=True,
+    )
     hidden_size: int | None = option(
         None, "width; default: 512, or that of from_weight", group=MODEL
     )
@@ -117,6 +150,15 @@ class TrainArgs:
     )
     num_attention_heads: int | None = option(None, "query heads; default: 8", group=MODEL)
     num_key_value_heads: int | None = option(None, "key/value heads; default: 2", group=MODEL)
+    intermediate_size: int | None = option(
+        None,
+        "width of the feed-forward layer; default: 8/3 of hidden_size",
+        group=MODEL,
+        at_least=1,
+    )
+    rms_norm_eps: float | None = option(
+        None, "added to the mean square in RMSNorm; default: 1e-5", group=MODEL, above=0
+    )
     qk_norm: bool | None = option(
         None, "normalise queries and keys, as Qwen3 and MiniMind-3", group=MODEL
     )
@@ -166,6 +208,7 @@ class TrainArgs:
         None,
         "fuse each block's operations (torch.compile); default: on CUDA",
         group=MACHINE,
+        alias=("use_compile",),
         may_differ=True,
         pinned=False,
     )
@@ -217,8 +260,10 @@ class TrainArgs:
         return False
 
     def __post_init__(self) -> None:
-        """UserError for values that make no sense, before anything is loaded."""
-        check_values(self)
+        """UserError for values that make no sense together, before anything is loaded."""
+        self.use_preset()
+        if not self.tokenizer_path:
+            self.tokenizer_path = tokenizer_beside(self.from_weight, self.save_dir)
         self.resume = self.resume or self.from_resume
         new, given = self.from_weight == "none", self.bias_update_speed is not None
         if new and given and self.scoring_func != "sigmoid":  # loaded weights know their own
@@ -226,28 +271,85 @@ class TrainArgs:
         if self.scoring_func == "sigmoid" and (self.aux_loss_alpha or self.seq_aux):
             raise UserError("--scoring_func sigmoid balances by a bias and has no balance loss")
 
+    def check_files(self) -> None:
+        """UserError if there is nothing to train on, or to initialise from."""
+        resolve_data_path(self)
+        if self.from_weight != "none":
+            self.initial_weights()
+
+    def initial_weights(self) -> Path:
+        """The .pth or folder of --from_weight. UserError if there is none."""
+        kind = dict(newest=False, use_moe=self.use_moe)
+        found = resolve_weights(self.from_weight, self.hidden_size, self.save_dir, **kind)
+        return check_weights(found)
+
+    def use_preset(self) -> None:
+        """Set the sizes of --preset that no flag has set."""
+        if self.preset and self.preset not in PRESETS:
+            raise UserError(f"--preset is one of {', '.join(PRESETS)}, not {self.preset}")
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) in (None, False):
+                setattr(self, name, value)
+
 
 @dataclass
 class LoraArgs(TrainArgs):
     """The arguments of trainers that can train a LoRA adapter alone."""
 
-    lora_r: int = option(8, "rank: rows of A, columns of B", group=LORA, needs="use_lora")
+    lora_r: int = option(
+        8, "rank: rows of A, columns of B", group=LORA, needs="use_lora", at_least=1
+    )
     lora_alpha: float = option(
-        16.0, "the adapter is scaled by alpha/r", group=LORA, needs="use_lora"
+        16.0, "the adapter is scaled by alpha/r", group=LORA, needs="use_lora", above=0
     )
     lora_dropout: float = option(
-        0.0, "share of A's inputs set to 0 in training", group=LORA, needs="use_lora"
+        0.0,
+        "share of A's inputs set to 0 in training",
+        group=LORA,
+        needs="use_lora",
+        at_least=0,
+        below=1,
     )
     lora_targets: list[str] = option(
-        list(ATTENTION_MODULES),
+        ["q_proj", "k_proj", "v_proj", "o_proj"],  # model_lora.py's ATTENTION_MODULES
         "names of the adapted linear layers, such as q_proj gate_proj; experts' too",
         group=LORA,
         needs="use_lora",
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.lora_config()  # checks the values
+    def stage(self, name: str) -> str:
+        """Where the adapter is saved below save_dir."""
+        return f"lora/{name}"
 
-    def lora_config(self) -> LoraConfig:
+    def lora_config(self) -> "LoraConfig":
+        from model.model_lora import LoraConfig
+
         return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+
+@dataclass
+class OptionalLoraArgs(LoraArgs):
+    """For trainers that train all weights unless --use_lora asks for an adapter."""
+
+    use_lora: bool = option(False, "train an adapter only", group=LORA)
+
+    def stage(self, name: str) -> str:
+        return super().stage(name) if self.use_lora else name
+
+
+@dataclass
+class SampleArgs(TrainArgs):
+    """For trainers that show an answer at every evaluation."""
+
+    sample_prompt: str = option(
+        "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
+    )
+
+
+@dataclass
+class ConversationArgs(SampleArgs):
+    """For trainers whose rows are conversations, of which some may have thoughts."""
+
+    empty_think_ratio: float = option(
+        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+    )

@@ -24,13 +24,14 @@ from model.command_line import names_where
 from model.errors import UserError
 from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.metrics import MetricLog, with_new_keys
+from trainer.common.metrics import Accumulator, MetricLog
+from trainer.report.old_keys import with_new_keys
 
 KEYS = set(
     "model optimizer scaler rng_states progress metrics history fingerprint "
     "global_batch_size".split()
 )
-MAX_SKIPPED_IN_A_ROW = 5  # non-finite updates that end a run
+MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite gradient that end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
 
 
@@ -42,27 +43,36 @@ class Progress:
     samples_seen: int = 0  # position in the data, all epochs together
     tokens: int = 0  # trained, without padding
     seconds: float = 0.0  # of training, without evaluation and saving
-    skipped: int = 0  # updates whose gradient was not finite
+    skipped: int = 0  # steps whose gradient was not finite
     skipped_in_a_row: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)  # the latest
     changed_fraction: float | None = None  # of the float16 weights, since the start
     tracker_id: str | None = None  # under which wandb or SwanLab knows the run
 
-    def skip_update(self, scaled: bool, print: Callable[[str], None]) -> None:
-        """Count an update whose gradient is not finite; several in a row raise a UserError.
+    def add(self, since_line: Accumulator) -> None:
+        """Count the tokens and seconds since the last log line."""
+        self.tokens += since_line.tokens
+        self.seconds += since_line.seconds
+
+    def position(self) -> dict[str, Any]:
+        """What every record of the log begins with."""
+        return {"step": self.step, "num_tokens": self.tokens, "seconds": round(self.seconds, 2)}
+
+    def skip_step(self, scaled: bool, print: Callable[[str], None]) -> None:
+        """Count a step whose gradient is not finite; several in a row raise a UserError.
 
         `scaled`: float16's loss scale starts at 2^16 and is halved at each overflow until it fits,
-        so that some skipped updates are normal.
+        so that some skipped steps are normal.
         """
         self.skipped += 1
         self.skipped_in_a_row += 1
         if not scaled:
-            print(f"step {self.step}: the gradient is not finite; this update is skipped")
+            print(f"step {self.step} is skipped: its gradient is not finite")
         allowed = MAX_SKIPPED_IN_A_ROW + 16 * scaled
         if self.skipped_in_a_row == allowed:
             raise UserError(
-                f"{allowed} updates in a row were not finite, the last at step {self.step}; try "
-                "a lower --learning_rate, more --warmup_steps, or --dtype float32"
+                f"{allowed} steps in a row had no finite gradient, the last was step {self.step}; "
+                "try a lower --learning_rate, more --warmup_steps, or --dtype float32"
             )
 
 
@@ -76,7 +86,7 @@ def fingerprint_of(
     """What tells this run from any other.
 
     Args:
-        model: before its first update. Only loaded weights are hashed: new ones follow from the
+        model: before its first step. Only loaded weights are hashed: random ones follow from the
             seed.
     """
     # data, tokenizer and first weights are compared by what they hold, wherever they lie
@@ -130,7 +140,7 @@ def save_checkpoint(
     """Write a checkpoint, whole or not at all.
 
     Args:
-        extra_state: whatever else the algorithm must remember, with a state_dict().
+        extra_state: what else the algorithm must remember; has a state_dict().
         plain: the other parts, as they are: rng_states, fingerprint, global_batch_size.
     """
     checkpoint = {
@@ -290,8 +300,8 @@ def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
 def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     """The share of float16 values that differ.
 
-    Near a weight of 0.05 the steps of float16 are 3e-5 wide: a training whose updates add up to
-    less leaves the weight file as it was, whatever its loss says.
+    Near 0.05, neighbouring float16 numbers are 3e-5 apart: a training that moves a weight by less
+    leaves the file as it was, whatever its loss says.
     """
     changed = sum(int((after[name] != old).sum()) for name, old in before.items())
     return changed / max(1, sum(old.numel() for old in before.values()))
@@ -302,7 +312,8 @@ def fp16_report(fraction: float) -> list[str]:
     lines = [f"{fraction:.1%} of the values stored in float16 differ from the start's"]
     if fraction < SMALL_CHANGE:
         lines.append(
-            "warning: most updates were too small for float16 and are lost in the saved weights; "
+            "warning: most weights changed too little for float16, so the saved file does not "
+            "have the change; "
             "raise --learning_rate, or train longer"
         )
     return lines

@@ -1,4 +1,4 @@
-"""A trainer as a command: what ends it, how, and with which exit code."""
+"""A trainer as a command: what ends it, how, and with which exit code. Imports nothing slow."""
 
 import errno
 import os
@@ -6,29 +6,56 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-
-from model.command_line import parse_arguments
+from model.command_line import (
+    Arguments,
+    check_files,
+    parse_arguments,
+)
 from model.errors import UserError, exit_on_user_error
-from trainer.common.hardware import is_oom
+from model.presets import with_preset
 from trainer.common.recipes import with_recipe
 
 WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 
 
-def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None) -> None:
-    """The command line of a trainer: parse and train; a mistake or an accident ends it with one
-    sentence and exit code 2, and no process group is left behind."""
+def parse_trainer(args_class: type[Arguments], about: str | None) -> Arguments:
+    """The command line of a trainer, with the flags of its --recipe; a mistake ends it with one
+    sentence and exit code 2."""
+    with exit_on_user_error(), told_once():
+        argv = with_preset(with_recipe(sys.argv[1:], args_class))
+        args = parse_arguments(args_class, about, argv)
+        check_files(args)
+        return args
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Of torchrun's processes, most likely all of which see a mistake, the first one tells it."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        raise
+
+
+def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
+    """Train; a mistake or an accident ends it with one sentence and exit code 2, and no process
+    group is left behind."""
+    import torch.distributed as dist
+
     distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
     code = 1
     try:
-        with exit_on_user_error():
+        with exit_on_user_error(), told_once():
             try:
-                main(parse_arguments(args_class, about, with_recipe(sys.argv[1:], args_class)))
+                main(args)
                 code = 0
             except (OSError, RuntimeError, EOFError) as error:
                 ignore_dead_workers()
@@ -36,11 +63,6 @@ def run_trainer(main: Callable[[Any], Any], args_class: type, about: str | None)
                 if failure is None:
                     raise
                 raise failure from error
-            except UserError:
-                if distributed and os.environ.get("RANK") != "0":
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                    time.sleep(3)  # most likely all processes see it: the first one tells it
-                raise
     except SystemExit as end:
         code = end.code
     except KeyboardInterrupt:
@@ -72,6 +94,10 @@ def ignore_dead_workers() -> None:
 def explain_failure(error: Exception) -> UserError | None:
     """A sentence for a failure that is no bug (full disk, dead worker, out of memory); None for a
     bug, whose traceback is shown."""
+    import torch.distributed as dist
+
+    from trainer.common.hardware import is_oom
+
     text, go_on = str(error), "--resume goes on from the last checkpoint"
     # a worker that dies breaks the pipe, or is noticed by the DataLoader or the pool, as it happens
     if "DataLoader worker" in text or isinstance(error, WORKER_DIED):

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from typing_extensions import TypeVar  # with `default`, as typing's since Python 3.13
 
+from dataset.released import resolve_data_path
 from model.errors import UserError
 from trainer.common import hardware
 from trainer.common.arguments import TrainArgs
@@ -38,6 +39,7 @@ class Context(Generic[ArgsT]):
     @staticmethod
     def create(args: AnyArgs) -> "Context[AnyArgs]":
         """Resolve device and precision, and join the other ranks if torchrun started several."""
+        resolve_data_path(args)
         device = hardware.resolve_device(args.device)
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if world_size > 1:
@@ -46,7 +48,7 @@ class Context(Generic[ArgsT]):
             args=args,
             device=device,
             dtype=hardware.resolve_dtype(args.dtype, device),
-            compile=hardware.compiles(device) if args.compile is None else args.compile,
+            compile=hardware.should_compile(device) if args.compile is None else args.compile,
             rank=int(os.environ.get("RANK", 0)),
             world_size=world_size,
         )

@@ -69,8 +69,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def compiles(device: torch.device) -> bool:
-    """Whether torch.compile is worth its minute: on CUDA, for which it needs Triton."""
+def should_compile(device: torch.device) -> bool:
+    """Whether torch.compile is worth the minute it takes: on CUDA, if Triton is installed."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
@@ -103,17 +103,17 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return 2 * n**3 / best
 
 
-def flops_per_token(config: MiniMindConfig, row_length: int) -> float:
-    """Operations to train one token (forward and backward): 6 for each weight of a matrix it is
-    multiplied with, and 12 · layers · hidden · T/2 for attention over a causal row of T
-    (arXiv 2204.02311, appendix B; half of it, since a token sees half the row on average)."""
+def flops_per_token(config: MiniMindConfig, seq_len: int) -> float:
+    """Floating-point operations to train one token, forward and backward (arXiv 2204.02311,
+    appendix B): 6 for each weight of a matrix that the token is multiplied with, and for attention
+    12 · layers · hidden · T/2 in a sequence of T, of which a causal token sees half on average."""
     C, head = config.hidden_size, config.head_dim
     attention = C * head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     feed_forward = 3 * C * config.active_intermediate_size
-    feed_forward += C * config.n_routed_experts * config.use_moe  # the gate
+    feed_forward += C * config.n_routed_experts * config.use_moe  # the router
     matrices = config.num_hidden_layers * (attention + feed_forward)
-    matrices += C * config.vocab_size  # the head
-    return 6 * matrices + 6 * config.num_hidden_layers * C * row_length
+    matrices += C * config.vocab_size  # the output head
+    return 6 * matrices + 6 * config.num_hidden_layers * C * seq_len
 
 
 def is_oom(error: Exception) -> bool:

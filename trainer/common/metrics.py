@@ -3,9 +3,9 @@ tracker."""
 
 import math
 import time
-from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,31 +21,47 @@ from trainer.common.trackers import start_tracker
 # What a rank knows of a metric: a sum and the number of things summed. The ranks' sums and counts
 # are added up, and divided once.
 Metric = tuple[float | Tensor, float]
+
+
+class Curve(NamedTuple):
+    """How a report draws a metric over the tokens trained."""
+
+    title: str
+    unit: str = ""
+    from_zero: bool = False
+
+
+# The keys that every stage logs, in the report's order; None: no curve. The algorithm's own metrics
+# have curves too, after these.
+CURVES = {
+    "step": None,
+    "num_tokens": None,
+    "seconds": None,
+    "loss": Curve("training loss", "nats"),
+    "eval_loss": None,  # eval_bpb has the same curve in another unit
+    "eval_bpb": Curve("held-out text", "bits per byte"),
+    "recipe_eval_bpb": None,  # the baseline has a line in the same picture
+    "learning_rate": Curve("learning rate"),
+    "grad_norm": Curve("norm of the gradient, before it is clipped"),
+    "tokens_per_second": Curve("speed", "tokens per second", from_zero=True),
+    "memory_gb": Curve("memory", "GB", from_zero=True),
+    "mfu": Curve("share of the machine's peak (MFU)", from_zero=True),
+    "skipped": None,
+    "changed_fraction": None,
+}
 IN_BAR = ("reward", "accuracy", "margin", "rewards/accuracies", "rewards/margins")
 
-# Keys of logs until 2026-11 → today's, which trl and transformers use too. `read_log` and recipes
-# read old logs by them.
-OLD_KEYS = {
-    "lr": "learning_rate",
-    "tokens": "num_tokens",
-    "changed_share": "changed_fraction",
-    "flat_groups": "frac_reward_zero_std",
-    "length": "completions/mean_length",
-    "empty": "completions/empty_ratio",
-    "moved": "approx_kl",
-    "clipped": "clip_fraction",
-    "calls": "tools/call_frequency",
-}
-OLD_STAGE_KEYS = {
-    "dpo": {
-        "accuracy": "rewards/accuracies",
-        "margin": "rewards/margins",
-        "chosen_reward": "rewards/chosen",
-        "rejected_reward": "rewards/rejected",
-    },
-    "ppo": {"value": "critic_value"},
-    "spo": {"value": "tracker_value"},
-}
+
+@dataclass
+class Accumulator:
+    """Sums over the optimizer steps since the last log line."""
+
+    steps: int = 0  # with a finite loss
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)  # (sum, count) of a metric
+    expert_load: Tensor | None = None  # [layers, experts], tokens of each expert
 
 
 class MetricLog:
@@ -63,20 +79,13 @@ class MetricLog:
         self.step_loss = torch.zeros((), device=ctx.device)  # of this step, summed by backward
         self.loss = self.learning_rate = self.grad_norm = 0.0  # of the last optimizer step
         self.clock = 0.0
-        self.reset()
-
-    def reset(self) -> None:
-        """Empty accumulator for metrics since the last log line."""
-        self.steps, self.tokens, self.seconds, self.loss_sum = 0, 0, 0.0, 0.0
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.expert_load: Tensor | None = None  # [layers, experts], tokens of each expert
+        self.accumulator = Accumulator()
 
     def state_dict(self) -> dict[str, Any]:
-        names = "steps tokens seconds loss_sum sums expert_load".split()
-        return {name: getattr(self, name) for name in names}
+        return dict(vars(self.accumulator))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.accumulator = Accumulator(**state)
 
     # -- accumulating
 
@@ -89,39 +98,40 @@ class MetricLog:
         self.loss = loss
         self.step_loss.zero_()
         if math.isfinite(loss):
-            self.steps += 1
-            self.loss_sum += loss
+            self.accumulator.steps += 1
+            self.accumulator.loss_sum += loss
         now = time.perf_counter()
-        self.seconds += now - self.clock
+        self.accumulator.seconds += now - self.clock
         self.clock = now  # PPO makes several steps of one global batch
 
     def add(self, metrics: dict[str, Metric]) -> dict[str, float]:
-        """Add this update's metrics over all ranks; returns their values in this update."""
+        """Add this step's metrics over all ranks; returns their values in this step."""
+        sums = self.accumulator.sums
         flat = [float(number) for pair in metrics.values() for number in pair]
         totals = iter(self.ctx.all_reduce_sum(*flat) if flat else [])
         values = {}
         for name in metrics:
             total, count = next(totals), next(totals)
-            before, counted = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = before + total, counted + count
+            before, counted = sums.get(name, (0.0, 0.0))
+            sums[name] = before + total, counted + count
             values[name] = total / count if count else math.nan
         return values
 
     def add_tokens(self, count: int) -> None:
         """Count tokens that this rank generated."""
-        self.tokens += int(self.ctx.all_reduce_sum(count)[0])
+        self.accumulator.tokens += int(self.ctx.all_reduce_sum(count)[0])
 
     def add_expert_load(self, load: Tensor | None) -> None:
         if load is None:
             return
-        load = load.cpu()
-        self.expert_load = load if self.expert_load is None else self.expert_load + load
+        load, before = load.cpu(), self.accumulator.expert_load
+        self.accumulator.expert_load = load if before is None else before + load
 
     # -- reading
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(1e-9, self.seconds)
+        return self.accumulator.tokens / max(1e-9, self.accumulator.seconds)
 
     @property
     def mfu(self) -> float | None:
@@ -144,19 +154,21 @@ class MetricLog:
 
     def means(self) -> dict[str, Any]:
         """Metrics since the last log line."""
+        found = self.accumulator
         means: dict[str, Any] = {
-            "loss": finite(self.loss_sum / self.steps) if self.steps else None,
+            "loss": finite(found.loss_sum / found.steps) if found.steps else None,
             "learning_rate": self.learning_rate,
             "grad_norm": finite(self.grad_norm),
             "tokens_per_second": round(self.tokens_per_second, 1),
             "mfu": self.mfu and round(self.mfu, 4),
             "memory_gb": round(hardware.memory_in_use(self.ctx.device) / 1e9, 2),
         }
-        for name, (total, count) in self.sums.items():
+        for name, (total, count) in found.sums.items():
             means[name] = finite(total / count) if count else None
-        if self.expert_load is not None:  # per layer, the busiest expert as a multiple of the mean
-            busiest = self.expert_load.amax(1) / self.expert_load.mean(1).clamp(min=1e-9)
-            means["expert_load"] = [round(load, 3) for load in busiest.tolist()]
+        if (load := found.expert_load) is not None:
+            # per layer, the busiest expert as a multiple of the mean
+            busiest = load.amax(1) / load.mean(1).clamp(min=1e-9)
+            means["expert_load"] = [round(each, 3) for each in busiest.tolist()]
         return means
 
     # -- writing
@@ -207,29 +219,6 @@ def mean_of(metric: Metric) -> float:
     """A metric that one rank knows whole; NaN if it counts nothing."""
     total, count = metric
     return float(total) / count if count else math.nan
-
-
-def with_new_keys(records: Iterable[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
-    """Records of a stage's log, with today's keys."""
-    stage = stage.split("/")[-1]  # lora/dpo
-    found = []
-    for record in records:
-        new = {new_key(key, stage): value for key, value in record.items()}
-        for prefix in ("", "eval_"):
-            if f"{prefix}finished" in new:  # the share that ended, and now the share that was cut
-                new[f"{prefix}completions/clipped_ratio"] = 1 - new.pop(f"{prefix}finished")
-        found.append(new)
-    return found
-
-
-def new_key(key: str, stage: str) -> str:
-    """Today's name of a metric: val_loss → eval_loss, recipe_val_bpb → recipe_eval_bpb."""
-    for old, new in (("recipe_", "recipe_"), ("val_", "eval_")):
-        if key.startswith(old):
-            return new + new_key(key.removeprefix(old), stage)
-    if key.startswith("reward_") and key != "reward_failed":
-        return f"rewards/{key.removeprefix('reward_')}/mean"
-    return OLD_STAGE_KEYS.get(stage, {}).get(key) or OLD_KEYS.get(key, key)
 
 
 def finite(number: float) -> float | None:

@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
                 self.step_stacked(matrices, group)
 
     def step_stacked(self, matrices: list[Tensor], group: dict) -> None:
-        """One update of matrices of the same shape, all with a gradient."""
+        """One step of matrices of the same shape, all with a gradient."""
         momentum = group["momentum"]
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         buffers = [self.momentum_buffer(matrix) for matrix in matrices]
@@ -116,9 +116,12 @@ class MultiOptimizer:
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
-        self.param_groups = [group for each in optimizers for group in each.param_groups]
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]  # the schedule multiplies this
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for each in self.optimizers for group in each.param_groups]
 
     def step(self) -> None:
         for optimizer in self.optimizers:
@@ -134,7 +137,6 @@ class MultiOptimizer:
     def load_state_dict(self, states: list[dict]) -> None:
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
 
 
 def make_optimizer(
@@ -169,9 +171,8 @@ def make_optimizer(
 
 def set_learning_rates(optimizer: MultiOptimizer, factor: float) -> None:
     """Every group's peak learning rate, times the schedule's factor."""
-    for each in optimizer.optimizers:
-        for group in each.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
 
 
 def learning_rate_factor(schedule: str, step: int, progress: float, warmup_steps: int) -> float:

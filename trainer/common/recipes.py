@@ -1,10 +1,12 @@
-"""Recipes: trainings that anyone can repeat, with the curve that came out when they were written.
+"""Recipes: trainings that anyone can repeat, each with the log of a baseline to compare with.
 
-benchmarks/recipes/NAME.json pins the flags, the seed, the hashes of data and tokenizer, and the log
-of the run that it was made from. `--recipe NAME` gives a trainer these flags, and at every
-evaluation the run says whether it is on track: its held-out bits per byte are within `tolerance` of
-that run's at the same number of tokens. Flags on the command line override the recipe's, and the
-run says so. scripts/make_recipe.py writes a recipe from a finished run.
+benchmarks/recipes/NAME.json has the flags, the seed, the hashes of data and tokenizer, and the log
+of the baseline, the run that it was made from. `--recipe NAME` gives a trainer these flags, and at
+every evaluation the run says whether it is on track: its held-out bits per byte are within
+`tolerance` of the baseline's at the same number of tokens. Flags on the command line override the
+recipe's, and the run lists them. scripts/make_recipe.py writes a recipe from a finished run.
+
+Here is what the command line needs, without slow imports; report/recipe_comparison.py compares.
 """
 
 import argparse
@@ -14,16 +16,11 @@ from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from dataset.packing import TrainingData
 from model.command_line import names_where
 from model.errors import UserError
-from model.weights import ROOT, tokenizer_hash
+from model.paths import ROOT
 from trainer.common.arguments import TrainArgs
-from trainer.common.context import Context
-from trainer.common.metrics import with_new_keys
+from trainer.report.old_keys import with_new_keys
 
 RECIPES = ROOT / "benchmarks" / "recipes"
 METRIC = "eval_bpb"
@@ -90,94 +87,5 @@ def with_absolute_paths(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: at(value) if name in PATHS else value for name, value in flags.items()}
 
 
-def resolve_paths(paths: list[str]) -> list[Path]:
-    return [Path(path).resolve() for path in paths]
-
-
 def prepare_hint(recipe: dict[str, Any]) -> str:
     return f"; `{recipe['prepare']}` makes it" if recipe.get("prepare") else ""
-
-
-class RecipeComparison:
-    """The run that a recipe was made from, for a run that follows the recipe.
-
-    Raises:
-        UserError: the recipe is for another stage, or its data have changed.
-    """
-
-    def __init__(
-        self,
-        ctx: Context,
-        stage: str,
-        tokenizer: PreTrainedTokenizerBase,
-        train_data: TrainingData,
-        val_data: TrainingData | None,
-    ):
-        args = ctx.args
-        recipe = read_recipe(args.recipe)
-        self.name, self.tolerance = recipe["name"], recipe["tolerance"]
-        self.history = recipe["records"]
-        self.provenance = f"{recipe.get('date', '')}, {recipe.get('machine', '')}"
-        if recipe["stage"].split("/")[0] != stage.split("/")[0]:
-            raise UserError(f"recipe {self.name} is for {recipe['stage']}, and this is {stage}")
-        pinned = with_absolute_paths(recipe["flags"])
-        self.overrides = [
-            f"--{name} {getattr(args, name, None)} instead of {value}"
-            for name, value in pinned.items()
-            if getattr(args, name, None) != value and name not in PATHS
-        ]
-        hashes = {
-            "data": train_data.fingerprint,
-            "held_out": val_data and val_data.fingerprint,
-            "tokenizer": tokenizer_hash(tokenizer),
-        }
-        other = [what for what, found in hashes.items() if recipe.get(what, found) != found]
-        same_files = all(
-            resolve_paths(getattr(args, name)) == resolve_paths(pinned.get(name, []))
-            for name in ("data_path", "val_path")
-        )
-        if other and same_files:
-            raise UserError(
-                f"recipe {self.name} pins {other[0]} {recipe[other[0]]}, and this is "
-                f"{hashes[other[0]]}{prepare_hint(recipe)}, as it was then; or name other data "
-                "with --data_path"
-            )
-        self.overrides += [f"another {what}" for what in other]
-        points = [(r["num_tokens"], r[METRIC]) for r in self.history if METRIC in r]
-        self.curve = [] if "held_out" in other or "data" in other else points
-
-    def lines(self) -> list[str]:
-        """What to print before the first step."""
-        lines = [f"recipe {self.name}: compared with the run of {self.provenance}"]
-        if self.overrides:
-            lines = [f"{lines[0]}, but with {'; '.join(self.overrides)}"]
-        if not self.curve:
-            lines.append("bits per byte of other data are not compared")
-        return lines
-
-    def expected(self, num_tokens: int) -> float | None:
-        """The metric after this many tokens, interpolated; None before the first evaluation."""
-        if not self.curve or num_tokens < self.curve[0][0]:
-            return None
-        tokens, values = zip(*self.curve, strict=True)
-        return float(np.interp(num_tokens, tokens, values))
-
-    def expected_metrics(self, record: dict[str, Any]) -> dict[str, float]:
-        """What the recipe's run had at this record of a log, to be written into it."""
-        expected = self.expected(record["num_tokens"]) if METRIC in record else None
-        return {} if expected is None else {f"recipe_{METRIC}": round(expected, 4)}
-
-    def status(self, history: list[dict[str, Any]]) -> str:
-        """Whether a run is on track at its latest evaluation; "" where nothing can be said."""
-        found = [record for record in history if METRIC in record]
-        if not found or f"recipe_{METRIC}" not in found[-1]:
-            return ""
-        value, expected = found[-1][METRIC], found[-1][f"recipe_{METRIC}"]
-        difference = value / expected - 1
-        word = "behind" if difference > 0 else "ahead"
-        if abs(difference) <= self.tolerance:
-            word = "on track"
-        return (
-            f"{word}: {value:.4f} bits per byte at step {found[-1]['step']}, where {self.name} "
-            f"had {expected:.4f} ({difference:+.1%}; ±{self.tolerance:.0%} is on track)"
-        )

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -11,12 +10,14 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from dataset.lm_dataset import load_documents
+from dataset.chat import stop_tokens
+from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
+from model.inference.thinking import can_close_thoughts, close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
-from model.weights import find_weights, load_model
+from model.weights import load_model, require_tokenizer
 from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context, ModelT
 
@@ -26,7 +27,8 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
     torch.manual_seed(args.seed)
     given = {name: getattr(args, name, None) for name in MiniMindConfig.__annotations__}
     sizes = {name: value for name, value in given.items() if value is not None}
-    if not args.use_moe:  # loaded weights know whether they are a mixture
+    sizes |= special_ids(tokenizer)
+    if not args.use_moe and not args.preset:  # loaded weights know whether they are a mixture
         del sizes["use_moe"]
     if args.from_weight == "none":
         try:
@@ -35,20 +37,29 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
             raise UserError(f"these sizes do not make a model: {error}") from error
         model = MiniMindForCausalLM(config)
     else:
-        path = Path(args.from_weight)
-        if path.suffix != ".pth":
-            kind = dict(newest=False, use_moe=args.use_moe)
-            path = find_weights(args.from_weight, args.hidden_size, args.save_dir, **kind)
+        path = args.initial_weights()
         model = load_model(path, tokenizer=tokenizer, **sizes)
+        require_tokenizer(path, args.tokenizer_path)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
     return model.train()
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int] | None]:
+    """The fields of the config that name tokens: a model stops at EOS, and at the token with which
+    the chat template ends a turn, if that is another."""
+    stops = stop_tokens(tokenizer)
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:
-    """The model on this rank's device, compiled where that pays, and with gradients averaged over
-    the ranks."""
+    """The model on this rank's device, with compiled blocks if the context says so, and with
+    gradients averaged over the ranks."""
     model = model.to(ctx.device)
     if ctx.compile:  # block by block: they share one compilation
         for module in model.modules():
@@ -106,7 +117,7 @@ def load_split(
     """Documents and the indices to train on, documents and the indices held out. A preference pair
     counts as one document."""
     args = ctx.args
-    missing = "pad_token" if tokenizer.pad_token_id is None else ""
+    missing = "eos_token" if tokenizer.eos_token_id is None else ""
     if kind != "text" and not tokenizer.chat_template:
         missing = "chat_template"
     if missing:
@@ -118,6 +129,7 @@ def load_split(
         load_documents,
         kind=kind,
         tokenizer=tokenizer,
+        empty_think_ratio=use_empty_thoughts(ctx, tokenizer),
         skip_bad_rows=args.skip_bad_rows,
         report=ctx.print,
     )
@@ -128,6 +140,20 @@ def load_split(
     unit = "pairs" if kind == "preferences" else "documents"
     train_indices, val_indices = split_held_out(args, len(documents) // each, val_count, unit)
     return documents, train_indices, val_documents or documents, val_indices
+
+
+def use_empty_thoughts(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> float:
+    """--empty_think_ratio where it matters, else 0: there are thoughts in the data, or the model
+    that is trained has learnt from some. From then on prompts without open_thinking close one."""
+    ratio = getattr(ctx.args, "empty_think_ratio", 0.0)
+    if not ratio or not can_close_thoughts(tokenizer):
+        return 0.0
+    if not closes_thoughts(tokenizer):
+        if not has_thoughts(ctx.args.data_path):
+            return 0.0
+        close_thoughts(tokenizer)
+    ctx.print(f"{ratio:.0%} of the rows without thoughts have an empty one (--empty_think_ratio)")
+    return ratio
 
 
 def split_held_out(

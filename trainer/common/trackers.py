@@ -45,7 +45,7 @@ def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, st
         )
     except ImportError as error:
         raise UserError(
-            f"--tracker {name} is not installed, or not whole ({error}); `pip install {name}`"
+            f"--tracker {name} is not installed, or not completely ({error}); `pip install {name}`"
         ) from error
     except Exception as error:  # of many kinds: neither has one class for all of its errors
         reason = " ".join(str(error).split()).rstrip(".")
@@ -53,6 +53,6 @@ def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, st
             f"--tracker {name} does not start: {reason}; log in with `{name} login`, or set "
             f"{name.upper()}_MODE=offline, or leave --use_wandb away"
         ) from error
-    # SwanLab's own handler would close its log at the first Ctrl-C, before the last update
+    # SwanLab's own handler would close its log at the first Ctrl-C, before the last step
     signal.signal(signal.SIGINT, on_interrupt)
     return tracker, started.id

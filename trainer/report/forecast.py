@@ -1,6 +1,7 @@
 """What to expect of a training, printed before its first step: data, steps, memory, time, loss."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ def forecast(
     num_tokens = plan.total_samples * train_data.num_tokens / len(train_data)
     dtype = str(ctx.dtype).removeprefix("torch.")
     held_out = f"; held out: {len(val_data.indices):,} {val_data.document_unit}" if val_data else ""
+    names = ", ".join(Path(path).name for path in args.data_path)
     first, largest = plan.first_batch, plan.largest_batch
     sizes = f"{first} to {largest}" if first < largest else f"{first}"
     memory, oom_hint = memory_forecast(ctx, model, config, train_data)
@@ -39,7 +41,7 @@ def forecast(
         f"{plan.name}: {parameters / 1e6:.2f}M parameters, "
         f"{hardware.describe_machine(ctx.device)}, {dtype}, "
         f"{ctx.world_size} process{'es' * (ctx.world_size > 1)}",
-        f"data: {train_data.summary}{held_out}",
+        f"data: {names}: {train_data.summary}{held_out}",
         f"training: {plan.total_steps:,} steps of {sizes} {train_data.sample_unit}, "
         f"{num_tokens:,.0f} tokens",
         memory,
@@ -87,7 +89,7 @@ def memory_forecast(
     fitting = min(int((free - fixed) / (per_token * longest)), samples // 2)
     if fitting < 1:
         hint = "try --gradient_checkpointing 1, a smaller --max_seq_len or a smaller model"
-    elif flag != "batch_size":  # the update is the same, in more parts
+    elif flag != "batch_size":  # the same optimizer step, in more parts
         hint = f"--{flag} {fitting} should fit"
     else:
         steps = math.ceil(args.accumulation_steps * args.batch_size / fitting)

@@ -1,9 +1,9 @@
 """The report card of a training: one HTML page with everything in it, to look at or to pass on.
 
 out/{name}.report.html has the curves, samples of the model's text over time, settings and data, and
-with --recipe how the run compares with the reference. It is made from the log, so that a run that
-was stopped and resumed has the same page. scripts/compare_runs.py lays several runs over each
-other with the same curves.
+with --recipe how the run compares with the recipe's baseline. It is made from the log, so that a
+run that was stopped and resumed has the same page. scripts/compare_runs.py draws several runs in
+the same charts.
 """
 
 import json
@@ -22,23 +22,12 @@ from dataset.packing import TrainingData
 from model.weights import atomic_write, count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
-from trainer.common.recipes import RecipeComparison
+from trainer.common.metrics import CURVES, Curve
 from trainer.report.forecast import duration
 from trainer.report.plots import curve_svg
+from trainer.report.recipe_comparison import RecipeComparison
 
 Records = list[dict[str, Any]]
-
-# Metrics that have a curve, in this order; others that a trainer logs come after them.
-CURVES = {
-    "loss": ("training loss", "nats"),
-    "eval_bpb": ("held-out text", "bits per byte"),
-    "learning_rate": ("learning rate", ""),
-    "grad_norm": ("norm of the gradient, before it is clipped", ""),
-    "tokens_per_second": ("speed", "tokens per second"),
-    "memory_gb": ("memory", "GB"),
-    "mfu": ("share of the machine's peak (MFU)", ""),
-}
-NO_CURVE = set("step num_tokens seconds eval_loss skipped changed_fraction recipe_eval_bpb".split())
 
 
 def run_metadata(
@@ -139,7 +128,7 @@ def status(line: str, lines: list[str]) -> str:
 
 
 def tiles(records: Records) -> str:
-    """The last figures, and the largest memory."""
+    """The last value of each metric, and the peak memory."""
     last: dict[str, Any] = {}
     for record in records:
         last |= {name: value for name, value in record.items() if value is not None}
@@ -154,8 +143,8 @@ def tiles(records: Records) -> str:
         ("tokens", f"{num_tokens:,}"),
         ("training time", duration(last.get("seconds", 0))),
         ("tokens per second", f"{speed:,.0f}"),
-        ("memory at most, GB", f"{memory:.2f}"),
-        ("updates skipped", f"{last.get('skipped', 0):,}"),
+        ("peak memory, GB", f"{memory:.2f}"),
+        ("steps skipped", f"{last.get('skipped', 0):,}"),
         (
             "float16 weights changed",
             f"{last['changed_fraction']:.1%}" if "changed_fraction" in last else "",
@@ -166,22 +155,22 @@ def tiles(records: Records) -> str:
 
 
 def charts(runs: dict[str, Records]) -> str:
-    """A curve for each figure that the logs have, all runs in it, over the tokens trained."""
-    known = dict(CURVES)
+    """A chart of each metric in the logs, with all runs in it, over the tokens trained."""
+    curves = dict(CURVES)
     for record in (record for records in runs.values() for record in records):
         for name, value in record.items():
-            if name not in NO_CURVE and isinstance(value, int | float | list):
-                known.setdefault(name, (name.replace("_", " "), ""))
-    drawn, from_zero = [], ("tokens_per_second", "memory_gb", "mfu")
-    for name, (title, unit) in known.items():
+            if isinstance(value, int | float | list):
+                curves.setdefault(name, Curve(name.replace("_", " ")))
+    drawn = []
+    for name, curve in curves.items():
         lines = {run: points(records, name) for run, records in runs.items()}
-        if any(lines.values()):
-            drawn.append(f"<figure>{curve_svg(lines, title, unit, name in from_zero)}</figure>")
+        if curve and any(lines.values()):
+            drawn.append(f"<figure>{curve_svg(lines, *curve)}</figure>")
     return f'<div class="charts">{"".join(drawn)}</div>'
 
 
 def points(records: Records, name: str) -> list[tuple[int, float]]:
-    """(tokens, figure); of a figure for each layer the largest."""
+    """(tokens, value); the largest where each layer has its own."""
     found = [(record.get("num_tokens"), record.get(name)) for record in records]
     return [
         (tokens, max(value) if isinstance(value, list) else value)

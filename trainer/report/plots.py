@@ -13,8 +13,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None:
-    """Training loss and held-out bits per byte (of preferences: accuracy) over the tokens trained,
-    one colour a run; of mixtures of experts also the load of each layer's busiest expert.
+    """Training loss and held-out bits per byte (of preference data: accuracy) over the tokens
+    trained, a colour for each run; of mixtures of experts also the load of each layer's busiest
+    expert.
 
     Args:
         runs: name → the records of its metrics.jsonl.
@@ -58,7 +59,7 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path | str) -> None
 
 INK = "#123456"  # stands for the color of the page's text
 LINES = "#3b82f6 #f97316 #22a67a #c04fd0 #d9a514 #e0475b".split()  # on light and dark ground
-REFERENCE = "#8a93a3"
+BASELINE = "#8a93a3"  # the run that a recipe was made from
 
 
 def curve_svg(
@@ -67,7 +68,7 @@ def curve_svg(
     """Curves over the tokens trained as an <svg> inside a page, whose text color they take.
 
     Args:
-        runs: name → (tokens, figure) of each. The first is drawn in front; a recipe's is grey.
+        runs: name → (tokens, value) of each. The first is drawn in front; a recipe's is grey.
     """
     style = {
         "text.color": INK,
@@ -83,7 +84,7 @@ def curve_svg(
         figure, axes = plt.subplots(figsize=(4.6, 3), layout="constrained")
         colors = iter(LINES * len(runs))
         for front, (name, points) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
-            color = REFERENCE if name.startswith("recipe ") else next(colors)
+            color = BASELINE if name.startswith("recipe ") else next(colors)
             if points:
                 marker = "." if len(points) < 30 else None
                 axes.plot(

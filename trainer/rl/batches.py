@@ -1,4 +1,4 @@
-"""Completions → padded batches for the update, and the statistics of an update.
+"""Completions → padded batches to train on, and statistics of an optimizer step.
 
 All per-token tensors are [B, T − 1], like log-probs: column t belongs to token t + 1, which the
 model predicts from the tokens up to t.
@@ -26,10 +26,10 @@ class RolloutBatch(Batch):
 
     indices: Tensor  # [B], int64: places in the list of completions
     ref_log_probs: Tensor | None = None  # [B, T − 1] of π_ref; None without a reference
-    # The rest is set between rollout and update; until then there is no such attribute.
+    # The rest is set between rollout and training; until then there is no such attribute.
     old_log_probs: Tensor = field(init=False, repr=False)  # [B, T − 1] of π_old, which sampled
     advantages: Tensor = field(init=False, repr=False)  # [B, 1], or [B, T − 1] in PPO
-    values: Tensor = field(init=False, repr=False)  # [B, T − 1], PPO: V_old, before the update
+    values: Tensor = field(init=False, repr=False)  # [B, T − 1], PPO: V_old, before training
     returns: Tensor = field(init=False, repr=False)  # [B, T − 1], PPO: the critic's targets
 
     @property
@@ -41,10 +41,10 @@ class RolloutBatch(Batch):
     def set_old_log_probs(self, log_probs: Tensor) -> None:
         """Keep the log-probs of the first forward pass over this batch as log π_old.
 
-        To be called before the first update that follows the rollout: until then the policy is the
-        one that sampled, so the ratio π / π_old is exactly 1. Later calls change nothing. PPO calls
-        it with a pass of its own, because the KL in its rewards needs log π_old before the update;
-        the others with the first pass of the update, which costs nothing.
+        Must be called before the first optimizer step after the rollout: until then the policy is
+        the one that sampled, and the ratio π / π_old is exactly 1. Later calls change nothing. PPO
+        makes a forward pass for it, because the KL in its rewards needs log π_old; the others take
+        the first pass of the training, which costs nothing.
         """
         if not hasattr(self, "old_log_probs"):
             # Detached: π_old is a constant. With a gradient through it the ratio would be 1
@@ -56,7 +56,7 @@ def micro_batches(
     completions: Sequence[Completion], batch_size: int, pad_id: int, device: torch.device
 ) -> list[RolloutBatch]:
     """Batches of completions of similar length, so that little is padding. Without completions,
-    one batch without tokens: every rank must take part in each update."""
+    one batch without tokens: every rank must take part in each step."""
     lengths = [len(each.prompt.ids) + len(each.tokens) for each in completions]
     order = sorted(range(len(completions)), key=lengths.__getitem__)
     batches = []
@@ -66,25 +66,18 @@ def micro_batches(
         batch = RolloutBatch(
             **vars(collate(rows, pad_id)), indices=torch.tensor(indices, dtype=torch.long)
         )
-        batches.append(move(batch, device))
+        batches.append(batch.to(device))
     return batches
 
 
 def token_row(completion: Completion) -> dict[str, np.ndarray]:
     """The tokens of prompt and completion, and which of them carry loss."""
     prompt, tokens = completion.prompt.ids, completion.tokens
-    # In an episode with tools only what the policy sampled is its action. What tools answered
-    # stands in the context, but to learn it would be imitation of the tools.
+    # In an episode with tools, only tokens that the policy sampled are its actions. The tools'
+    # results are context: a loss on them would teach the policy to imitate the tools.
     actions = [True] * len(tokens) if completion.action_mask is None else completion.action_mask
     loss_mask = [False] * len(prompt) + actions
     return {"input_ids": np.array(prompt + tokens), "loss_mask": np.array(loss_mask)}
-
-
-def move(batch: RolloutBatch, device: torch.device) -> RolloutBatch:
-    for name, value in vars(batch).items():
-        if isinstance(value, Tensor):
-            setattr(batch, name, value.to(device))
-    return batch
 
 
 # -- statistics ------------------------------------------------------------------------------------

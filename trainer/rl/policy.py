@@ -1,23 +1,25 @@
-"""Log-probs of the policy and of its reference, and how the policy is saved."""
+"""Log-probs of the policy, and how it is saved."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.model_lora import add_lora, disable_adapter, save_lora
+from model.formats.lora_format import save_lora
+from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import save_weights
-from trainer.common.context import Context, unwrap
+from trainer.common.context import unwrap
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch
-from trainer.rl.prompts import PromptBatch
-from trainer.trainer_utils import Run
 
-# what every trainer of reinforcement learning has
-RolloutRun = Run[RolloutArgs, PromptBatch]
+if TYPE_CHECKING:
+    from trainer.rl.prompts import PromptBatch
+    from trainer.trainer_utils import Run
+
+    RolloutRun = Run[RolloutArgs, PromptBatch]  # of every trainer of reinforcement learning
 
 
 def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
@@ -36,8 +38,8 @@ def make_save_fn(args: RolloutArgs, policy_of: Callable = lambda model: model) -
 def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:
     """The model's arguments for the log-probs of a batch.
 
-    The policy is the distribution that was sampled from, so logits are divided by the temperature
-    of sampling here too; else the ratio would not be 1 before the first update.
+    The policy is the distribution that was sampled from, so logits are divided by the sampling
+    temperature here too; otherwise the ratio would not be 1 before the first step.
     """
     return dict(
         **batch.inputs,
@@ -48,29 +50,11 @@ def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:
     )
 
 
-def log_probs(run: RolloutRun, model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
+def log_probs(run: "RolloutRun", model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
     """log π of each token of the completions, [B, T − 1], without gradient.
 
-    The same computation as in an update. The engine's own log-probs would be cheaper, but a KV
-    cache adds up in another order, and the ratio would differ from 1 by rounding.
+    The same computation as in training. The engine's own log-probs would be cheaper, but with a KV
+    cache sums are made in another order, and the ratio would differ from 1 by rounding.
     """
     with torch.no_grad(), run.forward(unwrap(model), sync=False):
         return unwrap(model)(**policy_inputs(batch, run.ctx.args.temperature)).log_probs
-
-
-class ReferenceModel:
-    """π_ref, the policy before training: a frozen copy, or with LoRA the model with its adapter
-    disabled, which needs no memory."""
-
-    def __init__(self, ctx: Context[RolloutArgs], model: MiniMindForCausalLM):
-        """To be made before --resume loads trained weights into the model."""
-        self.copy = None
-        if not ctx.args.use_lora:
-            self.copy = copy.deepcopy(model).requires_grad_(False).to(ctx.device)
-
-    def log_probs(self, run: RolloutRun, model: MiniMindForCausalLM, batch: RolloutBatch) -> Tensor:
-        """log π_ref, [B, T − 1]; `model` is the policy."""
-        if self.copy is not None:
-            return log_probs(run, self.copy, batch)
-        with disable_adapter(unwrap(model)):
-            return log_probs(run, model, batch)

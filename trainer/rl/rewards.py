@@ -3,9 +3,9 @@
     --reward auto                          see below
     --reward answer:1 repetition:0.2       each part with its weight; each is logged by its own name
 
-    answer       1 if it equals the row's "answer", ignoring case, space and a final full stop; with
-                 --reasoning 1 what stands between <answer> and </answer> is compared
-    number       1 if its last number is the last one of the row's "answer"
+    answer       1 if it says the same as the row's "answer", up to case, space, punctuation around
+                 it, Markdown, and the form of a number; for a "gt" the share of it that it contains
+    number       1 if its last number is the last one of the row's "answer"; for a "gt" as answer
     similarity   its similarity to the row's "answer", from 0 to 1 (difflib's ratio): a graded
                  signal where exact answers are rare
     format       for <think>…</think><answer>…</answer>: 0.1 for each tag that occurs exactly once,
@@ -18,53 +18,63 @@
     transformers the score of the reward model in --reward_model_path
     judge        a language model at --judge_url grades it from 0 to 10; scaled to 0 to 1
 
-auto takes the first that exists: --reward_model_path, out/reward_{size}.pth, and where every row
-has an "answer", that rule; with --reasoning 1 plus 0.5 times the format.
+The first three compare the final answer: what is behind a thought, and between <answer> and
+</answer> if it has these tags. Prompts without a right answer (dataset/grading.py::read_truth) are
+scored by the reward model that is there, and left out if there is none.
 
-To add a rule: a function of a completion, and its name in RULES.
+auto takes the first that exists: --reward_model_path, out/reward_{size}.pth, and the rule answer;
+with --reasoning 1 plus 0.5 times the format.
+
+To add a rule: a function of a completion, and its name in RULES, with what it needs of a prompt.
 """
 
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
 
-from dataset.grading import grade, normalize_text
+from dataset.grading import Truth, final_answer, fold_text, read_rating, same_number
 from dataset.lm_dataset import encode_chat
-from dataset.reply_parser import REASONING_TAGS, parse_reasoning, tagged_answer
+from dataset.reply_parser import REASONING_TAGS, parse_reasoning
 from dataset.text import is_chinese
 from model.errors import UserError
+from model.formats.native_format import read_config_json
 from model.weights import find_weights, load_scoring_model
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.prompts import PromptDataset
+from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import Completion
 
-Rule = Callable[[Completion, RolloutArgs], float]
 Part = Callable[[Sequence[Completion]], list[float]]  # a rule or a model, over all completions
+
+
+class Rule(NamedTuple):
+    score: Callable[[Completion, RolloutArgs], float]
+    needs: Callable[[Prompt], bool] | None = None  # whether it can judge a prompt; None: any
 
 
 class Rewards:
     """The weighted sum of the parts that --reward names.
 
+    For a prompt that some parts cannot judge, the others have their weight.
+
     Args:
         hidden_size: of the policy; out/reward_{hidden_size}.pth is the reward model.
-        prompts: the data, which must have answers if a rule compares with them.
         extra_rules: rules of the stage's own, by name.
     """
 
@@ -73,7 +83,6 @@ class Rewards:
         ctx: Context[RolloutArgs],
         tokenizer: PreTrainedTokenizerBase,
         hidden_size: int,
-        prompts: PromptDataset,
         extra_rules: dict[str, Rule] | None = None,
     ):
         self.ctx, self.tokenizer = ctx, tokenizer
@@ -81,34 +90,77 @@ class Rewards:
         self.rules = {**RULES, **(extra_rules or {})}
         self.weights = parse_weights(ctx.args.reward, [*self.rules, *MODELS])
         if "auto" in self.weights:
-            self.weights = choose_automatically(ctx.args, self.own_model, prompts)
+            format_weight = {"format": 0.5} if ctx.args.reasoning else {}
+            self.weights = {self.find_model() or "answer": 1.0, **format_weight}
             terms = (f"{weight:g} · {name}" for name, weight in self.weights.items())
             ctx.print("reward: " + " + ".join(terms))
-        self.parts = {name: self.make_part(name, prompts) for name in self.weights}
+        self.parts = {name: self.make_part(name) for name in self.weights}
+        self.total = sum(map(abs, self.weights.values()))
+        self.fallback = ""  # the model that scores prompts which no rule can judge
 
-    def make_part(self, name: str, prompts: PromptDataset) -> Part:
-        if name in NEED_ANSWERS:
-            lacking = sum(prompt.answer is None for prompt in prompts.prompts)
-            if lacking:
-                raise UserError(
-                    f'the reward {name} needs an "answer" in every row, and {lacking:,} of '
-                    f"{len(prompts):,} have none"
-                )
+    def find_model(self) -> str:
+        """The name of the reward model that exists, or ""."""
+        if Path(self.ctx.args.reward_model_path).is_dir():
+            return "transformers"
+        return "model" if self.own_model.exists() else ""
+
+    def make_part(self, name: str) -> Part:
         if name in MODELS:
             return MODELS[name](self.ctx, self.tokenizer, self.own_model)
-        rule, args = self.rules[name], self.ctx.args
+        rule, args = self.rules[name].score, self.ctx.args
         return lambda completions: [safe_call(rule, each, args) for each in completions]
+
+    # -- which parts judge a prompt
+
+    def can_score(self, prompt: Prompt) -> bool:
+        """Whether completions of the prompt can be judged, if need be by the reward model that
+        exists."""
+        if not self.lacks_truth(prompt) or MODELS.keys() & self.weights.keys():
+            return True
+        if not (name := self.find_model()):
+            return False
+        self.fallback, self.parts[name] = name, self.make_part(name)
+        needing = (weight for part, weight in self.weights.items() if self.needs_of(part))
+        self.weights[name] = sum(map(abs, needing))
+        self.ctx.print(f"prompts without a right answer are scored by the reward {name}")
+        return True
+
+    def needs_of(self, part: str) -> Callable[[Prompt], bool] | None:
+        return self.rules[part].needs if part in self.rules else None
+
+    def lacks_truth(self, prompt: Prompt) -> bool:
+        """Whether there are parts that need a right answer, and none of them has one."""
+        needs = [need for part in self.weights if (need := self.needs_of(part))]
+        return bool(needs) and not any(need(prompt) for need in needs)
+
+    def judges(self, part: str, prompt: Prompt) -> bool:
+        """Whether this part counts for completions of the prompt."""
+        if part == self.fallback:
+            return self.lacks_truth(prompt)
+        needs = self.needs_of(part)
+        return needs is None or needs(prompt)
+
+    # -- rewards
 
     def __call__(self, completions: Sequence[Completion]) -> tuple[Tensor, dict[str, Metric]]:
         """[N] rewards, NaN where a part failed; and for the log (sum, count) of the rewards, of
         each part, and of the failures."""
-        parts = {name: torch.tensor(part(completions)) for name, part in self.parts.items()}
-        weighted = (self.weights[name] * values for name, values in parts.items())
-        rewards = sum(weighted, torch.zeros(len(completions)))
-        metrics = {"reward": sum_count(rewards)}
-        metrics |= {f"rewards/{name}/mean": sum_count(values) for name, values in parts.items()}
+        count = len(completions)
+        rewards, used, metrics = torch.zeros(count), [0.0] * count, {}
+        for name, part in self.parts.items():
+            judged = [n for n in range(count) if self.judges(name, completions[n].prompt)]
+            values = torch.tensor(part([completions[n] for n in judged]))
+            rewards[judged] += self.weights[name] * values
+            for n in judged:
+                used[n] += abs(self.weights[name])
+            metrics[f"rewards/{name}/mean"] = sum_count(values)
+        rewards *= torch.tensor([self.total / each if each else 1.0 for each in used])
+        metrics = {"reward": sum_count(rewards), **metrics}
+        if self.ctx.args.thinking_ratio:
+            thinking = sum(each.prompt.thinking for each in completions)
+            metrics["completions/thinking_ratio"] = (thinking, count)
         failed = rewards.isnan().sum().item()
-        return rewards, {**metrics, "frac_reward_failed": (failed, len(rewards))}
+        return rewards, {**metrics, "frac_reward_failed": (failed, count)}
 
     @property
     def are_bounded(self) -> bool:
@@ -116,7 +168,7 @@ class Rewards:
         return not {"model", "transformers"} & self.parts.keys()
 
 
-def safe_call(rule: Rule, completion: Completion, args: RolloutArgs) -> float:
+def safe_call(rule: Callable, completion: Completion, args: RolloutArgs) -> float:
     """NaN if the rule fails on this completion, which says nothing about the completion and should
     not end the training."""
     try:
@@ -147,50 +199,37 @@ def parse_weights(words: list[str], names: Iterable[str]) -> dict[str, float]:
     return weights
 
 
-def choose_automatically(
-    args: RolloutArgs, own_model: Path, prompts: PromptDataset
-) -> dict[str, float]:
-    """The weights of --reward auto."""
-    format_weight = {"format": 0.5} if args.reasoning else {}
-    if Path(args.reward_model_path).is_dir():
-        return {"transformers": 1.0, **format_weight}
-    if own_model.exists():
-        return {"model": 1.0, **format_weight}
-    if all(prompt.answer is not None for prompt in prompts.prompts):
-        return {"answer": 1.0, **format_weight}
-    raise UserError(
-        f"there is no reward: no folder {args.reward_model_path} (--reward_model_path; download "
-        "internlm/internlm2-1_8b-reward, for instance), no "
-        f'{own_model} (python trainer/train_reward.py makes it), and not every row has an "answer" '
-        "for a rule"
-    )
-
-
 # -- rules -----------------------------------------------------------------------------------------
 
 
+def has_truth(prompt: Prompt) -> bool:
+    return prompt.truth is not None
+
+
 def answer_in(completion: Completion, args: RolloutArgs) -> str:
-    """What counts as the answer: the whole text, or with reasoning what the tags hold."""
-    if not args.reasoning:
-        return completion.text
-    return tagged_answer(completion.text) or ""
+    """The final answer, "" where a thought was opened and has no end."""
+    return final_answer(completion.text, args.reasoning or completion.prompt.thinking)
 
 
-def right_answer(completion: Completion) -> str:
-    """The row's "answer", which every row has if a rule of NEED_ANSWERS is used."""
-    assert completion.prompt.answer is not None
-    return completion.prompt.answer
+def truth_of(completion: Completion) -> Truth:
+    """The right answer, which every prompt has whose completions a rule that needs it judges."""
+    assert completion.prompt.truth is not None
+    return completion.prompt.truth
+
+
+def answer_score(completion: Completion, args: RolloutArgs) -> float:
+    return truth_of(completion).score(answer_in(completion, args))
+
+
+def number_score(completion: Completion, args: RolloutArgs) -> float:
+    truth = truth_of(completion)
+    if truth.anywhere:
+        return answer_score(completion, args)
+    return float(same_number(answer_in(completion, args), truth.text))
 
 
 def similarity(text: str, answer: str) -> float:
-    return SequenceMatcher(
-        None, normalize_text(text), normalize_text(answer), autojunk=False
-    ).ratio()
-
-
-def same_number(text: str, answer: str) -> bool:
-    found, expected = (re.findall(r"-?\d+(?:\.\d+)?", each) for each in (text, answer))
-    return bool(found and expected) and float(found[-1]) == float(expected[-1])
+    return SequenceMatcher(None, fold_text(text), fold_text(answer), autojunk=False).ratio()
 
 
 def format_reward(text: str, opened: bool) -> float:
@@ -214,15 +253,16 @@ def distinct_ngrams(tokens: list[int], n: int = 3) -> float:
 
 
 RULES: dict[str, Rule] = {
-    "answer": lambda each, args: grade(answer_in(each, args), right_answer(each)),
-    "number": lambda each, args: same_number(answer_in(each, args), right_answer(each)),
-    "similarity": lambda each, args: similarity(answer_in(each, args), right_answer(each)),
-    "format": lambda each, args: format_reward(each.text, opened=args.reasoning),
-    "language": lambda each, args: same_language(each),
-    "length": lambda each, args: 1 - len(each.tokens) / args.max_gen_len,
-    "repetition": lambda each, args: distinct_ngrams(each.tokens),
+    "answer": Rule(answer_score, has_truth),
+    "number": Rule(number_score, has_truth),
+    "similarity": Rule(
+        lambda each, args: similarity(answer_in(each, args), truth_of(each).text), has_truth
+    ),
+    "format": Rule(lambda each, args: format_reward(each.text, opened=args.reasoning)),
+    "language": Rule(lambda each, args: same_language(each)),
+    "length": Rule(lambda each, args: 1 - len(each.tokens) / args.max_gen_len),
+    "repetition": Rule(lambda each, args: distinct_ngrams(each.tokens)),
 }
-NEED_ANSWERS = ("answer", "number", "similarity")
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -269,9 +309,16 @@ class HFRewardModel:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
             model_class = AutoModel if trusted else AutoModelForSequenceClassification
-            self.model = model_class.from_pretrained(path, trust_remote_code=trusted)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            if trusted and "rope_parameters" not in read_config_json(Path(path)):
+                # Saved before transformers 5, with code that tests `config.rope_scaling is None`:
+                # transformers 5 fills that field even where nothing is scaled.
+                if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "default":
+                    config.rope_parameters = None
+            code = dict(config=config, trust_remote_code=trusted)
+            self.model = model_class.from_pretrained(path, **code)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
                 reason = "it brings its own code, which runs only with --trust_remote_code 1"
             raise UserError(f"{path} is no reward model that can be used: {reason}") from error
@@ -296,7 +343,12 @@ class HFRewardModel:
 
 def conversation(completion: Completion) -> list[dict[str, Any]]:
     """The prompt's messages and the completion as the assistant's."""
-    return [*completion.prompt.messages, {"role": "assistant", "content": completion.text}]
+    content: dict[str, Any] = {"content": completion.text}
+    if completion.prompt.thinking:  # whose thought the prompt has opened
+        thought, _, _ = completion.text.rpartition("</think>")
+        answer = final_answer(completion.text, thinking=True)
+        content = {"content": answer, "reasoning_content": thought.strip()}
+    return [*completion.prompt.messages, {"role": "assistant", **content}]
 
 
 class LLMJudge:
@@ -320,8 +372,10 @@ class LLMJudge:
         return [self.grade(each) for each in completions]
 
     def grade(self, completion: Completion) -> float:
-        question = completion.prompt.messages[-1]["content"]
-        prompt = self.PROMPT.format(question=question, answer=completion.text)
+        *_, question, reply = (message["content"] for message in conversation(completion))
+        if not reply.strip():
+            return 0.0
+        prompt = self.PROMPT.format(question=question, answer=reply)
         try:
             response = self.client.chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": prompt}], temperature=0
@@ -332,8 +386,8 @@ class LLMJudge:
             ) from error
         except openai.APIError:
             return math.nan
-        found = re.search(r"\d+(?:\.\d+)?", response.choices[0].message.content or "")
-        return min(10.0, float(found[0])) / 10 if found else math.nan
+        rating = read_rating(response.choices[0].message.content or "")
+        return math.nan if rating is None else rating
 
 
 # Made with the context, the policy's tokenizer and the file of the project's own reward model.

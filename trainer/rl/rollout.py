@@ -1,11 +1,11 @@
 """Rollouts: the policy completes prompts, with the project's engine or on a server.
 
-    train_data, val_data = read_prompts(ctx, tokenizer)      # rows of rlaif-mini.jsonl
+    train_data, val_data = read_prompts(ctx, tokenizer)      # rows of rlaif.jsonl
     completions = generate_completions(ctx, model, tokenizer, prompts, G, step=run.step)
     batches = micro_batches(completions, …)                  # sorted by length, padded
 
 A server (--rollout_url) is vLLM, SGLang or whatever else speaks OpenAI's API. The random numbers of
-a completion depend on --seed, update and prompt alone, so that any number of ranks samples the same
+a completion depend on --seed, step and prompt alone, so that any number of ranks samples the same
 completions.
 """
 
@@ -15,8 +15,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.inference.engine import Engine, Request
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
@@ -41,6 +43,11 @@ class Completion:
     def num_sampled(self) -> int:
         """Tokens that the policy sampled, and that carry loss."""
         return len(self.tokens) if self.action_mask is None else sum(self.action_mask)
+
+    @property
+    def transcript(self) -> str:
+        """What a person is shown of it."""
+        return self.text
 
 
 # -- sampling --------------------------------------------------------------------------------------
@@ -83,7 +90,7 @@ def make_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tokens: list[int]
 ) -> Completion:
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Completion(prompt, tokens, text, tokens[-1] == tokenizer.eos_token_id)
+    return Completion(prompt, tokens, text, tokens[-1] in stop_tokens(tokenizer))
 
 
 def make_seed(*numbers: int) -> int:
@@ -138,6 +145,19 @@ def completion_stats(completions: Sequence[Completion]) -> dict[str, Metric]:
     }
 
 
+def print_sample(
+    ctx: Context[RolloutArgs], step: int, completions: Sequence[Completion], rewards: Tensor
+) -> None:
+    """With --debug_mode, every --debug_interval steps: a prompt, a completion and its reward."""
+    args = ctx.args
+    if not args.debug_mode or step % args.debug_interval or not completions:
+        return
+    n = step // args.debug_interval % len(completions)  # the next one at the next time
+    shown = f"{completions[n].prompt.messages[-1]['content']} ▸ {completions[n].transcript}"
+    reward = rewards.flatten()[n].item()
+    ctx.print(f"step {step}: reward {reward:.3f}", "    " + shown.replace("\n", "\n    "))
+
+
 def generate_greedy(
     ctx: Context[RolloutArgs],
     model: MiniMindForCausalLM,
@@ -167,6 +187,8 @@ def evaluate_policy(
     _, metrics = rewards(completions)
     metrics = {**metrics, **completion_stats(completions)}
     sums = ctx.all_reduce_sum(*(number for pair in metrics.values() for number in pair))
-    means = [total / max(1, count) for total, count in zip(sums[::2], sums[1::2], strict=True)]
-    sample = f"{prompts[0].messages[-1]['content']} ▸ {completions[0].text}" if prompts else ""
-    return sample, {f"eval_{name}": mean for name, mean in zip(metrics, means, strict=True)}
+    sample = ""
+    if prompts:
+        sample = f"{prompts[0].messages[-1]['content']} ▸ {completions[0].transcript}"
+    pairs = zip(metrics, sums[::2], sums[1::2], strict=True)
+    return sample, {f"eval_{name}": total / count for name, total, count in pairs if count}

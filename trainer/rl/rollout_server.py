@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.chat import stop_tokens
 from model.errors import UserError
 from model.formats.hf_format import save_hf_folder
 from trainer.rl.arguments import RolloutArgs
@@ -76,10 +77,10 @@ def parse_choice(
     ids = choice.get("token_ids")
     if ids is None:
         ids = tokenizer(choice["text"], add_special_tokens=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if choice.get("finish_reason") == "stop" and ids[-1:] != [eos]:
-        ids = [*ids, eos]  # the server leaves it out, but the policy sampled it
-    return ids[:max_tokens] or [eos]
+    stops = stop_tokens(tokenizer)
+    if choice.get("finish_reason") == "stop" and (not ids or ids[-1] not in stops):
+        ids = [*ids, stops[-1]]  # the server leaves it out, but the policy sampled it
+    return ids[:max_tokens] or [stops[-1]]
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
 from prepare_samples import CHAT, sentences
-from stand_in_hub import COMMIT, Hub, serving
+from stand_in.hub import Hub, serving
 from toy import ended, fork
 
+from dataset.prepare import hub as hub_module
+from dataset.released import OLDER, REVISION, SETS, SIZES, STAGE_FILES
 from model.errors import UserError
 from scripts.prepare_data import main
 
@@ -25,16 +28,13 @@ PRETRAIN = b"".join(json.dumps({"text": sentences(n)}).encode() + b"\n" for n in
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-    names = ("sft_mini_512.jsonl", "dpo.jsonl")
-    files = {name: json.dumps({"conversations": CHAT}).encode() + b"\n" for name in names}
+    row = json.dumps({"conversations": CHAT}).encode() + b"\n"
+    files = {"pretrain_t2t_mini.jsonl": PRETRAIN, "README.md": b"# data\n"}
+    files |= {name: row for name in SETS["mini"][1:]}
     model = {"config.json": b"{}", "model.safetensors": b"weights" * 999, ".gitattributes": b""}
-    stand_in = Hub(
-        {
-            DATA: {"pretrain_hq.jsonl": PRETRAIN, **files, "README.md": b"# data\n"},
-            "models/jingyaogong/MiniMind2": model,
-        }
-    )
+    stand_in = Hub({DATA: files, "models/jingyaogong/MiniMind2": model})
     stand_in.small = {"README.md", "config.json", ".gitattributes"}
+    stand_in.commit = REVISION
     with serving(stand_in) as address:
         stand_in.address = address
         yield stand_in
@@ -46,27 +46,72 @@ def fetch(hub, folder, *words):
 
 def test_download_a_set(tmp_path, hub):
     found = fetch(hub, tmp_path, "--set", "mini")
-    assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "download.manifest.json",
-        "pretrain_hq.jsonl",
-        "sft_mini_512.jsonl",
-    ]
+    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == PRETRAIN
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"download.manifest.json", *SETS["mini"]} and len(names) == 10
     about = json.loads((tmp_path / "download.manifest.json").read_text())
-    assert about["revision"] == COMMIT
+    assert about["revision"] == REVISION
     assert about["files"][0]["sha256"] == hashlib.sha256(PRETRAIN).hexdigest()
     assert about["files"][0]["checked_by"] == "sha256"
     assert found["jingyaogong/minimind_dataset"]["files"] == about["files"]
     hub.gets.clear()
     fetch(hub, tmp_path, "--set", "mini")  # what is there and whole is left
     assert hub.gets == []
-    (tmp_path / "pretrain_hq.jsonl").write_bytes(PRETRAIN[:-1] + b" ")  # of the same size
+    (tmp_path / "pretrain_t2t_mini.jsonl").write_bytes(PRETRAIN[:-1] + b" ")  # of the same size
     fetch(hub, tmp_path, "--set", "mini")
-    assert hub.gets == [("pretrain_hq.jsonl", None)]
-    assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
+    assert hub.gets == [("pretrain_t2t_mini.jsonl", None)]
+    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == PRETRAIN
+
+
+def test_sets_and_stages_name_released_files():
+    """Each file that a set or a stage names exists, and each of today's is in a set."""
+    today = [name for name, files in SETS.items() if name != "2025" for name in files]
+    assert set(today) == SIZES.keys() and not SIZES.keys() & set(OLDER)
+    assert set(SETS["2025"]) <= set(OLDER)
+    defaults = {name for files in STAGE_FILES.values() for name in files}
+    assert defaults - SIZES.keys() - set(OLDER) == {"tools.jsonl"}
+    with_mini = [files for files in SETS.values() if "sft_t2t_mini.jsonl" in files]
+    assert sum(SIZES[name] for name in with_mini[0]) == 3_216_738_391
+
+
+def test_newer_files_of_the_hub_are_not_mixed_in(tmp_path, hub):
+    """The files of 2026 are taken at the commit that is known, not at the newest one."""
+    hub.older[DATA] = {REVISION: hub.repos[DATA]}
+    hub.repos[DATA], hub.commit = {"dpo.jsonl": b"{}\n"}, "9" * 40
+    fetch(hub, tmp_path, "--file", "dpo.jsonl")
+    assert (tmp_path / "dpo.jsonl").read_bytes() == hub.older[DATA][REVISION]["dpo.jsonl"]
+    fetch(hub, tmp_path, "--file", "dpo.jsonl", "--revision", "main")
+    assert (tmp_path / "dpo.jsonl").read_bytes() == b"{}\n"
+    del hub.older[DATA]  # as on a mirror without the history
+    fetch(hub, tmp_path, "--file", "dpo.jsonl")
+    assert (tmp_path / "dpo.jsonl").read_bytes() == b"{}\n"
+
+
+def test_files_of_2025_come_from_the_history(tmp_path, hub):
+    older = {name: name.encode() for name in SETS["2025"]}
+    hub.older[DATA] = {"7" * 40: {"README.md": b""}, "6" * 40: older, "5" * 40: older | {"a": b""}}
+    fetch(hub, tmp_path, "--set", "2025")
+    assert (tmp_path / "r1_mix_1024.jsonl").read_bytes() == b"r1_mix_1024.jsonl"
+    about = json.loads((tmp_path / "download.manifest.json").read_text())
+    assert about["revision"] == "6" * 40  # the newest that has them
+    with pytest.raises(UserError, match="has no sft_512.jsonl; it has .*--revision may name"):
+        fetch(hub, tmp_path, "--file", "sft_512.jsonl")
+
+
+def test_the_disk_is_asked_before_anything_is_downloaded(tmp_path, hub, monkeypatch):
+    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda place: SimpleNamespace(free=99_999))
+    hub.repos[DATA]["dpo.jsonl"] = bytes(90_000)
+    fetch(hub, tmp_path, "--file", "dpo.jsonl")  # has room
+    with pytest.raises(UserError, match="0.0 GB are to be downloaded.*make room"):
+        fetch(hub, tmp_path / "data", "--set", "mini")
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda place: SimpleNamespace(free=10))
+    fetch(hub, tmp_path, "--file", "dpo.jsonl")  # is there already, and needs none
 
 
 def test_download_models(tmp_path, hub):
+    fetch(hub, tmp_path, "--model", "minimind2", "--file", "*.json")
+    assert not (tmp_path / "MiniMind2" / "model.safetensors").exists()
     fetch(hub, tmp_path, "--model", "MiniMind2")
     folder = tmp_path / "MiniMind2"
     assert (folder / "model.safetensors").read_bytes() == b"weights" * 999
@@ -78,31 +123,34 @@ def test_download_models(tmp_path, hub):
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     hub.cut_after = 50_000
-    fetch(hub, tmp_path, "--file", "pretrain_hq.jsonl")
-    assert hub.gets == [("pretrain_hq.jsonl", None), ("pretrain_hq.jsonl", "bytes=50000-")]
-    assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
+    fetch(hub, tmp_path, "--file", "pretrain_t2t_mini.jsonl")
+    assert hub.gets == [
+        ("pretrain_t2t_mini.jsonl", None),
+        ("pretrain_t2t_mini.jsonl", "bytes=50000-"),
+    ]
+    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == PRETRAIN
 
 
 def test_a_killed_download_is_gone_on_with(tmp_path, hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 10_000)
     hub.wait = threading.Event()
-    process = fork(lambda: fetch(hub, tmp_path, "--file", "pretrain_hq.jsonl"))
-    partial = tmp_path / ".pretrain_hq.jsonl.partial"
+    process = fork(lambda: fetch(hub, tmp_path, "--file", "pretrain_t2t_mini.jsonl"))
+    partial = tmp_path / ".pretrain_t2t_mini.jsonl.partial"
     while not (partial.exists() and partial.stat().st_size >= 100_000):
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
     ended(process)
     there = partial.stat().st_size
-    assert not (tmp_path / "pretrain_hq.jsonl").exists()
+    assert not (tmp_path / "pretrain_t2t_mini.jsonl").exists()
     hub.wait.set()
     hub.wait = None  # from now on it answers at once
     hub.gets.clear()
-    fetch(hub, tmp_path, "--file", "pretrain_hq.jsonl")
-    assert hub.gets == [("pretrain_hq.jsonl", f"bytes={there}-")]
-    assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
+    fetch(hub, tmp_path, "--file", "pretrain_t2t_mini.jsonl")
+    assert hub.gets == [("pretrain_t2t_mini.jsonl", f"bytes={there}-")]
+    assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == PRETRAIN
 
 
-@pytest.mark.parametrize("name", ["pretrain_hq.jsonl", "README.md"])
+@pytest.mark.parametrize("name", ["pretrain_t2t_mini.jsonl", "README.md"])
 def test_a_damaged_file_is_not_kept(tmp_path, hub, name):
     content = hub.repos[DATA][name]
     hub.damaged[name] = content[:-2] + b"!\n"
@@ -114,7 +162,11 @@ def test_a_damaged_file_is_not_kept(tmp_path, hub, name):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--file", "sft_9.jsonl"], "has no sft_9.jsonl; it has README.md, dpo.jsonl"),
+        (
+            ["--file", "sft_9.jsonl"],
+            "has no sft_9.jsonl; it has README.md.*sets are mini",
+        ),
+        (["--set", "big"], "no set big. The sets are mini: pretrain_t2t_mini.*; 2025: pretrain_hq"),
         (["--repo", "nobody/nothing", "--file", "a"], "has no nobody/nothing"),
         (["--repo", "a b/c", "--file", "a"], "is no name of a repository"),
         (["--model", "MiniMind9"], "no model MiniMind9 is known"),
@@ -143,17 +195,17 @@ def test_modelscope(tmp_path, monkeypatch):
     """Its own package against the stand-in: a broken connection is taken up where it broke."""
     pytest.importorskip("modelscope", reason="pip install modelscope")
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", "")
-    files = {"pretrain_hq.jsonl": PRETRAIN, "sft_mini_512.jsonl": b"{}\n"}
+    files = {name: b"{}\n" for name in SETS["mini"]} | {"pretrain_t2t_mini.jsonl": PRETRAIN}
     stand_in = Hub({"datasets/gongjy/minimind_dataset": files})
     stand_in.cut_after = 500_000
     with serving(stand_in) as address:
         words = ["--set", "mini", "--hub", "modelscope", "--endpoint", address]
         main(["download", *words, "--output", str(tmp_path)])
-        assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == PRETRAIN
-        assert ("pretrain_hq.jsonl", "bytes=500000-") in stand_in.gets
-        stand_in.damaged["sft_mini_512.jsonl"] = b"!}\n"
-        (tmp_path / "sft_mini_512.jsonl").unlink()
-        with pytest.raises(UserError, match="sft_mini_512.jsonl"):
+        assert (tmp_path / "pretrain_t2t_mini.jsonl").read_bytes() == PRETRAIN
+        assert ("pretrain_t2t_mini.jsonl", "bytes=500000-") in stand_in.gets
+        stand_in.damaged["sft_t2t_mini.jsonl"] = b"!}\n"
+        (tmp_path / "sft_t2t_mini.jsonl").unlink()
+        with pytest.raises(UserError, match="sft_t2t_mini.jsonl"):
             main(["download", *words, "--output", str(tmp_path)])
     names = sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".")
-    assert names == ["download.manifest.json", "pretrain_hq.jsonl"]
+    assert names == sorted({"download.manifest.json", *SETS["mini"]} - {"sft_t2t_mini.jsonl"})

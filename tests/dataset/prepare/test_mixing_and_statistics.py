@@ -164,7 +164,7 @@ def test_bad_rows_are_errors_or_left_out(tmp_path, command, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("clean --output o.jsonl", "nothing to read"),
+        ("clean --output o.jsonl", "--input is required"),
         ("clean --input none.txt --output o.jsonl", "none.txt does not exist"),
         ("clean --input . --output o.jsonl", "is a folder"),
         ("clean --input a.jsonl", "--output names"),

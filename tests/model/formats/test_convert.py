@@ -126,6 +126,49 @@ def test_yarn_is_a_matter_of_flags(save, tmp_path):
         convert("to-hf", path, tmp_path / "other", "--yarn_factor", 2)
 
 
+YARN = {
+    "factor": 16,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "attention_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", **YARN}},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "yarn", "type": "yarn", **YARN}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": None}},
+        {"rope_theta": 1e4, "rope_scaling": None},
+    ],
+    ids=["type", "both", "rope_parameters", "defaults", "none"],
+)
+@torch.no_grad()
+def test_rope_of_any_version_of_transformers_is_read(save, tmp_path, rope):
+    """As transformers itself reads it."""
+    convert("to-hf", save(qk_norm=True, max_position_embeddings=2048), tmp_path / "folder")
+    file = tmp_path / "folder" / "config.json"
+    config = json.loads(file.read_text())
+    del config["rope_parameters"]
+    file.write_text(json.dumps(config | rope))
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    convert("from-hf", tmp_path / "folder", tmp_path / "own.pth")
+    own = load_model(tmp_path / "own.pth")
+    assert own.config.inference_rope_scaling is (rope.get("rope_scaling", 1) is not None)
+    ids = torch.randint(3, 6400, (1, 300), generator=torch.Generator().manual_seed(2))
+    assert_close(own(ids).logits, other(ids).logits, atol=5e-5, rtol=1e-5)
+
+
+def test_the_weight_of_the_balance_loss_comes_along(save, tmp_path):
+    path = save(use_moe=True, n_shared_experts=0, qk_norm=True, aux_loss_alpha=5e-4)
+    convert("to-hf", path, tmp_path / "folder")
+    convert("from-hf", tmp_path / "folder", tmp_path / "own.pth")
+    assert load_model(tmp_path / "own.pth").config.aux_loss_alpha == 5e-4
+
+
 def test_odd_sizes_of_experts_are_no_obstacle(save, tmp_path):
     convert("to-hf", save(use_moe=True, moe_intermediate_size=25), tmp_path / "folder")
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from test_convert import IDS, convert
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.errors import UserError
-from model.model_lora import LoraConfig, add_lora, lora_layers, lora_state, save_lora
+from model.formats.lora_format import load_lora, load_peft, save_lora
+from model.model_lora import LoraConfig, add_lora, lora_layers, lora_state
 from model.weights import load_model
-from scripts import convert_model
 
 # -- LoRA files ------------------------------------------------------------------------------------
 
@@ -67,9 +68,112 @@ def test_what_peft_trained_is_read(save, tmp_path):
             nn.init.normal_(weight, std=0.1)
     other.save_pretrained(tmp_path / "adapter")
     model = load_model(base)
-    settings = convert_model.load_peft(model, tmp_path / "adapter")
+    settings = load_peft(model, tmp_path / "adapter")
     assert (settings.r, settings.alpha, len(lora_state(model))) == (2, 8, 2 * 2 * 2)
     assert_close(model(IDS).logits, other(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def exported(save, tmp_path):
+    """A tiny model, its file and its transformers folder."""
+    path = save()
+    convert("to-hf", path, tmp_path / "folder")
+    return path, tmp_path / "folder"
+
+
+def adapter_of_peft(folder: Path, target: Path, settings: dict, as_bin: bool = False):
+    """An adapter with weights that are not 0, as peft saves it; the model that it was made on."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    torch.manual_seed(3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(target)
+    if as_bin:  # as peft saved it before safetensors
+        state = load_file(target / "adapter_model.safetensors")
+        torch.save(state, target / "adapter_model.bin")
+        (target / "adapter_model.safetensors").unlink()
+    return model
+
+
+LAYERS = [f"model.layers.{n}.self_attn" for n in range(2)]
+CONVERTED = {  # settings of peft, and the layers that have an adapter
+    "names": (dict(target_modules=["q_proj", "v_proj"]), ["q_proj", "v_proj"]),
+    "all-linear": (
+        dict(target_modules="all-linear"),
+        sorted("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()),
+    ),
+    "regex": (dict(target_modules=r".*self_attn\.(q|v)_proj"), ["q_proj", "v_proj"]),
+    "first layer": (
+        dict(target_modules=["q_proj"], layers_to_transform=[0]),
+        [f"{LAYERS[0]}.q_proj"],
+    ),
+    "whole names": (
+        dict(target_modules=[f"{LAYERS[0]}.q_proj", f"{LAYERS[1]}.v_proj"]),
+        [f"{LAYERS[0]}.q_proj", f"{LAYERS[1]}.v_proj"],
+    ),
+    "default": ({}, ["q_proj", "v_proj"]),
+    "excluded": (
+        dict(target_modules=["q_proj"], exclude_modules=[f"{LAYERS[1]}.q_proj"]),
+        [f"{LAYERS[0]}.q_proj"],
+    ),
+    "rsLoRA": (dict(target_modules=["q_proj"], use_rslora=True), ["q_proj"]),
+    "bin": (dict(target_modules=["q_proj"]), ["q_proj"]),
+    "gaussian": (dict(target_modules=["q_proj"], init_lora_weights="gaussian"), ["q_proj"]),
+}
+REFUSED = {
+    "dora": (dict(use_dora=True), "has use_dora"),
+    "modules": (dict(modules_to_save=["embed_tokens"]), "has modules_to_save"),
+    "ranks": (dict(rank_pattern={"layers.0": 2}), "has rank_pattern"),
+    "alphas": (dict(alpha_pattern={"layers.0": 2}), "has alpha_pattern"),
+    "pissa": (dict(init_lora_weights="pissa"), "has init_lora_weights pissa, which changes the"),
+    "head": (
+        dict(target_modules=["q_proj", "lm_head"]),
+        "the weight lm_head.*in the blocks",
+    ),
+    "embedding": (
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        "the weight model.embed_tok",
+    ),
+    "bias": (dict(bias="lora_only"), "or it trains biases"),
+    "tokens": (dict(trainable_token_indices=[1, 2]), "has trainable_token_indices"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own
+@pytest.mark.parametrize("kind", CONVERTED)
+@torch.no_grad()
+def test_adapters_of_peft_are_converted_exactly(exported, tmp_path, kind):
+    (base, folder), (settings, targets) = exported, CONVERTED[kind]
+    other = adapter_of_peft(folder, tmp_path / "adapter", settings, as_bin=kind == "bin")
+    model = load_model(base)
+    before = model(IDS).logits
+    config = load_peft(model, tmp_path / "adapter")
+    assert config.target_modules == targets
+    assert_close(model(IDS).logits, other(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert (model(IDS).logits - before).abs().max() > 0.01
+
+    # through MiniMind's file, in float16, and back to peft
+    convert("from-peft", tmp_path / "adapter", tmp_path / "x_64.pth", "--base", base)
+    model = load_model(base)
+    load_lora(model, tmp_path / "x_64.pth")
+    assert_close(model(IDS).logits, other(IDS).logits, atol=5e-3, rtol=0)
+    convert("to-peft", tmp_path / "x_64.pth", tmp_path / "back")
+    again = AutoModelForCausalLM.from_pretrained(folder).eval()
+    again = pytest.importorskip("peft").PeftModel.from_pretrained(again, tmp_path / "back")
+    assert_close(again(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_an_adapter_cannot_be_here_is_named(exported, tmp_path, kind):
+    (base, folder), (settings, sentence) = exported, REFUSED[kind]
+    adapter_of_peft(folder, tmp_path / "adapter", {"target_modules": ["q_proj"], **settings})
+    with pytest.raises(UserError, match=sentence):
+        convert("from-peft", tmp_path / "adapter", tmp_path / "x.pth", "--base", base)
+    assert not list(tmp_path.glob("x.*"))
 
 
 def test_an_adapter_of_experts_cannot_become_peft(save, tokenizer, tmp_path):
@@ -89,7 +193,6 @@ def test_an_adapter_of_experts_cannot_become_peft(save, tokenizer, tmp_path):
         dict(r=0),
         dict(lora_alpha=None),
         dict(lora_dropout=2),
-        dict(target_modules=None),
         dict(peft_type="IA3"),
         dict(fan_in_fan_out=True),
     ],

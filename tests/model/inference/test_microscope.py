@@ -11,7 +11,6 @@ from model.feed_forward import moe_layers
 from model.formats.hf_format import save_hf_folder
 from model.inference.generation import pack_for_cpu_decoding
 from model.inference.microscope import (
-    decode_token_bytes,
     expert_load,
     logit_lens,
     observe,
@@ -19,6 +18,7 @@ from model.inference.microscope import (
     token_ranks,
     top_tokens,
 )
+from model.inference.tokens import decode_token_bytes
 
 IDS = torch.randint(0, 128, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 KINDS = {

@@ -6,7 +6,8 @@ from streamlit.testing.v1 import AppTest
 from web_page import MEMORISED, say
 
 from dataset.lm_dataset import encode_chat
-from model.inference.microscope import decode_token_bytes, observe, token_losses, top_tokens
+from model.inference.microscope import observe, token_losses, top_tokens
+from model.inference.tokens import decode_token_bytes
 from model.weights import load_model
 from scripts.web.token_display import readable
 

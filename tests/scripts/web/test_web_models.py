@@ -28,6 +28,15 @@ def test_models_are_found_and_named(folder, tmp_path):
     shutil.rmtree(folder / "lora")
 
 
+def test_adapters_of_earlier_versions_lie_beside_their_weights(tmp_path):
+    for name in ("full_sft_768", "lora_medical_768", "lora_medical_512", "full_sft_768_moe"):
+        (tmp_path / f"{name}.pth").touch()
+    found = {model.label: model for model in find_models(Args(save_dir=str(tmp_path)))}
+    assert found.keys() == {"full_sft_768", "full_sft_768_moe"}
+    assert [path.stem for path in find_lora(found["full_sft_768"])] == ["lora_medical_768"]
+    assert find_lora(found["full_sft_768_moe"]) == []
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_without_a_model_the_page_says_how_to_get_one(open_page, tmp_path, monkeypatch, language):
     started = []

@@ -15,8 +15,10 @@ from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
 from trainer.common import recipes
-from trainer.common.metrics import with_new_keys
 from trainer.report import pages
+from trainer.report.log import read_log
+from trainer.report.old_keys import with_new_keys
+from trainer.report.recipe_comparison import RecipeComparison
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 COMMON = dict(max_steps=6, val_share=0.2, eval_interval=2)
@@ -36,9 +38,9 @@ def page(monkeypatch):
 
 @pytest.fixture
 def recipe(train, tmp_path) -> str:
-    """The file of a recipe made from a run "reference"."""
-    train("reference", **COMMON)
-    return write_recipe(tmp_path, "reference")
+    """The file of a recipe made from a run "baseline"."""
+    train("baseline", **COMMON)
+    return write_recipe(tmp_path, "baseline")
 
 
 def write_recipe(folder: Path, run: str, **more) -> str:
@@ -118,9 +120,9 @@ def test_a_run_that_was_killed_and_resumed_has_the_same_page(
 
 def test_the_run_of_a_recipe_is_on_track(train, recipe, page, capsys):
     metrics = train(recipe=recipe, **COMMON)
-    reference = train.log("reference", kind="eval_bpb")
+    baseline = train.log("baseline", kind="eval_bpb")
     ours = [record for record in metrics["history"] if "eval_bpb" in record]
-    assert [record["recipe_eval_bpb"] for record in ours] == [r["eval_bpb"] for r in reference]
+    assert [record["recipe_eval_bpb"] for record in ours] == [r["eval_bpb"] for r in baseline]
     assert "on track: " in capsys.readouterr().out
     assert 'class="status on-track"' in page(train) and "recipe toy" in page(train)
 
@@ -135,10 +137,10 @@ def test_a_run_that_learns_less_or_more_is_not(train, recipe, page, capsys, lear
 
 
 def test_the_curve_of_a_recipe_is_interpolated_over_tokens():
-    recipe = recipes.RecipeComparison.__new__(recipes.RecipeComparison)
+    recipe = RecipeComparison.__new__(RecipeComparison)
     recipe.curve = [(100, 4.0), (200, 2.0), (300, 1.0)]
-    figures = [recipe.expected(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
-    assert figures == [None, 4.0, 3.0, 1.25, 1.0, 1.0]
+    values = [recipe.expected(tokens) for tokens in (50, 100, 150, 275, 300, 400)]
+    assert values == [None, 4.0, 3.0, 1.25, 1.0, 1.0]
 
 
 def test_flags_of_the_command_line_count_more(train, recipe, command, page):
@@ -149,7 +151,7 @@ def test_flags_of_the_command_line_count_more(train, recipe, command, page):
     )
     assert code == 0, printed.err
     args = json.loads((train.folder / "a/out/pretrain_32.json").read_text())["origin"]["args"]
-    ours = json.loads((train.folder / "reference/out/pretrain_32.json").read_text())
+    ours = json.loads((train.folder / "baseline/out/pretrain_32.json").read_text())
     theirs = ours["origin"]["args"]
     changed = {name for name in theirs if args[name] != theirs[name]}
     assert changed == {"seed", "recipe", "save_dir", "checkpoint_dir", "save_interval"}
@@ -192,7 +194,7 @@ def test_a_recipe_needs_a_run_that_was_evaluated(train, tmp_path):
     train("a", max_steps=2)
     with pytest.raises(UserError, match="has no evaluation on held-out data"):
         write_recipe(tmp_path, "a")
-    with pytest.raises(UserError, match="not a training log"):
+    with pytest.raises(UserError, match="b/out/pretrain_32.metrics.jsonl cannot be read: No such"):
         write_recipe(tmp_path, "b")
 
 
@@ -245,7 +247,7 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
     runs = [str(tmp_path / name / "out/pretrain_32") for name in "ab"]
     args = compare_runs.Args(runs=runs, recipe=[recipe], output=str(tmp_path / "c.html"))
     rows = compare_runs.main(args)
-    for row, name in zip(rows, ("a", "b", "reference"), strict=True):
+    for row, name in zip(rows, ("a", "b", "baseline"), strict=True):
         assert row[-1] == f"{train.log(name, kind='eval_bpb')[-1]['eval_bpb']:.4f}"
         assert row[-2] == f"{train.log(name)[-1]['loss']:.4f}"
         assert row[2] == "6"
@@ -255,10 +257,25 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
     assert "--batch_size" not in text and "a/out/pretrain_32" in text
 
 
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ("", "run.metrics.jsonl is empty"),
+        ('{"step": 1}\n{"step": 2, "lo', "line 2 of .*run.metrics.jsonl is not JSON"),
+        ('{"step": 1}\n{"text": "a"}\n', "line 2 of .* has no step: this is not a training log"),
+    ],
+)
+def test_a_file_that_is_no_log(tmp_path, lines, told):
+    path = tmp_path / "run.metrics.jsonl"
+    path.write_text(lines)
+    with pytest.raises(UserError, match=told):
+        read_log(path, "pretrain")
+
+
 def test_mistakes_in_comparing(tmp_path):
     with pytest.raises(UserError, match="--runs needs the runs to compare"):
         compare_runs.Args()
-    with pytest.raises(UserError, match="not a training log"):
+    with pytest.raises(UserError, match="x.metrics.jsonl cannot be read: No such file"):
         compare_runs.main(compare_runs.Args(runs=[str(tmp_path / "x")]))
     with pytest.raises(UserError, match="the same run twice"):
         compare_runs.short_names(["out/a", "out/a.pth"])

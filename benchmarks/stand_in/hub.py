@@ -8,21 +8,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "5" * 40
+Files = dict[str, bytes]
 
 
 class Hub:
     """Repositories in memory: {"datasets/owner/name": {file: bytes}}; and what was asked for."""
 
-    def __init__(self, repos: dict[str, dict[str, bytes]]):
+    def __init__(self, repos: dict[str, Files]):
         self.repos, self.gets = repos, []  # (file, Range or None)
+        self.commit = COMMIT  # the newest one of each repository
+        self.older: dict[str, dict[str, Files]] = {}  # repository → its commits before
         self.small: set[str] = set()  # files that git itself holds
         self.damaged: dict[str, bytes] = {}  # what is sent instead
         self.cut_after: int | None = None  # bytes after which the next answer breaks off
         self.wait: threading.Event | None = None  # for which an answer stops half-way
 
-    def about(self, repo: str) -> dict:
+    def files(self, repo: str, revision: str) -> Files | None:
+        """The files at a revision; None if there is no such revision."""
+        if revision in ("main", self.commit):
+            return self.repos[repo]
+        return self.older.get(repo, {}).get(revision)
+
+    def commits(self, repo: str) -> list[dict]:
+        about = {"title": "data", "message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+        return [{"id": commit, **about} for commit in [self.commit, *self.older.get(repo, {})]]
+
+    def about(self, repo: str, revision: str) -> dict:
         siblings = []
-        for name, content in self.repos[repo].items():
+        for name, content in (self.files(repo, revision) or {}).items():
             git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             file = {"rfilename": name, "size": len(content), "blobId": git}
             if name not in self.small:
@@ -30,7 +43,8 @@ class Hub:
                 file["lfs"] = {"size": len(content), "sha256": sha256, "pointerSize": 130}
             siblings.append(file)
         name = repo.split("/", 1)[1]
-        return {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        sha = self.commit if revision == "main" else revision
+        return {"id": name, "sha": sha, "siblings": siblings, "tags": [], "private": False}
 
 
 @contextmanager
@@ -65,12 +79,17 @@ def serving(hub: Hub):
             path = unquote(url.path).strip("/")
             if path.startswith("api/v1/"):
                 return self.modelscope(path, parse_qs(url.query))
-            for repo, files in hub.repos.items():
-                short = repo.removeprefix("models/")
-                if path.startswith(f"api/{repo}"):
-                    return self.answer(200, json.dumps(hub.about(repo)).encode())
-                if path.startswith(f"{short}/resolve/"):
-                    return self.file(path.split("/resolve/", 1)[1].split("/", 1)[1], files)
+            for repo in hub.repos:
+                if path.startswith(f"{repo.removeprefix('models/')}/resolve/"):
+                    revision, name = path.split("/resolve/", 1)[1].split("/", 1)
+                    return self.file(name, hub.files(repo, revision) or {})
+                if path.startswith(f"api/{repo}/commits/"):
+                    return self.answer(200, json.dumps(hub.commits(repo)).encode())
+                if f"{path}/".startswith(f"api/{repo}/"):
+                    revision = path.partition("/revision/")[2] or "main"
+                    if hub.files(repo, revision) is None:
+                        return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
+                    return self.answer(200, json.dumps(hub.about(repo, revision)).encode())
             self.answer(404, b"{}", X_Error_Code="RepoNotFound")
 
         do_HEAD = do_GET
@@ -95,7 +114,9 @@ def serving(hub: Hub):
 
         def file(self, name: str, files: dict[str, bytes]):
             hub.gets.append((name, self.headers.get("Range")))
-            content = hub.damaged.get(name, files[name])
+            content = hub.damaged.get(name, files.get(name))
+            if content is None:
+                return self.answer(404, b"", X_Error_Code="EntryNotFound")
             begin = self.headers.get("Range")
             if begin is None:
                 return self.answer(200, content)

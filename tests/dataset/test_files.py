@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dataset import file_kinds, jsonl
+from dataset import jsonl
+from dataset.forms import files
 from dataset.jsonl import BadRows, read_chunks, read_rows, write_rows
 from model.errors import UserError
 
@@ -41,7 +42,7 @@ KINDS = {
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("content", KINDS.values(), ids=KINDS.keys())
 def test_every_kind_has_the_same_rows(tmp_path, content, packed, block, monkeypatch):
-    monkeypatch.setattr(file_kinds, "BLOCK", block)
+    monkeypatch.setattr(files, "BLOCK", block)
     path = tmp_path / "data.json"  # neither the suffix nor .gz decides
     path.write_bytes(gzip.compress(content) if packed else content)
     assert [row for _, row in read_rows(path)] == ROWS
@@ -66,7 +67,7 @@ def test_lines_keep_their_numbers(tmp_path):
 def test_a_list_is_not_read_at_once(tmp_path):
     path = tmp_path / "big.json"
     path.write_text("[" + ",".join(['{"text": "' + "x" * 1000 + '"}'] * 20_000) + "]")
-    with file_kinds.open_lines(path) as (raw, lines):
+    with files.open_lines(path) as (raw, lines):
         next(iter(lines))
         assert raw.tell() < path.stat().st_size / 4
 
@@ -139,7 +140,7 @@ ENCODINGS = {
 def test_the_encoding_of_chinese_is_recognised(tmp_path, encoding, text):
     path = tmp_path / "data.jsonl"
     path.write_bytes(text.encode(encoding))
-    assert file_kinds.detect_encoding(path) == ENCODINGS[encoding]
+    assert files.detect_encoding(path) == ENCODINGS[encoding]
 
 
 def test_bad_rows_are_counted_with_their_places(tmp_path):

@@ -1,0 +1,71 @@
+"""Which file a stage trains on when no --data_path is given."""
+
+import os
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from dataset import released
+from dataset.jsonl import check_file
+from dataset.released import OLDER, SIZES, default_data, resolve_data_path
+from model.command_line import rules_of
+from model.errors import UserError
+from scripts import show_batch, train_tokenizer
+from trainer import train_agent, train_full_sft, train_pretrain
+
+STAGES = sorted(path.stem for path in Path(train_pretrain.__file__).parent.glob("train_*.py"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "DATASET", tmp_path)
+    return tmp_path
+
+
+def test_todays_file_comes_first_and_mini_before_full(folder):
+    for name in ("sft_1024", "sft_mini_512", "sft_t2t", "sft_t2t_mini"):
+        (folder / f"{name}.jsonl").touch()
+        assert default_data("full_sft") == str(folder / f"{name}.jsonl")
+    args = train_full_sft.Args()
+    assert args.data_path == []  # looked for when the training starts
+    resolve_data_path(args)
+    assert args.data_path == [str(folder / "sft_t2t_mini.jsonl")]
+    args = train_full_sft.Args(data_path=["mine.jsonl"])
+    resolve_data_path(args)
+    assert args.data_path == ["mine.jsonl"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_trainer_has_a_default(folder, stage):
+    args = import_module(f"trainer.{stage}").Args()
+    with pytest.raises(UserError, match=r"no training data.*download --set mini.*--data_path"):
+        resolve_data_path(args)
+    about = {each.name: each for each in fields(args)}["data_path"].metadata["help"]
+    names = released.STAGE_FILES[rules_of(type(args))["data_path"]["released"]]
+    assert all(name in about for name in names)
+    (folder / names[-1]).touch()
+    resolve_data_path(args)
+    assert args.data_path == [str(folder / names[-1])]
+
+
+def test_agent_and_rl_differ():
+    """A class that inherits another stage's --data_path has its own default."""
+    assert rules_of(train_agent.Args)["data_path"]["released"] == "agent"
+    assert rules_of(train_agent.Args.__base__)["data_path"]["released"] == "rl"
+
+
+def test_scripts_have_the_defaults_of_their_stage(folder):
+    for script in (show_batch, train_tokenizer):
+        with pytest.raises(UserError, match="there is no training data: .* has none of"):
+            script.main(script.Args())
+    with pytest.raises(UserError, match="none of dpo.jsonl"):
+        show_batch.main(show_batch.Args(kind="preferences"))
+
+
+@pytest.mark.parametrize("name", ["pretrain_t2t.jsonl", "sft_512.jsonl"])
+def test_a_released_file_that_is_missing(folder, name):
+    assert name in SIZES or name in OLDER
+    with pytest.raises(UserError, match=f"does not exist; `.* download --file {name}` downloads"):
+        check_file(os.fspath(folder / name))
