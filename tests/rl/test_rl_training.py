@@ -110,7 +110,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(rl, command, m
         (dict(rollout_url="http://127.0.0.1:9/v1"), "--rollout_url needs --rollout_folder"),
         (dict(max_seq_len=2), r"all \d+ prompts are longer than --max_seq_len 2"),
         (dict(data_path=["nowhere.jsonl"]), "nowhere.jsonl does not exist"),
-        (dict(lora_r=0, use_lora=1), "lora_r 0 must be at least 1"),
+        (dict(lora_r=0, use_lora=1), "lora_r must be at least 1"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(rl, command, settings, sentence):
