@@ -146,6 +146,15 @@ def test_the_form_is_exact(text, expected):
     assert parse_reasoning(text) == expected
 
 
+def test_without_answer_tags_the_answer_follows_the_thought():
+    text = "<think>\n1 + 1\n= 2\n</think>\n\n2"
+    assert parse_reasoning(text, answer_tags=False) == ("1 + 1\n= 2", "2")
+    assert parse_reasoning(text.replace("\n\n2", "\n2\n3"), answer_tags=False)[1] == "2\n3"
+    assert parse_reasoning(text) is None
+    for wrong in (text[:-1], text + "</think>", text[1:], "2", text.replace("\n\n2", "2")):
+        assert parse_reasoning(wrong, answer_tags=False) is None
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(GOOD, "2"), ("<answer>2</answer> so", "2"), ("2", None), ("<answer>2", None)],
