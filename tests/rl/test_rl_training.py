@@ -13,6 +13,7 @@ from test_ranks import together
 from toy import everything, flags, same
 
 from dataset.jsonl import write_rows
+from model.command_line import parse_arguments
 from model.errors import UserError
 from trainer import train_grpo, train_ppo, train_spo
 from trainer.common import hardware
@@ -133,7 +134,7 @@ def test_a_mistake_is_told_in_one_sentence(rl, command, settings, sentence):
 )
 def test_numbers_that_make_no_sense_are_refused(stage, flag, value):
     with pytest.raises(UserError, match=f"--{flag}"):
-        stage.Args(**{flag: value})
+        parse_arguments(stage.Args, argv=[f"--{flag}", str(value)])
 
 
 @pytest.mark.parametrize(
