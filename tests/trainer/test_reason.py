@@ -10,6 +10,7 @@ import eval_llm
 from dataset.lm_dataset import encode_chat, load_documents
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from dataset.reply_parser import parse_reasoning, tagged_answer
+from model.command_line import parse_arguments
 from model.errors import UserError
 from model.losses import cross_entropy_sum
 from trainer import train_distill_reason, train_full_sft, train_grpo
@@ -207,9 +208,10 @@ def test_what_was_learnt_is_seen_in_the_log(train):
     ("change", "complaint"),
     [(dict(tag_weight=0.0), "--tag_weight"), (dict(max_gen_len=0), "--max_gen_len")],
 )
-def test_a_setting_without_sense_is_refused(train, change, complaint):
+def test_a_setting_without_sense_is_refused(change, complaint):
+    argv = [word for name, value in change.items() for word in (f"--{name}", str(value))]
     with pytest.raises(UserError, match=complaint):
-        train(**change)
+        parse_arguments(train_distill_reason.Args, argv=argv)
 
 
 def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
