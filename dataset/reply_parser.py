@@ -96,13 +96,19 @@ class ReplyParser:
 
 REASONING_FORMAT = re.compile(r"<think>\n(.+?)\n</think>\n<answer>\n(.+?)\n</answer>", re.DOTALL)
 REASONING_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+UNTAGGED_FORMAT = re.compile(r"<think>\n(.+?)\n</think>\n{1,2}(.*\S.*)", re.DOTALL)
 
 
-def parse_reasoning(text: str) -> tuple[str, str] | None:
+def parse_reasoning(text: str, answer_tags: bool = True) -> tuple[str, str] | None:
     """Reasoning and answer of a text in exactly the format of r1_mix_1024.jsonl, each tag once and
-    nothing around them; else None."""
-    found = REASONING_FORMAT.fullmatch(text)
-    once = all(text.count(tag) == 1 for tag in REASONING_TAGS)
+    nothing around them; else None.
+
+    Args:
+        answer_tags: False for a tokenizer without <answer>, whose answer is what follows </think>.
+    """
+    found = (REASONING_FORMAT if answer_tags else UNTAGGED_FORMAT).fullmatch(text)
+    tags = REASONING_TAGS if answer_tags else REASONING_TAGS[:2]
+    once = all(text.count(tag) == 1 for tag in tags)
     return (found[1], found[2]) if found and once else None
 
 
