@@ -70,6 +70,13 @@ class TrainArgs:
     )
     max_seq_len: int = option(512, "tokens of a packed sequence", group=DATA, at_least=2)
     packing: bool = option(True, "several documents share a sequence; 0: one, padded", group=DATA)
+    skip_bad_rows: bool = option(
+        False,
+        "leave bad rows out and report them; 0: the first is an error",
+        group=DATA,
+        may_differ=True,
+        pinned=False,
+    )
     num_workers: int = option(
         1, "processes that prepare batches", group=DATA, may_differ=True, pinned=False, at_least=0
     )

@@ -13,7 +13,6 @@ from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import Completion
 
-
 UNTAGGED_FORMAT = re.compile(r"<think>\n.+?\n</think>\n{1,2}.*\S.*", re.DOTALL)
 
 
