@@ -202,7 +202,8 @@ def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     if not text.strip():
         return []
     bos, eos = document_edges(tokenizer)
-    return [(part, True) for part in (*bos, text, *eos)]
+    parts: list[int | str] = [*bos, text, *eos]
+    return [(part, True) for part in parts]
 
 
 def conversation_segments(

@@ -1,7 +1,7 @@
 """What a training starts from: the model, the data to train on, and the held-out data."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def load_split(
             f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
             "tokenizer_config.json, or leave --tokenizer_path away"
         )
-    options = dict(empty_think_ratio=use_empty_thoughts(ctx, tokenizer))
+    options: dict[str, Any] = dict(empty_think_ratio=use_empty_thoughts(ctx, tokenizer))
     documents = load_documents(args.data_path, kind, tokenizer, **options)
     val_documents = None
     if args.val_path:
