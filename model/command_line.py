@@ -237,7 +237,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **settings,
         )
-        groups = {"": self}
+        groups: dict[str, Any] = {"": self}
         for title in getattr(args_class, "groups", ()):  # the order in --help, if it matters
             groups[title] = self.add_argument_group(title)
         for each in fields(args_class):
@@ -246,7 +246,7 @@ class Parser(argparse.ArgumentParser):
                 groups[title] = self.add_argument_group(title)
             add_argument(groups[title], each, types[each.name], rules[each.name])
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -323,8 +323,7 @@ def parse_arguments(
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [each.name for each in fields(args_class)]
-        meant = nearest(flag[2:], known, "--") if flag.startswith("--") else ""
+        meant = nearest(flag[2:], rules_of(args_class), "--") if flag.startswith("--") else ""
         raise UserError(f"unknown argument {flag}{meant} (--help lists the flags)")
     values = vars(parsed)
     check_values(args_class, values)

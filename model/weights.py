@@ -284,13 +284,16 @@ def check_tokenizer(
     info: dict[str, Any] | None,
     path: Path | str,
 ) -> None:
-    """UserError if `tokenizer` is not the one of the weights; a warning if that is unknown."""
+    """UserError if `tokenizer` is not the one of the weights; if that is unknown, a warning, unless
+    the tokenizer is another than MiniMind's own."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but {path} only {config.vocab_size}; "
             "--tokenizer_path names the folder of the right one"
         )
     if info is None or "tokenizer_hash" not in info:
+        if Path(tokenizer.name_or_path) != TOKENIZER:  # somebody has named it
+            return
         warnings.warn(
             f"{path} does not say which tokenizer it was trained with; if it answers with "
             "nonsense, name the right one with --tokenizer_path",

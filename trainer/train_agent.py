@@ -111,12 +111,12 @@ from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.setup import add_lora_if_asked, init_model, make_save_fn, prepare_model
 from trainer.rl.batches import UpdateStats, micro_batches
-from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.policy import policy_inputs
 from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
 from trainer.rl.reference import ReferenceModel
-from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
+from trainer.rl.rewards import Rewards, sum_count
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
@@ -125,6 +125,7 @@ from trainer.rl.rollout import (
     make_seed,
     print_sample,
 )
+from trainer.rl.rules import RULES, Rule
 from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
 from trainer.trainer_utils import Run
 

@@ -14,25 +14,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from dataset.chat_template import Message
-from dataset.encoding import encode_chat, ends_in_thought
 from dataset.jsonl import write_rows
-from dataset.reply_parser import parse_reply
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import exit_on_user_error
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.inference.thinking import close_thoughts, closes_thoughts
-from model.weights import OUT, load_model, load_tokenizer, weight_path, write_json
-from trainer import train_full_sft
-from trainer.common.hardware import describe_machine
-
-WORDS = "red blue green black white pink brown grey gold silver".split()
+from model.paths import OUT, weight_path
 
 
 @dataclass
@@ -45,6 +30,28 @@ class Args:
     seed: int = option(42, "of data and weights")
     output: str = option(str(OUT / "empty_thoughts"), "folder of data, weights and logs")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dataset.chat_template import Message
+from dataset.encoding import encode_chat, ends_in_thought
+from dataset.reply_parser import parse_reply
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.inference.thinking import close_thoughts, closes_thoughts
+from model.weights import load_model, load_tokenizer, write_json
+from trainer import train_full_sft
+from trainer.common.hardware import describe_machine
+
+WORDS = "red blue green black white pink brown grey gold silver".split()
 
 
 def make_row(number: int, rng: np.random.Generator) -> list[Message]:
@@ -142,4 +149,4 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import save_weights
 from trainer.common.context import Context
-from trainer.rl import rewards, rollout_server
+from trainer.rl import rollout_server, rules
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest, Prompt
 from trainer.rl.rewards import Rewards
@@ -33,7 +33,6 @@ def make_rewards(tokenizer, tmp_path):
         args = RolloutArgs(
             reward=list(names) or ["auto"],
             save_dir=str(tmp_path),
-            data_path=["prompts.jsonl"],  # which nothing reads
             max_gen_len=10,
             device="cpu",
             **settings,
@@ -148,7 +147,7 @@ def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
             raise ZeroDivisionError
         return True
 
-    monkeypatch.setattr(rewards, "same_number", moody)
+    monkeypatch.setattr(rules, "same_number", moody)
     total, metrics = make_rewards("number")([said("4"), said("5")])
     assert total[0] == 1 and math.isnan(total[1])
     assert metrics["reward"] == metrics["rewards/number/mean"] == (1, 1)

@@ -69,8 +69,8 @@ def test_the_tokenizer_beside_the_weights_is_theirs(args, other_tokenizer, tmp_p
     (tmp_path / "full_sft_64.pth").rename(path)
     (tmp_path / "full_sft_64.json").unlink()
     flags = dict(weight=str(path))
+    beside = loaded(args, **flags).tokenizer
     with pytest.warns(UserWarning, match="does not say which tokenizer"):
-        beside = loaded(args, **flags).tokenizer
         named = loaded(args, **flags, tokenizer_path=str(TOKENIZER)).tokenizer
     assert beside.name_or_path == str(other_tokenizer) != named.name_or_path
 

@@ -224,12 +224,14 @@ def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
 def test_the_truth_of_a_row_may_stand_in_its_last_answer():
     def truth(reply: str, **more) -> str | None:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": reply}]
-        return parse_prompt_row({"conversations": turns, **more})[1]
+        found = parse_prompt_row({"conversations": turns, **more})[1]
+        return found and found.text
 
     assert truth(GOOD) == "2"
     assert truth("<answer>\n2\n</answer>") == "2"  # its thought in "reasoning_content"
     assert truth(GOOD, answer="two") == "two"
-    assert truth("2") is None
+    assert truth("2") is truth("<think>\n1 + 1\n</think>\n\n2") is truth("") is None
+    assert truth("", gt=["2", "two"]) == "2, two"
 
 
 def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):
