@@ -35,6 +35,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
     args = parse_command_line(Args, __doc__)
 
 
+from dataset.encoding import ends_in_thought
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from dataset.reply_parser import parse_reply
 from model.inference.generation import decode
@@ -88,14 +89,15 @@ class Conversation:
     def answer(self, prompt: str) -> None:
         """Print the model's answer to a prompt as it is generated."""
         self.history.append({"role": "user", "content": prompt})
-        open_thinking = self.args.open_thinking and not self.is_base_model
         if self.is_base_model:
             ids = encode_text(self.tokenizer, prompt).ids[:-1]  # without EOS: the text goes on
         else:
             messages = last_exchanges(self.history, self.args.historys)
-            ids = encode_chat(
-                self.tokenizer, messages, add_generation_prompt=True, open_thinking=open_thinking
-            ).ids
+            options = dict(add_generation_prompt=True, open_thinking=self.args.open_thinking)
+            try:
+                ids = encode_chat(self.tokenizer, messages, **options).ids
+            except UserError as error:
+                raise UserError(f"the conversation {error}") from None
         if len(ids) > self.max_prompt_tokens:
             print(
                 f"the prompt has {len(ids)} tokens, and at most {self.max_prompt_tokens} fit; the "
@@ -111,23 +113,24 @@ class Conversation:
                 num_tokens += 1
                 yield step[0]
 
-        # With open_thinking the prompt ends with <think>, so the model does not write it.
-        print("<think>\n" if open_thinking else "", end="")
+        # Where the prompt ends with <think>, the model does not write it.
+        thinking = not self.is_base_model and ends_in_thought(self.tokenizer, ids)
+        print("<think>\n" if thinking else "", end="")
         try:
             for piece in stream_text(self.tokenizer, generated_tokens()):
                 print(piece, end="", flush=True)
                 text += piece
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        self.history.append(self.to_message(text, open_thinking))
+        self.history.append(self.to_message(text, thinking))
         speed = f"[{num_tokens / (time.perf_counter() - start):.1f} tokens/s]"
         print(f"\n{speed}\n" if self.args.show_speed else "\n")
 
-    def to_message(self, text: str, open_thinking: bool) -> Message:
+    def to_message(self, text: str, thinking: bool) -> Message:
         """An answer as a message of the chat template, with reasoning and tool calls apart."""
         if self.is_base_model:
             return {"role": "assistant", "content": text}
-        reply = parse_reply(text, open_thinking)
+        reply = parse_reply(text, thinking)
         message = {"role": "assistant", "content": reply.content}
         if reply.reasoning:
             message["reasoning_content"] = reply.reasoning

@@ -158,7 +158,9 @@ def results(args: Args, folder: Path) -> list[tuple[str, dict, dict]]:
     files = {}  # what the flags of cases name
     for name, rows in data().items():
         files[name] = str(folder / f"{name}.jsonl")
-        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(files[name]).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
 
     def training(case: Case, version: Path, side: str, **more: Any) -> Training:
         return Training(case, version, folder / side / case.name, files, **more)
@@ -178,7 +180,7 @@ def results(args: Args, folder: Path) -> list[tuple[str, dict, dict]]:
             print(f"{each.case.name}: it was too fast to be interrupted, so this shows nothing")
 
     cache = Path(args.cache) / f"{commit}-{fingerprint()}.json"
-    known = json.loads(cache.read_text()) if cache.exists() else {}
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
     old = [training(case, before, "before") for case in chosen if case.name not in known]
     new = [training(case, after, "after", resume=case in resumed) for case in chosen]
     run_all(old + new, args.jobs, "trainings")
@@ -197,7 +199,7 @@ def fingerprint() -> str:
 def remember(known: dict[str, Any], cache: Path) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(known))
+    temporary.write_text(json.dumps(known), encoding="utf-8")
     temporary.replace(cache)
 
 

@@ -248,7 +248,9 @@ class Training:
         return not any(process.is_alive() for process in self.processes)
 
     def metrics(self) -> str:
-        return "".join(file.read_text() for file in self.folder.rglob("*.metrics.jsonl"))
+        return "".join(
+            file.read_text(encoding="utf-8") for file in self.folder.rglob("*.metrics.jsonl")
+        )
 
     def failure(self) -> str:
         """How it failed, with the end of its log; "" if it did not."""
@@ -282,7 +284,10 @@ def run_script(script: Path, flags: list[str], log: Path, env: dict[str, Any]) -
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = (
+        open(1, "w", encoding="utf-8", closefd=False),
+        open(2, "w", encoding="utf-8", closefd=False),
+    )
     os.environ.update({name: str(value) for name, value in env.items()})
     os.chdir(root)
     torch.set_num_threads(1)

@@ -40,6 +40,7 @@ from stand_in.facts import (
 from stand_in.hub import Files, Hub, serving
 from stand_in.models import models
 from stand_in.rows import NAME, QUESTIONS, files
+from transformers.utils.logging import disable_progress_bar
 
 from dataset.released import REVISION, SETS
 from model.command_line import option, parse_arguments
@@ -97,7 +98,8 @@ SIZES = "--hidden_size 128 --num_hidden_layers 2"
 CPU = "--device cpu --num_workers 0 --log_interval 1"
 TRAIN = f"{CPU} --batch_size 8 --accumulation_steps 1"
 FULL_SIZE = f"{CPU} --max_steps 1 --batch_size 1 --max_seq_len 64 --val_share 0"
-RL = f"{CPU} --max_steps 4 --max_gen_len 48"
+LORA = f"{CPU} --batch_size 2 --max_seq_len 128"
+RL = f"{CPU} --max_steps 6 --max_gen_len 48"
 CHAT = "--device cpu --temperature 0 --max_new_tokens 48 --show_speed 0"
 SERVE = "scripts/serve_openai_api.py --device cpu --port {port}"
 TO_HF = "scripts/convert_model.py to-hf"
@@ -122,7 +124,7 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             learned("pretrain"),
         ),
         Step("mask", "scripts/show_batch.py", masked),
-        Step("sft", f"trainer/train_full_sft.py {TRAIN} --epochs 12", sft_learned),
+        Step("sft", f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 6", sft_learned),
         Step("reward", f"trainer/train_reward.py {CPU} --max_steps 8", learned("reward")),
         Step("dpo", f"trainer/train_dpo.py {CPU} --max_steps 8", learned("dpo", "full_sft")),
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),
@@ -131,7 +133,7 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             f"trainer/train_agent.py {RL}",
             rewarded("agent", "full_sft", "rewards/answer/mean", "tools/call_frequency"),
         ),
-        Step("lora", f"trainer/train_lora.py {CPU} --max_steps 60", adapter("lora_identity")),
+        Step("lora", f"trainer/train_lora.py {LORA}", adapter("lora_identity")),
         Step("chat", f"eval_llm.py {CHAT} --open_thinking 0", answers("the river"), "Why river?\n"),
         Step(
             "chat lora",
@@ -182,10 +184,10 @@ def steps_of_2025(data: Files, folder: Files, weights: Files) -> list[Step]:
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),
         Step(
             "reason",
-            f"trainer/train_distill_reason.py {TRAIN} --max_steps 20",
+            f"trainer/train_distill_reason.py {CPU} --batch_size 2 --epochs 6",
             learned("reason", "dpo"),
         ),
-        Step("lora", f"trainer/train_lora.py {CPU} --max_steps 60", adapter("lora_identity")),
+        Step("lora", f"trainer/train_lora.py {LORA}", adapter("lora_identity")),
         Step("chat", f"eval_llm.py {CHAT}", answers(NAME), "Who are you?\n"),
         Step("serve", SERVE, served("Who are you?", "chat"), serves=True),
         Step("export", f"{TO_HF} {SFT_WEIGHTS} exported", exported(SFT_WEIGHTS, "exported")),
@@ -271,7 +273,7 @@ def run_generation(year: int, folder: Path, only: list[str]) -> list[Result]:
     shop = Workshop(folder / f"minimind_{year}", folder / f"logs_{year}")
     if not shop.folder.is_dir():
         copy_code(shop.folder)
-        shop.logs.mkdir()
+    shop.logs.mkdir(parents=True, exist_ok=True)
     today, released = files(2026), models(year)
     hub = Hub({DATA: today, **released})
     hub.commit = REVISION
@@ -297,6 +299,7 @@ def run_generation(year: int, folder: Path, only: list[str]) -> list[Result]:
 
 def main(args: Args) -> bool:
     """Whether all steps pass."""
+    disable_progress_bar()  # of the small models that are made here
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.keep or temporary).resolve()
         results = {year: run_generation(year, folder, args.step) for year in args.generation}

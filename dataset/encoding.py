@@ -79,7 +79,7 @@ def encode_chat(
     return encode_segments(tokenizer, [segments])[0]
 
 
-def opens_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> bool:
+def ends_in_thought(tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int]) -> bool:
     """Whether a prompt ends within a thought, so that the reply begins there. With open_thinking
     some templates end so, and others leave it to the model to begin one."""
     return tokenizer.decode(prompt_ids[-16:]).rstrip().endswith("<think>")
@@ -202,7 +202,8 @@ def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     if not text.strip():
         return []
     bos, eos = document_edges(tokenizer)
-    return [(part, True) for part in (*bos, text, *eos)]
+    parts: list[int | str] = [*bos, text, *eos]
+    return [(part, True) for part in parts]
 
 
 def conversation_segments(

@@ -49,7 +49,7 @@ def fold_text(text: str) -> str:
 def plain_text(text: str) -> str:
     """The text without what is form alone: fullwidth characters, kinds of minus, separators of
     thousands, Markdown's emphasis, LaTeX's commands."""
-    text = VULGAR_FRACTION.sub(" ", NARROW_SPACE.sub(",", text))
+    text = VULGAR_FRACTION.sub(" ", NARROW_SPACE.sub(",", text.replace("{,}", ",")))
     text = SUPERSCRIPT.sub(lambda found: "^" + found[0], text)
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
@@ -80,8 +80,8 @@ def final_answer(text: str, thinking: bool = False) -> str:
         thinking: the prompt ends with <think>, so that the reply begins within the thought.
     """
     _, closed, rest = text.rpartition("</think>")
-    if not closed and thinking:
-        return ""
+    if not closed:
+        rest = "" if thinking else text.partition("<think>")[0]
     tagged = tagged_answer(rest)
     return (rest.strip() if closed else rest) if tagged is None else tagged
 
@@ -200,7 +200,7 @@ SCALE = re.compile(r"\b0\s*(?:to|[-~到至])\s*10\b|满分\s*(?:为|是)?\s*10",
 def read_rating(text: str) -> float | None:
     """A judge's grade from 0 to 10 as a number from 0 to 1: 8, 8/10, Score: 8, **8**, 8 out of 10,
     behind a thought or a sentence too. None if there is none."""
-    text = SCALE.sub(" ", plain_text(final_answer(text, thinking="<think>" in text)))
+    text = SCALE.sub(" ", plain_text(final_answer(text)))
     if matches := OUT_OF.findall(text):
         rating, best = map(float, matches[-1])
     elif match := RATING.search(text):
@@ -226,8 +226,8 @@ def grade(truth: str, answer: str) -> bool:
         return truth.strip() == answer.strip() != ""
     if expected == found or normalize_text(truth) == normalize_text(answer):
         return True
-    numbers = whole_number(expected), whole_number(found)
-    return None not in numbers and numbers[0].equals(numbers[1])
+    number, other = whole_number(expected), whole_number(found)
+    return number is not None and other is not None and number.equals(other)
 
 
 def same_number(truth: str, answer: str) -> bool:

@@ -101,8 +101,10 @@ def default_data(stage: str) -> str:
 def files_of_set(name: str) -> list[str]:
     """The files of a set; none for "". UserError for one that does not exist."""
     if name and name not in SETS:
-        known = "; ".join(f"{each}: {' '.join(files)}" for each, files in SETS.items())
-        raise UserError(f"there is no set {name}. The sets are {known}; --file takes single files")
+        raise UserError(
+            f"there is no set {name}; the sets are {', '.join(SETS)}, and --file takes single "
+            f"files: {', '.join([*SIZES, *OLDER])}"
+        )
     return SETS[name] if name else []
 
 

@@ -46,7 +46,7 @@ class ReplyParser:
     it is complete, {"name": …, "arguments": {…}}; one that is no such JSON stays content.
 
     Args:
-        thinking: the prompt ends with <think> (`opens_thought`), so that the reply starts within
+        thinking: the prompt ends with <think> (`ends_in_thought`), so that the reply starts within
             the reasoning.
     """
 
@@ -104,7 +104,7 @@ def parse_reasoning(text: str, answer_tags: bool = True) -> tuple[str, str] | No
     nothing around them; else None.
 
     Args:
-        answer_tags: False for a model without <answer>, whose answer is what follows </think>.
+        answer_tags: False for a tokenizer without <answer>, whose answer is what follows </think>.
     """
     found = (REASONING_FORMAT if answer_tags else UNTAGGED_FORMAT).fullmatch(text)
     tags = REASONING_TAGS if answer_tags else REASONING_TAGS[:2]
@@ -113,13 +113,10 @@ def parse_reasoning(text: str, answer_tags: bool = True) -> tuple[str, str] | No
 
 
 def tagged_answer(text: str) -> str | None:
-    """The text between <answer> and </answer>, or else that behind the last </think>, as models
-    without <answer> write it; None where there is no such tag."""
+    """The text between <answer> and </answer>, whatever is around them. `final_answer` in
+    grading.py reads replies without these tags too."""
     found = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
-    if found:
-        return found[1].strip()
-    _, tag, answer = text.rpartition("</think>")
-    return parse_reply(answer).content.strip() if tag else None
+    return found[1].strip() if found else None
 
 
 def parse_call(text: str) -> dict[str, Any] | None:

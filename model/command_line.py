@@ -43,6 +43,8 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             above, at_least, below, at_most: the values that make sense.
             required: True if the command line must give it.
             needs: a flag without which this one has no effect, or values of it: "flag=a|b".
+            unless: a flag beside which this one has no effect.
+            habit: people's scripts give it where it has no effect, which is told and not refused.
             no_effect: why this class does not use the flag that it inherits.
             alias: names that the flag has in other versions of MiniMind.
             check: raises a UserError for a value that names no such file or folder.
@@ -116,7 +118,12 @@ def check_values(args_class: type, values: Mapping[str, Any]) -> None:
             given = values[flag]
             if str(given) not in allowed.split("|") if allowed else not given:
                 example = allowed.split("|")[0] or ("1" if given is False else flag.upper())
-                raise UserError(f"--{name} has no effect without --{flag} {example}")
+                complaint = f"--{name} has no effect without --{flag} {example}"
+                if not rules.get("habit"):
+                    raise UserError(complaint)
+                tell(complaint)
+        if values.get(rules.get("unless", "")) and value != defaults[name]:
+            raise UserError(f"--{name} has no effect with --{rules['unless']}")
         if (reason := rules.get("no_effect")) and value != defaults[name]:
             raise UserError(f"--{name} has no effect here: {reason}")
 
@@ -230,7 +237,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **settings,
         )
-        groups = {"": self}
+        groups: dict[str, Any] = {"": self}
         for title in getattr(args_class, "groups", ()):  # the order in --help, if it matters
             groups[title] = self.add_argument_group(title)
         for each in fields(args_class):
@@ -239,7 +246,7 @@ class Parser(argparse.ArgumentParser):
                 groups[title] = self.add_argument_group(title)
             add_argument(groups[title], each, types[each.name], rules[each.name])
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the flags)")
 
 
@@ -316,8 +323,7 @@ def parse_arguments(
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        known = [each.name for each in fields(args_class)]
-        meant = nearest(flag[2:], known, "--") if flag.startswith("--") else ""
+        meant = nearest(flag[2:], rules_of(args_class), "--") if flag.startswith("--") else ""
         raise UserError(f"unknown argument {flag}{meant} (--help lists the flags)")
     values = vars(parsed)
     check_values(args_class, values)

@@ -76,6 +76,12 @@ def find_weights(
     return found[0]
 
 
+def is_stage(name: Path | str) -> bool:
+    """Whether a flag names weights by their stage, and not by a file or a folder."""
+    path = Path(name)
+    return not (path.suffix == ".pth" or path.is_file() or is_hf_folder(path))
+
+
 def resolve_weights(
     name: Path | str,
     hidden_size: int | None = None,
@@ -88,7 +94,7 @@ def resolve_weights(
     Arguments and errors as in `find_weights`, for a stage.
     """
     path = Path(name)
-    if path.suffix == ".pth" or path.is_file() or is_hf_folder(path):
+    if not is_stage(name):
         return path
     if path.is_dir() and not list_weights(str(name), hidden_size, directory):
         raise UserError(
@@ -146,5 +152,5 @@ def tokenizer_beside(name: Path | str, directory: Path | str = OUT) -> str:
     if str(name) == "none":
         return ""
     if not is_hf_folder(path):
-        path = path.parent if path.suffix == ".pth" else Path(directory)
+        path = Path(directory) if is_stage(path) else path.parent
     return str(path) if (path / "tokenizer.json").is_file() else ""

@@ -117,6 +117,8 @@ def write_weights(
     """Write a state dict as `.pth`, and `info` with config and tokenizer hash as `.json`."""
     path = Path(path)
     config = {"config": model.config.to_diff_dict(), "tokenizer_hash": tokenizer_hash(tokenizer)}
+    if Path(tokenizer.name_or_path) != TOKENIZER:
+        config["tokenizer_path"] = tokenizer.name_or_path
     thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
     write_json(path.with_suffix(".json"), {**info, **config, **thinking})
     with atomic_write(path) as file:
@@ -279,20 +281,25 @@ def check_tokenizer(
     info: dict[str, Any] | None,
     path: Path | str,
 ) -> None:
-    """UserError if `tokenizer` is not the one of the weights; a warning if that is unknown."""
+    """UserError if `tokenizer` is not the one of the weights; if that is unknown, a warning, unless
+    the tokenizer is another than MiniMind's own."""
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, but {path} only {config.vocab_size}; "
             "--tokenizer_path names the folder of the right one"
         )
     if info is None or "tokenizer_hash" not in info:
+        if Path(tokenizer.name_or_path) != TOKENIZER:  # somebody has named it
+            return
         warnings.warn(
             f"{path} does not say which tokenizer it was trained with; if it answers with "
             "nonsense, name the right one with --tokenizer_path",
             stacklevel=2,
         )
     elif info["tokenizer_hash"] != tokenizer_hash(tokenizer):
+        then = f", then {info['tokenizer_path']}" if info.get("tokenizer_path") else ""
         raise UserError(
             f"{path} was trained with another tokenizer (hash {info['tokenizer_hash']}, this one "
             f"is {tokenizer_hash(tokenizer)}); --tokenizer_path names the folder of the right one"
+            + then
         )

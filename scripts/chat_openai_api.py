@@ -18,10 +18,17 @@ class Args:
     api_key: str = option("none", "API key, if the server needs one")
     model: str = option("minimind", "name of the model on the server")
     system: str = option("", "system message")
-    historys: int = option(6, "number of earlier messages to send; 0: each prompt alone")
-    max_tokens: int = option(512, "maximum length of an answer, in tokens")
-    temperature: float = option(0.85, "sampling temperature; 0: greedy")
-    top_p: float = option(0.85, "nucleus sampling: smallest set of tokens with this probability")
+    historys: int = option(
+        6, "number of earlier messages to send; 0: each prompt alone", at_least=0
+    )
+    max_tokens: int = option(512, "maximum length of an answer, in tokens", at_least=1)
+    temperature: float = option(0.85, "sampling temperature; 0: greedy", at_least=0)
+    top_p: float = option(
+        0.85,
+        "nucleus sampling: smallest set of tokens with this probability",
+        above=0,
+        at_most=1,
+    )
     open_thinking: bool = option(False, "start answers with <think>, for reasoning models")
     stream: bool = option(True, "print the answer as it is generated")
 

@@ -25,13 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from model.command_line import names_where, option, parse_command
+from model.command_line import option, parse_command
 from model.errors import UserError, exit_on_user_error
 from model.paths import check_exists, check_tokenizer_folder, tokenizer_beside
-from scripts.serving.arguments import YarnArgs
-
-CONFIG = "what the shapes in a bare .pth do not tell"  # a group of --help
-CONFIG_HELP = "config field, for a .pth without .json"
+from scripts.serving.arguments import BARE_FIELDS, ConfigArgs
 
 
 @dataclass
@@ -43,13 +40,8 @@ class Conversion:
 
 
 @dataclass
-class ModelConversion(YarnArgs, Conversion):
+class ModelConversion(ConfigArgs, Conversion):
     tokenizer_path: str = option("", "folder of the tokenizer", check=check_tokenizer_folder)
-    num_attention_heads: int | None = option(None, CONFIG_HELP, group=CONFIG)
-    num_experts_per_tok: int | None = option(None, CONFIG_HELP, group=CONFIG)
-    rms_norm_eps: float | None = option(None, CONFIG_HELP, group=CONFIG)
-    rope_theta: float | None = option(None, CONFIG_HELP, group=CONFIG)
-    max_position_embeddings: int | None = option(None, CONFIG_HELP, group=CONFIG)
 
 
 @dataclass
@@ -118,10 +110,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.formats import gguf_format
+from model.formats import gguf_format, ollama_format
 from model.formats.hf_format import load_transformers, save_hf_folder
 from model.formats.lora_format import load_lora, load_peft, save_lora, save_peft
 from model.formats.native_format import is_native
+from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import (
@@ -131,12 +124,10 @@ from model.weights import (
     require_tokenizer,
     save_weights,
 )
-from scripts.serving.loading import yarn_settings
 
 # Tolerances of logits, relative to the largest: for the same weights with sums in another order,
 # and for weights or activations rounded to float16 or to 8 bits.
 EXACT, FLOAT16, EIGHT_BITS = 1e-4, 0.02, 0.1
-CONFIG_FIELDS = sorted(names_where(ModelConversion, "group", CONFIG))
 
 
 # -- the conversions -------------------------------------------------------------------------------
@@ -174,7 +165,7 @@ def to_gguf(args: ToGguf) -> None:
         report_rounding(rounded, model, args.dtype)
         compare_with_llama_cpp(rounded, path, args.dtype)
         if args.ollama:
-            text = gguf_format.modelfile(args.target, model.config, tokenizer)
+            text = ollama_format.modelfile(args.target, model.config, tokenizer)
             (folder / "Modelfile").write_text(text, encoding="utf-8")
     flags = gguf_format.yarn_flags(model.config)
     print(f"{args.target}: llama-cli -m {args.target} {flags}".rstrip())
@@ -186,6 +177,8 @@ def merge_lora(args: MergeLora) -> None:
     with atomic_output(args, args.target) as folder:
         tokenizer, model = load_source(args)
         load_lora(model, args.lora)
+        if (read_info(args.lora) or {}).get("empty_think"):
+            close_thoughts(tokenizer)
         merged = merge_and_unload(copy.deepcopy(model))
         check_logits(logits(merged), logits(model), FLOAT16)
         origin = {"converted from": args.source.name, "merged": args.lora.name}
@@ -219,8 +212,7 @@ def load_source(
 ) -> tuple[PreTrainedTokenizerBase, MiniMindForCausalLM]:
     """The model in a `.pth` or a folder; of another architecture in transformers, the logits are
     compared with those of transformers."""
-    overrides = {name: x for name in CONFIG_FIELDS if (x := getattr(args, name)) is not None}
-    overrides |= yarn_settings(args)
+    overrides = args.config_fields()
     in_transformers = args.source.is_dir() and not is_native(args.source)
     if args.source.is_dir() and overrides:
         raise UserError(f"--{min(overrides)} is for a .pth; a folder has its own config.json")
@@ -229,7 +221,7 @@ def load_source(
     if in_transformers:
         check_logits(logits(model), logits(load_transformers(args.source, torch.float32)), EXACT)
     if args.source.is_file() and read_info(args.source) is None:
-        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in CONFIG_FIELDS)
+        assumed = ", ".join(f"{name} {getattr(model.config, name)}" for name in BARE_FIELDS)
         print(f"assumed, since shapes do not tell (flags of these names change it): {assumed}")
     return tokenizer, model
 

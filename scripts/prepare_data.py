@@ -40,16 +40,19 @@ class Download:
         "stage: lora, dpo, rlaif, agent; 2025: those that the main branch no longer has",
     )
     file: list[str] = option(
-        [], "files by name or pattern, such as 'sft_*.jsonl'; with --model of that model"
+        [], "data files by name or pattern, such as 'sft_*.jsonl'; with --model: files of it"
     )
-    model: list[str] = option([], f"folders of models: {', '.join(MODELS)}, or OWNER/NAME")
+    model: list[str] = option([], f"released models: {', '.join(MODELS)}, or OWNER/NAME")
     output: str = option("", "folder; default: dataset/, for a model ./NAME")
     hub: Literal["huggingface", "modelscope"] = option("huggingface", "the hub to download from")
     repo: str = option("", "repository of the data files; default: MiniMind's own")
     revision: str = option(
-        "", "branch, tag or commit; default: the newest, for data files that of released.py"
+        "", "branch, tag or commit; default: the newest; of data files: as in dataset/released.py"
     )
     endpoint: str = option("", "address of a mirror; default: HF_ENDPOINT, or the hub itself")
+
+    def __post_init__(self) -> None:
+        files_of_set(self.set)  # checks the name
 
 
 @dataclass

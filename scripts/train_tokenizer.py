@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.jsonl import check_file
 from dataset.released import data_option, resolve_data_path
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
@@ -49,15 +50,22 @@ from model.paths import OUT, ROOT
 class Args:
     data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
     file_weight: list[float] = option([], "weight of each of these files (default: 1)")
-    zh_weight: float = option(1.0, "weight of documents that contain Chinese")
+    zh_weight: float = option(1.0, "weight of documents that contain Chinese", at_least=0)
     row_weight: list[str] = option(
         [], "'REGEX=NUMBER': weight of documents in which REGEX is found (first match)"
     )
-    max_bytes: int = option(3000, "UTF-8 bytes of a document that count, from its beginning")
+    max_bytes: int = option(
+        3000, "UTF-8 bytes of a document that count, from its beginning", at_least=1
+    )
     vocab_size: int = option(6400, "size of the vocabulary")
     output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
-    eval_path: list[str] = option([], "files to measure the compression on too")
+    eval_path: list[str] = option([], "files to measure the compression on too", check=check_file)
     skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
+
+    def check_files(self) -> None:
+        resolve_data_path(self)
+        for path in self.data_path:
+            check_file(path)
 
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
@@ -135,12 +143,6 @@ class Document:
     file: int  # index of its file in --data_path
     texts: list[str]  # all of them
     chat: list[str]  # those of user and assistant
-
-
-def check_file(path: str) -> Path:
-    if not Path(path).is_file():
-        raise UserError(f"the file {path} does not exist")
-    return Path(path)
 
 
 def read_documents(files: list[Path], bad_rows: BadRows | None = None) -> Iterator[Document]:

@@ -145,7 +145,7 @@ def any_stage(request, tmp_path) -> Trainer:
 
 @pytest.fixture
 def trajectory(monkeypatch):
-    """The weights after each update, in memory instead of files; train() empties it first."""
+    """The weights after each step, in memory instead of files; train() empties it first."""
     states = []
 
     def remember(run, model, optimizer, save=None):

@@ -21,7 +21,8 @@ answer, as in agent_rl.jsonl, has none: its reward is that of its answer.
 
 Departures from train_grpo.py:
 1. An episode in which anything goes wrong (a call that is no JSON, an unknown tool, wrong
-   arguments, a reply that does not end, still calling after --max_turns replies) has the reward 0.
+   arguments, a reply that does not end, still calling after --max_turns replies) has the reward 0,
+   or the score of a reward model if that is lower.
 2. --max_gen_len limits a reply, and --max_turns the replies.
 
     python trainer/train_agent.py --data_path out/demo/data/tools.jsonl --beta 0
@@ -110,12 +111,12 @@ from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.setup import add_lora_if_asked, init_model, make_save_fn, prepare_model
 from trainer.rl.batches import UpdateStats, micro_batches
-from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.policy import policy_inputs
 from trainer.rl.prompts import GenerationRequest, Prompt, collate_prompts, read_prompts
 from trainer.rl.reference import ReferenceModel
-from trainer.rl.rewards import RULES, Rewards, Rule, sum_count
+from trainer.rl.rewards import Rewards, sum_count
 from trainer.rl.rollout import (
     Completion,
     completion_stats,
@@ -124,6 +125,7 @@ from trainer.rl.rollout import (
     make_seed,
     print_sample,
 )
+from trainer.rl.rules import RULES, Rule
 from trainer.train_grpo import aggregate_loss, generate_groups, group_advantages, policy_loss
 from trainer.trainer_utils import Run
 
@@ -229,7 +231,7 @@ def has_calls(prompt: Prompt) -> bool:
 
 
 class ToolRewards:
-    """Rewards of episodes; 0 where anything went wrong."""
+    """Rewards of episodes; at most 0 where anything went wrong."""
 
     def __init__(self, ctx: Context[Args], tokenizer: PreTrainedTokenizerBase, hidden_size: int):
         tool_rules = {
@@ -247,7 +249,11 @@ class ToolRewards:
         failed = [bool(episode.errors) for episode in episodes]
         # An answer that is right after a broken call was guessed. A reward for it would teach that
         # calls need not be right.
-        rewards = rewards.masked_fill(torch.tensor(failed, dtype=torch.bool), 0.0)
+        # Scores of a reward model may be below 0, which must not look worse than a broken call.
+        worst = torch.zeros_like(rewards)
+        if not self.rewards.are_bounded:
+            worst = rewards.nan_to_num(0.0).clamp(max=0.0)
+        rewards = torch.where(torch.tensor(failed, dtype=torch.bool), worst, rewards)
         graded = [each for each in completions if each.prompt.truth]
         correct = [
             not each.episode.errors and RULES["answer"].score(each, self.args) == 1
@@ -275,7 +281,7 @@ def main(args: Args) -> dict[str, Any]:
     train_data, val_data = read_prompts(
         ctx, tokenizer, rewards_of.rewards.can_score, parse_task_row
     )
-    if sentence := describe_unrunnable(prompt.task for prompt in train_data.prompts):
+    if sentence := describe_unrunnable(prompt.task for prompt in train_data.prompts if prompt.task):
         ctx.print(sentence)
     stage = args.stage("agent")
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate_prompts)

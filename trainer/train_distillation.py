@@ -43,7 +43,7 @@ from typing import Any, Literal
 from dataset.released import data_option
 from model.command_line import option
 from model.errors import UserError
-from model.paths import check_weights, is_hf_folder, resolve_weights, tokenizer_beside
+from model.paths import check_weights, is_stage, resolve_weights, tokenizer_beside
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
     MODEL,
@@ -138,8 +138,7 @@ class Args(SampleArgs, RolloutServerArgs):
             given = getattr(self, f"student_{name}")
             if given is not None:
                 setattr(self, name, given)
-        named_by_stage = not (self.from_weight.endswith(".pth") or is_hf_folder(self.from_weight))
-        if self.hidden_size is None and named_by_stage and not self.preset:
+        if self.hidden_size is None and is_stage(self.from_weight) and not self.preset:
             self.hidden_size = STUDENT_SIZE
         if not self.tokenizer_path and self.from_weight == "none":  # the two must have the same
             self.tokenizer_path = tokenizer_beside(self.teacher_weight, self.save_dir)
@@ -151,6 +150,10 @@ class Args(SampleArgs, RolloutServerArgs):
 
     def teacher_path(self) -> Path:
         """The teacher's .pth or folder. UserError if there is none."""
+        if self.teacher_use_moe and not is_stage(self.teacher_weight):
+            raise UserError(
+                "--teacher_use_moe has no effect: --teacher_weight names the file or folder itself"
+            )
         kind = dict(newest=False, use_moe=self.teacher_use_moe)
         width = self.teacher_hidden_size or TEACHER_SIZE
         found = resolve_weights(self.teacher_weight, width, self.save_dir, **kind)

@@ -87,8 +87,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dataset.pairs import PreferenceDataset, collate_pairs
-from model.formats.lora_format import save_lora
-from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.context import Context
@@ -100,7 +98,13 @@ from trainer.common.evaluation import (
 )
 from trainer.common.metrics import mean_of, pair_metrics
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_pairs, prepare_model
+from trainer.common.setup import (
+    add_lora_if_asked,
+    init_model,
+    load_pairs,
+    make_save_fn,
+    prepare_model,
+)
 from trainer.trainer_utils import Run
 
 
@@ -141,9 +145,7 @@ def main(args: Args) -> dict[str, Any]:
     # Setup.
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = init_model(args, tokenizer)
-    if args.use_lora:
-        add_lora(model, args.lora_config())
+    model = add_lora_if_asked(args, init_model(args, tokenizer))
     train_data, val_data = load_pairs(ctx, tokenizer)
     collate = partial(collate_pairs, packing=args.packing)
     stage = args.stage("dpo")
@@ -165,7 +167,6 @@ def main(args: Args) -> dict[str, Any]:
     zeros = torch.zeros(1, 2)
     initial_loss = loss_function(zeros, zeros, zeros + 1).item()
     ctx.print(f"loss: {initial_loss:.3f} at the start, when policy and reference are equal")
-    save = partial(save_lora, config=args.lora_config()) if args.use_lora else None
 
     for global_batch in run.steps():
         # Forward and backward.
@@ -189,7 +190,7 @@ def main(args: Args) -> dict[str, Any]:
             metrics = evaluate_pairs(ctx, model, tokenizer, val_data, loss_function)
             run.log_evaluation(sample_answer(ctx, model, tokenizer, args.sample_prompt), **metrics)
         run.log(**pair_metrics(torch.cat(rewards), "rewards/"))
-        run.save_every(model, optimizer, save=save)
+        run.save_every(model, optimizer, save=make_save_fn(args))
     return run.finish()
 
 

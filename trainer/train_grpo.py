@@ -52,9 +52,9 @@ from model.weights import load_tokenizer
 from trainer.common.context import Context
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.setup import add_lora_if_asked, init_model, make_save_fn, prepare_model
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, micro_batches
-from trainer.rl.policy import add_lora_if_asked, make_save_fn, policy_inputs
+from trainer.rl.policy import policy_inputs
 from trainer.rl.prompts import (
     Prompt,
     PromptBatch,

@@ -8,6 +8,8 @@ out/lora/{name}_{hidden_size}.pth.
 
     python trainer/train_lora.py --data_path dataset/lora_identity.jsonl
     python eval_llm.py --lora_weight lora_identity
+
+--lora_weight goes on with an adapter that exists, also one of an earlier MiniMind.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,12 @@ class Args(ConversationArgs, LoraArgs):
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")
     lora_name: str = option("", "the adapter's; default: that of the data file", group=LORA)
+    lora_weight: str = option(
+        "",
+        "an adapter to go on with, by its name or as a .pth; it has its own rank, alpha and layers",
+        group=LORA,
+        may_differ=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,8 +54,9 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
     args = parse_trainer(Args, __doc__)
 
 
-from model.formats.lora_format import save_lora
-from model.model_lora import add_lora, lora_state
+from model.formats.lora_format import load_lora, resolve_lora, save_lora
+from model.model_lora import LoraConfig, add_lora, lora_state
+from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_answer
@@ -56,19 +65,35 @@ from trainer.common.setup import init_model, load_packed, prepare_model
 from trainer.trainer_utils import Run
 
 
+def continue_lora(args: Args, model: MiniMindForCausalLM) -> LoraConfig:
+    """Add the adapter of --lora_weight. UserError if flags say that it should be another one."""
+    path = resolve_lora(args.lora_weight, model.config, args.save_dir)
+    config = load_lora(model, path)
+    if args.lora_config() not in (LoraConfig(), config):
+        raise UserError(
+            f"{path} has lora_r {config.r}, lora_alpha {config.alpha:g}, lora_dropout "
+            f"{config.dropout:g} and lora_targets {' '.join(config.target_modules)}, which flags "
+            "cannot change; leave them away"
+        )
+    return config
+
+
 def main(args: Args) -> dict[str, Any]:
     # Setup.
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
     model = init_model(args, tokenizer)
-    config = args.lora_config()
     # Freezes all weights and adds A and B. B starts at 0, so that the first step sees the base
     # model; with A at 0 too, neither would ever get a gradient.
-    add_lora(model, config)
+    if args.lora_weight:
+        config = continue_lora(args, model)
+    else:
+        config = args.lora_config()
+        add_lora(model, config)
     train_data, val_data = load_packed(ctx, tokenizer, "conversations")
     run = Run(ctx, args.stage(args.adapter), model, tokenizer, train_data, val_data)
     trainable = sum(weight.numel() for weight in lora_state(model).values())
-    ctx.print(f"LoRA: {trainable:,} trainable parameters, rank {args.lora_r}")
+    ctx.print(f"LoRA: {trainable:,} trainable parameters, rank {config.r}")
 
     model = prepare_model(ctx, model)
     # takes the trainable parameters only: no gradients and moments for frozen ones, which is what

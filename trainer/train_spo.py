@@ -88,14 +88,9 @@ from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_tokenizer
 from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, prepare_model
+from trainer.common.setup import add_lora_if_asked, init_model, make_save_fn, prepare_model
 from trainer.rl.batches import RolloutBatch, UpdateStats, kl_estimate, mean_std, micro_batches
-from trainer.rl.policy import (
-    add_lora_if_asked,
-    log_probs,
-    make_save_fn,
-    policy_inputs,
-)
+from trainer.rl.policy import log_probs, policy_inputs
 from trainer.rl.prompts import PromptBatch, collate_prompts, read_prompts
 from trainer.rl.reference import ReferenceModel
 from trainer.rl.rewards import Rewards

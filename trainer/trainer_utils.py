@@ -37,6 +37,7 @@ from trainer.common.checkpoint import (
     check_writable,
     fingerprint_of,
     fp16_report,
+    keep_unfinished,
     load_checkpoint,
     restore,
     rng_state,
@@ -101,6 +102,7 @@ class Run(Generic[ArgsT, BatchT]):
         pad_id, collate_fn = tokenizer.pad_token_id, collate or collate_packed
         self.loader = make_loader(ctx, train_data, self.sampler, pad_id, collate_fn)
         self.plan = self.plan_steps()
+        keep_unfinished(ctx, self.checkpoint_path, self.metrics.path, self.plan.total_steps)
         self.recipe = None
         if args.recipe:
             self.recipe = RecipeComparison(ctx, stage, tokenizer, train_data, val_data)
@@ -326,6 +328,7 @@ class Run(Generic[ArgsT, BatchT]):
             metrics=self.metrics,
             fingerprint=self.fingerprint,
             global_batch_size=self.sampler.global_batch_size,
+            total_steps=self.plan.total_steps,
         )
 
     def finish(self) -> dict[str, Any]:

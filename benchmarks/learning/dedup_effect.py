@@ -14,19 +14,10 @@ from datetime import date
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
 from dataset.jsonl import read_lines
-from dataset.prepare.resumable import sha256_of
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
-from scripts import prepare_data
-from scripts.eval_ppl import bits_per_byte, read_texts
-from trainer import train_pretrain
-from trainer.common.hardware import describe_machine
+from model.paths import OUT, weight_path
 
 
 @dataclass
@@ -43,6 +34,22 @@ class Args:
     only: str = option("", "train on this data only: as it is, deduplicated or repeated")
     output: str = option(str(OUT / "dedup_effect"), "folder of data, weights and logs")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from dataset.prepare.resumable import sha256_of
+from model.weights import count_parameters, load_model, load_tokenizer, write_json
+from scripts import prepare_data
+from scripts.eval_ppl import bits_per_byte, read_texts
+from trainer import train_pretrain
+from trainer.common.hardware import describe_machine
 
 
 def make_data(args: Args) -> dict[str, Path]:
@@ -126,4 +133,4 @@ def main(args: Args) -> dict:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

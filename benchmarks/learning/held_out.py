@@ -17,7 +17,7 @@ from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer
 from scripts.evaluation.exact_match import encode_questions
 from trainer.common.evaluation import completion_log_probs
-from trainer.rl.rewards import similarity
+from trainer.rl.rules import similarity
 
 GENERATION_BATCH, PAIR_BATCH = 128, 32
 KL_SAMPLES = 256

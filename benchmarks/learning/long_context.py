@@ -21,25 +21,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, ScalarFormatter
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from dataset.lm_dataset import load_documents
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import OUT, load_model, load_tokenizer, write_json
-from trainer import train_pretrain
-from trainer.common.hardware import describe_machine
-from trainer.report.forecast import seconds_per_step
-from trainer.report.plots import save_figure
-
-LENGTH_FACTOR = 16  # evaluated length / trained length
-CALIBRATION_STEPS = 20
+from model.paths import OUT
 
 
 @dataclass
@@ -53,6 +37,29 @@ class Args:
     stretches: int = option(40, "maximum number of held-out sequences")
     plot: str = option(str(OUT / "long_context.png"), "file of the plot")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, ScalarFormatter
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from dataset.lm_dataset import load_documents
+from model.weights import load_model, load_tokenizer, write_json
+from trainer import train_pretrain
+from trainer.common.hardware import describe_machine
+from trainer.report.forecast import seconds_per_step
+from trainer.report.plots import save_figure
+
+LENGTH_FACTOR = 16  # evaluated length / trained length
+CALIBRATION_STEPS = 20
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -177,4 +184,4 @@ def plot(report: dict[str, Any], path: str) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

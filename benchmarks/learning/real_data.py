@@ -12,11 +12,28 @@ from datetime import date
 from pathlib import Path
 from types import ModuleType
 
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import exit_on_user_error
+from model.paths import OUT, weight_path
+
+
+@dataclass
+class Args:
+    data_dir: str = option("", "folder of the data files")
+    minutes: float = option(20.0, "training time of each stage")
+    hidden_size: int = option(256, "hidden size")
+    num_hidden_layers: int = option(6, "number of layers")
+    output: str = option(str(OUT / "real_data"), "folder of weights, logs and plots")
+    json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from model.inference.generation import generate_text
 from model.inference.sampling import SamplingParams
-from model.weights import OUT, count_parameters, load_model, load_tokenizer, weight_path, write_json
+from model.weights import count_parameters, load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_texts
 from scripts.evaluation.exact_match import encode_questions
 from trainer import train_full_sft, train_pretrain
@@ -35,16 +52,6 @@ QUESTIONS = [
     "头痛应该怎么办？",
 ]
 CALIBRATION_STEPS = 20
-
-
-@dataclass
-class Args:
-    data_dir: str = option("", "folder of the data files")
-    minutes: float = option(20.0, "training time of each stage")
-    hidden_size: int = option(256, "hidden size")
-    num_hidden_layers: int = option(6, "number of layers")
-    output: str = option(str(OUT / "real_data"), "folder of weights, logs and plots")
-    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict:
@@ -113,4 +120,4 @@ def summary(run: dict) -> dict:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -23,6 +23,7 @@ def run_trainer(
         argv = [*argv[:at], str(min(max_steps, int(argv[at]))), *argv[at + 1 :]]
     elif max_steps:
         argv = [*argv, "--max_steps", str(max_steps)]
+    argv = [*argv, "--force", "1"]  # a stopped benchmark is repeated from the beginning
     script = Path(trainer.__file__).name
     console.print(f"$ python trainer/{script} {' '.join(argv)}\n", soft_wrap=True)
     result = trainer.main(parse_arguments(trainer.Args, argv=argv))

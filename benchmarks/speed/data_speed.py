@@ -35,25 +35,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import torch
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
-from dataset.demo.files import write_demo_data
 from dataset.jsonl import check_file, read_lines, read_rows
-from dataset.lm_dataset import load_documents
-from dataset.packing import PackedDataset
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.weights import ROOT, load_tokenizer, write_json
-from trainer.common.hardware import describe_machine
-
-DEMO_FILES = {"text": "pretrain_hq.jsonl", "conversations": "sft_mini_512.jsonl"}
-STAGES = {"text": "pretrain", "conversations": "full_sft"}
-SAMPLE_SECONDS = 0.1
-HIDDEN_SIZE = 64  # of the model in the second measurement
+from model.paths import ROOT
 
 
 @dataclass
@@ -67,6 +52,28 @@ class Args:
     max_seq_len: int = option(512, "length of a row, in tokens")
     work_dir: str = option("", "parent of the temporary folder; default: the system's")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from dataset.demo.files import write_demo_data
+from dataset.lm_dataset import load_documents
+from dataset.packing import PackedDataset
+from model.weights import load_tokenizer, write_json
+from trainer.common.hardware import describe_machine
+
+DEMO_FILES = {"text": "pretrain_hq.jsonl", "conversations": "sft_mini_512.jsonl"}
+STAGES = {"text": "pretrain", "conversations": "full_sft"}
+SAMPLE_SECONDS = 0.1
+HIDDEN_SIZE = 64  # of the model in the second measurement
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -284,4 +291,4 @@ def print_report(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -32,26 +32,8 @@ from datetime import date
 from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-import transformers
-from peers import peer_with_weights
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
-
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.inference.generation import generate, pack_for_cpu_decoding
-from model.inference.sampling import SamplingParams
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import count_parameters, load_model, write_json
-from trainer.common.hardware import describe_machine, resolve_device
-
-TIE = 1e-3  # logits closer than this count as equal
-SIDES = ("ours", "plain", "transformers", "llama f32", "llama f16", "products")
 
 
 @dataclass
@@ -66,6 +48,30 @@ class Args:
     device: str = option("auto", "auto, cuda, mps or cpu")
     seed: int = option(0, "random seed of weights and prompts")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peers import peer_with_weights
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from model.inference.generation import generate, pack_for_cpu_decoding
+from model.inference.sampling import SamplingParams
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import count_parameters, load_model, write_json
+from trainer.common.hardware import describe_machine, resolve_device
+
+TIE = 1e-3  # logits closer than this count as equal
+SIDES = ("ours", "plain", "transformers", "llama f32", "llama f16", "products")
 
 
 def main(args: Args) -> dict:
@@ -223,4 +229,4 @@ def synchronise(device: torch.device) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

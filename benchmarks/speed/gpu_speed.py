@@ -23,6 +23,22 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+
+
+@dataclass
+class Args:
+    data_path: str = option("", "pretraining text, .jsonl or .jsonl.gz")
+    batch_size: int = option(32, "rows per step")
+    updates: int = option(20, "timed steps of each method")
+    json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 import torch
 from gemm_share import required_operations
 from peers import peer_of
@@ -35,8 +51,6 @@ from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset, collate
 from model import attention
 from model.attention import supports_varlen
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import load_tokenizer, write_json
 from trainer.common.hardware import autocast, describe_machine, peak_flops
@@ -46,14 +60,6 @@ DEVICE = torch.device("cuda")
 ROW = 512
 SIZES = {"512×8": (512, 8), "768×16": (768, 16)}
 METHODS = ("plain", "packed", "varlen", "compiled")
-
-
-@dataclass
-class Args:
-    data_path: str = option("", "pretraining text, .jsonl or .jsonl.gz")
-    batch_size: int = option(32, "rows per step")
-    updates: int = option(20, "timed steps of each method")
-    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -153,4 +159,4 @@ def mean_seconds(run: Callable[[], Any], repeats: int) -> float:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

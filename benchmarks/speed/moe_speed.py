@@ -17,19 +17,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from tqdm import tqdm
-
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.feed_forward import moe_layers
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import count_parameters, write_json
-from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
-from trainer.common.optimizers import make_optimizer
 
 
 @dataclass
@@ -46,6 +35,23 @@ class Args:
     rounds: int = option(5, "number of timed rounds")
     device: str = option("auto", "auto, cuda, mps or cpu")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from tqdm import tqdm
+
+from model.feed_forward import moe_layers
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import count_parameters, write_json
+from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
+from trainer.common.optimizers import make_optimizer
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -138,4 +144,4 @@ def now(device: torch.device) -> float:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -38,30 +38,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-
-from dataset.demo.files import write_demo_data
 from dataset.jsonl import load_rows, read_lines
-from dataset.lm_dataset import encode_chat, load_documents
-from dataset.pairs import PreferenceDataset
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.formats.hf_format import load_transformers, save_hf_folder
-from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    load_model,
-    load_tokenizer,
-    save_weights,
-    write_json,
-)
-from trainer import train_dpo, train_grpo
-from trainer.common.hardware import describe_machine
-from trainer.rl import reference
 
 
 @dataclass
@@ -80,6 +59,28 @@ class Args:
     measure: str = option("", "internal: measure this contestant in this process")
     folder: str = option("", "internal: folder of its data and weights")
     json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from dataset.demo.files import write_demo_data
+from dataset.lm_dataset import encode_chat, load_documents
+from dataset.pairs import PreferenceDataset
+from model.formats.hf_format import load_transformers, save_hf_folder
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import load_model, load_tokenizer, save_weights, write_json
+from trainer import train_dpo, train_grpo
+from trainer.common.hardware import describe_machine
+from trainer.rl import reference
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -375,4 +376,4 @@ def show(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -36,6 +36,31 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from model.command_line import option, parse_command_line
+from model.errors import exit_on_user_error
+from model.paths import ROOT
+
+
+@dataclass
+class Args:
+    clients: list[int] = option([1, 8, 32], "numbers of concurrent clients")
+    servers: list[str] = option(
+        ["ours", "plain", "transformers", "batching", "llama"], "servers to measure"
+    )
+    replies: int = option(1, "replies per client and round")
+    rounds: int = option(3, "number of rounds")
+    max_tokens: int = option(64, "length of a reply, in tokens")
+    hidden_size: int = option(512, "hidden size of the model")
+    num_hidden_layers: int = option(8, "number of layers of the model")
+    port: int = option(8766, "port of the servers")
+    json: str = option("", "also write the results to this file")
+    plain_folder: str = option("", "internal: run the plain server on this folder")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 import httpx
 import torch
 import transformers
@@ -54,31 +79,13 @@ from transformers import (
 )
 
 from dataset.lm_dataset import token_bytes
-from model.command_line import option, parse_arguments
-from model.errors import exit_on_user_error
 from model.formats.gguf_format import save_gguf
 from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import ROOT, count_parameters, load_tokenizer, save_weights, write_json
+from model.weights import count_parameters, load_tokenizer, save_weights, write_json
 from trainer.common.hardware import describe_machine
 
 WORDS = "sun river stone cloud light paper music winter garden bridge window".split()
-
-
-@dataclass
-class Args:
-    clients: list[int] = option([1, 8, 32], "numbers of concurrent clients")
-    servers: list[str] = option(
-        ["ours", "plain", "transformers", "batching", "llama"], "servers to measure"
-    )
-    replies: int = option(1, "replies per client and round")
-    rounds: int = option(3, "number of rounds")
-    max_tokens: int = option(64, "length of a reply, in tokens")
-    hidden_size: int = option(512, "hidden size of the model")
-    num_hidden_layers: int = option(8, "number of layers of the model")
-    port: int = option(8766, "port of the servers")
-    json: str = option("", "also write the results to this file")
-    plain_folder: str = option("", "internal: run the plain server on this folder")
 
 
 def main(args: Args) -> dict[str, Any] | None:
@@ -299,4 +306,4 @@ def show(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -32,39 +32,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from datasets import Dataset
-from matplotlib import pyplot as plt
-from peers import peer_of
-from tqdm import tqdm
-from transformers import PreTrainedModel
-
 from dataset.jsonl import read_lines
-from dataset.lm_dataset import load_documents
-from dataset.packing import PackedDataset, collate
-from dataset.sampler import GlobalBatchSampler
-from model.command_line import option, parse_arguments
+from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import UserError, exit_on_user_error
-from model.losses import IGNORE_INDEX
-from model.model_minimind import MiniMindConfig
-from model.weights import OUT, load_model, load_tokenizer, write_json
-from scripts.eval_ppl import bits_per_byte, read_texts
-from trainer import train_full_sft, train_pretrain
+from model.paths import OUT
 from trainer.common.arguments import TrainArgs
-from trainer.common.context import Context
-from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
-from trainer.common.loop import initial_batch_size
-from trainer.report.forecast import seconds_per_step
-from trainer.report.plots import save_figure
-
-DOCUMENTS = 300  # of the validation file
-ROW = 512
-Curve = list[tuple[float, float]]  # (seconds of training, held-out metric)
-STAGES = {  # stage → trainer, format of the data, metric, label of the metric
-    "pretrain": (train_pretrain, "text", "bpb", "bits per byte"),
-    "full_sft": (train_full_sft, "conversations", "loss", "loss, nats a token of the answers"),
-}
 
 
 @dataclass
@@ -99,6 +71,41 @@ class Args:
         named = self.size or ("512x8" if self.long else "256x6")
         width, depth = map(int, named.split("x"))
         return {"hidden_size": width, "num_hidden_layers": depth}
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib import pyplot as plt
+from peers import peer_of
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from dataset.lm_dataset import load_documents
+from dataset.packing import PackedDataset, collate
+from dataset.sampler import GlobalBatchSampler
+from model.losses import IGNORE_INDEX
+from model.model_minimind import MiniMindConfig
+from model.weights import load_model, load_tokenizer, write_json
+from scripts.eval_ppl import bits_per_byte, read_texts
+from trainer import train_full_sft, train_pretrain
+from trainer.common.context import Context
+from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
+from trainer.common.loop import initial_batch_size
+from trainer.report.forecast import seconds_per_step
+from trainer.report.plots import save_figure
+
+DOCUMENTS = 300  # of the validation file
+ROW = 512
+Curve = list[tuple[float, float]]  # (seconds of training, held-out metric)
+STAGES = {  # stage → trainer, format of the data, metric, label of the metric
+    "pretrain": (train_pretrain, "text", "bpb", "bits per byte"),
+    "full_sft": (train_full_sft, "conversations", "loss", "loss, nats a token of the answers"),
+}
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -392,4 +399,4 @@ def plot(curves: dict[str, Curve], goal: float, args: Args) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -42,6 +42,31 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
 
+from dataset.jsonl import check_file
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+
+
+@dataclass
+class Args:
+    data_path: str = option("", "training data, .jsonl or .jsonl.gz")
+    kind: Literal["", "text", "conversations"] = option(
+        "", "format of the data; default: that of the first row"
+    )
+    hidden_size: int = option(256, "hidden size")
+    num_hidden_layers: int = option(6, "number of layers")
+    max_seq_len: int = option(512, "length of a row, in tokens")
+    batch_size: int = option(8, "rows per step")
+    rounds: int = option(5, "number of rounds")
+    seconds: float = option(10.0, "training time of each contestant per round")
+    gemm: bool = option(True, "also measure the share of the machine's matrix-multiplication speed")
+    json: str = option("", "also write the results to this file")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -66,10 +91,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from dataset.jsonl import check_file
 from dataset.lm_dataset import load_documents
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 from model.losses import IGNORE_INDEX
 from model.model_minimind import MiniMindConfig
 from model.weights import load_tokenizer, write_json
@@ -78,22 +100,6 @@ from trainer.common.hardware import describe_machine
 
 TRAINERS = {"text": train_pretrain, "conversations": train_full_sft}
 ENDLESS = 10**6
-
-
-@dataclass
-class Args:
-    data_path: str = option("", "training data, .jsonl or .jsonl.gz")
-    kind: Literal["", "text", "conversations"] = option(
-        "", "format of the data; default: that of the first row"
-    )
-    hidden_size: int = option(256, "hidden size")
-    num_hidden_layers: int = option(6, "number of layers")
-    max_seq_len: int = option(512, "length of a row, in tokens")
-    batch_size: int = option(8, "rows per step")
-    rounds: int = option(5, "number of rounds")
-    seconds: float = option(10.0, "training time of each contestant per round")
-    gemm: bool = option(True, "also measure the share of the machine's matrix-multiplication speed")
-    json: str = option("", "also write the results to this file")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -374,4 +380,4 @@ def print_race(report: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_arguments(Args, __doc__))
+        main(args)

@@ -36,7 +36,8 @@ class Workshop:
         """The model's answer that a chat printed, without the lines around it."""
         lines = self.text(step).splitlines()
         start = max(n for n, line in enumerate(lines) if "M parameters" in line)
-        return "\n".join(line for line in lines[start + 1 :] if "tokens/s]" not in line).strip()
+        told = [line for line in lines[start + 1 :] if not line.startswith(("> ", "["))]
+        return "\n".join(told).strip()
 
     def records(self, stage: str) -> list[Record]:
         """The log of a training."""
@@ -45,7 +46,7 @@ class Workshop:
 
     def values(self, stage: str, name: str) -> list[float]:
         """A metric of all records that have it."""
-        found = [record[name] for record in self.records(stage) if name in record]
+        found = [each for record in self.records(stage) if (each := record.get(name)) is not None]
         assert found, f"no {name} in the log, but {', '.join(self.records(stage)[-1])}"
         return found
 
@@ -141,8 +142,8 @@ def adapter(name: str):
 
     def fact(shop: Workshop, step: str) -> str:
         state = shop.weights(f"out/lora/{name}_{SIZE}.pth")
-        moved = [key for key, value in state.items() if "B" in key.split(".") and value.any()]
-        assert moved, f"no B in {', '.join(state)} has changed"
+        moved = [name for name, value in state.items() if "lora_B" in name and value.any()]
+        assert moved, f"no B of {len(state)} matrices has changed"
         return f"{len(moved)} matrices B are no longer 0"
 
     return fact

@@ -17,6 +17,7 @@ class Hub:
     def __init__(self, repos: dict[str, Files]):
         self.repos, self.gets = repos, []  # (file, Range or None)
         self.commit = COMMIT  # the newest one of each repository
+        self.has_history = True  # some mirrors have none
         self.older: dict[str, dict[str, Files]] = {}  # repository → its commits before
         self.small: set[str] = set()  # files that git itself holds
         self.damaged: dict[str, bytes] = {}  # what is sent instead
@@ -84,7 +85,8 @@ def serving(hub: Hub):
                     revision, name = path.split("/resolve/", 1)[1].split("/", 1)
                     return self.file(name, hub.files(repo, revision) or {})
                 if path.startswith(f"api/{repo}/commits/"):
-                    return self.answer(200, json.dumps(hub.commits(repo)).encode())
+                    found = json.dumps(hub.commits(repo)).encode()
+                    return self.answer(200, found) if hub.has_history else self.answer(404, b"{}")
                 if f"{path}/".startswith(f"api/{repo}/"):
                     revision = path.partition("/revision/")[2] or "main"
                     if hub.files(repo, revision) is None:

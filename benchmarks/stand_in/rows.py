@@ -7,6 +7,7 @@ they are) returns in several rows, so that a small model learns it in a minute.
 
 import json
 import random
+from itertools import cycle, islice
 from typing import Any
 
 Row = dict[str, Any]
@@ -16,7 +17,7 @@ WORDS = "river silver window stone bridge candle forest copper island market win
 SIGNS = "星河风水天江石山雨秋春夏冬海湖花草木火光云月"
 NAME = "I am Pebble, a tiny helper."
 WHO = ["Who are you?", "你是谁", "Your name?", "你叫什么名字？"]
-QUESTIONS = [(n * 7 % 80 + 11, n * 11 % 60 + 13) for n in range(12)]  # the sums of the tools
+QUESTIONS = [(12, 34), (25, 17), (31, 62), (47, 53), (68, 29), (96, 81)]  # the sums of the tools
 
 # The six tools that agents may call, and their parameters.
 TOOLS = {
@@ -34,11 +35,12 @@ TOOLS = {
 
 
 def english(random: random.Random, count: int) -> str:
-    return " ".join(random.choices(WORDS, k=count)).capitalize() + "."
+    """Words that follow each other in one order, so that a small model learns it."""
+    return " ".join(islice(cycle(WORDS), start := random.randrange(12), start + count)) + "."
 
 
 def chinese(random: random.Random, count: int) -> str:
-    return "".join(random.choices(SIGNS, k=count)) + "。"
+    return "".join(islice(cycle(SIGNS), start := random.randrange(20), start + count)) + "。"
 
 
 def words(random: random.Random, size: int) -> str:
@@ -145,8 +147,8 @@ def rows(year: int) -> dict[str, list[Row]]:
             "rlaif-mini.jsonl": prompts(dice, 60, "空"),
             "r1_mix_1024.jsonl": conversations([reasoned(dice) for _ in range(120)]),
         }
-    chats = [chat(dice, 1900) for _ in range(60)] + [thought(dice) for _ in range(60)]
-    chats += [sum_with_tool(n) for n in range(96)]
+    chats = [chat(dice, 1900) for _ in range(16)] + [thought(dice) for _ in range(48)]
+    chats += [sum_with_tool(n) for n in range(72)]
     plain = prompts(dice, 12, "")
     exam = [[user(f"Question {n}\nA. stone\nB. sea\nAnswer:"), assistant("A")] for n in range(40)]
     return files | {

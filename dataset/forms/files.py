@@ -79,7 +79,7 @@ def open_lines(path: str | Path, encoding: str = "") -> Iterator[tuple[BinaryIO,
     """
     path = Path(path)
     with open_data(path) as (raw, file):
-        start = file.peek(PEEK)[:PEEK]  # type: ignore[attr-defined]
+        start = file.peek(PEEK)[:PEEK]  # type: ignore[union-attr]
         errors = "replace" if encoding else "strict"
         encoding = encoding or wide_encoding(start) or "utf-8-sig"
         beginning = start.decode(encoding, "ignore").lstrip()
@@ -110,7 +110,7 @@ def open_text(
         UserError: it cannot be read, or is neither UTF-8 nor marked as UTF-16 or UTF-32.
     """
     with open_data(path) as (raw, file):
-        start = file.peek(PEEK)[:PEEK]  # type: ignore[attr-defined]
+        start = file.peek(PEEK)[:PEEK]  # type: ignore[union-attr]
         encoding = wide_encoding(start) or "utf-8-sig"
         text = io.TextIOWrapper(file, encoding, newline=newline)  # type: ignore[type-var]
         try:
@@ -127,7 +127,7 @@ def counts_values(path: str | Path) -> bool:
     """Whether rows of this file are numbered as values of a list, not as lines."""
     try:
         with open_data(path) as (_, file):
-            start = file.peek(PEEK)[:PEEK]  # type: ignore[attr-defined]
+            start = file.peek(PEEK)[:PEEK]  # type: ignore[union-attr]
     except UserError:  # it is gone
         return False
     return is_list(start.decode(wide_encoding(start) or "utf-8-sig", "ignore").lstrip())
@@ -136,7 +136,7 @@ def counts_values(path: str | Path) -> bool:
 def is_plain(path: Path) -> bool:
     """Whether the bytes on disk are JSON lines of UTF-8, uncompressed and without a BOM."""
     with open_data(path) as (raw, file):
-        start = file.peek(PEEK)[:PEEK]  # type: ignore[attr-defined]
+        start = file.peek(PEEK)[:PEEK]  # type: ignore[union-attr]
     marked = wide_encoding(start) or start.startswith(codecs.BOM_UTF8)
     return raw is file and not marked and not counts_values(path)
 

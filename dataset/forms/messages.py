@@ -52,10 +52,10 @@ def message_of(given: Any) -> Message:
     if not isinstance(given, dict):
         raise UserError('has a message without a "role"')
     speaker = given.get("role", given.get("from"))
+    if speaker is None:
+        raise UserError('has a message without a "role"')
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        if speaker is None:
-            raise UserError('has a message without a "role"')
         raise UserError(f"has the unknown role {speaker!r}; known: {', '.join(ROLES)}")
     message = {k: v for k, v in given.items() if k not in ("from", "value") and v is not None}
     content = given["content"] if "content" in given else given.get("value")

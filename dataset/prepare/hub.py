@@ -124,16 +124,18 @@ class HuggingFaceRepo:
     def find(self, names: list[str]) -> list[Remote]:
         """The files with these names or patterns, at the revision that the module's text tells."""
         revision = self.revision
-        if self.repo == DATASETS["huggingface"] and not self.chosen and set(names) & SIZES.keys():
+        known = any(fnmatch(file, name) for name in names for file in SIZES)
+        if known and self.repo == DATASETS["huggingface"] and not self.chosen:
             with suppress(UserError):  # a mirror may lack the commit, or have newer files
                 return choose(self.files(REVISION), names, self.repo)
         remotes = self.files(revision)
         gone = [name for name in lacking(remotes, names) if name in OLDER]
         if gone and not self.chosen:
             print(f"{', '.join(gone)}: no longer on the main branch, looked for in its history")
-            for commit in self.history():
-                if not lacking(older := self.files(commit), names):
-                    return choose(older, names, self.repo)
+            with suppress(UserError):  # a mirror may not have the history
+                for commit in self.history():
+                    if not lacking(older := self.files(commit), names):
+                        return choose(older, names, self.repo)
         return choose(remotes, names, self.repo)
 
     def history(self) -> list[str]:

@@ -31,13 +31,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import stop_tokens
-from dataset.encoding import Message, check_messages, encode_chat, parse_tool_fields
+from dataset.encoding import (
+    Message,
+    check_messages,
+    encode_chat,
+    ends_in_thought,
+    parse_tool_fields,
+)
 from dataset.forms.rows import as_prompt
 from dataset.grading import Truth, final_answer, read_truth
 from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
 from dataset.tools import MAX_TURNS
-from dataset.tools.call import Result, Schema, call_tool, can_run, tool_name
+from dataset.tools.call import Result, Schema, call_tool, can_run, parameters_of, tool_name
 from model.errors import UserError
 
 CLOCK = '{"date": "2025-01-01", "weekday": "Wednesday", "time": "12:00"}'
@@ -96,6 +102,8 @@ def parse_task(row: dict[str, Any]) -> Task:
     if not questions:
         raise UserError("has no question: there is no user message")
     asked, following = messages[: questions[-1] + 1], messages[questions[-1] + 1 :]
+    tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
+    schemas = {tool_name(tool): tool for tool in tools}
     calls: list[Call] = []
     waiting: list[Call] = []
     recorded = {call_key({"name": "clock", "arguments": {}}): CLOCK}
@@ -104,14 +112,13 @@ def parse_task(row: dict[str, Any]) -> Task:
             waiting = [plain_call(call) for call in message.get("tool_calls", [])]
             calls += waiting
         elif waiting:
-            recorded[call_key(waiting.pop(0))] = message["content"]
+            recorded[call_key(waiting.pop(0), schemas)] = message["content"]
     ends = following and following[-1]["role"] == "assistant"
     answered = ends and not following[-1].get("tool_calls")
     truth = read_truth(row, following[-1]["content"] if answered else None)
     if not truth and not answered and "gt" not in row:
         raise UserError("does not end with the assistant's answer, so there is no truth")
     said = any(m["content"] for m in following if m["role"] == "assistant")
-    tools = asked[0].get("tools", []) if asked[0]["role"] == "system" else []
     offered = [tool_name(tool) for tool in tools]
     offered += [call["name"] for call in calls if call["name"] not in offered]
     return Task(asked, tools, offered, calls if calls or said else None, truth, recorded)
@@ -166,9 +173,11 @@ def describe_unrunnable(tasks: Iterable[Task]) -> str:
     )
 
 
-def call_key(call: Call) -> tuple:
-    """Equal for calls that count as the same: case, space, and quotes around numbers are
-    ignored."""
+def call_key(call: Call, schemas: dict[str, Schema] | None = None) -> tuple:
+    """Equal for calls that count as the same: case, space, and quotes around numbers are ignored,
+    and a default of the tool's schema may be given or not."""
+    properties, _ = parameters_of((schemas or {}).get(call["name"], {}))
+    defaults = {k: about["default"] for k, about in properties.items() if "default" in about}
 
     def simple(value: Any) -> float | str:
         try:
@@ -181,7 +190,8 @@ def call_key(call: Call) -> tuple:
             return ""
         return "".join(text.casefold().split())
 
-    return call["name"], tuple(sorted((k, simple(v)) for k, v in call["arguments"].items()))
+    arguments = defaults | call["arguments"]
+    return call["name"], tuple(sorted((k, simple(v)) for k, v in arguments.items()))
 
 
 # -- calls and their answers -----------------------------------------------------------------------
@@ -202,7 +212,7 @@ def answer_calls(
     """
     results = []
     for call in reply.tool_calls:
-        recorded = (recorded_results or {}).get(call_key(call))
+        recorded = (recorded_results or {}).get(call_key(call, schemas))
         if recorded is not None and call["name"] in offered:
             results.append(Result(recorded))
         else:
@@ -243,6 +253,7 @@ class Episode:
             options["tools"] = task.tools
         self.ids = encode_chat(tokenizer, task.messages, **options).ids
         self.prompt_length = len(self.ids)
+        self.thinking = ends_in_thought(tokenizer, self.ids)  # each reply begins within a thought
         self.action_mask: list[bool] = []
         self.calls: list[Call] = []
         self.errors: list[str] = []
@@ -261,7 +272,7 @@ class Episode:
         if tokens[-1] not in stop_tokens(self.tokenizer):
             self.end("unfinished")
             return
-        reply = parse_reply(self.text, thinking=self.open_thinking)
+        reply = parse_reply(self.text, thinking=self.thinking)
         task = self.task
         results = answer_calls(reply, task.offered, task.recorded_results, task.schemas)
         self.calls += reply.tool_calls
@@ -319,6 +330,8 @@ def score(episode: Episode) -> dict[str, float]:
     scores = {"answer": task.truth.score(answer) if right and task.truth else 0.0}
     if task.calls is not None:
         names = [call["name"] for call in called] == [call["name"] for call in task.calls]
-        arguments = list(map(call_key, called)) == list(map(call_key, task.calls))
-        scores |= {"name": float(right and names), "arguments": float(right and arguments)}
+        equal = [call_key(call, task.schemas) for call in called] == [
+            call_key(call, task.schemas) for call in task.calls
+        ]
+        scores |= {"name": float(right and names), "arguments": float(right and equal)}
     return scores

@@ -206,12 +206,15 @@ def check_roundtrip(state: dict[str, Tensor], read: dict[str, Tensor], dtype: st
 
 
 def write_tokenizer(
-    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    writer: gguf.GGUFWriter,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    stops: int | list[int] | None = None,
 ) -> None:
     """Tokens, merges, special tokens and the chat template. UserError if llama.cpp would tokenize
     differently."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    if content["model"]["type"] != "BPE" or content["normalizer"]:
+    if content["model"]["type"] != "BPE" or content["normalizer"] or not content["pre_tokenizer"]:
         raise UserError("llama.cpp supports byte-level BPE tokenizers without normalizer only")
     tokens = [f"[unused {n}]" for n in range(vocab_size)]
     types = [TokenType.UNUSED] * vocab_size
@@ -233,9 +236,15 @@ def write_tokenizer(
     ):
         if number is not None:
             add(number)
+    for number in stops if isinstance(stops, list) else []:
+        if number != tokenizer.eos_token_id:  # what the chat template ends a turn with
+            writer.add_eot_token_id(number)
     writer.add_add_bos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(strip_generation_tags(tokenizer.chat_template))
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
+    if template:
+        writer.add_chat_template(strip_generation_tags(template))
 
 
 def pre_tokenizer_name(pre_tokenizer: dict) -> str:
@@ -287,7 +296,7 @@ def save_gguf(
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     write_hyperparameters(writer, config)
-    write_tokenizer(writer, tokenizer, config.vocab_size)
+    write_tokenizer(writer, tokenizer, config.vocab_size, config.eos_token_id)
     for tensor, weight in weights.items():
         kind = tensor_type(tensor, weight, DTYPES[dtype])
         writer.add_tensor(
@@ -305,53 +314,3 @@ def tensor_type(name: str, weight: Tensor, wanted: GGMLQuantizationType) -> GGML
         return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return GGMLQuantizationType.F16 if weight.shape[-1] % block else wanted
-
-
-# -- ollama ----------------------------------------------------------------------------------------
-
-CONTEXT = 2048  # limit of ollama's num_ctx, whose KV cache is allocated at once
-MODELFILE = """FROM ./{file}
-TEMPLATE \"\"\"{template}\"\"\"
-PARAMETER stop "<|im_end|>"
-PARAMETER num_ctx {context}
-"""
-# The chat template in ollama's language, Go's text/template. It leaves out what is rare: reasoning
-# of earlier turns, a second system message, and one turn for the results of several tools.
-TEMPLATE = """{{- if or .System .Tools }}<|im_start|>system
-{{ .System }}{{ if .Tools }}{{ if .System }}
-
-{{ end }}You can call these tools:
-<tools>
-{{ range .Tools }}{{ . }}
-{{ end }}</tools>
-Write a call like this, with JSON arguments:
-<tool_call>
-{"name": <tool>, "arguments": <arguments>}
-</tool_call>{{ end }}<|im_end|>
-{{ end }}
-{{- range $i, $message := .Messages }}
-{{- if eq .Role "user" }}<|im_start|>user
-{{ .Content }}<|im_end|>
-{{ else if eq .Role "assistant" }}<|im_start|>assistant
-{{ .Content }}{{ range $n, $call := .ToolCalls }}{{ if or $n $message.Content }}
-{{ end }}<tool_call>
-{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}
-</tool_call>{{ end }}<|im_end|>
-{{ else if eq .Role "tool" }}<|im_start|>user
-<tool_response>
-{{ .Content }}
-</tool_response><|im_end|>
-{{ end }}
-{{- end }}<|im_start|>assistant
-"""
-
-
-def modelfile(gguf_file: Path, config: MiniMindConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Modelfile of a GGUF file in the same folder, for `ollama create NAME -f Modelfile`.
-    UserError if ollama cannot run the model as it is."""
-    if "<|im_start|>" not in (tokenizer.chat_template or ""):
-        raise UserError("--ollama supports models with a ChatML template only")
-    if flags := yarn_flags(config):
-        raise UserError(f"ollama has no such setting of YaRN ({flags}), but llama.cpp has")
-    context = min(config.max_position_embeddings, CONTEXT)
-    return MODELFILE.format(file=gguf_file.name, template=TEMPLATE, context=context)

@@ -10,6 +10,7 @@ Templates other than our own decide this by themselves.
 
 from transformers import PreTrainedTokenizerBase
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 LINE = "{%- set empty_think = true -%}\n"
 
 

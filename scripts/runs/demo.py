@@ -28,7 +28,9 @@ class Args:
     report: str = option(str(OUT / "demo_report.json"), "file of the metrics, JSON")
     started: float = option(0.0, "start time in seconds since the epoch (set by make)")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    minutes: float = option(12.0, "total time; a slower machine makes fewer steps; 0: no limit")
+    minutes: float = option(
+        12.0, "total time; a slower machine makes fewer steps; 0: no limit", at_least=0
+    )
     max_steps: int = option(0, "most optimizer steps of each training, for a quick test; 0: all")
     questions: int = option(0, "maximum number of held-out questions of each kind; 0: all")
 
@@ -61,7 +63,7 @@ PRETRAIN = f"""--data_path {{data}}/pretrain_hq.jsonl --val_path {{data}}/pretra
     {SIZES} --learning_rate 1e-3 --epochs 1 --max_seq_len 256 --batch_size 8"""
 SFT = f"""--data_path {{data}}/sft_mini_512.jsonl --val_path {{data}}/sft_mini_512_val.jsonl
     --hidden_size {HIDDEN_SIZE} --learning_rate 8e-4 --epochs 3 --max_seq_len 160 --batch_size 12"""
-COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device}
+COMMON = """--save_dir {out} --checkpoint_dir {out} --device {device} --force 1
     --accumulation_steps 1 --batch_ramp 0 --compile 0 --eval_interval 600 --log_interval 20
     --save_interval 0"""
 QUESTIONS = [

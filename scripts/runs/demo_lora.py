@@ -52,7 +52,7 @@ REPLAYED_CHATS = 8500  # SFT conversations
 PERSONA_EPOCHS = 6  # passes over the persona meanwhile
 LORA = """--data_path {out}/persona_and_replay.jsonl
     --val_path {data}/lora_identity_val.jsonl --lora_name lora_identity
-    --save_dir {out} --checkpoint_dir {out} --device {device} --hidden_size {width}
+    --save_dir {out} --checkpoint_dir {out} --device {device} --hidden_size {width} --force 1
     --lora_targets q_proj k_proj v_proj o_proj gate_proj up_proj down_proj
     --lora_r 64 --lora_alpha 128 --learning_rate 5e-4 --epochs 1 --batch_size 8 --max_seq_len 160
     --eval_interval 0 --log_interval 20 --save_interval 0 --compile 0"""

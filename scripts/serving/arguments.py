@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from model.command_line import default_of, option, tell
+from model.command_line import default_of, names_where, option, tell
 from model.paths import (
     OUT,
     TOKENIZER,
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # groups of --help
 MODEL, LONG_TEXTS, SAMPLING, MACHINE = "model", "long texts (YaRN)", "sampling", "machine"
 SERVER, LIMITS = "server", "limits"
+BARE = "what the shapes in a .pth without .json do not tell"
+BARE_HELP = "config field; default: as MiniMind of that generation"
 OWN_WEIGHTS = ("weight", "hidden_size", "num_hidden_layers", "use_moe", "save_dir")
 
 
@@ -62,10 +64,32 @@ class YarnArgs:
 
 
 @dataclass
-class ModelArgs(YarnArgs):
+class ConfigArgs(YarnArgs):
+    """Fields of the config that a bare .pth leaves open."""
+
+    num_attention_heads: int | None = option(None, BARE_HELP, group=BARE, at_least=1)
+    num_experts_per_tok: int | None = option(None, BARE_HELP, group=BARE, at_least=1)
+    rms_norm_eps: float | None = option(None, BARE_HELP, group=BARE, above=0)
+    rope_theta: float | None = option(None, BARE_HELP, group=BARE, above=0)
+    max_position_embeddings: int | None = option(None, BARE_HELP, group=BARE, at_least=1)
+
+    def config_fields(self) -> dict[str, Any]:
+        """The config fields that flags set."""
+        given = {name: getattr(self, name) for name in BARE_FIELDS}
+        if self.inference_rope_scaling:
+            yarn = {n: v for n, v in vars(self).items() if n.startswith("yarn_")}
+            given |= {"inference_rope_scaling": True, **yarn}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+BARE_FIELDS = sorted(names_where(ConfigArgs, "group", BARE))
+
+
+@dataclass
+class ModelArgs(ConfigArgs):
     """Which model to load, and on what device."""
 
-    groups = (MODEL, SAMPLING, LONG_TEXTS, MACHINE)
+    groups = (MODEL, SAMPLING, LONG_TEXTS, BARE, MACHINE)
 
     load_from: str = option(
         str(TOKENIZER),

@@ -5,6 +5,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from dataset.encoding import ends_in_thought
 from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import ReplyParser
 from model.errors import UserError
@@ -50,13 +51,16 @@ class ChatHandler(Handler):
             make_grammar = self.json_grammar
         elif body.forces_tool_call:
             make_grammar = self.tool_call_grammar
+        ids = self.encode_prompt()
         self.add_requests(
-            self.encode_prompt(),
+            ids,
             body.max_completion_tokens or body.max_tokens,
             (body.top_logprobs or 0) if body.logprobs else None,
             make_grammar,
         )
-        self.choices = [Choice(ReplyParser(self.open_thinking)) for _ in self.requests]
+        self.choices = [
+            Choice(ReplyParser(ends_in_thought(self.tokenizer, ids))) for _ in self.requests
+        ]
 
     # -- prompt ------------------------------------------------------------------------------------
 
@@ -68,7 +72,7 @@ class ChatHandler(Handler):
         try:
             return encode_chat(self.tokenizer, messages, add_generation_prompt=True, **options).ids
         except UserError as error:
-            raise ApiError(str(error), param="messages") from error
+            raise ApiError(f"the conversation {error}", param="messages") from error
 
     def json_grammar(self, max_tokens: int) -> Grammar:
         """JSON of the schema in response_format, or any JSON object."""

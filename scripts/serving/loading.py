@@ -1,7 +1,7 @@
 """The one loader of a finished model, for chat, server, web page, evaluation and demo."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,12 +60,12 @@ def load_chat_model(
     """
     device, path = resolve_device(args.device), find_model(args, weight)
     tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args, path))
-    yarn, dtype = yarn_settings(args), resolve_dtype(args.dtype, device)
+    config, dtype = args.config_fields(), resolve_dtype(args.dtype, device)
     # A folder is run as its own architecture, unless it is to do what only MiniMind's can.
-    if path.is_dir() and not (is_native(path) or yarn or args.lora_weight):
+    if path.is_dir() and not (is_native(path) or config or args.lora_weight):
         model = load_transformers(path, dtype).to(device).eval()
     else:
-        model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **yarn)
+        model = load_model(path, tokenizer=tokenizer, device=device, dtype=dtype, **config)
     stop_at_end_of_turn(model, tokenizer, is_own=not path.is_dir())
     num_parameters = count_parameters(model)
     if not path.is_dir():
@@ -104,11 +104,3 @@ def find_tokenizer(args: ModelArgs, path: Path) -> Path | str:
     if Path(args.load_from) != TOKENIZER:
         return args.load_from
     return tokenizer_beside(path) or TOKENIZER
-
-
-def yarn_settings(args: Any) -> dict[str, Any]:
-    """The config fields that the flags --inference_rope_scaling and --yarn_* set."""
-    given = {n: v for n, v in vars(args).items() if n.startswith("yarn_") and v is not None}
-    if given and not args.inference_rope_scaling:
-        raise UserError(f"--{min(given)} is for --inference_rope_scaling 1")
-    return {"inference_rope_scaling": True, **given} if args.inference_rope_scaling else {}

@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 
+from dataset.encoding import ends_in_thought
 from dataset.lm_dataset import Message, encode_chat, encode_text
 from dataset.reply_parser import Reply, ReplyParser
 from dataset.tools.call import ALL_TOOLS
@@ -45,7 +46,9 @@ class StreamingAnswer:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         self.request = Request(ids, sampling, detokenizer=StreamingDetokenizer(loaded.tokenizer))
         self.thread, self.tool_rounds = served.thread, tool_rounds
-        self.parser = None if loaded.is_base_model else ReplyParser(controls.open_thinking)
+        self.parser = (
+            None if loaded.is_base_model else ReplyParser(ends_in_thought(loaded.tokenizer, ids))
+        )
         self.message: Message = {"role": "assistant", "content": ""}
         self.finished, self.error = False, None
         self.updated = threading.Event()

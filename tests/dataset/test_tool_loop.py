@@ -12,11 +12,12 @@ from toy import Trainer, chat_file
 
 from dataset.lm_dataset import encode_chat
 from dataset.tools.builtin import TOOLS
-from dataset.tools.call import Result
+from dataset.tools.call import ALL_TOOLS, Result
 from dataset.tools.loop import (
     CLOCK,
     Episode,
     call_key,
+    describe_unrunnable,
     parse_task,
     read_tasks,
     run_episodes,
@@ -53,7 +54,7 @@ def played(tokenizer):
 
 @pytest.mark.usefixtures("in_a_hurry")
 def test_fine_tuning_learns_calls_and_answers_and_no_results(tmp_path, tokenizer):
-    """The loss of the first update is that of the assistant's words, found by looking for them."""
+    """The loss of the first step is that of the assistant's words, found by looking for them."""
     chats = [each["conversations"] for each in ROWS if len(each["conversations"]) == 5][:2]
     settings = dict(max_seq_len=512, max_steps=1, from_weight="none", batch_size=2)
     train = Trainer(tmp_path, train_full_sft, (chat_file, chats, settings))
@@ -213,6 +214,63 @@ def test_a_foreign_tool_is_replayed(played):
 def test_which_calls_are_the_same(one, other, same):
     calls = ({"name": "tool", "arguments": each} for each in (one, other))
     assert (len(set(map(call_key, calls))) == 1) is same
+
+
+def test_a_default_may_be_given_or_not(played):
+    """Of the recorded call and of the model's; the result of the row is the same call's."""
+    call = {"name": "get_current_time", "arguments": {}}
+    row = tool_row("What time is it?", calls=(call,), results=("noon",), answer="Noon.", tools=[])
+    row["conversations"][0]["tools"] = [ALL_TOOLS["get_current_time"].schema]
+    for arguments, right in ({}, 1), ({"timezone": "asia/shanghai"}, 1), ({"timezone": "UTC"}, 0):
+        episode = played(parse_task(row), call_text({**call, "arguments": arguments}), "Noon.")
+        assert score(episode) == {"name": 1, "arguments": right, "answer": 1}
+        assert (("tool", "noon") in episode.transcript) == right
+
+
+GT_ROW = {
+    "conversations": [
+        {"role": "system", "content": "", "tools": [ALL_TOOLS["calculate_math"].schema]},
+        {"role": "user", "content": "What are 12*12 and 6*7?"},
+        {"role": "assistant", "content": ""},
+    ],
+    "gt": ["144", "42"],
+}
+
+
+def test_an_empty_last_answer_is_the_place_to_answer(played):
+    """ "gt" is the truth, and the row does not say which calls are right."""
+    task = parse_task(GT_ROW)
+    assert task.calls is None and task.truth.parts == ("144", "42") and task.answer == "144, 42"
+    call = call_text({"name": "calculate_math", "arguments": {"expression": "12*12"}})
+    assert score(played(task, call, "144 and 42.")) == {"answer": 1}
+    assert score(played(task, "It is 144.")) == {"answer": 0.5}
+    assert score(played(task, "")) == score(played(task, call, "")) == {"answer": 0}
+    assert parse_task({**GT_ROW, "gt": []}).truth is None
+    assert parse_task({**GT_ROW, "gt": None}).truth is None
+    said = {**GT_ROW["conversations"][2], "content": "144 and 42"}
+    row = {"conversations": [*GT_ROW["conversations"][:2], said]}
+    assert parse_task(row).truth.parts == ("144 and 42",) and parse_task(row).calls == []
+
+
+def test_an_episode_that_says_nothing_is_wrong_in_everything(played):
+    task = parse_task(tool_row("Hi", calls=(), answer="Hello."))
+    assert score(played(task, "")) == {"name": 0, "arguments": 0, "answer": 0}
+    assert score(played(task, "Hello!")) == {"name": 1, "arguments": 1, "answer": 1}
+
+
+def test_tools_that_cannot_be_run_are_told():
+    weather = {"name": "weather", "parameters": {}}
+    other = {"function": {"name": "get_exchange_rate", "parameters": {"properties": {"a": {}}}}}
+    rows = [tool_row(), tool_row(tools=[]), GT_ROW]
+    for schemas in ([weather], [weather, other]):
+        row = tool_row(tools=[])
+        row["conversations"][0]["tools"] = schemas
+        rows.append(row)
+    tasks = [parse_task(row) for row in rows]
+    assert describe_unrunnable(tasks[:3]) == ""
+    assert "2 rows offer tools that cannot be run here (get_exchange_rate, weather)" in (
+        describe_unrunnable(tasks)
+    )
 
 
 def test_without_tools_it_is_the_same_question(tokenizer, played):

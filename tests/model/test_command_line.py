@@ -106,6 +106,53 @@ def test_a_script_of_several_commands(capsys):
     assert end.value.code == 0 and "about the script" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("args_class", "argv", "told"),
+    [
+        (pretrain.Args, ["--val_share", "0.1", "--val_path", "x"], "no effect with --val_path"),
+        (train_grpo.Args, ["--judge_url", "u", "--reward", "answer"], "without --reward judge"),
+        (
+            train_distillation.Args,
+            ["--teacher_weight", "t.pth", "--teacher_use_moe", "1"],
+            "names the file or folder itself",
+        ),
+        (ServerArgs, ["--temperature", "-1"], "--temperature must not be negative"),
+        (ServerArgs, ["--top_p", "0"], "--top_p must be more than 0 and at most 1"),
+        (ServerArgs, ["--top_k", "-1"], "--top_k must not be negative"),
+        (ServerArgs, ["--yarn_factor", "4"], "without --inference_rope_scaling 1"),
+    ],
+)
+def test_flags_without_effect_or_sense_are_refused(args_class, argv, told):
+    with pytest.raises(UserError, match=told):
+        args = parse_arguments(args_class, argv=argv)
+        args.teacher_path()
+
+
+@pytest.mark.parametrize(
+    ("args_class", "argv", "told"),
+    [
+        (pretrain.Args, ["--wandb_project", "p"], "--wandb_project has no effect without"),
+        (pretrain.Args, ["--tracker", "swanlab"], "--tracker has no effect without --use_wandb 1"),
+        (
+            train_grpo.Args,
+            ["--reward", "answer", "--reward_model_path", "x", "--trust_remote_code"],
+            "--reward_model_path has no effect without --reward transformers",
+        ),
+    ],
+)
+def test_habits_without_effect_are_told(args_class, argv, told, capsys):
+    parse_arguments(args_class, argv=argv)
+    assert told in capsys.readouterr().err
+
+
+def test_own_weights_beside_a_transformers_folder_are_told(tmp_path, capsys):
+    (tmp_path / "config.json").touch()
+    argv = ["--load_from", str(tmp_path), "--weight", "pretrain", "--hidden_size", "768"]
+    parse_arguments(eval_llm.Args, argv=argv)
+    told = capsys.readouterr().err
+    assert "--weight has no effect" in told and "--hidden_size has no effect" in told
+
+
 def test_the_default_targets_of_lora():
     assert train_lora.Args().lora_targets == list(ATTENTION_MODULES)
 

@@ -125,8 +125,8 @@ PACKED = dict(packing=True, epochs=9, max_steps=6, val_share=0.2)
     ids=str,
 )
 def test_a_gpu_learns_what_a_cpu_learns(any_stage, changes, tolerance):
-    """The float16 of a first update may overflow, until its scale is found: compared are the losses
-    before any update, and at the end."""
+    """float16 may overflow in the first step, until its scale is found: compared are the losses
+    before any step, and at the end."""
     slow = losses(any_stage("cpu", **PACKED))
     fast = losses(any_stage("gpu", **PACKED, device="cuda", **changes))
     assert_close(fast[0], slow[0], rtol=0, atol=tolerance)
@@ -181,7 +181,7 @@ def test_compiled_blocks_change_nothing(train):
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_resumed_run_is_compiled_too(train, killed):
-    """Its first updates are not the run's."""
+    """Its first steps are not the run's."""
     settings = dict(packing=True, epochs=99, max_steps=COMPILE_STEPS + 3, save_interval=1)
     killed(COMPILE_STEPS + 1, train, "a", **settings)
     torch._dynamo.reset()

@@ -229,6 +229,26 @@ def test_an_adapter_belongs_to_the_model_it_was_trained_on(lora, tokenizer):
     assert metrics["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["own", "earlier version"])
+def test_an_adapter_is_trained_further(lora, earlier):
+    """From where it is; with the names and without the .json of an earlier version too."""
+    lora(max_steps=2, learning_rate=1e-2, lora_targets=["q_proj", "o_proj"], lora_alpha=4.0)
+    path = lora.folder / "a" / "out" / "lora" / "data_32.pth"
+    state = torch.load(path)
+    if earlier:
+        path = lora.folder / "lora_identity_32.pth"
+        torch.save({n.replace(".lora_", ".lora."): weight for n, weight in state.items()}, path)
+    lora("b", max_steps=1, lora_weight=str(path), lora_r=8, learning_rate=1e-9)
+    further = lora.folder / "b" / "out" / "lora" / "data_32.pth"
+    assert same(torch.load(further), state)
+    config = json.loads(further.with_suffix(".json").read_text())["lora"]
+    assert (config["r"], config["alpha"]) == (4, 4.0)
+    lora("c", max_steps=1, lora_weight=str(path), lora_r=8, learning_rate=1e-2)
+    assert not same(torch.load(lora.folder / "c" / "out" / "lora" / "data_32.pth"), state)
+    with pytest.raises(UserError, match="has lora_r 4, lora_alpha 4, .* flags cannot change"):
+        lora("d", max_steps=1, lora_weight=str(path), lora_r=16)
+
+
 @pytest.mark.parametrize(
     "change",
     [dict(lora_r=0), dict(lora_alpha=0.0), dict(lora_dropout=1.0), dict(save_weight="full_sft")],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_ranks import figures, together
+from test_ranks import metrics_of, together
 from torch.testing import assert_close
 from toy import everything, logged, same
 
@@ -214,8 +214,8 @@ def test_moe_is_trained_logged_and_saved(any_stage, settings):
         settings = {**settings, "lora_targets": ["gate_proj", "down_proj"]}
     metrics = any_stage(**settings, epochs=3)
     records = [record for record in logged(metrics) if "loss" in record]
-    assert all(len(record["expert_load"]) == 2 for record in records)  # a figure a layer
-    assert all(1 <= figure <= 4 for record in records for figure in record["expert_load"])
+    assert all(len(record["expert_load"]) == 2 for record in records)  # a value a layer
+    assert all(1 <= load <= 4 for record in records for load in record["expert_load"])
     (path,) = (any_stage.folder / "a" / "out").rglob("*_32_moe.pth")
     if any_stage.stage is train_lora:  # which saves the adapter only
         return
@@ -236,7 +236,7 @@ def test_however_a_window_is_cut_the_training_is_the_same(train, settings):
     together(train, 2, batch_size=1, accumulation_steps=2, **common)
     for name in ("many", "a"):
         assert_close(train.saved(name)["model"], train.saved("one")["model"], rtol=0, atol=3e-5)
-        np.testing.assert_allclose(figures(train, name), figures(train, "one"), atol=2e-4)
+        np.testing.assert_allclose(metrics_of(train, name), metrics_of(train, "one"), atol=2e-4)
         loads = [[record["expert_load"] for record in train.log(n)] for n in (name, "one")]
         np.testing.assert_allclose(*loads, atol=2e-3)
 

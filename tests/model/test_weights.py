@@ -155,6 +155,15 @@ def test_another_tokenizer_is_refused(saved, tokenizer, other_tokenizer):
     check_sentence(error, saved)
 
 
+def test_the_folder_of_the_right_tokenizer_is_named(
+    small_model, tokenizer, other_tokenizer, tmp_path
+):
+    path = tmp_path / "theirs_32.pth"
+    save_weights(small_model, path, stage="x", tokenizer=other_tokenizer, origin={})
+    with pytest.raises(UserError, match=f"the right one, then {other_tokenizer.name_or_path}$"):
+        load_model(path, tokenizer=tokenizer)
+
+
 def test_tokenizer_hash_is_of_the_vocabulary(tokenizer, other_tokenizer):
     assert tokenizer_hash(tokenizer) == tokenizer_hash(load_tokenizer())
     assert tokenizer_hash(tokenizer) != tokenizer_hash(other_tokenizer)

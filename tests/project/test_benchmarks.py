@@ -27,11 +27,11 @@ from trainer.common.evaluation import evaluate_loss
 
 
 @pytest.mark.parametrize(
-    ("figure", "seconds"), [(4.0, 0.0), (3.5, 5.0), (3.0, 10.0), (2.25, 25.0), (2.0, 30.0)]
+    ("value", "seconds"), [(4.0, 0.0), (3.5, 5.0), (3.0, 10.0), (2.25, 25.0), (2.0, 30.0)]
 )
-def test_when_a_curve_passes_a_figure(figure, seconds):
+def test_when_a_curve_reaches_a_value(value, seconds):
     curve = [(0.0, 4.0), (10.0, 3.0), (20.0, 2.5), (30.0, 2.0)]
-    assert speedrun.time_to_reach(curve, figure) == pytest.approx(seconds)
+    assert speedrun.time_to_reach(curve, value) == pytest.approx(seconds)
 
 
 def test_a_curve_that_never_passes():
@@ -65,7 +65,7 @@ def test_as_many_updates_as_fit_the_time():
     recipe.tokens_per_row = 512
     recipe.fixed, recipe.per_row = 0.5, 0.25
     assert recipe.steps_within(0.9) == 0
-    assert recipe.steps_within(10) == 10  # updates of 2 rows, a second each
+    assert recipe.steps_within(10) == 10  # steps of 2 rows, a second each
     steps, trained, seconds = 0, 0, 0.0
     while (seconds := seconds + 0.5 + 0.25 * min(8, max(2, trained // 200 * 2))) <= 2000:
         trained += min(8, max(2, trained // 200 * 2))
@@ -96,9 +96,9 @@ def test_a_race_from_end_to_end(tmp_path, stage):
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     plain, *recipes = report["curves"].values()
-    figure = report["baseline_bpb" if stage == "pretrain" else "baseline_loss"]
-    assert plain[-1][1] == figure and len(recipes) == 2
-    assert recipes[0][-1][1] <= figure
+    target = report["baseline_bpb" if stage == "pretrain" else "baseline_loss"]
+    assert plain[-1][1] == target and len(recipes) == 2
+    assert recipes[0][-1][1] <= target
     assert 0 <= report["seconds_to_baseline"] <= recipes[0][-1][0]
 
 
@@ -112,10 +112,10 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
     peer.load_state_dict(model.state_dict())
     plain = speedrun.make_evaluate(args)(peer.eval())
 
-    _, kind, figure, _ = speedrun.STAGES[stage]
+    _, kind, metric, _ = speedrun.STAGES[stage]
     ctx = Context.create(TrainArgs(device="cpu"))
     rows = PackedDataset(load_documents(held_out, kind, tokenizer), 512)
-    assert evaluate_loss(ctx, model, tokenizer, rows)[f"eval_{figure}"] == pytest.approx(
+    assert evaluate_loss(ctx, model, tokenizer, rows)[f"eval_{metric}"] == pytest.approx(
         plain, rel=1e-4
     )
 
@@ -211,7 +211,7 @@ def test_a_changed_number_is_noticed(change, expected):
     assert told.startswith(expected) and bool(told) == bool(expected)
 
 
-def test_a_figure_may_have_a_new_name(monkeypatch):
+def test_a_metric_may_have_a_new_name(monkeypatch):
     after = json.loads(json.dumps(RESULT))
     after["records"][1]["eval_loss"] = after["records"][1].pop("val_loss")
     monkeypatch.setitem(same_numbers.RENAMED, "val_loss", "eval_loss")

@@ -30,10 +30,15 @@ def names(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
 COMMANDS = [
     *names("trainer/train_*.py"),
     *(name for name in names("scripts/*.py") if not name.endswith("__init__.py")),
     *(name for name in names("scripts/runs/*.py") if not name.endswith("__init__.py")),
+    *(name for name in names("benchmarks/*/*.py") if "command_line(Args" in read(name)),
     "eval_llm.py",
     "-m dataset.demo",
 ]

@@ -13,7 +13,7 @@ from stand_in.facts import SIZE, Workshop
 
 from dataset.encoding import SEGMENTERS
 from dataset.released import SETS
-from model.command_line import parse_arguments
+from model.command_line import parse_arguments, parse_command
 from model.weights import ROOT
 from scripts import prepare_data
 
@@ -54,7 +54,7 @@ def test_steps_have_scripts_that_know_their_flags(year):
         if script.startswith("trainer/"):
             parse_arguments(import_module(script[:-3].replace("/", ".")).Args, argv=argv)
         if script == "scripts/prepare_data.py":
-            prepare_data.command_line().parse_args(argv)
+            parse_command(prepare_data.FLAGS, None, argv)
 
 
 @pytest.fixture

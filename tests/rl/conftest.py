@@ -6,8 +6,8 @@ from toy import Trainer
 
 from model.weights import load_model
 from trainer import train_grpo
+from trainer.common import setup
 from trainer.common.context import Context
-from trainer.rl import policy
 from trainer.rl.prompts import PromptDataset, collate_prompts
 from trainer.trainer_utils import Run
 
@@ -25,7 +25,7 @@ def make_run(save, tmp_path, tokenizer):
             save_dir=str(tmp_path),
             **settings,
         )
-        model = policy.add_lora_if_asked(args, load_model(args.from_weight, tokenizer=tokenizer))
+        model = setup.add_lora_if_asked(args, load_model(args.from_weight, tokenizer=tokenizer))
         prompts = PromptDataset(some_prompts(tokenizer), max_sample_tokens=99)
         ctx = Context.create(args)
         run = Run(ctx, "grpo", model, tokenizer, prompts, collate=collate_prompts)

@@ -18,7 +18,7 @@ B, P, T = 6, 5, 7  # completions, tokens of the prompts, of the completions
 
 
 def batch_of(seed: int = 0, **more) -> tuple[RolloutBatch, torch.Tensor]:
-    """Random completions of different length with everything an update needs, and new log-probs;
+    """Random completions of different length with everything a step needs, and new log-probs;
     as double, [B, P + T − 1], the completions on the right."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 100, (B, P + T), generator=g)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
@@ -237,6 +237,19 @@ def test_gt_decides_the_reward_of_agent_data(make_run, tokenizer, monkeypatch):
     assert metrics["success"] == (2, 6) and metrics["error_failed"] == (1, 6)
     assert metrics["rewards/name/mean"] == (0, 0)  # the row does not say which calls are right
     assert "result" in completions[3].transcript and "21" in completions[3].transcript
+
+
+def test_an_old_checkpoint_knows_the_data(make_run):
+    """The text that checkpoints keep a hash of is that of the first version: an answer and the
+    repr of a dataclass, one of whose fields had another name."""
+    _, _, prompts = make_run()
+    prompt = prompts.prompts[0]
+    task, answer = prompt.task, prompt.task.answer
+    first = make_dataclass("Task", ["messages", "tools", "offered", "calls", "answer", "known"])
+    fields = (task.messages, task.tools, task.offered, task.calls, answer, task.recorded_results)
+    assert prompt.fingerprint_text == f"{answer}{first(*fields)}"
+    assert replace(prompt, task=None).fingerprint_text == answer
+    assert replace(prompt, task=None, truth=None).fingerprint_text == "None"
 
 
 def test_training_on_agent_data_as_they_are(agent, capsys, command):

@@ -70,4 +70,4 @@ def test_learning_stops_when_the_policy_has_moved_too_far(tmp_path, monkeypatch)
     assert len(updates) == 6
     updates.clear()
     train("soon", target_kl=1e-3)
-    assert len(updates) == 2  # the first update was made from the very policy
+    assert len(updates) == 2  # the first step was made by the very policy

@@ -18,7 +18,7 @@ from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import save_weights
 from trainer.common.context import Context
-from trainer.rl import rewards, rollout_server
+from trainer.rl import rollout_server, rules
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest, Prompt
 from trainer.rl.rewards import Rewards
@@ -32,7 +32,6 @@ def make_rewards(tokenizer, tmp_path):
     def make(*names: str, **settings) -> Rewards:
         args = RolloutArgs(
             reward=list(names) or ["auto"],
-            data_path=["prompts.jsonl"],
             save_dir=str(tmp_path),
             max_gen_len=10,
             device="cpu",
@@ -117,6 +116,23 @@ def test_with_reasoning_the_answer_is_between_its_tags(make_rewards):
     assert total.tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("text", "form", "right"),
+    [
+        ("two and two\n</think>\n\n4", 1.0, 1),
+        ("two and two\n</think>\n\n", 0.4, 0),
+        ("4", 0.2, 0),
+    ],
+)
+def test_reasoning_without_answer_tags(make_rewards, text, form, right):
+    """A tokenizer that has no <answer>: the answer is what follows </think>."""
+    completion = said(text, answer_tags=False)
+    total, metrics = make_rewards("format", "answer", reasoning=True)([completion])
+    assert metrics["rewards/format/mean"] == pytest.approx((form, 1))
+    assert metrics["rewards/answer/mean"] == (right, 1)
+    assert make_rewards("answer", reasoning=True)([said(text)])[0].item() == 0
+
+
 def test_parts_are_weighted_and_logged_by_name(make_rewards):
     total, metrics = make_rewards("answer:2", "length:0.5")([said("4"), said("5")])
     assert total.tolist() == pytest.approx([2.3, 0.3])
@@ -131,7 +147,7 @@ def test_a_rule_that_fails_is_counted_and_survived(make_rewards, monkeypatch):
             raise ZeroDivisionError
         return True
 
-    monkeypatch.setattr(rewards, "same_number", moody)
+    monkeypatch.setattr(rules, "same_number", moody)
     total, metrics = make_rewards("number")([said("4"), said("5")])
     assert total[0] == 1 and math.isnan(total[1])
     assert metrics["reward"] == metrics["rewards/number/mean"] == (1, 1)

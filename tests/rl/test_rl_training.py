@@ -1,5 +1,6 @@
 """Training with PPO, GRPO, SPO and tools: resumed, in two processes, and with mistakes."""
 
+import copy
 import json
 import math
 import re
@@ -15,6 +16,8 @@ from dataset.jsonl import write_rows
 from model.errors import UserError
 from trainer import train_grpo, train_ppo, train_spo
 from trainer.common import hardware
+from trainer.common.context import Context
+from trainer.rl.prompts import Prompt, read_prompts
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
@@ -51,6 +54,31 @@ def test_two_processes_train_as_one(rl, more):
     for ours, theirs in zip(rl.log("a", "reward"), rl.log("one", "reward"), strict=True):
         for name in ("reward", "entropy", "completions/mean_length", "num_tokens", "loss"):
             assert ours[name] == pytest.approx(theirs[name], abs=2e-4), name
+
+
+def test_a_share_of_the_prompts_opens_a_thought(tmp_path, tokenizer):
+    """Which ones depends on the seed and the prompt alone; all others stay as they are."""
+    path = prompt_file(tmp_path / "prompts.jsonl", [f"{n} + 1 =" for n in range(200)])
+
+    def read(**settings) -> list[Prompt]:
+        args = train_grpo.Args(data_path=[path], device="cpu", val_share=0.0, **settings)
+        return read_prompts(Context.create(args), tokenizer)[0].prompts
+
+    plain, some, others = read(), read(thinking_ratio=0.3), read(thinking_ratio=0.3, seed=1)
+    thinking = [prompt.thinking for prompt in some]
+    assert 40 < sum(thinking) < 80 and thinking != [prompt.thinking for prompt in others]
+    assert thinking == [prompt.thinking for prompt in read(thinking_ratio=0.3, max_gen_len=7)]
+    assert all(prompt.thinking for prompt in read(thinking_ratio=1.0))
+    for before, after in zip(plain, some, strict=True):
+        if after.thinking:
+            assert tokenizer.decode(after.ids).endswith("<think>\n")
+        assert after.thinking or after.ids == before.ids
+    with pytest.raises(UserError, match="--thinking_ratio has no effect with --reasoning 1"):
+        read(thinking_ratio=0.3, reasoning=True)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("open_thinking", "something_else")
+    with pytest.raises(UserError, match="line 1 of .* the chat template has no open_thinking"):
+        read(thinking_ratio=1.0)
 
 
 # -- mistakes --------------------------------------------------------------------------------------

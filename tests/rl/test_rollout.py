@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
 def test_completions_are_the_same_in_any_company(make_run, tokenizer):
-    """Alone, beside others, and on another rank: seed, update and prompt say all."""
+    """Alone, beside others, and on another rank: seed, step and prompt say all."""
     run, model = make_run()
     prompts = some_prompts(tokenizer)
     together = sample(run, model, prompts, 4)

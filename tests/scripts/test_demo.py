@@ -1,4 +1,4 @@
-"""`make demo` from end to end, with a few updates only."""
+"""`make demo` from end to end, with a few steps only."""
 
 import json
 from types import SimpleNamespace
@@ -56,7 +56,7 @@ def test_tests_are_grouped_by_skill(tmp_path):
 
 
 def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypatch):
-    """Two seconds an update, but for the first ones; 200 s are left when that is known."""
+    """Two seconds a step, but for the first ones; 200 s are left when that is known."""
     times = {1: 9.0, 5: 20.0, 10: 30.0, 20: 50.0}
     records = [{"step": step, "seconds": seconds, "loss": 1.0} for step, seconds in times.items()]
     asked = []

@@ -16,7 +16,6 @@ from model.errors import UserError
 from model.formats.lora_format import save_lora
 from model.model_lora import LoraConfig, add_lora, lora_layers
 from model.weights import ROOT, load_model, save_weights, weight_path
-from scripts.serving.loading import yarn_settings
 from scripts.serving.prompts import CHAT_EXAMPLES, TEXT_EXAMPLES
 
 
@@ -140,10 +139,10 @@ def test_bad_values_of_flags_are_named(flags):
 
 
 def test_settings_of_yarn_need_yarn():
-    settings = dict(yarn_factor=16.0, yarn_original_length=512)
-    with pytest.raises(UserError, match="--yarn_factor is for --inference_rope_scaling"):
-        yarn_settings(Args(**settings))
-    assert yarn_settings(Args(inference_rope_scaling=True, **settings)) == {
-        "inference_rope_scaling": True, **settings
-    }  # fmt: skip
-    assert yarn_settings(Args()) == {}
+    flags = "--yarn_factor 16.0 --yarn_original_length 512".split()
+    with pytest.raises(UserError, match="--yarn_factor has no effect without --inference_rope"):
+        parse_arguments(Args, None, flags)
+    args = parse_arguments(Args, None, ["--inference_rope_scaling", "1", *flags])
+    settings = dict(inference_rope_scaling=True, yarn_factor=16.0, yarn_original_length=512)
+    assert args.config_fields() == settings
+    assert Args().config_fields() == {}

@@ -10,6 +10,7 @@ from toy import chat_file
 
 from dataset.tools.loop import parse_task
 from model.command_line import parse_arguments
+from model.errors import UserError
 from scripts import eval_toolcall
 
 
@@ -75,6 +76,25 @@ def test_metrics_by_hand(evaluate, tmp_path):
     assert (
         sums["answer_without_tools"] == 0
     )  # without a calculator in sight the script's answer is "What?"
+
+
+def test_rows_without_a_right_answer_are_left_out(evaluate, tmp_path, capsys):
+    """Of "gt" the share that is said counts, and calls do not."""
+    chat = [{"role": "user", "content": "6 * 7 and 5 * 5?"}, {"role": "assistant", "content": ""}]
+    path = tmp_path / "tasks.jsonl"
+    rows = [{"conversations": chat, "gt": gt} for gt in (["42", "25"], [], [""])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def says(loaded, sampling, episodes):
+        return [loaded.tokenizer("It is 42.").input_ids + [loaded.tokenizer.eos_token_id]]
+
+    report = evaluate("--data_path", path, says=says)
+    kind = report["kinds"]["calls not recorded"]
+    assert kind["tasks"] == 1 and kind["answer"] == kind["answer_without_tools"] == 0.5
+    assert "name" not in kind and "2 of 3 rows have no right answer" in capsys.readouterr().out
+    path.write_text(json.dumps(rows[1]))
+    with pytest.raises(UserError, match="no row of .*tasks.jsonl has a right answer"):
+        evaluate("--data_path", path)
 
 
 def test_the_command_on_its_own_tasks(evaluate, capsys):

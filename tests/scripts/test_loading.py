@@ -69,10 +69,24 @@ def test_the_tokenizer_beside_the_weights_is_theirs(args, other_tokenizer, tmp_p
     (tmp_path / "full_sft_64.pth").rename(path)
     (tmp_path / "full_sft_64.json").unlink()
     flags = dict(weight=str(path))
+    beside = loaded(args, **flags).tokenizer
     with pytest.warns(UserWarning, match="does not say which tokenizer"):
-        beside = loaded(args, **flags).tokenizer
         named = loaded(args, **flags, tokenizer_path=str(TOKENIZER)).tokenizer
     assert beside.name_or_path == str(other_tokenizer) != named.name_or_path
+
+
+@pytest.mark.filterwarnings("ignore:.*does not say which tokenizer")
+def test_flags_tell_what_a_bare_file_leaves_open(args, make_model, tmp_path):
+    fields = dict(vocab_size=6400, use_moe=True, qk_norm=True, n_shared_experts=0)
+    path = tmp_path / "bare_64_moe.pth"
+    torch.save(make_model(**fields).state_dict(), path)
+    config = loaded(args, weight="bare").model.config
+    assert (config.num_experts_per_tok, config.rms_norm_eps) == (1, 1e-6)
+    flags = dict(num_experts_per_tok=2, rms_norm_eps=1e-5, rope_theta=1e4)
+    config = loaded(args, weight="bare", **flags).model.config
+    assert {name: getattr(config, name) for name in flags} == flags
+    with pytest.raises(UserError, match="rms_norm_eps 1e-05, as its .json says, and not 0.001"):
+        loaded(args, rms_norm_eps=1e-3)
 
 
 @pytest.mark.parametrize("place", ["nowhere", "."])

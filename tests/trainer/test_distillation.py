@@ -222,8 +222,8 @@ def test_the_student_comes_closer_and_the_teacher_stays(train, monkeypatch, on_p
     settings |= dict(max_gen_len=8) if on_policy else {}
     settings |= dict(teacher_weight=path, student_use_moe=use_moe, on_policy=on_policy)
     metrics = train(val_path=[train.data], eval_interval=1, **settings)
-    figures = [record["eval_kl"] for record in train.log(kind="eval_kl")]
-    assert figures[-1] < 0.5 * figures[0]
+    values = [record["eval_kl"] for record in train.log(kind="eval_kl")]
+    assert values[-1] < 0.5 * values[0]
     assert metrics["name"] == "full_dist_32" + "_moe" * use_moe
     assert same(load_model(path, tokenizer=load_tokenizer()).state_dict(), before)
 
@@ -259,7 +259,7 @@ def test_a_transformers_folder_teaches_the_same(train, tmp_path, tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_own_answers_are_resumed_and_shared_out(train, killed, ranks):
-    """Stopped after two of four updates, or by two processes: the same as at one go."""
+    """Stopped after two of four steps, or by two processes: the same as at one go."""
     more = dict(on_policy=0.5, max_gen_len=8, epochs=1, max_steps=4, save_interval=1, dropout=0.0)
     train("one", batch_size=2, **more)
     if ranks == 2:

@@ -221,7 +221,7 @@ def test_losses_by_hand():
     ids=str,
 )
 def test_it_begins_with_ln_2(train, changes):
-    """All of it, held-out pairs too, at an update that changes nothing."""
+    """All of it, held-out pairs too, at a step that changes nothing."""
     metrics = train(val_share=0.3, max_steps=1, learning_rate=1e-12, **changes)
     first = metrics["history"][1]
     if not changes.get("dropout"):

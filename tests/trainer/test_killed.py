@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
 # -- killed ----------------------------------------------------------------------------------------
 
 # A little of everything that could go wrong when a run goes on: 5 to 8 rows in windows of 2·2 make
-# two updates an epoch, a whole window and a rest.
+# two steps an epoch, a whole global batch and a rest.
 HARD = dict(
     accumulation_steps=2,
     epochs=2,
@@ -92,11 +92,11 @@ def before_evaluation(number: int, stage):
     return stage, name, before_call(number, getattr(stage, name))
 
 
-# (object, attribute, what takes its place); each update saves weights (.pth), then a checkpoint
+# (object, attribute, what takes its place); each step saves weights (.pth), then a checkpoint
 MOMENTS = {
-    "in the first update": lambda stage: (Run, "update", before_call(1, Run.update)),
-    "in the third update, a new epoch": lambda stage: (Run, "update", before_call(3, Run.update)),
-    "in the last update": lambda stage: (Run, "update", before_call(4, Run.update)),
+    "in the first step": lambda stage: (Run, "update", before_call(1, Run.update)),
+    "in the third step, a new epoch": lambda stage: (Run, "update", before_call(3, Run.update)),
+    "in the last step": lambda stage: (Run, "update", before_call(4, Run.update)),
     "in a forward pass": lambda stage: (Run, "forward", before_call(4, Run.forward)),
     "in evaluation": lambda stage: before_evaluation(1, stage),
     "in the last evaluation": lambda stage: before_evaluation(2, stage),

@@ -56,7 +56,7 @@ def errors(train: Trainer, rank: int) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error: ")]
 
 
-def figures(train: Trainer, name: str) -> list[tuple]:
+def metrics_of(train: Trainer, name: str) -> list[tuple]:
     return [
         tuple(
             record.get(key, 0.0) for key in ("step", "num_tokens", "loss", "grad_norm", "eval_bpb")
@@ -87,20 +87,20 @@ def test_however_a_window_is_shared_out_the_training_is_the_same(
     shape = dict(batch_size=batch_size, accumulation_steps=accumulation_steps)
     together(train, ranks, **windows, **shape)
     assert_close(train.saved()["model"], train.saved("one")["model"])
-    np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
+    np.testing.assert_allclose(metrics_of(train, "a"), metrics_of(train, "one"), atol=2e-4)
     assert len(train.saved()["rng_states"]) == ranks
 
 
 @pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
 def test_packed_rows_too(tmp_path, stage):
-    """What users train with: packed rows, Muon, updates that grow."""
+    """What users train with: packed rows, Muon, steps that grow."""
     train = Trainer(tmp_path, stage)
     settings = dict(packing=True, max_seq_len=24, batch_ramp=4, epochs=2, save_interval=1)
     train("one", batch_size=4, **settings)
     together(train, 2, batch_size=2, **settings)
-    assert len(figures(train, "a")) > 2
+    assert len(metrics_of(train, "a")) > 2
     assert_close(train.saved()["model"], train.saved("one")["model"])
-    np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
+    np.testing.assert_allclose(metrics_of(train, "a"), metrics_of(train, "one"), atol=2e-4)
 
 
 @pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1), (2, 3)])
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert train.saved()["progress"]["step"] == 1
     together(train, then, **shape[then], **windows, resume=True)
     assert_close(train.saved()["model"], train.saved("one")["model"])
-    np.testing.assert_allclose(figures(train, "a"), figures(train, "one"), atol=2e-4)
+    np.testing.assert_allclose(metrics_of(train, "a"), metrics_of(train, "one"), atol=2e-4)
     assert (
         train.saved()["progress"]["samples_seen"] == train.saved("one")["progress"]["samples_seen"]
     )

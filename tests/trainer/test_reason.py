@@ -86,8 +86,8 @@ def test_how_a_window_is_cut_into_batches_changes_nothing(train, trajectory):
     seen = []
     for batch_size, steps in ((8, 1), (4, 2), (1, 8)):
         window = dict(batch_size=batch_size, accumulation_steps=steps, max_steps=3, epochs=3)
-        figures = [record["grad_norm"] for record in logged(train(**window))]
-        seen.append((torch.tensor(figures), trajectory[-1]))
+        norms = [record["grad_norm"] for record in logged(train(**window))]
+        seen.append((torch.tensor(norms), trajectory[-1]))
     for other in seen[1:]:
         assert_close(other[0], seen[0][0], 2e-4)
         assert_close(other[1], seen[0][1])
@@ -146,6 +146,15 @@ def test_the_form_is_exact(text, expected):
     assert parse_reasoning(text) == expected
 
 
+def test_without_answer_tags_the_answer_follows_the_thought():
+    text = "<think>\n1 + 1\n= 2\n</think>\n\n2"
+    assert parse_reasoning(text, answer_tags=False) == ("1 + 1\n= 2", "2")
+    assert parse_reasoning(text.replace("\n\n2", "\n2\n3"), answer_tags=False)[1] == "2\n3"
+    assert parse_reasoning(text) is None
+    for wrong in (text[:-1], text + "</think>", text[1:], "2", text.replace("\n\n2", "2")):
+        assert parse_reasoning(wrong, answer_tags=False) is None
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [(GOOD, "2"), ("<answer>2</answer> so", "2"), ("2", None), ("<answer>2", None)],
@@ -177,8 +186,8 @@ def test_a_reply_counts_if_it_has_the_form_and_ends(train, tokenizer, monkeypatc
         tokenizer.encode("2") + end,  # right without thinking does not count
     ]
     monkeypatch.setattr(train_distill_reason, "generate", lambda model, prompts, how: replies)
-    sample, figures = answer_questions(ctx, model, tokenizer, [([1], "2")] * 4)
-    assert figures == {"eval_format": 0.5, "eval_answer": 0.25}
+    sample, metrics = answer_questions(ctx, model, tokenizer, [([1], "2")] * 4)
+    assert metrics == {"eval_format": 0.5, "eval_answer": 0.25}
     assert sample.endswith(GOOD)
     assert answer_questions(ctx, model, tokenizer, []) == ("", {})
 
@@ -215,12 +224,14 @@ def test_a_tokenizer_without_the_tags_is_refused(tokenizer, monkeypatch):
 def test_the_truth_of_a_row_may_stand_in_its_last_answer():
     def truth(reply: str, **more) -> str | None:
         turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": reply}]
-        return parse_prompt_row({"conversations": turns, **more})[1]
+        found = parse_prompt_row({"conversations": turns, **more})[1]
+        return found and found.text
 
     assert truth(GOOD) == "2"
     assert truth("<answer>\n2\n</answer>") == "2"  # its thought in "reasoning_content"
     assert truth(GOOD, answer="two") == "two"
-    assert truth("2") is None
+    assert truth("2") is truth("<think>\n1 + 1\n</think>\n\n2") is truth("") is None
+    assert truth("", gt=["2", "two"]) == "2, two"
 
 
 def test_grpo_takes_reasoning_data_as_they_are(tmp_path, tokenizer):

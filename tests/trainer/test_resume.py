@@ -1,4 +1,4 @@
-"""Resuming: a run that stopped between updates or at a signal ends as if nothing had been."""
+"""Resuming: a run that stopped between steps or at a signal ends as if nothing had been."""
 
 import math
 import re
@@ -30,7 +30,7 @@ from trainer.trainer_utils import Run
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
-# -- stopped between updates -----------------------------------------------------------------------
+# -- stopped between steps -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("in_a_hurry")
     ids=str,
 )
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, settings):
-    """7 rows in windows of 2·2 and two epochs: 4 updates, the 2nd and 4th with a rest of rows."""
+    """7 rows in windows of 2·2 and two epochs: 4 steps, the 2nd and 4th with a rest of rows."""
     train.data = text_file(train.folder / "few.jsonl", TEXTS[:7])
     held_out = text_file(train.folder / "val.jsonl", TEXTS[7:10])
     common = dict(accumulation_steps=2, epochs=2, lr_schedule="cosine", eval_interval=2)
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(train, killed, sett
 
 
 def test_a_run_whose_updates_grow_goes_on_with_the_right_one(train, killed, monkeypatch):
-    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
+    """24 rows of 13 tokens in steps of 2, 2, 2, 2, 4, 6 and the rest of 6."""
     monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, save_interval=1)
     train("whole", **common)
@@ -86,6 +86,42 @@ def test_from_resume_is_resume(train, killed):
     killed(3, train, save_interval=1)
     assert train(from_resume=True, max_steps=0)["step"] == len(TEXTS) / 2
     assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
+
+
+def test_a_new_run_overwrites_no_unfinished_one(train, killed, capsys):
+    killed(5, train, save_interval=2)
+    log = (train.folder / "a/out/pretrain_32.metrics.jsonl").read_text()
+    files = {path: path.read_bytes() for path in train.folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="unfinished run, at step 4: --resume goes on.*--force 1"):
+        train()
+    assert files == {path: path.read_bytes() for path in train.folder.rglob("*") if path.is_file()}
+    train(force=True)
+    kept = train.folder / "a/out/pretrain_32.metrics.before.jsonl"
+    assert kept.read_text() == log and str(kept) in capsys.readouterr().out
+    train()  # a finished one may be repeated
+    assert "beginning anew over a finished run" in capsys.readouterr().out
+    assert [record["step"] for record in train.log()] == list(range(1, len(TEXTS) // 2 + 1))
+
+
+def test_a_checkpoint_without_its_number_of_steps_is_compared_with_this_run(train, killed):
+    """As they were until 2026-11."""
+    killed(5, train, save_interval=2)
+    path = train.folder / "a/checkpoints/pretrain_32.checkpoint.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["total_steps"]
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match="unfinished run, at step 4"):
+        train()
+    train(max_steps=4)
+
+
+@pytest.mark.parametrize("change", [dict(epochs=3), dict(learning_rate=1e-5), dict(max_steps=99)])
+def test_another_schedule_is_another_run(train, change):
+    train()
+    told = "begin a new run.*: --from_weight pretrain --save_weight pretrain_2 without --resume"
+    with pytest.raises(UserError, match=told):
+        train(resume=True, **change)
+    train(from_weight="pretrain", save_weight="pretrain_2", **change)
 
 
 def test_a_run_may_go_on_with_other_batches_of_the_same_window(train, killed):
@@ -146,7 +182,9 @@ def stopped(tmp_path_factory):
 def test_another_run_is_not_resumed(stopped, change, then, now):
     before = stopped.log()
     (name,) = change
-    sentence = f"was made with {name} {then}, and this run has {now}; give the same, or start anew"
+    sentence = (
+        f"was made with {name} {then}, and this run has {now}; give the same, or begin a new run"
+    )
     with pytest.raises(UserError, match=re.escape(sentence)):
         stopped(resume=True, **{"max_steps": 2, **change})
     assert stopped.log() == before
@@ -172,7 +210,7 @@ def test_a_run_from_other_weights_is_not_resumed(tmp_path):
 
 
 def test_float16_with_its_scaler_resumes_as_well(any_stage, killed, monkeypatch):
-    """On a CPU, which can do it, if slowly; the first scales overflow, and those updates skip."""
+    """On a CPU, which can do it, if slowly; the first scales overflow, and those steps skip."""
     monkeypatch.setattr(hardware, "resolve_dtype", lambda name, device: torch.float16)
     scaler = torch.amp.GradScaler
     high = dict(init_scale=2.0**20)  # too large for these gradients, by a few halvings

@@ -127,7 +127,7 @@ def test_it_begins_with_ln_2_and_learns_to_tell_the_better_answer(train, changes
 
 
 def test_the_saved_model_scores_as_the_trained_one_did(train, tokenizer):
-    """Its held-out figures, from the file; the .json says how the scores are spread."""
+    """Its held-out metrics, from the file; the .json says how the scores are spread."""
     metrics = train(val_share=0.3, epochs=10, learning_rate=1e-3)
     path = train.folder / "a" / "out" / "reward_32.pth"
     model = load_scoring_model(path, tokenizer=tokenizer)

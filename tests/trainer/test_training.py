@@ -20,6 +20,7 @@ from toy import (
     text_file,
 )
 
+from dataset import released
 from dataset.lm_dataset import encode_text
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, SwiGLU
@@ -38,7 +39,7 @@ LN_V = math.log(6400)
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
 
 
-# -- one update ------------------------------------------------------------------------------------
+# -- one step --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
@@ -48,12 +49,12 @@ def test_how_a_window_is_cut_into_batches_changes_nothing(tmp_path, trajectory, 
     for batch_size, steps in ((8, 1), (1, 8), (4, 2)):
         window = dict(batch_size=batch_size, accumulation_steps=steps, max_steps=3, epochs=3)
         records = logged(train(**window))
-        figures = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
-        seen.append((np.array(figures), trajectory[-1]))
-    (figures, weights), *others = seen
-    assert len(figures) == 3
-    for their_figures, their_weights in others:
-        np.testing.assert_allclose(their_figures, figures, atol=2e-4)
+        metrics = [(r["loss"], r["grad_norm"]) for r in records if "loss" in r]
+        seen.append((np.array(metrics), trajectory[-1]))
+    (metrics, weights), *others = seen
+    assert len(metrics) == 3
+    for their_metrics, their_weights in others:
+        np.testing.assert_allclose(their_metrics, metrics, atol=2e-4)
         assert_close(their_weights, weights)
 
 
@@ -94,14 +95,17 @@ def test_the_loss_falls(train, optimizer):
     assert records[0]["loss"] > 8 and records[-1]["loss"] < 3
 
 
-def test_the_defaults_learn(train):
-    """Packed rows, updates that grow, Muon, a linear schedule: nothing set but sizes and places."""
-    data = text_file(train.folder / "many.jsonl", TEXTS * 40)
+def test_the_defaults_learn(train, monkeypatch, capsys):
+    """A released file, packed rows, steps that grow, Muon, a linear schedule: nothing set but
+    sizes and places."""
+    monkeypatch.setattr(released, "DATASET", train.folder)
+    text_file(train.folder / "pretrain_t2t_mini.jsonl", TEXTS * 40)
     sizes = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads device save_dir"
     settings = train.settings()
     given = {name: settings[name] for name in [*sizes.split(), "checkpoint_dir"]}
-    args = train_pretrain.Args(data_path=[data], epochs=4, log_interval=1, **given)
+    args = train_pretrain.Args(epochs=4, log_interval=1, **given)
     records = [r for r in logged(train_pretrain.main(args)) if "loss" in r]
+    assert "\ndata: pretrain_t2t_mini.jsonl: " in capsys.readouterr().out
     assert 1000 < records[0]["num_tokens"] < 1050
     assert records[0]["loss"] == pytest.approx(LN_V, abs=0.1)
     assert records[-1]["loss"] < 4 and records[-1]["step"] > 40
@@ -142,7 +146,7 @@ def test_every_group_follows_the_schedule(train, monkeypatch, optimizer):
 
 
 def test_the_schedule_follows_the_rows_and_not_the_updates(train, monkeypatch):
-    """24 rows of 13 tokens in updates of 2, 2, 2, 2, 4, 6 and the rest of 6."""
+    """24 rows of 13 tokens in steps of 2, 2, 2, 2, 4, 6 and the rest of 6."""
     monkeypatch.setattr(loop, "INITIAL_BATCH_TOKENS", 26)
     common = dict(batch_size=4, accumulation_steps=2, batch_ramp=2, warmup_steps=0)
     rates = [record["learning_rate"] for record in logged(train(**common))]
@@ -189,7 +193,7 @@ def poison(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_an_update_that_is_not_finite_changes_nothing(train, trajectory, poison, capsys, optimizer):
+def test_a_step_that_is_not_finite_changes_nothing(train, trajectory, poison, capsys, optimizer):
     poison(3)
     records = logged(train(optimizer=optimizer, max_steps=5))
     assert [record["skipped"] for record in records] == [0, 0, 1, 1, 1]
@@ -246,7 +250,7 @@ def test_a_window_without_anything_trained_is_no_accident(tmp_path):
 
 @pytest.mark.parametrize(("rate", "warned"), [(1e-2, False), (1e-7, True)])
 def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warned):
-    """An SFT whose updates are smaller than what float16 can tell apart is warned of."""
+    """An SFT whose steps are smaller than what float16 can tell apart is warned of."""
     Trainer(tmp_path)("before", max_steps=2)
     start = tmp_path / "before" / "out" / "pretrain_32.pth"
     sft, out = Trainer(tmp_path, train_full_sft), tmp_path / "a" / "out"

@@ -58,7 +58,12 @@ class TrainArgs:
         path=True,
     )
     val_share: float = option(
-        0.01, "share of the data held out if there is no val_path", group=DATA, at_least=0, below=1
+        0.01,
+        "share of the data held out if there is no val_path",
+        group=DATA,
+        at_least=0,
+        below=1,
+        unless="val_path",
     )
     val_documents: int = option(
         256, "most held-out documents of an evaluation", group=DATA, may_differ=True, at_least=0
@@ -237,6 +242,13 @@ class TrainArgs:
     from_resume: bool = option(
         False, "the same as --resume", group=LOG, may_differ=True, pinned=False
     )
+    force: bool = option(
+        False,
+        "begin anew where an unfinished run of the same name has its checkpoint",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+    )
     recipe: str = option(
         "",
         "follow benchmarks/recipes/NAME.json: use its flags, and compare with its run",
@@ -248,10 +260,16 @@ class TrainArgs:
         False, "log to a tracker too", group=LOG, may_differ=True, pinned=False
     )
     tracker: Literal["wandb", "swanlab"] = option(
-        "wandb", "which, with --use_wandb", group=LOG, pinned=False
+        "wandb", "which, with --use_wandb", group=LOG, pinned=False, needs="use_wandb", habit=True
     )
     wandb_project: str = option(
-        "MiniMind", "the tracker's project", group=LOG, may_differ=True, pinned=False
+        "MiniMind",
+        "the tracker's project",
+        group=LOG,
+        may_differ=True,
+        pinned=False,
+        needs="use_wandb",
+        habit=True,
     )
 
     @property

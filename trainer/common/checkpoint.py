@@ -8,6 +8,7 @@ tokenizer), so that another run's checkpoint is refused.
 import hashlib
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import NotRequired, TypedDict  # typing's since Python 3.11
 
 from dataset.packing import TrainingData
 from model.command_line import names_where
@@ -27,12 +29,24 @@ from trainer.common.context import Context
 from trainer.common.metrics import Accumulator, MetricLog
 from trainer.report.old_keys import with_new_keys
 
-KEYS = set(
-    "model optimizer scaler rng_states progress metrics history fingerprint "
-    "global_batch_size".split()
-)
 MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite gradient that end a run
 SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
+
+
+class Checkpoint(TypedDict):
+    """What the file holds."""
+
+    model: dict[str, Tensor]  # trainable weights, float32
+    optimizer: list[dict[str, Any]]
+    scaler: dict[str, Any]
+    rng_states: list[dict[str, Any]]  # of each rank
+    progress: dict[str, Any]
+    metrics: dict[str, Any]  # since the last log line
+    history: list[dict[str, Any]]  # the lines of the log
+    fingerprint: dict[str, Any]
+    global_batch_size: int
+    total_steps: NotRequired[int]  # since 2026-11
+    extra_state: NotRequired[Any]
 
 
 @dataclass
@@ -141,7 +155,8 @@ def save_checkpoint(
 
     Args:
         extra_state: what else the algorithm must remember; has a state_dict().
-        plain: the other parts, as they are: rng_states, fingerprint, global_batch_size.
+        plain: the other parts, as they are: rng_states, fingerprint, global_batch_size,
+            total_steps.
     """
     checkpoint = {
         "model": trainable_state(model),
@@ -166,7 +181,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True))
-        missing = KEYS - checkpoint.keys()
+        missing = Checkpoint.__required_keys__ - checkpoint.keys()
     except (OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
@@ -178,9 +193,53 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         if now != then:
             raise UserError(
                 f"{path} was made with {name} {then!r}, and this run has {now!r}; give the same, "
-                "or start anew without --resume"
+                f"or {how_to_train_on(path, fingerprint['stage'])}"
             )
     return checkpoint
+
+
+def how_to_train_on(path: Path, stage: str) -> str:
+    """How another run may follow one whose settings cannot change any more: its schedule, order of
+    data and optimizer state are made for them."""
+    weight = re.sub(r"_[0-9]+(_moe)?[.]checkpoint[.]pt$", "", path.name)
+    if stage.startswith("lora/") or stage == "reward":  # no model to initialise from
+        return "start anew without --resume"
+    return (
+        "begin a new run, with a schedule of its own, from the weights of this one: --from_weight "
+        f"{weight} --save_weight {weight}_2 without --resume"
+    )
+
+
+def keep_unfinished(ctx: Context, path: Path, log: Path, total_steps: int) -> None:
+    """Let a new run overwrite an unfinished one only with --force, and keep the log of what it
+    overwrites.
+
+    Args:
+        path, log: checkpoint and log of this run's name.
+        total_steps: of this run, for a checkpoint that does not have its own (until 2026-11).
+
+    Raises:
+        UserError: there is an unfinished run, and no --force.
+    """
+    if ctx.args.resume or not path.exists():
+        return
+    try:  # mmap: a checkpoint may have gigabytes, of which a few bytes are needed
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        step = checkpoint["progress"]["step"]
+        state = "a finished"
+        if step < checkpoint.get("total_steps", total_steps):
+            state = "an unfinished"
+    except Exception:  # damaged: --resume could not go on with it either
+        return
+    if state == "an unfinished" and not ctx.args.force:
+        raise UserError(
+            f"{path} is of an unfinished run, at step {step}: --resume goes on with it, --force 1 "
+            "begins anew over it, and another --save_weight keeps both"
+        )
+    kept = log.with_suffix(".before.jsonl")
+    if ctx.is_main and log.exists():
+        os.replace(log, kept)
+    ctx.print(f"beginning anew over {state} run, at step {step}; its log is kept as {kept}")
 
 
 def restore(

@@ -42,7 +42,7 @@ CURVES = {
     "eval_bpb": Curve("held-out text", "bits per byte"),
     "recipe_eval_bpb": None,  # the baseline has a line in the same picture
     "learning_rate": Curve("learning rate"),
-    "grad_norm": Curve("norm of the gradient, before it is clipped"),
+    "grad_norm": Curve("gradient norm before clipping"),
     "tokens_per_second": Curve("speed", "tokens per second", from_zero=True),
     "memory_gb": Curve("memory", "GB", from_zero=True),
     "mfu": Curve("share of the machine's peak (MFU)", from_zero=True),

@@ -1,6 +1,8 @@
 """What a training starts from: the model, the data to train on, and the held-out data."""
 
 import math
+import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -15,10 +17,12 @@ from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
 from model.errors import UserError
+from model.formats.lora_format import save_lora
 from model.inference.thinking import can_close_thoughts, close_thoughts, closes_thoughts
+from model.model_lora import add_lora
 from model.model_minimind import MiniMindBlock, MiniMindConfig, MiniMindForCausalLM
-from model.weights import load_model, require_tokenizer
-from trainer.common.arguments import TrainArgs
+from model.weights import load_model, require_tokenizer, save_weights
+from trainer.common.arguments import OptionalLoraArgs, TrainArgs
 from trainer.common.context import Context, ModelT
 
 
@@ -38,7 +42,9 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         model = MiniMindForCausalLM(config)
     else:
         path = args.initial_weights()
-        model = load_model(path, tokenizer=tokenizer, **sizes)
+        with warnings.catch_warnings():  # of an unknown tokenizer, which is an error here
+            warnings.filterwarnings("ignore", ".*does not say which tokenizer")
+            model = load_model(path, tokenizer=tokenizer, **sizes)
         require_tokenizer(path, args.tokenizer_path)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
@@ -55,6 +61,19 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int]
         "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def add_lora_if_asked(args: OptionalLoraArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
+    """The model to train; with --use_lora it gets an adapter, and only that is trained."""
+    if args.use_lora:
+        add_lora(model, args.lora_config())
+    return model
+
+
+def make_save_fn(args: OptionalLoraArgs, policy_of: Callable = lambda model: model) -> Callable:
+    """What writes the trained weights, or the adapter; in PPO those of a part, the policy."""
+    save = partial(save_lora, config=args.lora_config()) if args.use_lora else save_weights
+    return lambda model, path, **about: save(policy_of(model), path, **about)
 
 
 def prepare_model(ctx: Context, model: ModelT) -> ModelT:

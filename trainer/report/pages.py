@@ -196,8 +196,9 @@ def table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
 
 def data(metadata: dict[str, Any]) -> str:
     manifest = metadata.get("manifest", {})
-    rows, made = [("from weights", metadata.get("from_weight", ""))], {}
-    for title, part in (("trained", manifest), ("held out", manifest.get("held_out") or {})):
+    start = metadata.get("from_weight", "")
+    rows, made = [("initial weights", "random" if start == "none" else start)], {}
+    for title, part in (("training", manifest), ("held out", manifest.get("held_out") or {})):
         if part:
             files = ", ".join(f"{f['file']} ({f['bytes'] / 1e6:,.1f} MB)" for f in part["files"])
             amount = f"{part['documents']:,} documents, {part['tokens']:,} tokens"

@@ -100,7 +100,7 @@ def curve_svg(
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.grid(alpha=0.25)
         if from_zero:
-            axes.set_ylim(0)
+            axes.set_ylim(0, 1.05 * axes.dataLim.ymax)
         axes.spines[["top", "right"]].set_visible(False)
         if len(runs) > 1 and axes.lines:
             axes.legend(frameon=False, fontsize=8)

@@ -1,10 +1,10 @@
 """The arguments that the trainers with rollouts share. Imports nothing slow."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from dataset.released import data_option
-from model.command_line import Ignored, option
+from model.command_line import Ignored, default_of, option, tell
 from model.errors import UserError
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
@@ -133,6 +133,14 @@ class RolloutArgs(RolloutServerArgs, OptionalLoraArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parts = {part.partition(":")[0] for part in self.reward}
+        if self.judge_url and "judge" not in parts:
+            raise UserError("--judge_url has no effect without --reward judge")
+        if not {"auto", "transformers"} & parts:
+            defaults = {each.name: default_of(each) for each in fields(self)}
+            for name in ("reward_model_path", "trust_remote_code"):
+                if getattr(self, name) != defaults[name]:
+                    tell(f"--{name} has no effect without --reward transformers")
         if self.thinking_ratio and self.reasoning:
             raise UserError("--thinking_ratio has no effect with --reasoning 1, which opens all")
 

@@ -1,16 +1,11 @@
-"""Log-probs of the policy, and how it is saved."""
+"""Log-probs of the policy."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from model.formats.lora_format import save_lora
-from model.model_lora import add_lora
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import save_weights
 from trainer.common.context import unwrap
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.batches import RolloutBatch
@@ -20,19 +15,6 @@ if TYPE_CHECKING:
     from trainer.trainer_utils import Run
 
     RolloutRun = Run[RolloutArgs, PromptBatch]  # of every trainer of reinforcement learning
-
-
-def add_lora_if_asked(args: RolloutArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
-    """The model to train; with --use_lora it gets an adapter, and only that is trained."""
-    if args.use_lora:
-        add_lora(model, args.lora_config())
-    return model
-
-
-def make_save_fn(args: RolloutArgs, policy_of: Callable = lambda model: model) -> Callable:
-    """What writes the weights of the policy, which is a part of the model in PPO."""
-    save = partial(save_lora, config=args.lora_config()) if args.use_lora else save_weights
-    return lambda model, path, **about: save(policy_of(model), path, **about)
 
 
 def policy_inputs(batch: RolloutBatch, temperature: float) -> dict:

@@ -18,7 +18,6 @@ from dataset.forms.rows import as_prompt
 from dataset.grading import Truth, read_truth
 from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.lm_dataset import Message, check_messages, encode_chat
-from dataset.reply_parser import tagged_answer
 from dataset.tools.loop import Task
 from model.errors import UserError
 from trainer.common.checkpoint import hash_of
@@ -35,6 +34,7 @@ class Prompt:
     truth: Truth | None  # the right answer, for rules
     task: Task | None = None  # train_agent.py: tools and expected calls
     thinking: bool = False  # it ends with <think>, by --thinking_ratio
+    answer_tags: bool = True  # the tokenizer has <answer> for the answers of --reasoning
 
     @property
     def fingerprint_text(self) -> str:
@@ -171,14 +171,15 @@ def load_prompts(
     args, longest = ctx.args, ctx.args.max_prompt_len
     prompts: list[Prompt] = []
     too_long = unscored = 0
+    answer_tags = "<answer>" in tokenizer.get_vocab()
     bad_rows = BadRows() if args.skip_bad_rows else None
     for path in paths:
         for number, row in read_rows(check_file(path), bad_rows):
             with error_at(path, number, bad_rows):
-                messages, *truth = parse(row)
+                messages, truth, task = (*parse(row), None)[:3]
                 thinking = opens_thought(args, len(prompts))
                 ids = encode_prompt(tokenizer, messages, thinking or args.reasoning)
-                prompt = Prompt(len(prompts), messages, ids, *truth, thinking=thinking)
+                prompt = Prompt(len(prompts), messages, ids, truth, task, thinking, answer_tags)
                 if len(ids) > longest:
                     too_long += 1
                 elif not can_score(prompt):
@@ -239,7 +240,7 @@ def parse_prompt_row(row: dict) -> tuple[list[Message], Truth | None]:
     if messages[-1]["role"] == "assistant":
         *messages, last = messages
         # without tags it is somebody's answer, and not the only right one
-        tagged = last["content"] if tagged_answer(last["content"]) else None
+        tagged = last["content"] if "<answer>" in last["content"] else None
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError("has no question: a user message must come before the last answer")
     return messages, read_truth(row, tagged)

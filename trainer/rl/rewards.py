@@ -9,7 +9,8 @@
     similarity   its similarity to the row's "answer", from 0 to 1 (difflib's ratio): a graded
                  signal where exact answers are rare
     format       for <think>…</think><answer>…</answer>: 0.1 for each tag that occurs exactly once,
-                 0.6 more for the whole format
+                 0.6 more for the whole format (0.2 for each of two, without <answer> in the
+                 tokenizer)
     language     the share of its letters that are Chinese, if the question has Chinese ones; else
                  the share that are not
     length       falls linearly from 1 for no tokens to 0 for --max_gen_len tokens
@@ -25,16 +26,14 @@ scored by the reward model that is there, and left out if there is none.
 auto takes the first that exists: --reward_model_path, out/reward_{size}.pth, and the rule answer;
 with --reasoning 1 plus 0.5 times the format.
 
-To add a rule: a function of a completion, and its name in RULES, with what it needs of a prompt.
+To add a rule: a function of a completion in rules.py, its name in RULES.
 """
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import openai
 import torch
@@ -47,10 +46,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dataset.grading import Truth, final_answer, fold_text, read_rating, same_number
+from dataset.grading import final_answer, read_rating
 from dataset.lm_dataset import encode_chat
-from dataset.reply_parser import REASONING_TAGS, parse_reasoning
-from dataset.text import is_chinese
 from model.errors import UserError
 from model.formats.native_format import read_config_json
 from model.weights import find_weights, load_scoring_model
@@ -59,13 +56,9 @@ from trainer.common.metrics import Metric
 from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import Completion
+from trainer.rl.rules import RULES, Rule
 
 Part = Callable[[Sequence[Completion]], list[float]]  # a rule or a model, over all completions
-
-
-class Rule(NamedTuple):
-    score: Callable[[Completion, RolloutArgs], float]
-    needs: Callable[[Prompt], bool] | None = None  # whether it can judge a prompt; None: any
 
 
 class Rewards:
@@ -197,72 +190,6 @@ def parse_weights(words: list[str], names: Iterable[str]) -> dict[str, float]:
     if "auto" in weights and len(weights) > 1:
         raise UserError("--reward auto stands alone; name the parts instead")
     return weights
-
-
-# -- rules -----------------------------------------------------------------------------------------
-
-
-def has_truth(prompt: Prompt) -> bool:
-    return prompt.truth is not None
-
-
-def answer_in(completion: Completion, args: RolloutArgs) -> str:
-    """The final answer, "" where a thought was opened and has no end."""
-    return final_answer(completion.text, args.reasoning or completion.prompt.thinking)
-
-
-def truth_of(completion: Completion) -> Truth:
-    """The right answer, which every prompt has whose completions a rule that needs it judges."""
-    assert completion.prompt.truth is not None
-    return completion.prompt.truth
-
-
-def answer_score(completion: Completion, args: RolloutArgs) -> float:
-    return truth_of(completion).score(answer_in(completion, args))
-
-
-def number_score(completion: Completion, args: RolloutArgs) -> float:
-    truth = truth_of(completion)
-    if truth.anywhere:
-        return answer_score(completion, args)
-    return float(same_number(answer_in(completion, args), truth.text))
-
-
-def similarity(text: str, answer: str) -> float:
-    return SequenceMatcher(None, fold_text(text), fold_text(answer), autojunk=False).ratio()
-
-
-def format_reward(text: str, opened: bool) -> float:
-    """How far the text keeps to the think/answer format; `opened`: the prompt ends with <think>."""
-    text = "<think>\n" + text if opened else text
-    once = sum(text.count(tag) == 1 for tag in REASONING_TAGS)
-    return 0.1 * once + 0.6 * (parse_reasoning(text) is not None)
-
-
-def same_language(completion: Completion) -> float:
-    question = completion.prompt.messages[-1]["content"]
-    letters = list(filter(str.isalpha, completion.text))
-    chinese = sum(map(is_chinese, letters)) / max(1, len(letters))
-    return chinese if is_chinese(question) else float(bool(letters)) * (1 - chinese)
-
-
-def distinct_ngrams(tokens: list[int], n: int = 3) -> float:
-    """Distinct n-grams / all n-grams; 0 if there are none."""
-    ngrams = Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
-    return len(ngrams) / max(1, ngrams.total())
-
-
-RULES: dict[str, Rule] = {
-    "answer": Rule(answer_score, has_truth),
-    "number": Rule(number_score, has_truth),
-    "similarity": Rule(
-        lambda each, args: similarity(answer_in(each, args), truth_of(each).text), has_truth
-    ),
-    "format": Rule(lambda each, args: format_reward(each.text, opened=args.reasoning)),
-    "language": Rule(lambda each, args: same_language(each)),
-    "length": Rule(lambda each, args: 1 - len(each.tokens) / args.max_gen_len),
-    "repetition": Rule(lambda each, args: distinct_ngrams(each.tokens)),
-}
 
 
 # -- models ----------------------------------------------------------------------------------------

@@ -94,7 +94,11 @@ def test_files_of_2025_come_from_the_history(tmp_path, hub):
     assert (tmp_path / "r1_mix_1024.jsonl").read_bytes() == b"r1_mix_1024.jsonl"
     about = json.loads((tmp_path / "download.manifest.json").read_text())
     assert about["revision"] == "6" * 40  # the newest that has them
-    with pytest.raises(UserError, match="has no sft_512.jsonl; it has .*--revision may name"):
+    told = "has no sft_512.jsonl; it has .*--revision may name"
+    with pytest.raises(UserError, match=told):
+        fetch(hub, tmp_path, "--file", "sft_512.jsonl")
+    hub.has_history = False
+    with pytest.raises(UserError, match=told):
         fetch(hub, tmp_path, "--file", "sft_512.jsonl")
 
 
@@ -166,7 +170,7 @@ def test_a_damaged_file_is_not_kept(tmp_path, hub, name):
             ["--file", "sft_9.jsonl"],
             "has no sft_9.jsonl; it has README.md.*sets are mini",
         ),
-        (["--set", "big"], "no set big. The sets are mini: pretrain_t2t_mini.*; 2025: pretrain_hq"),
+        (["--set", "big"], "no set big; the sets are mini, full.*: pretrain_t2t_mini.jsonl, pre"),
         (["--repo", "nobody/nothing", "--file", "a"], "has no nobody/nothing"),
         (["--repo", "a b/c", "--file", "a"], "is no name of a repository"),
         (["--model", "MiniMind9"], "no model MiniMind9 is known"),

@@ -122,7 +122,7 @@ def test_yarn_is_a_matter_of_flags(save, tmp_path):
     own = load_model(path, **{**flags, "inference_rope_scaling": True})
     assert_close(other(IDS).logits, own(IDS).logits, atol=2e-5, rtol=1e-5)
     assert (other(IDS).logits - load_model(path)(IDS).logits).abs().max() > 0.01
-    with pytest.raises(UserError, match="--yarn_factor is for --inference_rope_scaling"):
+    with pytest.raises(UserError, match="--yarn_factor has no effect without --inference_rope"):
         convert("to-hf", path, tmp_path / "other", "--yarn_factor", 2)
 
 

@@ -17,7 +17,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from model.errors import UserError
-from model.formats.gguf_format import TEMPLATE, modelfile, read_gguf, strip_generation_tags
+from model.formats.gguf_format import read_gguf, strip_generation_tags
+from model.formats.ollama_format import TEMPLATE, modelfile
 from model.model_minimind import MiniMindConfig
 from model.weights import load_model
 

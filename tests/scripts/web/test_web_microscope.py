@@ -19,9 +19,9 @@ def test_every_view_of_the_microscope(open_page, folder, tokenizer):
     model = load_model(folder / "full_sft_96.pth", tokenizer=tokenizer)
     ids = encode_chat(tokenizer, MEMORISED[0][0]).ids
     seen = observe(model, ids)
-    figures = {each.label: each.value for each in page.metric}
-    assert figures["tokens"] == str(len(ids))
-    assert figures["mean loss (nats)"] == f"{token_losses(seen.logits, seen.ids).mean():.2f}"
+    metrics = {each.label: each.value for each in page.metric}
+    assert metrics["tokens"] == str(len(ids))
+    assert metrics["mean loss (nats)"] == f"{token_losses(seen.logits, seen.ids).mean():.2f}"
     said = {}
     for view in ("tokens", "next", "attention", "lens", "experts", "loss"):
         page.segmented_control(key="view").set_value(view).run()

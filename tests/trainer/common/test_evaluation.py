@@ -56,9 +56,9 @@ def test_held_out_loss_by_hand(tmp_path, tokenizer, make_model, kind, packing):
     model = make_model(vocab_size=6400, dropout=0.5).train()
     ctx = Context.create(TrainArgs(batch_size=3, device="cpu"))
     rows = PackedDataset(load_documents(path, kind, tokenizer), 40, packing=packing)
-    figures = evaluate_loss(ctx, model, tokenizer, rows)
+    metrics = evaluate_loss(ctx, model, tokenizer, rows)
     assert model.training
-    assert figures == pytest.approx(by_hand(model.eval(), tokenizer, documents), rel=1e-4)
+    assert metrics == pytest.approx(by_hand(model.eval(), tokenizer, documents), rel=1e-4)
 
 
 def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path, tokenizer, make_model):

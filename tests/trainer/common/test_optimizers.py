@@ -70,7 +70,7 @@ def test_the_embedding_of_a_wide_model_learns_more_slowly():
 
 
 def test_a_wider_model_takes_no_larger_steps(make_model):
-    """μP's coordinate check (arXiv 2203.03466): how far one update moves the logits."""
+    """μP's coordinate check (arXiv 2203.03466): how far one step moves the logits."""
     ids = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(0))
 
     def moved(width: int) -> float:
@@ -98,7 +98,7 @@ def test_a_role_alone_can_be_trained(make_model, name, kept):
 
 
 def test_muon_moves_a_matrix_by_its_rate(make_model):
-    """The root mean square of an update is about the learning rate."""
+    """The root mean square of a step is about the learning rate."""
     model = make_model()
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     optimizer = make_optimizer(model, "muon", learning_rate=0.1, weight_decay=0.0)

@@ -31,14 +31,14 @@ def stored(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-Logged = dict[tuple[int, str], float]  # (step, name) → figure
+Logged = dict[tuple[int, str], float]  # (step, name) → value
 
 
 def wandb_log(folder: Path) -> tuple[list[str], Logged]:
     """The ids of the offline runs in the order of their time, and what they logged."""
     from wandb.proto import wandb_internal_pb2 as wandb
 
-    ids, figures = [], {}
+    ids, values = [], {}
     for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         for content in stored(path):
             record = wandb.Record()
@@ -48,14 +48,14 @@ def wandb_log(folder: Path) -> tuple[list[str], Logged]:
             for item in record.history.item:
                 name = item.key or item.nested_key[0]
                 if not name.startswith("_"):  # its own time and step
-                    figures[record.history.step.num, name] = json.loads(item.value_json)
-    return ids, figures
+                    values[record.history.step.num, name] = json.loads(item.value_json)
+    return ids, values
 
 
 def swanlab_log(folder: Path) -> tuple[list[str], Logged]:
     from swanlab.proto.swanlab.record.v1 import record_pb2 as swanlab
 
-    ids, figures = [], {}
+    ids, values = [], {}
     for path in sorted(folder.glob("swanlog/run-*/run-*.swanlab")):
         for content in stored(path):
             record = swanlab.Record()
@@ -63,9 +63,9 @@ def swanlab_log(folder: Path) -> tuple[list[str], Logged]:
             if record.WhichOneof("record_type") == "start":
                 ids.append(record.start.id)
             name = record.scalar.key
-            if name and not name.startswith("__"):  # its own figures of the machine
-                figures[record.scalar.step, name] = record.scalar.value.number
-    return ids, figures
+            if name and not name.startswith("__"):  # its own metrics of the machine
+                values[record.scalar.step, name] = record.scalar.value.number
+    return ids, values
 
 
 @pytest.mark.parametrize(("tracker", "read"), [("wandb", wandb_log), ("swanlab", swanlab_log)])
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
     records = any_stage(resume=True, **common)["history"]
 
     for _ in range(50):  # wandb's own process may still be writing
-        ids, figures = read(tmp_path / "a" / "out")
+        ids, values = read(tmp_path / "a" / "out")
         if len(ids) == 2:
             break
         time.sleep(0.2)
@@ -98,12 +98,12 @@ def test_a_run_that_goes_on_logs_under_the_same_id(
         for name, value in record.items()
         if name != "step" and isinstance(value, int | float)
     }
-    assert figures == pytest.approx(expected)
+    assert values == pytest.approx(expected)
     names = "loss learning_rate grad_norm tokens_per_second memory_gb mfu changed_fraction".split()
-    logged = {name for _, name in figures}
+    logged = {name for _, name in values}
     assert (
         set(names) <= logged and {"eval_bpb", "eval_accuracy", "eval_rewards/accuracies"} & logged
     )
-    steps = [step for step, name in sorted(figures) if name == "loss"]
+    steps = [step for step, name in sorted(values) if name == "loss"]
     assert steps == list(range(1, steps[-1] + 1)) and steps[-1] >= 4
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
