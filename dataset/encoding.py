@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.chat import Segments, added_token_patterns, chat_segments, stop_tokens
 from dataset.chat_template import Message, parse_tool_fields
+from dataset.forms.messages import answered_part
+from dataset.forms.rows import as_conversation, as_pair, as_text
 from dataset.jsonl import Row
 from model.errors import UserError
 from model.inference.tokens import decode_name
@@ -196,22 +198,24 @@ def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]
 
 def text_segments(tokenizer: PreTrainedTokenizerBase, row: Row) -> Segments:
     """Pretraining: {"text": "…"}. An empty text gives no segments."""
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise UserError('has no "text" (pretraining rows are {"text": "…"})')
+    text = as_text(row)
     if not text.strip():
         return []
     bos, eos = document_edges(tokenizer)
-    return [(part, True) for part in (*bos, text, *eos)]
+    parts: list[int | str] = [*bos, text, *eos]
+    return [(part, True) for part in parts]
 
 
 def conversation_segments(
     tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
 ) -> Segments:
-    """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}."""
-    messages = check_messages(row.get("conversations"))
+    """SFT: {"conversations": [{"role": "user", "content": "…"}, …]}, or any form that
+    `as_conversation` reads. A row whose only answer is empty gives no segments."""
+    messages = check_messages(as_conversation(row)["conversations"])
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError("has no assistant turn, so there is nothing to train on")
+    if not (messages := answered_part(messages)):
+        return []
     (messages,) = with_empty_thoughts(empty_think_ratio, messages)
     return check_trained(chat_segments(tokenizer, messages, False, {}))
 
@@ -247,10 +251,8 @@ def preference_segments(
     tokenizer: PreTrainedTokenizerBase, row: Row, empty_think_ratio: float = 0.0
 ) -> tuple[Segments, Segments]:
     """DPO and reward models: {"chosen": [messages], "rejected": [messages]}."""
-    if not (row.get("chosen") and row.get("rejected")):
-        lacking = " and ".join(f'"{side}"' for side in SIDES if not row.get(side))
-        raise UserError(f'has no {lacking} (rows are {{"chosen": [messages], "rejected": …}})')
-    chosen, rejected = (check_messages(row[side], f'"{side}"') for side in SIDES)
+    pair = as_pair(row)
+    chosen, rejected = (check_messages(pair[side], f'"{side}"') for side in SIDES)
     shared = 0  # messages that both sides begin with
     while chosen[shared : shared + 1] == rejected[shared : shared + 1]:
         if shared == len(chosen):

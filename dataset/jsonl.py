@@ -4,30 +4,29 @@
         with error_at(path, number):
             ...
 
-A file is plain or gzip-compressed (.gz). It is read line by line, so that its size does not matter.
-Whatever is wrong with a line is a UserError "line 7 of data.jsonl is not JSON: …": the functions
-that check a row raise one that begins with a verb, and `error_at` adds the place.
+A file is read line by line, so that its size does not matter; forms/files.py says which files can
+be read. Whatever is wrong with a line is a UserError "line 7 of data.jsonl is not JSON: …": the
+functions that check a row raise one that begins with a verb, and `error_at` adds the place. With a
+`BadRows` it counts such rows instead, and the reading goes on.
 """
 
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from dataset.forms.files import CLEAN, counts_values, is_gbk, open_lines
 from dataset.released import download_hint
 from model.errors import UserError
 
 Row = dict[str, Any]  # the JSON object of a line
+MAX_EXAMPLES = 3
 
 
 # -- files -----------------------------------------------------------------------------------------
-
-BinaryFile = BinaryIO | gzip.GzipFile  # in typeshed a GzipFile is no BinaryIO
 
 
 def check_file(path: str | Path) -> Path:
@@ -43,29 +42,10 @@ def check_file(path: str | Path) -> Path:
     return path
 
 
-@contextmanager
-def open_data(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryFile]]:
-    """The file on disk, whose position says how far it is read, and its decompressed content.
-
-    Raises:
-        UserError: it cannot be read, or a .gz file is damaged.
-    """
-    path = Path(path)
-    try:
-        raw = open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    with raw:
-        try:
-            yield raw, gzip.open(raw) if path.suffix == ".gz" else raw
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path} is damaged, or no gzip file: {error}") from error
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, line) of all lines, empty ones included."""
-    with open_data(path) as (_, file):
-        yield from enumerate(file, start=1)
+    with open_lines(path) as (_, lines):
+        yield from enumerate(lines, start=1)
 
 
 @dataclass
@@ -81,7 +61,7 @@ class LineChunk:
 def read_chunks(path: str | Path, lines: int) -> Iterator[LineChunk]:
     """A file in chunks of so many lines."""
     path = Path(path)
-    with open_data(path) as (raw, file):
+    with open_lines(path) as (raw, file):
         chunk, first, start = [], 1, 0
         for number, line in enumerate(file, start=1):
             chunk.append(line)
@@ -93,14 +73,22 @@ def read_chunks(path: str | Path, lines: int) -> Iterator[LineChunk]:
             yield LineChunk(path, first, chunk, raw.tell() - start)
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
-    """(line number, row) of each line that is not empty. UserError, with file and line, if the file
-    cannot be read or a line is no JSON object."""
+def read_rows(path: str | Path, bad_rows: "BadRows | None" = None) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of each line that is not empty.
+
+    Args:
+        bad_rows: counts the lines that are no JSON object, which are then left out.
+
+    Raises:
+        UserError: the file cannot be read, or, with its number, a line is no JSON object.
+    """
     for number, line in read_lines(path):
         if line.strip():
-            with error_at(path, number):
+            row = None
+            with error_at(path, number, bad_rows):
                 row = parse_row(line)
-            yield number, row
+            if row is not None:
+                yield number, row
 
 
 def load_rows(path: str | Path) -> list[Row]:
@@ -110,27 +98,58 @@ def load_rows(path: str | Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """One object a line; a reader sees the whole file or none."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    from model.weights import atomic_write  # imports torch, which reading does not need
+
+    with atomic_write(path) as file:
+        file.writelines(as_line(row).encode() for row in rows)
 
 
-# -- lines -----------------------------------------------------------------------------------------
+def as_line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str) + "\n"
+
+
+# -- bad rows --------------------------------------------------------------------------------------
+
+
+@dataclass
+class BadRows:
+    """The rows that --skip_bad_rows leaves out: how many, and what is wrong with the first."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, *errors: str) -> None:
+        self.merge(BadRows(len(errors), list(errors)))
+
+    def merge(self, other: "BadRows") -> None:
+        self.count += other.count
+        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
+
+    def __str__(self) -> str:
+        first = "\n  ".join(self.examples)
+        return f"{self.count:,} bad rows are left out, the first of them:\n  {first}"
+
+    def refuse_if_all(self, kept: int) -> None:
+        """UserError if no row is left."""
+        if self.count and not kept:
+            raise UserError(f"all {self.count:,} rows are bad; {self.examples[0]}")
 
 
 @contextmanager
-def error_at(path: str | Path, number: int) -> Iterator[None]:
-    """Put "line NUMBER of PATH" before what a UserError says of a row."""
+def error_at(path: str | Path, number: int, bad_rows: BadRows | None = None) -> Iterator[None]:
+    """Put "line NUMBER of PATH" before what a UserError says of a row; with `bad_rows`, count the
+    row there instead of raising it."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"line {number} of {path} {error}") from None
+        unit = "value" if counts_values(path) else "line"
+        sentence = f"{unit} {number} of {path} {error}"
+        if bad_rows is None:
+            raise UserError(sentence) from None
+        bad_rows.add(sentence)
+
+
+# -- lines -----------------------------------------------------------------------------------------
 
 
 def parse_row(line: bytes) -> Row:
@@ -146,7 +165,13 @@ def decode(line: bytes) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"is not UTF-8 ({error.reason} at byte {error.start})") from None
+        if is_gbk(line):
+            raise UserError(
+                f"is GBK (GB18030), not UTF-8; {CLEAN} or `iconv -f GB18030 -t UTF-8` converts it"
+            ) from None
+        raise UserError(
+            f"is not UTF-8 ({error.reason} at byte {error.start}); {CLEAN} converts other encodings"
+        ) from None
 
 
 def parse_json(text: str) -> Any:

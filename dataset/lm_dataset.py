@@ -17,8 +17,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -42,9 +44,17 @@ from dataset.encoding import (
     label_bytes,
     token_bytes,
 )
-from dataset.jsonl import LineChunk, check_file, error_at, parse_row, read_chunks, read_lines
+from dataset.jsonl import (
+    BadRows,
+    LineChunk,
+    check_file,
+    error_at,
+    parse_row,
+    read_chunks,
+    read_lines,
+)
 from model.errors import UserError
-from model.weights import ROOT, tokenizer_hash
+from model.weights import ROOT, tokenizer_hash, write_json
 
 __all__ = [
     "CACHE",
@@ -60,10 +70,13 @@ __all__ = [
 
 # Tokenised data. The variable is for a project on a disk that is small or may not be written.
 CACHE = Path(os.environ.get("MINIMIND_CACHE") or ROOT / "dataset" / ".cache")
-CACHE_VERSION = 3  # part of the cache's name: raise it whenever the encoding changes
+CACHE_VERSION = 4  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_CHUNK = 500
 CHUNKS_PER_BATCH = 20  # few record batches: the header of each costs a mapped file 64 kB or more
 MIN_BYTES_FOR_WORKERS = 1_000_000  # for less, starting processes takes longer than the work
+
+
+ChunkEncoder = Callable[[PreTrainedTokenizerBase, LineChunk], "EncodedChunk"]
 
 
 def load_documents(
@@ -74,6 +87,8 @@ def load_documents(
     empty_think_ratio: float = 0.0,
     workers: int | None = None,
     cache: Path | str = CACHE,
+    skip_bad_rows: bool = False,
+    report: Callable[[str], None] = print,
 ) -> Dataset:
     """The documents of one or several `.jsonl` / `.jsonl.gz` files, tokenised.
 
@@ -82,6 +97,8 @@ def load_documents(
             chosen and the rejected side of pair i.
         empty_think_ratio: of the rows of messages without thoughts, the share that gets empty ones.
         workers: processes to tokenise with; default: one a core.
+        skip_bad_rows: leave out rows that are not what they must be, instead of raising.
+        report: is told how many were left out, and which.
 
     Returns:
         A memory-mapped dataset with columns input_ids (uint16 or int32) and loss_mask (bool), and
@@ -89,7 +106,8 @@ def load_documents(
         `info.description` is a fingerprint of the tokens, the same for the same data anywhere.
 
     Raises:
-        UserError: a file is missing or unreadable, or a line of it is not what it must be.
+        UserError: a file is missing or unreadable, a line of it is not what it must be, or no
+            token of it carries loss.
     """
     files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
@@ -98,6 +116,7 @@ def load_documents(
         key.append("label_bytes")
     options = {"empty_think_ratio": empty_think_ratio} if empty_think_ratio else {}
     key += options.items()
+    key += ["skip_bad_rows"] * skip_bad_rows
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     arrow = Path(cache) / f"{name}.arrow"
     try:
@@ -105,7 +124,8 @@ def load_documents(
         with FileLock(arrow.with_suffix(".lock")):  # several ranks, or runs, tokenise it once
             if not is_complete(arrow):
                 workers = workers or os.cpu_count() or 1
-                tokenise_files(files, kind, tokenizer, arrow, workers, options)
+                encode = partial(encode_chunk, kind, options, skip_bad_rows)
+                tokenise_files(files, kind, tokenizer, arrow, workers, encode)
     except OSError as error:  # a full disk too
         why = error.strerror or error
         raise UserError(
@@ -113,9 +133,10 @@ def load_documents(
             "set MINIMIND_CACHE to a folder elsewhere"
         ) from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
-    documents.info.description = arrow.with_suffix(".sha256").read_text(encoding="utf-8")
-    if len(documents) == 0:
-        raise UserError(f"{', '.join(map(str, files))} holds no documents")
+    summary = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+    documents.info.description = summary["fingerprint"]
+    for line in summary["left_out"]:
+        report(line)
     return documents
 
 
@@ -124,7 +145,7 @@ def is_complete(arrow: Path) -> bool:
     try:
         with pa.memory_map(str(arrow)) as file:
             pa.ipc.open_stream(file).read_all()  # maps it, without reading the tokens
-        return arrow.with_suffix(".sha256").exists()
+        return arrow.with_suffix(".json").exists()
     except (OSError, pa.ArrowInvalid):
         return False
 
@@ -135,13 +156,10 @@ def tokenise_files(
     tokenizer: PreTrainedTokenizerBase,
     arrow: Path,
     workers: int,
-    options: dict[str, Any],
+    encode: ChunkEncoder,
 ) -> None:
-    """Write the tokens of all documents to `arrow`, which appears only when it is complete.
-
-    Args:
-        options: of the function in SEGMENTERS.
-    """
+    """Write the tokens of all documents to `arrow`, which appears only when it is complete, and
+    beside it a .json: their fingerprint, and what was left out."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     schema = pa.schema(
         {"input_ids": pa.list_(pa.from_numpy_dtype(dtype)), "loss_mask": pa.list_(pa.bool_())}
@@ -150,6 +168,7 @@ def tokenise_files(
     if count_bytes:
         schema = schema.append(pa.field("label_bytes", pa.int32()))
     ids_hash, lengths_hash = hashlib.sha256(), hashlib.sha256()
+    sums = {path: FileSums() for path in files}
     partial = arrow.with_name(f".{arrow.name}.partial")
     size = sum(path.stat().st_size for path in files)
     if size < MIN_BYTES_FOR_WORKERS:
@@ -157,10 +176,14 @@ def tokenise_files(
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenising", leave=False)
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            chunks = encode_chunks(files, kind, tokenizer, workers, options)
+            chunks = encode_chunks(files, tokenizer, workers, encode)
             while batch := list(islice(chunks, CHUNKS_PER_BATCH)):
-                *columns, bytes_read = zip(*batch, strict=True)
-                ids, loss_mask, lengths, sizes = map(np.concatenate, columns)
+                for chunk in batch:
+                    sums[chunk.path].add(chunk)
+                ids, loss_mask, lengths, sizes = (
+                    np.concatenate([getattr(chunk, name) for chunk in batch])
+                    for name in ("ids", "loss_mask", "lengths", "label_bytes")
+                )
                 ids_hash.update(ids.astype("<i4").tobytes())
                 lengths_hash.update(lengths.astype("<i8").tobytes())
                 offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))), pa.int32())
@@ -169,10 +192,11 @@ def tokenise_files(
                     for values in (ids.astype(dtype), loss_mask)
                 ] + [pa.array(sizes, pa.int32())] * count_bytes
                 writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
-                bar.update(sum(bytes_read))
+                bar.update(sum(chunk.bytes_read for chunk in batch))
         flush_to_disk(partial)
+        left_out = [line for path, each in sums.items() for line in each.check(path, kind)]
         both = hashlib.sha256(ids_hash.digest() + lengths_hash.digest()).hexdigest()
-        arrow.with_suffix(".sha256").write_text(both[:16], encoding="utf-8")
+        write_json(arrow.with_suffix(".json"), {"fingerprint": both[:16], "left_out": left_out})
         os.replace(partial, arrow)
     finally:
         bar.close()
@@ -186,45 +210,97 @@ def flush_to_disk(path: Path) -> None:
 
 # -- chunks of lines, in several processes ---------------------------------------------------------
 
-# (ids, loss mask, lengths of the documents, their label_bytes if needed, bytes read of the file)
-EncodedChunk = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]
+
+@dataclass
+class EncodedChunk:
+    path: Path
+    bytes_read: int  # of the file
+    ids: np.ndarray  # of all documents
+    loss_mask: np.ndarray
+    lengths: np.ndarray  # of the documents
+    label_bytes: np.ndarray  # of the documents, if needed
+    num_empty: int  # rows that gave no document
+    bad_rows: BadRows
+
+
+@dataclass
+class FileSums:
+    """What the chunks of a file add up to."""
+
+    documents: int = 0
+    label_tokens: int = 0
+    empty: int = 0
+    bad_rows: BadRows = field(default_factory=BadRows)
+
+    def add(self, chunk: EncodedChunk) -> None:
+        self.documents += len(chunk.lengths)
+        first_tokens = np.cumsum(chunk.lengths) - chunk.lengths  # they have no prediction
+        first_tokens = first_tokens[chunk.lengths > 0]
+        self.label_tokens += int(chunk.loss_mask.sum() - chunk.loss_mask[first_tokens].sum())
+        self.empty += chunk.num_empty
+        self.bad_rows.merge(chunk.bad_rows)
+
+    def check(self, path: Path, kind: str) -> list[str]:
+        """Sentences about what was left out. UserError if there is nothing to train on."""
+        self.bad_rows.refuse_if_all(self.documents)
+        if not self.documents and self.empty and kind == "conversations":
+            raise UserError(
+                f"{path} has no answer to train on: all {self.empty:,} are empty, as in prompts "
+                "for reinforcement learning (train_grpo.py, train_ppo.py, train_agent.py)"
+            )
+        if not self.documents:
+            raise UserError(f"{path} holds no documents")
+        if not self.label_tokens:
+            raise UserError(
+                f"{path} has {self.documents:,} documents and no token that carries loss, so "
+                "nothing would be trained; scripts/show_batch.py shows them"
+            )
+        empty = f"{path}: rows left out because their text or answer is empty: {self.empty:,}"
+        return [empty] * (self.empty > 0) + [str(self.bad_rows)] * (self.bad_rows.count > 0)
 
 
 def encode_chunk(
-    tokenizer: PreTrainedTokenizerBase, kind: str, options: dict[str, Any], chunk: LineChunk
+    kind: str,
+    options: dict[str, Any],
+    skip_bad_rows: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    chunk: LineChunk,
 ) -> EncodedChunk:
     """Parse and encode a chunk of lines; empty lines and empty texts give no document."""
-    documents = []
+    documents, num_empty, bad_rows = [], 0, BadRows()
     for number, line in enumerate(chunk.lines, start=chunk.first):
         if not line.strip():
             continue
-        with error_at(chunk.path, number):
+        with error_at(chunk.path, number, bad_rows if skip_bad_rows else None):
             segments = SEGMENTERS[kind](tokenizer, parse_row(line), **options)
-        if segments:
-            documents += segments if kind == "preferences" else [segments]
+            num_empty += not segments
+            if segments:
+                documents += segments if kind == "preferences" else [segments]
     encoded = encode_segments(tokenizer, documents)
     counted = [] if has_exact_token_bytes(tokenizer) else documents
-    return (
+    return EncodedChunk(
+        chunk.path,
+        chunk.bytes_read,
         np.array(list(chain.from_iterable(each.ids for each in encoded)), np.int32),
         np.array(list(chain.from_iterable(each.loss_mask for each in encoded)), bool),
         np.fromiter((len(each.ids) for each in encoded), np.int64),
         np.fromiter((label_bytes(tokenizer, each) for each in counted), np.int64),
-        chunk.bytes_read,
+        num_empty,
+        bad_rows,
     )
 
 
 def encode_chunks(
     files: list[Path],
-    kind: str,
     tokenizer: PreTrainedTokenizerBase,
     workers: int,
-    options: dict[str, Any],
+    encode: ChunkEncoder,
 ) -> Iterator[EncodedChunk]:
     """All chunks of all files, in the files' order."""
     chunks = (chunk for path in files for chunk in read_chunks(path, LINES_PER_CHUNK))
     if workers == 1:
         for chunk in chunks:
-            yield encode_chunk(tokenizer, kind, options, chunk)
+            yield encode(tokenizer, chunk)
         return
     # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -234,7 +310,7 @@ def encode_chunks(
         waiting: deque[Future] = deque()
         try:
             for chunk in chunks:
-                waiting.append(pool.submit(encode_chunk_in_worker, kind, options, chunk))
+                waiting.append(pool.submit(encode_chunk_in_worker, encode, chunk))
                 if len(waiting) > 2 * workers:  # bounds what is in memory
                     yield waiting.popleft().result()
             while waiting:
@@ -259,13 +335,14 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def encode_chunk_in_worker(kind: str, options: dict[str, Any], chunk: LineChunk) -> EncodedChunk:
-    return encode_chunk(worker_tokenizer, kind, options, chunk)
+def encode_chunk_in_worker(encode: ChunkEncoder, chunk: LineChunk) -> EncodedChunk:
+    return encode(worker_tokenizer, chunk)
 
 
 # -- thoughts --------------------------------------------------------------------------------------
 
-THOUGHT = re.compile(rb'"reasoning_content"\s*:\s*"[^"]|<think>')
+# by any of its names (forms/messages.py), or in the content
+THOUGHT = re.compile(rb'"(?:reasoning_content|reasoning|thinking|thought)"\s*:\s*"[^"]|<think>')
 
 
 def has_thoughts(paths: Sequence[str | Path]) -> bool:

@@ -7,6 +7,7 @@ HAN = "\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 CHINESE = re.compile(f"[{HAN}]")
 KANA = re.compile("[\u3040-\u30ff\u31f0-\u31ff]")
 LATIN = re.compile("[A-Za-z\u00c0-\u024f]")
+LANGUAGES = ("zh", "en", "other", "none")
 LETTER = re.compile(r"[^\W\d_]")
 
 

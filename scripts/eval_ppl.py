@@ -8,10 +8,9 @@ own BOS). The metric is the sum of −log2 p over all tokens after the first, di
 bytes of the text. Without a model a byte costs 8 bits.
 
 FILE is JSONL with a document per line: {"text": …}, or {"conversations": [messages]}, whose
-contents are joined. In any other file each 500 characters are a document.
+contents are joined, or a .json list of them. In any other file each 500 characters are a document.
 """
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.jsonl import Row, error_at, open_data, read_rows
-from dataset.text import count_chinese
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from scripts.serving.arguments import MACHINE, ModelArgs
@@ -54,6 +51,7 @@ class Args(ModelArgs):
         at_least=0,
     )
     batch_size: int = option(16, "documents per forward pass", group=MACHINE, at_least=1)
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error", group=TEXT)
     json: str = option("", "also write the results to this file")
 
 
@@ -68,7 +66,11 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.encoding import encode_segments
+from dataset.encoding import check_messages, encode_segments
+from dataset.forms.files import open_text
+from dataset.forms.rows import as_conversation
+from dataset.jsonl import BadRows, Row, error_at, read_rows
+from dataset.text import language_of
 from model.losses import IGNORE_INDEX
 from model.weights import write_json
 from scripts.serving.loading import load_chat_model
@@ -79,20 +81,27 @@ MAX_LENGTH = 2048  # tokens per forward pass
 # -- documents -------------------------------------------------------------------------------------
 
 
-def read_texts(path: str | Path, documents: int = 0, characters: int = CHARACTERS) -> list[str]:
-    """The first characters of the first documents of a file; 0: all."""
-    texts = filter(None, read_documents(path, characters))
+def read_texts(
+    path: str | Path,
+    documents: int = 0,
+    characters: int = CHARACTERS,
+    bad_rows: BadRows | None = None,
+) -> list[str]:
+    """The first characters of the first documents of a file; 0: all. `bad_rows` counts the rows
+    that are none, which are then left out."""
+    texts = filter(None, read_documents(path, characters, bad_rows))
     return [text[: characters or None] for text in islice(texts, documents or None)]
 
 
-def read_documents(path: str | Path, characters: int = CHARACTERS) -> Iterator[str]:
+def read_documents(
+    path: str | Path, characters: int = CHARACTERS, bad_rows: BadRows | None = None
+) -> Iterator[str]:
     path = Path(path)
     check_text(path)
-    if ".jsonl" in path.suffixes:
-        for number, row in read_rows(path):
-            with error_at(path, number):
-                text = text_of(row)
-            yield text
+    if {".jsonl", ".json", ".ndjson"} & set(path.suffixes):
+        for number, row in read_rows(path, bad_rows):
+            with error_at(path, number, bad_rows):
+                yield text_of(row)
     else:
         text = read_text(path)
         step = characters or len(text)
@@ -103,28 +112,15 @@ def text_of(row: Row) -> str:
     if isinstance(row.get("text"), str):
         return row["text"]
     try:
-        return "\n".join(message["content"] or "" for message in row["conversations"])
-    except (KeyError, TypeError):
-        raise UserError(
-            'is neither {"text": …} nor {"conversations": [{"role": …, "content": …}, …]}'
-        ) from None
+        messages = check_messages(as_conversation(row)["conversations"])
+    except UserError as error:
+        raise UserError(f'is no {{"text": …}} and {error}') from None
+    return "\n".join(message["content"] for message in messages)
 
 
 def read_text(path: Path) -> str:
-    with open_data(path) as (_, file):
-        try:
-            return io.TextIOWrapper(file, encoding="utf-8").read()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} cannot be read as text: {error}") from error
-
-
-def language(text: str) -> str:
-    """zh, en or other, by whether most letters are Chinese characters or Latin ones."""
-    chinese = count_chinese(text)
-    latin = sum(c.isascii() and c.isalpha() for c in text)
-    if not chinese and not latin:
-        return "other"
-    return "zh" if chinese >= latin else "en"
+    with open_text(path) as (_, lines):
+        return "".join(lines)
 
 
 def length(text: str) -> str:
@@ -239,7 +235,11 @@ def summarize_by(
 
 
 def main(args: Args) -> dict[str, float]:
-    texts = read_texts(args.data, args.documents, args.characters)
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    texts = read_texts(args.data, args.documents, args.characters, bad_rows)
+    if bad_rows and bad_rows.count:
+        bad_rows.refuse_if_all(len(texts))
+        print(bad_rows)
     if not texts:
         raise UserError(f"{args.data} contains no text")
     loaded = load_chat_model(args, decode_only=False)
@@ -254,7 +254,7 @@ def main(args: Args) -> dict[str, float]:
         **summarize(texts, bits),
         "perplexity": round(2 ** (sum(bits) / tokens), 3),
         "bytes_per_token": round(sum(len(text.encode()) for text in texts) / tokens, 3),
-        "languages": summarize_by(language, texts, bits),
+        "languages": summarize_by(language_of, texts, bits),
         "lengths": summarize_by(length, texts, bits),
     }
     show(result)

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dataset.jsonl import check_file
+from dataset.jsonl import BadRows, check_file
 from dataset.tools import MAX_TURNS
 from model.command_line import Ignored, Refused, option, parse_command_line
 from model.errors import UserError, exit_on_user_error
@@ -56,6 +56,7 @@ class Args(ModelArgs):
         check=check_file,
     )
     tasks: int = option(0, "number of tasks, from the first; 0: all", group=TASKS, at_least=0)
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error", group=TASKS)
     max_turns: int = option(
         MAX_TURNS, "maximum number of replies to a question", group=TASKS, at_least=1
     )
@@ -134,7 +135,10 @@ def main(args: Args) -> dict[str, Any]:
 def load_tasks(args: Args) -> list[Task]:
     """The tasks, as many as are asked for. Those without a right answer are left out."""
     path = args.data_path or DEFAULT_TASKS
-    rows = read_tasks(path)
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    rows = read_tasks(path, bad_rows)
+    if bad_rows and bad_rows.count:
+        print(bad_rows)
     tasks = [task for task in rows if task.truth]
     if not tasks:
         raise UserError(

@@ -27,6 +27,9 @@ from model.paths import OUT, check_input_file, check_tokenizer_folder
 # -- the flags -------------------------------------------------------------------------------------
 
 
+SKIP_BAD_ROWS = "leave bad rows out and report them; 0: the first is an error"
+
+
 @dataclass
 class Download:
     """download MiniMind's data files, released weights and the reward model"""
@@ -70,9 +73,12 @@ class Clean(Job):
     """text, JSON, CSV, Parquet, ShareGPT, Alpaca, OpenAI messages → MiniMind's formats, filtered"""
 
     input: list[str] = option([], ".txt .md .jsonl .json .csv .tsv (each also .gz) or .parquet")
-    to: Literal["auto", "text", "conversations", "preferences", "preference"] = option(
-        "auto", "kind of the output; auto: that of the first row; text: conversations become text"
+    to: Literal["auto", "text", "conversations", "prompts", "preferences", "preference"] = option(
+        "auto",
+        "kind of the output; auto: that of the first row; text: conversations become text; "
+        "prompts: for RL, whose last answer may be empty or lacking",
     )
+    drop_keys: list[str] = option([], "keys of rows and messages to leave out, such as weight")
     text_field: str = option("", "field or column of the text; default: text, content, raw_content")
     document: Literal["file", "paragraph", "line"] = option(
         "file", "what is one document of a plain text"
@@ -116,6 +122,7 @@ class Dedup(Job):
     num_perm: int = option(
         128, "MinHash permutations: more are more exact, and slower", at_least=16, at_most=1024
     )
+    skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
     dropped: str = option("", "write the dropped rows too, with the reason, to this file")
 
     def __post_init__(self) -> None:
@@ -145,6 +152,7 @@ class Mix(Job):
         "n: a curriculum of n files, OUTPUT_1 with the shortest rows, OUTPUT_n with the longest",
         at_least=1,
     )
+    skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
     seed: int = option(42, "of the random order")
 
     def __post_init__(self) -> None:
@@ -163,6 +171,7 @@ class Stats(Job):
     tokenizer_path: str = option(
         "", "folder of the tokenizer; default: model/", check=check_tokenizer_folder
     )
+    skip_bad_rows: bool = option(False, SKIP_BAD_ROWS)
     top: int = option(5, "how many of the most frequent texts to show", at_least=0)
 
 
@@ -177,11 +186,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dataset.prepare import hub, pipeline, statistics
+from dataset.jsonl import BadRows
+from dataset.prepare import hub, pipeline
 from dataset.prepare.cleaning import Filters
 from dataset.prepare.job_dir import JobDir, open_job
 from dataset.prepare.resumable import stamps_of
 from dataset.prepare.sources import check_input
+from dataset.text import LANGUAGES
 from model.weights import load_tokenizer, tokenizer_hash
 from trainer.report.plots import plt, save_figure
 
@@ -204,8 +215,11 @@ def clean(args: Clean) -> dict[str, Any] | None:
         dropped=bool(args.dropped),
         encoding=args.encoding,
         per_document=args.document,
+        drop_keys=tuple(args.drop_keys),
     )
     print_counts(manifest)
+    if manifest["kind"] == "prompts":
+        print("these are prompts for RL: an empty last answer is kept, for the policy to write")
     return manifest
 
 
@@ -223,6 +237,7 @@ def dedup(args: Dedup) -> dict[str, Any] | None:
         num_perm=args.num_perm,
         near=args.near,
         dropped=bool(args.dropped),
+        skip_bad_rows=args.skip_bad_rows,
     )
     print_counts(manifest)
     return manifest
@@ -247,7 +262,9 @@ def mix(args: Mix) -> dict[str, Any] | None:
         stages=args.stages,
         order=args.order,
         seed=args.seed,
+        skip_bad_rows=args.skip_bad_rows,
     )
+    print_bad_rows(manifest)
     for path, counts in manifest["counts"].items():
         print(f"{path}: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
     return manifest
@@ -268,10 +285,11 @@ def stats(args: Stats) -> dict[str, Any] | None:
     tokenizer = load_tokenizer(args.tokenizer_path)
     job.key.append(tokenizer_hash(tokenizer))
     if not job.is_done():
-        pipeline.measure(job, tokenizer, args.top, plot_lengths)
+        pipeline.measure(job, tokenizer, args.top, plot_lengths, args.skip_bad_rows)
     manifest = json.loads(job.manifest.read_text(encoding="utf-8"))
-    print_figures(manifest["figures"])
-    console.print(f"{job.outputs[0]}: the lengths; {job.manifest}: the figures", highlight=False)
+    print_statistics(manifest["statistics"])
+    print_bad_rows(manifest)
+    console.print(f"{job.outputs[0]}: the plot; {job.manifest}: the numbers", highlight=False)
     return manifest
 
 
@@ -316,20 +334,25 @@ def print_counts(manifest: dict[str, Any]) -> None:
     print(f"{manifest['seconds']:.1f} s; most memory: {memory}")
 
 
-def print_figures(figures: dict[str, Any]) -> None:
+def print_bad_rows(manifest: dict[str, Any]) -> None:
+    if manifest["bad_rows"]["count"]:
+        print(BadRows(**manifest["bad_rows"]))
+
+
+def print_statistics(summary: dict[str, Any]) -> None:
     table = Table("language", "rows", "tokens", "MB", "characters a token", "bytes a token")
-    for language, of in figures["languages"].items():
+    for language, of in summary["languages"].items():
         numbers = (of["characters_per_token"], of["bytes_per_token"])
         row = (f"{of['rows']:,}", f"{of['tokens']:,}", f"{of['megabytes']:,}", *map(str, numbers))
         table.add_row(language, *row, style="bold" if language == "all" else "")
     console.print(table)
-    lengths = ", ".join(f"{name} {count:,}" for name, count in figures["tokens_a_row"].items())
-    print(f"tokens a row: {lengths}; trained in all: {figures['tokens_trained']:,}")
+    lengths = ", ".join(f"{name} {count:,}" for name, count in summary["tokens_a_row"].items())
+    print(f"tokens a row: {lengths}; trained in all: {summary['tokens_trained']:,}")
     print(
-        f"zlib makes it {figures['zlib_ratio']} times smaller; exact duplicates: "
-        f"{figures['exact_duplicates']:,} rows, {figures['share_of_duplicates']:.2%}"
+        f"zlib makes it {summary['zlib_ratio']} times smaller; exact duplicates: "
+        f"{summary['exact_duplicates']:,} rows, {summary['share_of_duplicates']:.2%}"
     )
-    for each in figures["most_frequent"]:
+    for each in summary["most_frequent"]:
         print(f"  {each['times']} times: {each['text'][:90]!r}")
 
 
@@ -337,7 +360,7 @@ def plot_lengths(records: np.ndarray, path: Path) -> None:
     """Histograms of the row lengths by language: of rows, and of the tokens in them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     edges = np.geomspace(1, max(2, records["tokens"].max()) * 1.01, 50)
-    for number, language in enumerate(statistics.LANGUAGES):
+    for number, language in enumerate(LANGUAGES):
         tokens = records["tokens"][records["language"] == number]
         if len(tokens):
             left.hist(tokens, edges, histtype="step", label=language)

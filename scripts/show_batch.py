@@ -25,12 +25,13 @@ STAGE_OF = {"text": "pretrain", "conversations": "full_sft", "preferences": "pre
 class Args:
     data_path: list[str] = option(
         [],
-        "JSONL file(s), .jsonl or .jsonl.gz; default: as for pretraining, SFT or DPO",
+        "JSONL file(s), .jsonl, .jsonl.gz or .json; default: as for pretraining, SFT or DPO",
         check=check_file,
     )
     kind: Literal["text", "conversations", "preferences"] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
     rows: int = option(1, "number of sequences to show", at_least=1)
     first: int = option(0, "index of the first sequence to show", at_least=0)
     max_seq_len: int = option(128, "length of a sequence, in tokens", at_least=2)
@@ -60,7 +61,9 @@ from model.weights import load_tokenizer
 
 def main(args: Args) -> None:
     tokenizer = load_tokenizer(args.tokenizer_path)
-    documents = load_documents(args.data_path, args.kind, tokenizer)
+    documents = load_documents(
+        args.data_path, args.kind, tokenizer, skip_bad_rows=args.skip_bad_rows
+    )
     sequences = PackedDataset(documents, args.max_seq_len, packing=args.packing)
     indices = range(args.first, min(args.first + args.rows, len(sequences)))
     if not indices:

@@ -15,8 +15,8 @@ counting is what this script does itself:
 3. A document counts as often as the weights of its file, its language and its content say.
 4. `tokenizers` learns the merges from the counted pre-tokens.
 
-Rows may be {"text": …}, {"conversations": […]} or {"chosen": […], "rejected": […]}, in .jsonl or
-.jsonl.gz; any other file is plain text.
+Rows may be {"text": …}, {"conversations": […]} or {"chosen": […], "rejected": […]}, in .jsonl,
+.jsonl.gz or .json; any other file is plain text.
 
 The tokenizer in model/ was trained by this command, on a permissively licensed corpus (medicine,
 classical history, school arithmetic and reading tasks count little, since a chat is not like them)
@@ -39,9 +39,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.jsonl import Row, check_file, error_at, open_data, parse_row
+from dataset.jsonl import check_file
 from dataset.released import data_option, resolve_data_path
-from dataset.text import count_chinese, is_chinese
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT, ROOT
@@ -61,6 +60,7 @@ class Args:
     vocab_size: int = option(6400, "size of the vocabulary")
     output_dir: str = option(str(OUT / "tokenizer"), "folder that tokenizer.json is written to")
     eval_path: list[str] = option([], "files to measure the compression on too", check=check_file)
+    skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
 
     def check_files(self) -> None:
         resolve_data_path(self)
@@ -76,6 +76,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tqdm import tqdm
 
 from dataset.chat import TAGS
+from dataset.encoding import check_messages
+from dataset.forms.files import open_lines, open_text
+from dataset.forms.rows import as_pair, as_prompt, is_pair
+from dataset.jsonl import BadRows, Row, error_at, parse_row
+from dataset.text import LANGUAGES, is_chinese, language_of
 from model.weights import atomic_write, write_json
 
 TEMPLATE = ROOT / "dataset" / "chat_template.jinja"
@@ -111,13 +116,17 @@ def main(args: Args) -> dict[str, dict[str, float]]:
             f"256 bytes and the {len(CONTROL)} control tokens"
         )
 
-    counts, held_out = count_pretokens(files, args)
+    bad_rows = BadRows() if args.skip_bad_rows else None
+    counts, held_out = count_pretokens(files, args, bad_rows)
     tokenizer = train(counts, args.vocab_size)
     save(tokenizer, Path(args.output_dir))
 
     measured = {"held out": measure(tokenizer, held_out)}
     for file in eval_files:
-        measured[file.name] = measure(tokenizer, (each.chat for each in read_documents([file])))
+        documents = read_documents([file], bad_rows)
+        measured[file.name] = measure(tokenizer, (document.chat for document in documents))
+    if bad_rows and bad_rows.count:
+        print(bad_rows)
     print(f"{tokenizer.get_vocab_size()} tokens in {args.output_dir}; characters per token:")
     for name, result in measured.items():
         print(f"  {name:24}", *(f"{language} {value:.3f}" for language, value in result.items()))
@@ -136,38 +145,46 @@ class Document:
     chat: list[str]  # those of user and assistant
 
 
-def read_documents(files: list[Path]) -> Iterator[Document]:
-    """The documents of all files, with a progress bar in bytes."""
+def read_documents(files: list[Path], bad_rows: BadRows | None = None) -> Iterator[Document]:
+    """The documents of all files, with a progress bar in bytes. `bad_rows` counts the rows that are
+    none, which are then left out."""
     size = sum(file.stat().st_size for file in files)
     done = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", leave=False) as bar:
         for number, file in enumerate(files):
-            name = file.name.removesuffix(".gz")
-            read = read_json_lines if name.endswith((".jsonl", ".json")) else read_plain_text
-            with open_data(file) as (raw, lines):
-                for texts, chat in read(file, lines):
-                    yield Document(number, texts, chat)
-                    bar.update(done + raw.tell() - bar.n)
+            is_json = file.name.removesuffix(".gz").endswith((".jsonl", ".json", ".ndjson"))
+            if is_json:
+                with open_lines(file) as (raw, lines):
+                    for texts, chat in read_json_lines(file, lines, bad_rows):
+                        yield Document(number, texts, chat)
+                        bar.update(done + raw.tell() - bar.n)
+            else:
+                with open_text(file, newline="\n") as (raw, lines):
+                    for texts, chat in read_plain_text(lines):
+                        yield Document(number, texts, chat)
+                        bar.update(done + raw.tell() - bar.n)
             done += file.stat().st_size
 
 
-def read_json_lines(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
+def read_json_lines(
+    file: Path, lines: Iterable[bytes], bad_rows: BadRows | None
+) -> Iterator[tuple[list[str], list[str]]]:
     """(all texts, those of user and assistant) of each line."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            with error_at(file, number):
-                texts = texts_of(parse_row(line))
-            yield texts
+            with error_at(file, number, bad_rows):
+                yield texts_of(parse_row(line))
 
 
 def texts_of(row: Row) -> tuple[list[str], list[str]]:
     """All texts of a row, and those of user and assistant."""
     if isinstance(row.get("text"), str):
         return [row["text"]], [row["text"]]
-    lists = [row[key] for key in ("conversations", "chosen", "rejected") if key in row]
-    messages = [m for messages in lists if isinstance(messages, list) for m in messages]
-    if not messages or not all(isinstance(message, dict) for message in messages):
-        raise UserError('has no "text", "conversations", or "chosen" and "rejected"')
+    if is_pair(row):
+        pair = as_pair(row)
+        messages = check_messages([*pair["chosen"], *pair["rejected"]])
+    else:
+        messages = check_messages(as_prompt(row)["conversations"])
     texts = [
         text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
         for message in messages
@@ -178,14 +195,11 @@ def texts_of(row: Row) -> tuple[list[str], list[str]]:
     return texts, [m["content"] for m in speakers if isinstance(m.get("content"), str)]
 
 
-def read_plain_text(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[str], list[str]]]:
+def read_plain_text(lines: Iterable[str]) -> Iterator[tuple[list[str], list[str]]]:
     """Plain text in documents of some thousand characters, split at line breaks."""
     text = ""
-    for number, line in enumerate(lines, start=1):
-        try:
-            text += line.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"line {number} of {file} is not UTF-8 ({error.reason})") from error
+    for line in lines:
+        text += line
         if len(text) > 2000:
             yield [text], [text]
             text = ""
@@ -193,26 +207,19 @@ def read_plain_text(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[list[s
         yield [text], [text]
 
 
-def language(texts: list[str]) -> str:
-    """zh: more than half of the visible characters are Chinese; en: none is; else mixed."""
-    text = "".join(texts)
-    chinese = count_chinese(text)
-    if not chinese:
-        return "en"
-    return "zh" if chinese > len("".join(text.split())) / 2 else "mixed"
-
-
 # -- counting --------------------------------------------------------------------------------------
 
 
-def count_pretokens(files: list[Path], args: Args) -> tuple[Counter[str], list[list[str]]]:
+def count_pretokens(
+    files: list[Path], args: Args, bad_rows: BadRows | None = None
+) -> tuple[Counter[str], list[list[str]]]:
     """The weighted count of each pre-token, and the held-out documents."""
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated").pre_tokenize_str
     weight = document_weights(files, args)
     counts: Counter[str] = Counter()
     held_out: list[list[str]] = []
     sentences: set[int] = set()  # hashes of those that were counted
-    for number, document in enumerate(read_documents(files), start=1):
+    for number, document in enumerate(read_documents(files, bad_rows), start=1):
         if number % HELD_OUT == 0:
             held_out.append(document.chat)
             continue
@@ -334,15 +341,15 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
 
 
 def measure(tokenizer: Tokenizer, documents: Iterable[list[str]]) -> dict[str, float]:
-    """Characters per token, by the documents' `language`."""
+    """Characters per token, by the documents' language."""
     characters: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for texts in documents:
         texts = [text.encode(errors="replace").decode() for text in texts]  # no lone surrogates
-        kind = language(texts)
+        kind = language_of("\n".join(texts))
         characters[kind] += sum(map(len, texts))
         tokens[kind] += sum(len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts))
-    return {kind: characters[kind] / tokens[kind] for kind in ("zh", "en", "mixed") if tokens[kind]}
+    return {kind: characters[kind] / tokens[kind] for kind in LANGUAGES if tokens[kind]}
 
 
 if __name__ == "__main__":

@@ -17,16 +17,17 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import ftfy
 import numpy as np
 
-from dataset.encoding import Message
+from dataset.forms.messages import Message, says_nothing
+from dataset.jsonl import as_line
 from dataset.prepare.resumable import ChunkResult
-from dataset.prepare.sources import RawRow, kind_of, to_row
+from dataset.prepare.sources import MESSAGES, RawRow, kind_of, to_row
 from dataset.prepare.words import hash_ngrams, hash_words, words_of
 from dataset.text import language_of
 from model.errors import UserError
@@ -58,6 +59,7 @@ BOILERPLATE = re.compile(
     | ^\W*(点击(这里|查看|下载|进入|阅读)|返回(首页|顶部)|友情链接|网站地图|阅读原文|广告)
     """
 )
+CHATS = ("conversations", "prompts")  # kinds whose rows have "conversations"
 CONTROL = re.compile(r"<([|｜])\s*([\w▁ .-]{1,40}?)\s*\1>")
 
 
@@ -223,8 +225,14 @@ def masked(name: str, is_real: Callable[[str], bool], counts: Counter, found: re
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[str, Any]:
-    """The cleaned row; changes are added to `counts`. Raises Dropped if it is not kept."""
+def clean_row(
+    row: dict[str, Any], filters: Filters, counts: Counter, prompts: bool = False
+) -> dict[str, Any]:
+    """The cleaned row; changes are added to `counts`. Raises Dropped if it is not kept.
+
+    Args:
+        prompts: for reinforcement learning: the last answer may be empty or lacking.
+    """
 
     def clean(text: str) -> str:
         repaired = repair(text)
@@ -254,27 +262,43 @@ def clean_row(row: dict[str, Any], filters: Filters, counts: Counter) -> dict[st
         counts["changed: boilerplate removed"] += plain != repaired
         check(plain, filters)
         return {**row, "text": mask_and_escape(plain)}
-    names = [name for name in ("conversations", "chosen", "rejected") if name in row]
+    names = [name for name in MESSAGES if name in row]
     cleaned: dict[str, Any] = {
         **row,
         **{name: [clean_message(m) for m in row[name]] for name in names},
     }
     for name in names:
-        answers = [m for m in cleaned[name] if m["role"] == "assistant"]
-        if not answers:
-            raise Dropped("no answer")
-        if not all(m.get("content") or m.get("tool_calls") for m in answers):
-            raise Dropped("empty answer")
+        check_turns(cleaned[name], prompts)
     if "chosen" in row and cleaned["chosen"] == cleaned["rejected"]:
         raise Dropped("chosen is rejected")
     said = "\n".join(m.get("content") or "" for name in names for m in cleaned[name])
     if "chosen" not in row:
+        if prompts:  # a question may be as short as 1+1=?
+            filters = replace(filters, min_chars=1, max_signs=1.0)
+        elif any(m.get("tool_calls") for m in cleaned["conversations"]):  # they are no content
+            filters = replace(filters, min_chars=0)
         check(said, filters)
     else:
         for name in names:
             # each side alone: both together say the prompt twice, which would count as repetition
             check("\n".join(m.get("content") or "" for m in cleaned[name]), filters)
     return cleaned
+
+
+def check_turns(messages: list[Message], prompts: bool) -> None:
+    """Dropped, with the reason, if a question or an answer is lacking."""
+    if prompts:
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]  # the policy writes its own
+        if not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise Dropped("no question")
+        if not messages[-1]["content"]:
+            raise Dropped("empty question")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers and not prompts:
+        raise Dropped("no answer")
+    if any(map(says_nothing, answers)):
+        raise Dropped("empty answer")
 
 
 def each_text(value: Any, change: Callable[[str], str]) -> Any:
@@ -301,9 +325,10 @@ class Cleaner:
     """A chunk of raw rows → JSON lines of the rows that are kept, and of those that are dropped."""
 
     filters: Filters
-    kind: str  # text, conversations or preferences
+    kind: str  # text, conversations, prompts or preferences
     text_field: str = ""
     with_dropped: bool = False
+    drop_keys: tuple[str, ...] = ()
 
     def __call__(self, chunk: list[RawRow]) -> ChunkResult:
         kept, dropped, counts, examples = [], [], Counter(), {}
@@ -311,7 +336,7 @@ class Cleaner:
             counts["rows read"] += 1
             changes = Counter()
             try:
-                row = clean_row(self.read(raw), self.filters, changes)
+                row = clean_row(self.read(raw), self.filters, changes, self.kind == "prompts")
             except Dropped as reason:
                 name = f"dropped: {reason}"
                 counts[name] += 1
@@ -328,13 +353,13 @@ class Cleaner:
 
     def read(self, raw: RawRow) -> dict[str, Any]:
         try:
-            row = to_row(raw, self.text_field)
+            row = to_row(raw, self.text_field, self.kind, self.drop_keys)
         except UserError as error:
             what = re.split(r" ?[(:;]| '", str(error))[0]  # one reason for all that are alike
             raise Dropped(f"unreadable: {what}") from None
         if self.kind == "text":
             row = flattened(row)
-        if kind_of(row) != self.kind:
+        if kind_of(row) != self.kind and not ("conversations" in row and self.kind in CHATS):
             raise Dropped(f"no {self.kind}")
         return row
 
@@ -342,7 +367,3 @@ class Cleaner:
 def shown(raw: RawRow) -> str:
     text = raw.content if isinstance(raw.content, str) else json.dumps(raw.content, default=str)
     return text[:100].strip()
-
-
-def as_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str) + "\n"

@@ -17,6 +17,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -27,7 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from tqdm import tqdm
 
-from dataset.prepare.cleaning import as_line
+from dataset.jsonl import as_line, error_at
 from dataset.prepare.resumable import ChunkResult
 from dataset.prepare.sources import RawRow, read_raw, to_row, whole_text
 from dataset.prepare.words import hash_ngrams, hash_words, words_of
@@ -38,20 +39,46 @@ SHORTEST_QUESTION = 8  # words
 # Bands that miss few near duplicates: a false candidate only costs a comparison. At a threshold of
 # 0.8 and 128 minima they find 87% of pairs of similarity 0.8, and 99.9% of those of 0.9.
 WEIGHTS = (0.1, 0.9)  # of false positives and false negatives
-KEPT, EXACT, NEAR, EVALUATION = range(4)
-REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate", EVALUATION: "in an evaluation file"}
+KEPT, EXACT, NEAR, EVALUATION, BAD = range(5)
+REASONS = {
+    EXACT: "exact duplicate",
+    NEAR: "near duplicate",
+    EVALUATION: "in an evaluation file",
+    BAD: "bad row",
+}
 SHINGLES_PER_UPDATE = 10_000  # hashed at once, in a table of num_perm times as many numbers
 BLOCK = 2**16  # rows of a file that are processed at once
 
 
 def checked_row(raw: RawRow) -> dict:
-    """The row, which must be in one of MiniMind's formats. UserError, with its place, if not."""
+    """As `row_of`, with the row's place in the error."""
+    with error_at(raw.path, raw.number):
+        return row_of(raw)
+
+
+def row_of(raw: RawRow) -> dict:
+    """The row in one of MiniMind's formats; a prompt may have no answer. UserError if it is in
+    none."""
     try:
         return to_row(raw)
     except UserError as error:
-        raise UserError(
-            f"line {raw.number} of {raw.path} {error}; clean makes rows of it"
-        ) from None
+        with suppress(UserError):
+            return to_row(raw, kind="prompts")
+        raise UserError(f"{error}; clean makes rows of it, or leaves it out") from None
+
+
+def rows_or_none(chunk: list[RawRow], skip_bad_rows: bool) -> tuple[list[dict], list[int]]:
+    """The rows, an empty text in place of a bad one, and the places of the bad ones."""
+    rows, is_bad = [], []
+    for number, raw in enumerate(chunk):
+        try:
+            rows.append(checked_row(raw))
+        except UserError:
+            if not skip_bad_rows:
+                raise
+            rows.append({"text": ""})
+            is_bad.append(number)
+    return rows, is_bad
 
 
 def exact_key(text: str) -> bytes:
@@ -121,6 +148,7 @@ class Signer:
     threshold: float
     num_perm: int
     questions: Questions
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         lsh = MinHashLSH(self.threshold, self.num_perm, WEIGHTS)
@@ -128,11 +156,17 @@ class Signer:
         self.empty = MinHash(self.num_perm, hashfunc=int)  # words are already hashed
 
     def __call__(self, chunk: list[RawRow]) -> ChunkResult:
-        texts = [whole_text(checked_row(raw)) for raw in chunk]
+        rows, is_bad = rows_or_none(chunk, self.skip_bad_rows)
+        texts = [whole_text(row) for row in rows]
         words = [hash_words(words_of(text)) for text in texts]
         leaks = np.array([self.questions.occur_in(some) for some in words], np.uint8)
+        leaks[is_bad] = BAD
         signatures = np.stack([self.signature(some) for some in words])
-        keys = b"".join(map(exact_key, texts))
+        # the same question with another truth is another row
+        truths = (str(row.get("answer", row.get("gt")) or "") for row in rows)
+        keys = b"".join(
+            exact_key(f"{text}\n{truth}") for text, truth in zip(texts, truths, strict=True)
+        )
         outputs = [
             keys,
             leaks.tobytes(),
@@ -184,8 +218,8 @@ class Signatures:
 
     def decide(self, near: bool = True) -> np.ndarray:
         """[rows] uint8: KEPT, EXACT, NEAR (only if `near`) or EVALUATION."""
-        decision = np.where(np.fromfile(self.folder / "leaks", np.uint8) > 0, EVALUATION, KEPT)
-        decision = decision.astype(np.uint8)
+        leaks = np.fromfile(self.folder / "leaks", np.uint8)
+        decision = np.select([leaks == BAD, leaks > 0], [BAD, EVALUATION], KEPT).astype(np.uint8)
         self.find_exact(decision)
         if near:
             self.find_near(decision)
@@ -278,7 +312,8 @@ class Selector:
             examples.setdefault(name, []).append(f"{raw.place()}: {line[:100].strip()}")
             if self.with_dropped:
                 about = {"file": raw.path, "number": raw.number, "reason": REASONS[decision]}
-                dropped.append(as_line({**about, "row": json.loads(line)}))
+                row = line if decision == BAD else json.loads(line)
+                dropped.append(as_line({**about, "row": row}))
         counts["rows kept"] += len(kept)
         files = [kept, dropped] if self.with_dropped else [kept]
         return ChunkResult(["".join(lines).encode() for lines in files], counts, examples)

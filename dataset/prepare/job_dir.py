@@ -23,8 +23,9 @@ from model.errors import UserError
 from model.weights import write_json
 
 CHUNK_ROWS, CHUNK_SIZE = 500, 2_000_000
-JOB_VERSION = 1  # raise it whenever the same settings give other rows
+JOB_VERSION = 2  # raise it whenever the same settings give other rows
 JSONL = (".jsonl", ".jsonl.gz")
+JSON = (*JSONL, ".ndjson", ".json", ".json.gz")
 
 
 @dataclass
@@ -105,7 +106,7 @@ class JobDir:
         size_of: Callable[[Any], int] = RawRow.size,
     ):
         """Apply `work` to the rows, in chunks, and append the results to the outputs; a run that
-        was stopped continues. Returns its Progress."""
+        was stopped continues. Returns its JobProgress."""
         chunks = in_chunks(rows, size_of, CHUNK_ROWS, CHUNK_SIZE)
         if any(path.suffix == ".gz" for path in outputs):
             work = Compressed(work, outputs)
@@ -130,7 +131,7 @@ def open_job(
     command: str,
     settings: Any,
     *more_outputs: str,
-    reads: tuple[str, ...] = JSONL,
+    reads: tuple[str, ...] = JSON,
     writes: tuple[str, ...] = JSONL,
 ) -> JobDir:
     """The job of a command, its inputs and outputs checked. UserError if they are not what the

@@ -5,7 +5,6 @@ on the same side in every mixture. The order is that of another hash, which depe
 About 30 bytes a row are in memory; the rows stay on disk.
 """
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.jsonl import decode, error_at, open_data, read_lines
-from dataset.prepare.deduplication import checked_row, exact_key
+from dataset.forms.files import is_plain, open_lines
+from dataset.jsonl import BadRows, decode, error_at, read_lines
+from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import ChunkResult
 from dataset.prepare.sources import RawRow, whole_text
 from model.errors import UserError
@@ -36,25 +36,27 @@ class Index:
         return len(self.key)
 
 
-def decompressed(files: list[Path], folder: Path) -> list[Path]:
-    """The files, those that are .gz decompressed into `folder`."""
+def plain_files(files: list[Path], folder: Path) -> list[Path]:
+    """The files as JSON lines of UTF-8: those that are compressed, a list, or in another encoding
+    are written to `folder`."""
     plain = []
     for number, path in enumerate(files):
-        if path.suffix == ".gz":
-            folder.mkdir(parents=True, exist_ok=True)
-            plain.append(folder / f"{number}.jsonl")
-            with open_data(path) as (_, source), open(plain[-1], "wb") as target:
-                shutil.copyfileobj(source, target, 2**20)
-        else:
+        if is_plain(path):
             plain.append(path)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        plain.append(folder / f"{number}.jsonl")
+        with open_lines(path) as (_, lines), open(plain[-1], "wb") as target:
+            target.writelines(line if line.endswith(b"\n") else line + b"\n" for line in lines)
     return plain
 
 
-def index_rows(files: list[Path], given: list[Path]) -> Index:
+def index_rows(files: list[Path], given: list[Path], bad_rows: BadRows | None = None) -> Index:
     """Read every row once. UserError for a line that is no row of MiniMind's formats.
 
     Args:
-        files: plain JSON lines, decompressed from the `given` files.
+        files: plain JSON lines, made of the `given` files.
+        bad_rows: counts such lines, which are then left out.
     """
     names = [path.name for path in given]
     columns: list[tuple[int, int, int, int]] = []
@@ -71,10 +73,11 @@ def index_rows(files: list[Path], given: list[Path]) -> Index:
         for number, path in enumerate(files):
             start = 0
             for at, line in read_lines(path):
+                row = None
                 if line.strip():
-                    with error_at(given[number], at):
-                        text = decode(line)
-                    row = checked_row(RawRow(str(given[number]), at, text, is_json=True))
+                    with error_at(given[number], at, bad_rows):
+                        row = row_of(RawRow(str(given[number]), at, decode(line), is_json=True))
+                if row is not None:
                     key = int.from_bytes(exact_key(whole_text(row))[:8], "little")
                     columns.append((number, start, len(line), key))
                 start += len(line)
@@ -82,6 +85,8 @@ def index_rows(files: list[Path], given: list[Path]) -> Index:
                 if len(columns) == 50_000:
                     pack()
     pack()
+    if bad_rows:
+        bad_rows.refuse_if_all(len(parts))
     if not parts:
         raise UserError(f"{', '.join(names)} hold no rows")
     return Index(files, names, *(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -137,16 +142,16 @@ def repeats_of_rows(
 
 
 @dataclass
-class Plan:
+class Mixture:
     """The rows of each output, in their order."""
 
     parts: list[np.ndarray]
     val: np.ndarray
 
 
-def plan(
+def draw_mixture(
     index: Index, times: np.ndarray, val_share: float, stages: int, order: str, seed: int
-) -> Plan:
+) -> Mixture:
     """Which rows go into which output.
 
     Args:
@@ -175,7 +180,7 @@ def plan(
             parts = [np.random.default_rng([seed, n]).permutation(p) for n, p in enumerate(parts)]
     val = np.flatnonzero(held_out & (times > 0))
     _, first = np.unique(index.key[val], return_index=True)  # a text is held out once
-    return Plan(parts, val[np.sort(first)])
+    return Mixture(parts, val[np.sort(first)])
 
 
 @dataclass

@@ -41,7 +41,7 @@ class ChunkResult:
 
 
 @dataclass
-class Progress:
+class JobProgress:
     """How far the outputs are written, as the progress file says."""
 
     key: str
@@ -70,7 +70,7 @@ def process(
     progress_file: Path,
     key: Any,
     workers: int = 1,
-) -> Progress:
+) -> JobProgress:
     """Apply `work` to `chunks` and append its results to `outputs`, or continue a stopped run.
 
     Args:
@@ -114,10 +114,10 @@ def process(
     return progress
 
 
-def read_progress(progress_file: Path, key: str, partial: list[Path]) -> Progress:
+def read_progress(progress_file: Path, key: str, partial: list[Path]) -> JobProgress:
     """The recorded progress, if it is of the same work and the files are as long as it says."""
     with suppress(OSError, ValueError, TypeError):
-        progress = Progress(**json.loads(progress_file.read_text(encoding="utf-8")))
+        progress = JobProgress(**json.loads(progress_file.read_text(encoding="utf-8")))
         whole = progress.finished or all(
             path.stat().st_size >= size for path, size in zip(partial, progress.sizes, strict=True)
         )
@@ -125,10 +125,10 @@ def read_progress(progress_file: Path, key: str, partial: list[Path]) -> Progres
             return rename_finished(progress, partial)
     for path in partial:
         path.unlink(missing_ok=True)
-    return Progress(key)
+    return JobProgress(key)
 
 
-def rename_finished(progress: Progress, partial: list[Path]) -> Progress:
+def rename_finished(progress: JobProgress, partial: list[Path]) -> JobProgress:
     """A run that was killed while it renamed has some outputs in place and others not."""
     for path in partial:
         if progress.finished and path.exists():

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dataset.encoding import SEGMENTERS, Segments, encode_segments
-from dataset.prepare.deduplication import checked_row, exact_key
+from dataset.encoding import SEGMENTERS, Segments, chat_segments, encode_segments
+from dataset.jsonl import BadRows, error_at
+from dataset.prepare.deduplication import exact_key, row_of
 from dataset.prepare.resumable import ChunkResult
 from dataset.prepare.sources import RawRow, kind_of, whole_text
-from dataset.text import language_of
-from model.errors import UserError
+from dataset.text import LANGUAGES, language_of
 
-LANGUAGES = ("zh", "en", "other", "none")
+BAD = 255  # the language of a row that is left out
 RECORD = np.dtype([("key", "<u8"), ("tokens", "<u4"), ("label_tokens", "<u4"), ("language", "u1")])
 
 
@@ -25,24 +25,27 @@ class RowMeasurer:
     """A chunk of rows → a record of each row, and sums."""
 
     tokenizer: PreTrainedTokenizerBase
+    skip_bad_rows: bool = False
 
     def __call__(self, chunk: list[RawRow]) -> ChunkResult:
-        rows = [checked_row(raw) for raw in chunk]
-        texts = [whole_text(row) for row in rows]
+        rows: dict[int, dict[str, Any]] = {}
         segments, owner = [], []
-        for number, (raw, row) in enumerate(zip(chunk, rows, strict=True)):
-            try:
+        bad_rows = BadRows() if self.skip_bad_rows else None
+        for number, raw in enumerate(chunk):
+            with error_at(raw.path, raw.number, bad_rows):
+                row = row_of(raw)
                 sides = documents_of(self.tokenizer, row)
-            except UserError as error:
-                raise UserError(f"line {raw.number} of {raw.path} {error}") from None
-            segments += sides
-            owner += [number] * len(sides)
+                rows[number] = row
+                segments += sides
+                owner += [number] * len(sides)
+        texts = [whole_text(row) for row in rows.values()]
         records = np.zeros(len(chunk), RECORD)
+        records["language"] = BAD
         for number, encoded in zip(owner, encode_segments(self.tokenizer, segments), strict=True):
             records["tokens"][number] += len(encoded.ids)
             records["label_tokens"][number] += sum(encoded.loss_mask)
-        counts = Counter({"rows": len(chunk)})
-        for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        counts = Counter({"rows": len(rows)})
+        for (number, row), text in zip(rows.items(), texts, strict=True):
             records["key"][number] = int.from_bytes(exact_key(text)[:8], "little")
             language = language_of(text)
             records["language"][number] = LANGUAGES.index(language)
@@ -54,13 +57,21 @@ class RowMeasurer:
             counts[f"rows: {language}"] += 1
             counts[f"kind: {kind_of(row)}"] += 1
         counts["bytes compressed"] = len(zlib.compress("\n".join(texts).encode()))
-        return ChunkResult([records.tobytes()], counts)
+        counts["bad rows"] = len(chunk) - len(rows)
+        examples = {"bad rows": bad_rows.examples} if bad_rows and bad_rows.count else {}
+        return ChunkResult([records.tobytes()], counts, examples)
 
 
 def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Segments]:
-    """The documents that the trainers make of a row: one, or two of a preference pair."""
-    if kind_of(row) == "text":
+    """The documents that the trainers make of a row: one, or two of a preference pair; of a prompt,
+    what the policy is given."""
+    kind = kind_of(row)
+    if kind == "text":
         found = [SEGMENTERS["text"](tokenizer, row)]
+    elif kind == "prompts":
+        messages = row["conversations"]
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        found = [chat_segments(tokenizer, asked, True, {})]
     else:
         sides = [row[n] for n in ("conversations", "chosen", "rejected") if n in row]
         found = [SEGMENTERS["conversations"](tokenizer, {"conversations": side}) for side in sides]
@@ -68,7 +79,7 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> lis
 
 
 def summary(records: np.ndarray, counts: dict[str, int]) -> dict[str, Any]:
-    """The figures, by language and in total."""
+    """The statistics, by language and in total."""
     tokens = records["tokens"]
     percent = (5, 25, 50, 75, 95, 99)
     by_language = {}

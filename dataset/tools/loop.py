@@ -38,8 +38,9 @@ from dataset.encoding import (
     ends_in_thought,
     parse_tool_fields,
 )
+from dataset.forms.rows import as_prompt
 from dataset.grading import Truth, final_answer, read_truth
-from dataset.jsonl import check_file, error_at, read_rows
+from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.reply_parser import Reply, parse_reply
 from dataset.tools import MAX_TURNS
 from dataset.tools.call import Result, Schema, call_tool, can_run, parameters_of, tool_name
@@ -95,7 +96,8 @@ def parse_task(row: dict[str, Any]) -> Task:
     Raises:
         UserError: it is no conversation, has no question, or no place for an answer.
     """
-    messages = [parse_tool_fields(message) for message in check_messages(row.get("conversations"))]
+    row = as_prompt(row)
+    messages = [parse_tool_fields(message) for message in check_messages(row["conversations"])]
     questions = [n for n, message in enumerate(messages) if message["role"] == "user"]
     if not questions:
         raise UserError("has no question: there is no user message")
@@ -136,16 +138,21 @@ def plain_call(call: dict[str, Any]) -> Call:
     return {"name": call["name"], "arguments": arguments}
 
 
-def read_tasks(path: str | Path) -> list[Task]:
+def read_tasks(path: str | Path, bad_rows: BadRows | None = None) -> list[Task]:
     """The tasks of a JSONL file.
+
+    Args:
+        bad_rows: counts the rows that are no task, which are then left out.
 
     Raises:
         UserError: names the line that is none.
     """
     tasks = []
-    for number, row in read_rows(check_file(path)):
-        with error_at(path, number):
+    for number, row in read_rows(check_file(path), bad_rows):
+        with error_at(path, number, bad_rows):
             tasks.append(parse_task(row))
+    if bad_rows:
+        bad_rows.refuse_if_all(len(tasks))
     if not tasks:
         raise UserError(f"{path} holds no tasks")
     return tasks

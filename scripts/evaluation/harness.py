@@ -3,7 +3,6 @@ The command is scripts/eval_benchmark.py.
 """
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -22,6 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.jsonl import load_rows
 from model.errors import UserError
 from model.inference.engine import Engine, Request
 from model.inference.sampling import SamplingParams
@@ -142,8 +142,11 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
     if file.suffix == ".parquet":
         yield from pyarrow.parquet.read_table(file).to_pylist()
         return
-    with open(file, encoding="utf-8-sig", newline="") as lines:
-        rows = list(csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, lines))
+    if file.suffix == ".csv":
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            rows = list(csv.DictReader(lines))
+    else:
+        rows = load_rows(file)
     labels = file.with_name(f"{file.stem}-labels.lst")  # PIQA's answers
     if labels.exists():
         answers = labels.read_text(encoding="utf-8").split()

@@ -16,6 +16,7 @@ from chats import (
 )
 
 from dataset import lm_dataset
+from dataset.forms.messages import answered_part
 from dataset.jsonl import read_chunks
 from dataset.lm_dataset import (
     encode_chat,
@@ -74,7 +75,7 @@ def test_conversations_are_encoded_with_their_mask(tmp_path, tokenizer):
     path.write_text("\n".join(json.dumps(row) for row in rows))
     documents = load_documents(path, "conversations", tokenizer)
     for row, messages in zip(documents, CONVERSATIONS.values(), strict=True):
-        expected = encode_chat(tokenizer, messages)
+        expected = encode_chat(tokenizer, answered_part(messages))
         assert row["input_ids"].tolist() == expected.ids
         assert row["loss_mask"].tolist() == expected.loss_mask
 
@@ -172,11 +173,11 @@ BAD_CHATS = {
     "no list": (b'{"conversations": {"role": "user"}}', 'has no "conversations"'),
     "no message": (b'{"conversations": ["hi"]}', 'a message without a "role"'),
     "no role": (chat({"content": "a"}), 'a message without a "role"'),
-    "unknown role": (chat({"role": "human", "content": "a"}), "the unknown role 'human'"),
+    "unknown role": (chat({"role": "judge", "content": "a"}), "the unknown role 'judge'"),
     "role no string": (chat({"role": ["user"], "content": "a"}), "the unknown role"),
     "no assistant turn": (chat(user("a")), "has no assistant turn"),
-    "content a number": (chat(user(3), assistant("b")), 'user message whose "content" is no text'),
-    "content null": (chat(user("a"), assistant(None)), 'assistant message whose "content"'),
+    "content a number": (chat(user(3.5), assistant("b")), 'message whose "content" is no text'),
+    "content null": (chat(user(None), assistant("b")), 'user message whose "content"'),
     "no content": (chat({"role": "user"}, assistant("b")), 'user message whose "content"'),
     "calls a number": (
         chat(user("a"), assistant("", tool_calls=5)),
@@ -231,6 +232,60 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, kind, row, com
     assert str(caught.value).startswith(f"line 3 of {path} ")
     assert "\n" not in str(caught.value)
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_rows_can_be_left_out(tmp_path, tokenizer, workers, monkeypatch):
+    monkeypatch.setattr(lm_dataset, "MIN_BYTES_FOR_WORKERS", 0)
+    path, said = tmp_path / "data.jsonl", []
+    rows = [line("one"), b"{", b'{"txt": 1}\n', line("two"), b"[3]\n", line(""), line("three")]
+    path.write_bytes(b"".join(row.strip() + b"\n" for row in rows))
+    skip = {"skip_bad_rows": True, "report": said.append, "workers": workers}
+    documents = load_documents(path, "text", tokenizer, **skip)
+    assert texts(documents, tokenizer) == ["one", "two", "three"]
+    empty, bad = said
+    assert "empty: 1" in empty
+    assert bad.startswith("3 bad rows are left out")
+    assert [int(n) for n in re.findall(r"line (\d+) of", bad)] == [2, 3, 5]
+    load_documents(path, "text", tokenizer, **skip)
+    assert said[2:] == said[:2]  # told again when the tokens come from the cache
+    with pytest.raises(UserError, match="line 2 of"):  # another key of the cache
+        load_documents(path, "text", tokenizer)
+    clean = tmp_path / "clean.jsonl"
+    clean.write_bytes(line("one") + line("two") + line("three"))
+    same = load_documents(clean, "text", tokenizer)
+    assert same.info.description == documents.info.description
+
+
+def test_bad_rows_alone_are_an_error(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"{]\n[1]\n")
+    with pytest.raises(UserError, match=r"all 2 rows are bad; line 1 of .*data\.jsonl is not JSON"):
+        load_documents(path, "text", tokenizer, skip_bad_rows=True)
+
+
+def test_each_file_must_train_something(tmp_path, tokenizer, monkeypatch):
+    good, prompts = tmp_path / "good.jsonl", tmp_path / "prompts.jsonl"
+    good.write_bytes(chat(user("a"), assistant("b")))
+    prompts.write_bytes(chat(user("a"), assistant("")))
+    with pytest.raises(
+        UserError, match=r"prompts\.jsonl has no answer to train on: all 1 are empty"
+    ):
+        load_documents([good, prompts], "conversations", tokenizer)
+    first = lambda tokenizer, row: [("a", True), (row["text"], False)]  # noqa: E731
+    monkeypatch.setitem(lm_dataset.SEGMENTERS, "text", first)  # nothing predicts a first token
+    good.write_bytes(line("b"))
+    with pytest.raises(UserError, match="1 documents and no token that carries loss"):
+        load_documents(good, "text", tokenizer)
+
+
+def test_an_empty_last_answer_is_not_learnt(tmp_path, tokenizer):
+    path, said = tmp_path / "data.jsonl", []
+    turns = [user("a"), assistant("b"), user("c")]
+    path.write_bytes(chat(*turns, assistant("")) + b"\n" + chat(user("a"), assistant(None)) + b"\n")
+    (document,) = load_documents(path, "conversations", tokenizer, report=said.append)
+    assert document["input_ids"].tolist() == encode_chat(tokenizer, turns).ids
+    assert said == [f"{path}: rows left out because their text or answer is empty: 1"]
 
 
 def damaged(flip: int) -> bytes:

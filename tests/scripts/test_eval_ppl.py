@@ -64,7 +64,7 @@ def test_parts_add_up(data, save, tmp_path):
     assert {name: part["documents"] for name, part in report["languages"].items()} == {
         "en": 2,
         "zh": 1,
-        "other": 1,
+        "none": 1,
     }
     assert [*report["lengths"]] == ["8-15", "16-31", "256-511"]
     for kind in ("languages", "lengths"):
@@ -100,9 +100,9 @@ def test_other_files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"words": 1}\n', "line 2 of .*a.jsonl is neither"),
-        ("a.jsonl", b"[1]\n", "line 1 of .*a.jsonl is no JSON object"),
-        ("a.txt", b"\xff\xff", "cannot be read as text"),
+        ("a.jsonl", b'{"text": "a"}\n{"words": 1}\n', "line 2 of .*a.jsonl is no .*text"),
+        ("a.jsonl", b"[1]\n", "value 1 of .*a.jsonl is no JSON object"),
+        ("a.txt", b"\xff\xff", "a.txt is not UTF-8"),
         ("a.txt", b"", "contains no text"),
         ("a.jsonl.gz", b"no gzip", "no gzip file"),
         ("none/a.txt", None, "there is no file"),

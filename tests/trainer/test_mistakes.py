@@ -199,7 +199,7 @@ MISTAKES = {
     "other keys": (third_line('{"content": "a"}'), 'line 3 of .*bad.jsonl has no "'),
     "an LFS pointer": (
         data("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"),
-        "line 1 of .*bad.jsonl is not JSON",
+        "bad.jsonl is a pointer of Git LFS, not the file; `git lfs pull`",
     ),
     "no gzip file": (data("{}", "bad.jsonl.gz"), "bad.jsonl.gz is damaged, or no gzip file"),
     "half a gzip file": (
@@ -211,7 +211,7 @@ MISTAKES = {
             **data(Path(train.data).read_text().split("\n")[0])(train),
             "val_share": 0.5,
         },
-        "one document only; hold nothing out with --val_share 0",
+        r"all (documents|pairs) of the data \(1\).* hold nothing out with --val_share 0",
     ),
     # weights
     "a stage not trained": (given(from_weight="dpo"), "no weights .*dpo_32.pth; train that stage"),
@@ -290,8 +290,8 @@ IN_CONVERSATIONS = {
     "text instead": (third_line('{"text": "a"}'), 'has no "conversations"'),
     "no messages": (messages(), 'has no "conversations"'),
     "no assistant turn": (messages(("user", "hi")), "line 3 of .*bad.jsonl has no assistant turn"),
-    "an unknown role": (messages(("human", "hi")), "unknown role 'human'; known: system, user"),
-    "a number as content": (messages(("user", 3), ("assistant", "a")), '"content" is no text'),
+    "an unknown role": (messages(("judge", "hi")), "unknown role 'judge'; known: user, human"),
+    "a number as content": (messages(("user", 3.5), ("assistant", "a")), '"content" is no text'),
     "no role": (
         third_line('{"conversations": [{"content": "a"}]}'),
         'has a message without a "role"',

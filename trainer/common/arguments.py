@@ -70,6 +70,13 @@ class TrainArgs:
     )
     max_seq_len: int = option(512, "tokens of a packed sequence", group=DATA, at_least=2)
     packing: bool = option(True, "several documents share a sequence; 0: one, padded", group=DATA)
+    skip_bad_rows: bool = option(
+        False,
+        "leave bad rows out and report them; 0: the first is an error",
+        group=DATA,
+        may_differ=True,
+        pinned=False,
+    )
     num_workers: int = option(
         1, "processes that prepare batches", group=DATA, may_differ=True, pinned=False, at_least=0
     )
@@ -363,5 +370,5 @@ class ConversationArgs(SampleArgs):
     """For trainers whose rows are conversations, of which some may have thoughts."""
 
     empty_think_ratio: float = option(
-        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+        1.0, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
     )

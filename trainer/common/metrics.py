@@ -1,7 +1,6 @@
 """The log of a run: metrics accumulated between log lines, metrics.jsonl, the progress bar and the
 tracker."""
 
-import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset.jsonl import as_line
 from model.model_minimind import MiniMindConfig
 from model.weights import atomic_write
 from trainer.common import hardware
@@ -219,10 +219,6 @@ def mean_of(metric: Metric) -> float:
     """A metric that one rank knows whole; NaN if it counts nothing."""
     total, count = metric
     return float(total) / count if count else math.nan
-
-
-def as_line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def finite(number: float) -> float | None:

@@ -4,7 +4,8 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,10 +43,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         model = MiniMindForCausalLM(config)
     else:
         path = args.initial_weights()
-        with warnings.catch_warnings():  # of an unknown tokenizer, which is an error here
-            warnings.filterwarnings("ignore", ".*does not say which tokenizer")
-            model = load_model(path, tokenizer=tokenizer, **sizes)
-        require_tokenizer(path, args.tokenizer_path)
+        model = load_for_training(path, args, tokenizer, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
@@ -61,6 +59,18 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int]
         "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def load_for_training(
+    path: Path, args: TrainArgs, tokenizer: PreTrainedTokenizerBase, **overrides: Any
+) -> MiniMindForCausalLM:
+    """The model in a .pth or folder. UserError as from `load_model`, and if nothing says which
+    tokenizer it was trained with, of which a chat is only warned."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not say which tokenizer")
+        model = load_model(path, tokenizer=tokenizer, **overrides)
+    require_tokenizer(path, args.tokenizer_path)
+    return model
 
 
 def add_lora_if_asked(args: OptionalLoraArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:
@@ -144,14 +154,20 @@ def load_split(
             f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
             "tokenizer_config.json, or leave --tokenizer_path away"
         )
-    options = dict(empty_think_ratio=use_empty_thoughts(ctx, tokenizer))
-    documents = load_documents(args.data_path, kind, tokenizer, **options)
-    val_documents = None
-    if args.val_path:
-        val_documents = load_documents(args.val_path, kind, tokenizer, **options)
+    load = partial(
+        load_documents,
+        kind=kind,
+        tokenizer=tokenizer,
+        empty_think_ratio=use_empty_thoughts(ctx, tokenizer),
+        skip_bad_rows=args.skip_bad_rows,
+        report=ctx.print,
+    )
+    documents = load(args.data_path)
+    val_documents = load(args.val_path) if args.val_path else None
     each = 2 if kind == "preferences" else 1
     val_count = None if val_documents is None else len(val_documents) // each
-    train_indices, val_indices = split_held_out(args, len(documents) // each, val_count)
+    unit = "pairs" if kind == "preferences" else "documents"
+    train_indices, val_indices = split_held_out(args, len(documents) // each, val_count, unit)
     return documents, train_indices, val_documents or documents, val_indices
 
 
@@ -170,18 +186,21 @@ def use_empty_thoughts(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> floa
 
 
 def split_held_out(
-    args: TrainArgs, count: int, val_count: int | None = None
+    args: TrainArgs, count: int, val_count: int | None = None, unit: str = "documents"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices to train on, and held-out ones; the one split of every stage.
 
     Held out are --val_documents of the `val_count` documents of --val_path, or (None) a share of
     the `count` documents of --data_path. The split depends on these numbers alone, so that a later
-    run holds out the same documents.
+    run holds out the same documents. `unit` is their name in the data, for the error.
     """
     order = np.random.default_rng(0).permutation(count)
     held_out = 0 if val_count is not None else math.ceil(count * args.val_share)
     if held_out >= count:
-        raise UserError("the data is one document only; hold nothing out with --val_share 0")
+        raise UserError(
+            f"--val_share {args.val_share:g} holds out all {unit} of the data ({count}), so that "
+            "none is left to train on; hold nothing out with --val_share 0"
+        )
     train_indices, val_indices = np.sort(order[held_out:]), order[:held_out]
     if val_count is not None:
         val_indices = np.random.default_rng(0).permutation(val_count)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dataset.forms.rows import as_prompt
 from dataset.grading import Truth, read_truth
-from dataset.jsonl import check_file, error_at, read_rows
+from dataset.jsonl import BadRows, check_file, error_at, read_rows
 from dataset.lm_dataset import Message, check_messages, encode_chat
 from dataset.tools.loop import Task
 from model.errors import UserError
@@ -152,7 +153,7 @@ def read_prompts(
     if args.val_path:
         val_prompts = load_prompts(ctx, tokenizer, args.val_path, can_score, parse)
     val_count = None if val_prompts is None else len(val_prompts)
-    train_indices, val_indices = split_held_out(args, len(prompts), val_count)
+    train_indices, val_indices = split_held_out(args, len(prompts), val_count, "prompts")
     max_tokens = args.max_seq_len + args.max_gen_len
     train_data = PromptDataset([prompts[n] for n in train_indices], max_tokens)
     if len(val_indices) == 0:
@@ -171,20 +172,24 @@ def load_prompts(
     prompts: list[Prompt] = []
     too_long = unscored = 0
     answer_tags = "<answer>" in tokenizer.get_vocab()
+    bad_rows = BadRows() if args.skip_bad_rows else None
     for path in paths:
-        for number, row in read_rows(check_file(path)):
-            with error_at(path, number):
+        for number, row in read_rows(check_file(path), bad_rows):
+            with error_at(path, number, bad_rows):
                 messages, truth, task = (*parse(row), None)[:3]
                 thinking = opens_thought(args, len(prompts))
                 ids = encode_prompt(tokenizer, messages, thinking or args.reasoning)
-            prompt = Prompt(len(prompts), messages, ids, truth, task, thinking, answer_tags)
-            if len(ids) > longest:
-                too_long += 1
-            elif not can_score(prompt):
-                unscored += 1
-            else:
-                prompts.append(prompt)
+                prompt = Prompt(len(prompts), messages, ids, truth, task, thinking, answer_tags)
+                if len(ids) > longest:
+                    too_long += 1
+                elif not can_score(prompt):
+                    unscored += 1
+                else:
+                    prompts.append(prompt)
     total = len(prompts) + too_long + unscored
+    if bad_rows and bad_rows.count:
+        bad_rows.refuse_if_all(total)
+        ctx.print(str(bad_rows))
     if not total:
         raise UserError(f"{', '.join(paths)} holds no prompts")
     if too_long == total:
@@ -229,7 +234,8 @@ def encode_prompt(
 
 def parse_prompt_row(row: dict) -> tuple[list[Message], Truth | None]:
     """A row → its messages up to the last answer, and the truth."""
-    messages = check_messages(row.get("conversations"))
+    row = as_prompt(row)
+    messages = check_messages(row["conversations"])
     tagged = None
     if messages[-1]["role"] == "assistant":
         *messages, last = messages

@@ -9,6 +9,7 @@ from prepare_samples import CHAT, digest, read_rows, sentences, texts, write_lin
 from dataset.prepare import cleaning
 from dataset.prepare.cleaning import Dropped, Filters
 from dataset.text import language_of
+from model.errors import UserError
 from scripts.prepare_data import main
 
 FILTERS = Filters(5, 1000, ["zh", "en"], 0.5, 0.5, mask=True)
@@ -154,3 +155,61 @@ def test_clean_counts_what_it_did(tmp_path):
     }
     assert manifest["inputs"][0]["sha256"] == digest(given)
     assert not list(tmp_path.glob(".*"))
+
+
+# -- prompts for reinforcement learning ------------------------------------------------------------
+
+
+def prompt(question: str, answer: str = "", **truth) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversations": turns, **truth}
+
+
+RLAIF = [prompt(f"Please tell me something about {n}.") for n in ("apples", "pears", "figs")]
+AGENT = [prompt("算算12*12", gt=["144"]), prompt("1+1=?", gt=["2"]), prompt("你好", gt=[])]
+
+
+@pytest.mark.parametrize("to", ["auto", "conversations", "prompts"])
+@pytest.mark.parametrize("rows", [RLAIF, AGENT], ids=["rlaif", "agent_rl"])
+def test_prompts_keep_their_empty_answer_and_their_truth(tmp_path, rows, to, capsys):
+    given, out = (
+        write_lines(tmp_path / "a.jsonl", [{**row, "id": 7} for row in rows]),
+        tmp_path / "o.jsonl",
+    )
+    main(f"clean --input {given} --output {out} --to {to} --workers 1".split())
+    assert read_rows(out) == rows
+    assert "prompts for RL" in capsys.readouterr().out
+
+
+def test_prompts_of_other_tools(tmp_path):
+    rows = [
+        {"prompt": [{"role": "user", "content": "2+5?"}], "solution": "7"},
+        {"question": "2+5?", "answer": "7"},
+        {"messages": [{"role": "user", "content": "2+5?"}], "answer": 7},
+        {"messages": [{"role": "system", "content": "2+5?"}]},
+    ]
+    given, out = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "o.jsonl"
+    manifest = main(f"clean --input {given} --output {out} --to prompts --workers 1".split())
+    asked = [{"role": "user", "content": "2+5?"}]
+    assert read_rows(out) == [
+        {"conversations": asked, "answer": answer} for answer in ("7", "7", 7)
+    ]
+    assert manifest["counts"]["dropped: no question"] == 1
+
+
+def test_an_empty_answer_among_conversations_is_still_dropped(tmp_path):
+    rows = [{"conversations": CHAT}] * 3 + [prompt("What is 2 + 3?")]
+    given, out = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "o.jsonl"
+    manifest = main(f"clean --input {given} --output {out} --workers 1".split())
+    assert read_rows(out) == rows[:3]
+    assert manifest["counts"]["dropped: empty answer"] == 1
+
+
+def test_keys_that_cannot_be_kept_are_named_and_can_be_left_out(tmp_path):
+    weighted = {"messages": [CHAT[0], {**CHAT[1], "weight": 0}], "images": ["a.png"]}
+    given, out = write_lines(tmp_path / "a.jsonl", [weighted]), tmp_path / "o.jsonl"
+    words = f"clean --input {given} --output {out} --to conversations --workers 1".split()
+    with pytest.raises(UserError, match="none of the first rows can be read: line 1 .*weight"):
+        main(words)
+    main([*words, "--drop_keys", "weight", "images"])
+    assert read_rows(out) == [{"conversations": CHAT}]

@@ -143,3 +143,11 @@ def test_duplicates_among_conversations(tmp_path, kind):
 
 def test_pairs_of_texts_differ():  # so that the tests of duplicates mean something
     assert all(jaccard(sentences(a), sentences(b)) < 0.1 for a, b in combinations(range(6), 2))
+
+
+def test_the_same_question_with_another_truth_is_another_row(tmp_path):
+    ask = [{"role": "user", "content": "How much is it?"}, {"role": "assistant", "content": ""}]
+    rows = [{"conversations": ask, "gt": [n]} for n in ("1", "2", "1")]
+    given, out = write_lines(tmp_path / "a.jsonl", rows), tmp_path / "o.jsonl"
+    main(f"dedup --input {given} --output {out} --workers 1".split())
+    assert read_rows(out) == rows[:2]

@@ -1,13 +1,16 @@
 """Mixtures, splits and curricula; statistics against what the trainers read; mistakes."""
 
+import gzip
+import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from prepare_samples import CHAT, CHINESE, sentences, texts, write_lines
+from prepare_samples import CHAT, CHINESE, read_rows, sentences, texts, write_lines
 from toy import text_file
 
-from dataset.lm_dataset import load_documents
+from dataset.lm_dataset import encode_chat, load_documents
 from model.errors import UserError
 from scripts.prepare_data import main
 
@@ -65,40 +68,94 @@ def test_a_curriculum_goes_from_short_to_long(tmp_path):
     assert lengths == sorted(lengths)
 
 
-# -- figures ---------------------------------------------------------------------------------------
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def statistics_of(given: str, folder, flags: str = "") -> dict:
+    words = f"stats --input {given} --output {folder}/a.png --workers 1 {flags}"
+    return main(words.split())["statistics"]
 
 
 def test_stats_counts_what_the_trainers_read(tmp_path, tokenizer, capsys):
     rows = [*(sentences(n, 5 + n) for n in range(20)), CHINESE, CHINESE, CHINESE, "2 + 2 = 4"]
     given = text_file(tmp_path / "a.jsonl", rows)
-    figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
-        "figures"
-    ]
+    found = statistics_of(given, tmp_path)
     documents = load_documents(given, "text", tokenizer)
     lengths = [len(ids) for ids in documents["input_ids"]]
-    everything = figures["languages"]["all"]
+    everything = found["languages"]["all"]
     assert everything["tokens"] == sum(lengths)
-    assert figures["tokens_a_row"]["p50"] == int(np.percentile(lengths, 50))
-    assert figures["tokens_a_row"]["longest"] == max(lengths)
+    assert found["tokens_a_row"]["p50"] == int(np.percentile(lengths, 50))
+    assert found["tokens_a_row"]["longest"] == max(lengths)
     assert everything["bytes_per_token"] == pytest.approx(
         sum(len(text.encode()) for text in rows) / sum(lengths), abs=1e-3
     )
-    rows_of = {language: of["rows"] for language, of in figures["languages"].items()}
+    rows_of = {language: of["rows"] for language, of in found["languages"].items()}
     assert rows_of == {"zh": 3, "en": 20, "none": 1, "all": 24}
-    assert figures["exact_duplicates"] == 2
-    assert figures["most_frequent"] == [{"times": 3, "text": CHINESE}]
+    assert found["exact_duplicates"] == 2
+    assert found["most_frequent"] == [{"times": 3, "text": CHINESE}]
     assert "3 times" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_stats_of_conversations_count_what_is_trained(tmp_path, tokenizer):
     given = write_lines(tmp_path / "a.jsonl", [{"conversations": CHAT}] * 4)
-    figures = main(f"stats --input {given} --output {tmp_path}/a.png --workers 1".split())[
-        "figures"
-    ]
+    found = statistics_of(given, tmp_path)
     documents = load_documents(given, "conversations", tokenizer)
-    assert figures["tokens_trained"] == sum(int(row.sum()) for row in documents["loss_mask"])
-    assert figures["languages"]["all"]["tokens"] == sum(map(len, documents["input_ids"]))
+    assert found["tokens_trained"] == sum(int(row.sum()) for row in documents["loss_mask"])
+    assert found["languages"]["all"]["tokens"] == sum(map(len, documents["input_ids"]))
+
+
+def test_stats_of_prompts_count_what_the_policy_is_given(tmp_path, tokenizer):
+    rows = [{"conversations": [CHAT[0], {"role": "assistant", "content": ""}], "gt": ["5"]}] * 3
+    found = statistics_of(write_lines(tmp_path / "a.jsonl", rows), tmp_path)
+    prompt = encode_chat(tokenizer, CHAT[:1], add_generation_prompt=True).ids
+    assert found["kinds"] == {"prompts": 3} and found["tokens_trained"] == 0
+    assert found["languages"]["all"]["tokens"] == 3 * len(prompt)
+
+
+# -- kinds of files, and bad rows ------------------------------------------------------------------
+
+SOME = [{"text": sentences(n, 20)} for n in range(6)]
+SAME_ROWS = {
+    "a.json": json.dumps(SOME, indent=2).encode(),
+    "a.jsonl": ("\ufeff" + "\r\n\r\n".join(map(json.dumps, SOME))).encode(),
+    "b.jsonl": "\n".join(map(json.dumps, SOME)).encode("utf-16"),
+    "c.jsonl": gzip.compress(json.dumps(SOME).encode()),
+}
+
+
+@pytest.mark.parametrize("command", ["mix --order kept", "dedup"])
+@pytest.mark.parametrize(("name", "content"), SAME_ROWS.items(), ids=SAME_ROWS.keys())
+def test_every_kind_of_json_can_be_mixed_and_deduplicated(tmp_path, command, name, content):
+    (tmp_path / name).write_bytes(content)
+    out = tmp_path / "out.jsonl"
+    main(f"{command} --input {tmp_path / name} --output {out} --workers 1".split())
+    assert read_rows(out) == SOME
+
+
+@pytest.mark.parametrize("command", ["dedup", "mix --order kept", "stats"])
+def test_bad_rows_are_errors_or_left_out(tmp_path, command, capsys):
+    good = [json.dumps(row) for row in SOME]
+    lines = [good[0], "{", *good[1:4], "[1]", '{"foo": 1}', *good[4:], good[5]]
+    given, out = tmp_path / "a.jsonl", tmp_path / ("a.png" if command == "stats" else "o.jsonl")
+    given.write_text("\n".join(lines))
+    words = f"{command} --input {given} --output {out} --workers 1".split()
+    with pytest.raises(UserError, match=rf"line 2 of {re.escape(str(given))} is not JSON"):
+        main(words)
+    manifest = main([*words, "--skip_bad_rows", "1"])
+    told = capsys.readouterr().out
+    if command == "dedup":
+        assert read_rows(out) == SOME
+        assert manifest["counts"]["dropped: bad row"] == 3 and "a.jsonl:2" in told
+    else:
+        assert manifest["bad_rows"]["count"] == 3 and "3 bad rows are left out" in told
+        assert [int(each.split()[1]) for each in manifest["bad_rows"]["examples"]] == [2, 6, 7]
+    if command == "stats":
+        assert manifest["statistics"]["exact_duplicates"] == 1
+        assert manifest["statistics"]["most_frequent"] == [{"times": 2, "text": SOME[5]["text"]}]
+    given.write_text("{\n")
+    with pytest.raises(UserError, match="all 1 rows are bad; .* is not JSON"):
+        main([*words, "--skip_bad_rows", "1", "--force", "1"])
 
 
 # -- mistakes --------------------------------------------------------------------------------------

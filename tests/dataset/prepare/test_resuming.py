@@ -28,13 +28,13 @@ def many(tmp_path, monkeypatch) -> str:
 
 def slowly(words: list[str], seconds: float):
     """The command, which takes its time over each chunk."""
-    write = resumable.Progress.add
+    write = resumable.JobProgress.add
 
     def add(progress, done):
         time.sleep(seconds)
         write(progress, done)
 
-    resumable.Progress.add = add  # in a process of its own
+    resumable.JobProgress.add = add  # in a process of its own
     main(words)
 
 
@@ -76,7 +76,7 @@ def test_killed_at_any_moment_and_gone_on_with(tmp_path, many, command):
     assert len(done) <= MANY // 10 - before + later + 1
     assert digest(out) == digest(whole) or suffix == "png"
     first, second = (json.loads(Path(f"{path}.manifest.json").read_text()) for path in (whole, out))
-    for same in ("counts", "examples", "figures"):
+    for same in ("counts", "examples", "statistics"):
         if command != "mix" or same != "counts":
             assert first.get(same) == second.get(same)
     assert not list(tmp_path.glob(".*"))
