@@ -42,8 +42,8 @@ from trainer.common.arguments import TrainArgs
 @dataclass
 class Args:
     stage: Literal["pretrain", "full_sft"] = option("pretrain", "stage to train")
-    data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz")
-    val_path: str = option("", "held-out documents, in the same format")
+    data_path: str = option("", "JSONL to train on, .jsonl or .jsonl.gz", required=True)
+    val_path: str = option("", "held-out documents, in the same format", required=True)
     from_weight: str = option("", "with --stage full_sft: the initial weights of all")
     long: bool = option(False, "512×8 instead of 256×6")
     size: str = option("", "another size, such as 768x16")
@@ -59,8 +59,6 @@ class Args:
     json: str = option("", "also write the results to this file")
 
     def __post_init__(self) -> None:
-        if not (self.data_path and self.val_path):
-            raise UserError("--data_path and --val_path are required")
         if not re.fullmatch(r"(\d+x\d+)?", self.size):
             raise UserError(f"--size is hidden size x layers, such as 768x16, not {self.size}")
         if self.stage == "full_sft" and not self.from_weight:
@@ -99,8 +97,7 @@ from trainer.common.loop import initial_batch_size
 from trainer.report.forecast import seconds_per_step
 from trainer.report.plots import save_figure
 
-DOCUMENTS = 300  # of the validation file
-ROW = 512
+DOCUMENTS, ROW = 300, 512  # documents of the validation file, tokens of a row
 Curve = list[tuple[float, float]]  # (seconds of training, held-out metric)
 STAGES = {  # stage → trainer, format of the data, metric, label of the metric
     "pretrain": (train_pretrain, "text", "bpb", "bits per byte"),
