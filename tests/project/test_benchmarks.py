@@ -16,6 +16,7 @@ from toy import CHATS, TEXTS, chat_file, saved_teacher, text_file
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import PackedDataset
+from model.command_line import parse_arguments
 from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
@@ -124,13 +125,14 @@ def test_both_sides_of_a_race_are_measured_alike(tmp_path, tokenizer, make_model
     ("wrong", "said"),
     [
         (dict(size="256"), "such as 768x16"),
-        (dict(data_path=""), "are required"),
+        (dict(data_path=""), "--data_path is required"),
         (dict(stage="full_sft"), "--from_weight"),
     ],
 )
 def test_a_race_that_cannot_be_run(wrong, said):
     with pytest.raises(UserError, match=said):
-        speedrun.Args(**{"data_path": "a.jsonl", "val_path": "b.jsonl", **wrong})
+        flags = {"data_path": "a.jsonl", "val_path": "b.jsonl", **wrong}
+        parse_arguments(speedrun.Args, argv=[f"--{name}={value}" for name, value in flags.items()])
 
 
 def test_better_by_more_than_two_standard_errors():
