@@ -93,7 +93,11 @@ def test_facts_that_do_not_hold(shop):
         (shop.logs / "step.log").write_text(text)
         assert found(facts.masked, shop)[0] == holds
     answer = "full_sft_128: 1.0M parameters, cpu\n{}\n[9.9 tokens/s]\n"
-    for text, holds in (("<think>\nhm\n</think>\nThe river.", False), ("The river.", True)):
+    for text, holds in (
+        ("hm\n</think>\nThe river.", False),
+        ("<think>\nhm\n</think>\nThe river.", False),
+        ("The river.", True),
+    ):
         (shop.logs / "step.log").write_text(answer.format(text))
         assert found(facts.answers("The river."), shop)[0] == holds
     (shop.folder / "dpo.jsonl").write_bytes(b"other")
