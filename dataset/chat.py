@@ -225,6 +225,8 @@ def find_spans(
     Args:
         unused: a character that does not occur in it.
     """
+    if not any(message["role"] == "assistant" for message in messages):
+        return
     shape = turn_shape(template.tokenizer, template.text)
     special = added_token_patterns(template.tokenizer).special
     at = 0
