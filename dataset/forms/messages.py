@@ -160,18 +160,18 @@ def as_json(value: Any, name: str) -> Any:
 
 def in_order_of_calls(messages: list[Message]) -> list[Message]:
     """Results of tools in the order of their calls, since templates write no ids."""
-    order: dict[Any, int] = {}
+    order: dict[str, int] = {}
     for at, message in enumerate(messages):
         if message["role"] == "assistant":
             ids = [call.get("id") for call in message.get("tool_calls", [])]
-            order = {identity: n for n, identity in enumerate(ids) if identity is not None}
+            order = {identity: n for n, identity in enumerate(ids) if isinstance(identity, str)}
         elif message["role"] == "tool" and messages[at - 1]["role"] != "tool" and order:
             end = at
             while end < len(messages) and messages[end]["role"] == "tool":
                 end += 1
             results = messages[at:end]
-            if all(result.get("tool_call_id") in order for result in results):
-                messages[at:end] = sorted(results, key=lambda m: order[m["tool_call_id"]])
+            if all(str(result.get("tool_call_id")) in order for result in results):
+                messages[at:end] = sorted(results, key=lambda m: order[str(m["tool_call_id"])])
     return messages
 
 
@@ -212,9 +212,12 @@ def refuse_unread(message: Message) -> None:
 def is_said(value: Any, messages: list[Message]) -> bool:
     """Whether the messages hold this text, or these messages."""
     if isinstance(value, list):
-        return all(is_said(m.get("content", m.get("value")), messages) for m in value)
-    texts = (m.get(name) for m in messages for name in ("content", "reasoning_content"))
-    return isinstance(value, str) and any(value.strip() in (text or "") for text in texts)
+        return all(is_said(item, messages) for item in value)
+    if isinstance(value, dict):  # a message
+        value = value.get("content", value.get("value"))
+    texts = [m.get(name) for m in messages for name in ("content", "reasoning_content")]
+    said = [text for text in texts if isinstance(text, str)]
+    return isinstance(value, str) and any(value.strip() in text for text in said)
 
 
 def says_nothing(message: Message) -> bool:

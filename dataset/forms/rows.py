@@ -58,9 +58,10 @@ def as_conversation(row: Row) -> Row:
     """{"conversations": [messages]}, and the truth for rewards ("answer", "gt") if there is one."""
     name = list_name(row)
     if name:
-        if row.keys() <= {name} and all(map(is_plain, row[name])):  # most rows
-            return row if name == "conversations" else {"conversations": row[name]}
-        messages = messages_of(row[name], f'"{name}"')
+        given = row[name]
+        if len(row) == 1 and isinstance(given, list) and all(map(is_plain, given)):  # most rows
+            return {"conversations": given}
+        messages = messages_of(given, f'"{name}"')
         for other in LISTS:
             if other != name and present(row, other) and messages_of(row[other]) != messages:
                 raise UserError(f'has "{name}" and "{other}", which differ; {leave_out(other)}')
@@ -183,6 +184,8 @@ def text_in(row: Row, name: str) -> str:
 
 def side_messages(given: Any, name: str) -> list[Message]:
     """A completion, or a side of a pair, as messages; it may be given as text or one message."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = str(given)
     if isinstance(given, str) and not MESSAGES_AS_TEXT.match(given):
         return [{"role": "assistant", "content": given}]
     return messages_of([given] if isinstance(given, dict) else given, f'"{name}"')

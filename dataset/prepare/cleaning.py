@@ -273,8 +273,11 @@ def clean_row(
         raise Dropped("chosen is rejected")
     said = "\n".join(m.get("content") or "" for name in names for m in cleaned[name])
     if "chosen" not in row:
-        # a question may be as short as 1+1=?
-        check(said, replace(filters, min_chars=1, max_signs=1.0) if prompts else filters)
+        if prompts:  # a question may be as short as 1+1=?
+            filters = replace(filters, min_chars=1, max_signs=1.0)
+        elif any(m.get("tool_calls") for m in cleaned["conversations"]):  # they are no content
+            filters = replace(filters, min_chars=0)
+        check(said, filters)
     else:
         for name in names:
             # each side alone: both together say the prompt twice, which would count as repetition

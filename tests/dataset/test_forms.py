@@ -1,11 +1,21 @@
 """Rows as other tools write them, and rows that carry what the training cannot express."""
 
 import json
+import random
 
 import pytest
 
 from dataset.encoding import check_messages
-from dataset.forms.rows import as_conversation, as_pair, as_prompt, as_text
+from dataset.forms.rows import (
+    LISTS,
+    MEANINGFUL,
+    SYSTEMS,
+    TOOLS,
+    as_conversation,
+    as_pair,
+    as_prompt,
+    as_text,
+)
 from dataset.grading import read_truth
 from dataset.lm_dataset import encode_chat, load_documents
 from dataset.tools.loop import parse_task
@@ -142,6 +152,7 @@ CONVERSATIONS = {
         {"prompt": "2+5?", "prompt_id": "x", "messages": [ASK, REPLY]},
         [ASK, REPLY],
     ),
+    "a number as the answer": ({"question": "2+5?", "answer": 7}, [ASK, REPLY]),
     "other keys": (
         {
             "id": 3,
@@ -322,6 +333,37 @@ def test_tools_beside_the_messages_are_offered(beside):
     task = parse_task({**beside, "tools": json.dumps([TOOL])})
     assert task.tools == [TOOL] and task.offered == ["thermo"]
     assert task.calls == [CALL] and task.answer == "7"
+
+
+KEYS = [*sorted(MEANINGFUL), *LISTS, *SYSTEMS, *TOOLS, "answer", "gt", "role", "content", "from"]
+KEYS += ["value", "tool_calls", "function_call", "name", "arguments", "type", "reward_model"]
+VALUES = [None, "", "a", "null", "[{", '[{"role": "user"}]', 0, 1, 1.5, True, "user", "assistant"]
+VALUES += ["tool", "function_call", "text", "thinking", '{"name": "f"}', 10**400, [], {}]
+
+
+def random_value(dice: random.Random, depth: int):
+    kind = dice.random() if depth else 0
+    if kind < 0.4:
+        return dice.choice(VALUES)
+    if kind < 0.7:
+        return [random_value(dice, depth - 1) for _ in range(dice.randrange(4))]
+    return {dice.choice(KEYS): random_value(dice, depth - 1) for _ in range(dice.randrange(5))}
+
+
+@pytest.mark.parametrize("read", [as_conversation, as_prompt, as_pair])
+def test_any_row_is_read_or_refused(read):
+    dice, outcomes = random.Random(0), {True: 0, False: 0}
+    for _ in range(3000):
+        row = {key: random_value(dice, 3) for key in dice.sample(KEYS, dice.randrange(5))}
+        try:
+            row = read(row)
+            for name in row.keys() & {"conversations", "chosen", "rejected"}:
+                check_messages(row[name])
+            outcomes[True] += 1
+        except UserError as error:
+            assert "\n" not in str(error)
+            outcomes[False] += 1
+    assert outcomes[False] > 1000
 
 
 def test_a_text_with_a_picture_is_no_text():

@@ -211,7 +211,7 @@ MISTAKES = {
             **data(Path(train.data).read_text().split("\n")[0])(train),
             "val_share": 0.5,
         },
-        r"all documents of the data \(1\).* hold nothing out with --val_share 0",
+        r"all (documents|pairs) of the data \(1\).* hold nothing out with --val_share 0",
     ),
     # weights
     "a stage not trained": (given(from_weight="dpo"), "no weights .*dpo_32.pth; train that stage"),
@@ -291,7 +291,7 @@ IN_CONVERSATIONS = {
     "no messages": (messages(), 'has no "conversations"'),
     "no assistant turn": (messages(("user", "hi")), "line 3 of .*bad.jsonl has no assistant turn"),
     "an unknown role": (messages(("judge", "hi")), "unknown role 'judge'; known: user, human"),
-    "a number as content": (messages(("user", 3), ("assistant", "a")), '"content" is no text'),
+    "a number as content": (messages(("user", 3.5), ("assistant", "a")), '"content" is no text'),
     "no role": (
         third_line('{"conversations": [{"content": "a"}]}'),
         'has a message without a "role"',
