@@ -317,6 +317,15 @@ def find_start(
     return len(prompt) if whole.startswith(prompt) and len(prompt) <= first else None
 
 
+def turns_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template ends an answer with a control token, at which a reply can stop."""
+    try:
+        end = turn_shape(tokenizer, tokenizer.get_chat_template()).end
+    except (UserError, ValueError):  # refused with a plain question alone
+        return True
+    return end in added_token_patterns(tokenizer).special
+
+
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a reply: EOS, and what the chat template ends an assistant's turn with."""
     ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
