@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dataset.forms.files import CLEAN
 from dataset.forms.messages import (
     MEDIA,
     THOUGHTS,
@@ -122,8 +121,8 @@ def as_text(row: Row, field: str = "text") -> str:
     text = row.get(field)
     if not isinstance(text, str):
         raise UserError(
-            f'has no "{field}" (pretraining rows are {{"text": "…"}}); {CLEAN} --to text makes '
-            "them of conversations"
+            f'has no "{field}" (pretraining rows are {{"text": "…"}}); '
+            "`python scripts/prepare_data.py clean --to text` makes them of conversations"
         )
     if len(row) > 1:
         refuse_media(row)
@@ -222,8 +221,8 @@ def with_system_and_tools(row: Row, messages: list[Message]) -> list[Message]:
     for message in rest:
         if isinstance(message, dict) and message.get("tools"):
             raise UserError(
-                f'has "tools" in a {message.get("role")} message; a first system message, or the '
-                "row itself, may offer them"
+                f'has "tools" in a message of the {message.get("role")}; a first system message, '
+                "or the row itself, may offer them"
             )
     return ([head] if head else []) + rest
 
