@@ -124,7 +124,7 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             learned("pretrain"),
         ),
         Step("mask", "scripts/show_batch.py", masked),
-        Step("sft", f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 6", sft_learned),
+        Step("sft", f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 10", sft_learned),
         Step("reward", f"trainer/train_reward.py {CPU} --max_steps 8", learned("reward")),
         Step("dpo", f"trainer/train_dpo.py {CPU} --max_steps 8", learned("dpo", "full_sft")),
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),

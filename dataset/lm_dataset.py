@@ -341,7 +341,8 @@ def encode_chunk_in_worker(encode: ChunkEncoder, chunk: LineChunk) -> EncodedChu
 
 # -- thoughts --------------------------------------------------------------------------------------
 
-THOUGHT = re.compile(rb'"reasoning_content"\s*:\s*"[^"]|<think>')
+# by any of its names (forms/messages.py), or in the content
+THOUGHT = re.compile(rb'"(?:reasoning_content|reasoning|thinking|thought)"\s*:\s*"[^"]|<think>')
 
 
 def has_thoughts(paths: Sequence[str | Path]) -> bool:

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 
 
@@ -39,4 +39,5 @@ def escape_what_cannot_be_shown() -> None:
         (sys.stdin, "replace"),
     ):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            with suppress(io.UnsupportedOperation):  # stdin, once something has been read
+                stream.reconfigure(errors=errors)

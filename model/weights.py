@@ -217,6 +217,9 @@ def resolve_config(
     info = read_info(path)
     heads = overrides.get("num_attention_heads", 8)
     known = info["config"] if info else config_from_shapes(state, path, heads)
+    if info is None and tokenizer is not None:  # shapes do not tell which tokens are special
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        known |= {name: getattr(tokenizer, name) for name in ids}
     config = make_config(known, overrides, path, ".json" if info else "")
     if tokenizer is not None:
         check_tokenizer(tokenizer, config, info, path)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from model.command_line import option, parse_arguments, parse_command_line
+from model.command_line import option, parse_arguments
 from model.errors import UserError, exit_on_user_error
 from scripts.serving.arguments import ChatArgs
 
@@ -27,8 +27,8 @@ class Args(ChatArgs):
 
 def without_streamlit() -> None:
     """What `python scripts/web_demo.py` answers."""
-    parse_command_line(Args, __doc__)  # for --help, and for wrong flags
     with exit_on_user_error():
+        parse_arguments(Args, __doc__)  # for --help, and for wrong flags
         raise UserError("this is a web page; start it with: streamlit run scripts/web_demo.py")
 
 

@@ -173,19 +173,14 @@ from transformers import PreTrainedTokenizerBase
 from dataset.packing import IGNORE_INDEX, Batch, PackedDataset, collate
 from model.losses import divergence_sum
 from model.model_minimind import CausalLMOutput, MiniMindConfig, MiniMindForCausalLM
-from model.weights import (
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    to_fp16_cpu,
-)
+from model.weights import count_parameters, load_tokenizer, to_fp16_cpu
 from trainer.common.checkpoint import hash_of
 from trainer.common.context import Context, unwrap
 from trainer.common.evaluation import eager, evaluate_loss, sample_answer
 from trainer.common.loop import GlobalBatch
 from trainer.common.metrics import Metric
 from trainer.common.optimizers import make_optimizer
-from trainer.common.setup import init_model, load_packed, prepare_model
+from trainer.common.setup import init_model, load_for_training, load_packed, prepare_model
 from trainer.rl.batches import micro_batches
 from trainer.rl.prompts import Prompt
 from trainer.rl.rollout import completion_stats, generate_completions
@@ -217,7 +212,7 @@ def load_teacher(
 ) -> MiniMindForCausalLM:
     """The teacher, frozen. UserError if there is none, or its vocabulary is not the student's."""
     path = args.teacher_path()
-    teacher = load_model(path, tokenizer=tokenizer)
+    teacher = load_for_training(path, args, tokenizer)
     if teacher.config.vocab_size != student.vocab_size:
         raise UserError(
             f"the teacher {path} knows {teacher.config.vocab_size} tokens and the student "

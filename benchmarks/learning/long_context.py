@@ -72,7 +72,7 @@ def main(args: Args) -> dict[str, Any]:
         path = Path(args.weight) if args.weight else pretrain(args, Path(folder))
         yarn = dict(inference_rope_scaling=True, yarn_original_length=args.trained_length)
         models = {
-            "as it is": load_model(path, tokenizer=tokenizer),
+            "plain RoPE": load_model(path, tokenizer=tokenizer),
             "YaRN, factor 4": load_model(path, tokenizer=tokenizer, **yarn, yarn_factor=4.0),
             "YaRN, factor 16": load_model(path, tokenizer=tokenizer, **yarn, yarn_factor=16.0),
         }

@@ -318,7 +318,8 @@ class Recipe:
 
     @property
     def settings(self) -> TrainArgs:
-        return parse_arguments(self.trainer.Args, None, self.args.recipe.split())
+        data = ["--data_path", self.args.data_path]
+        return parse_arguments(self.trainer.Args, None, [*data, *self.args.recipe.split()])
 
     def trial(self, rows: int) -> StepCost:
         """Measure steps of about so many rows, in whole batches."""

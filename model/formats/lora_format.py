@@ -63,7 +63,12 @@ def resolve_lora(name: str, config: MiniMindConfig, directory: Path | str) -> Pa
         if found := list_weights(stage, config.hidden_size, directory, config.use_moe):
             return found[0]
     file = f"{weight_name(name, config.hidden_size, config.use_moe)}.pth"
-    raise UserError(f"there is no LoRA adapter {file}, neither in {directory}/lora nor {directory}")
+    folder = Path(directory)
+    there = [*(folder / "lora").glob("*.pth"), *folder.glob("lora_*.pth")]
+    raise UserError(
+        f"there is no LoRA adapter {file} in {folder / 'lora'} or {folder}; "
+        + (f"there is {', '.join(sorted(p.name for p in there))}" if there else "train one first")
+    )
 
 
 def read_lora(path: Path) -> tuple[dict[str, Tensor], LoraConfig]:

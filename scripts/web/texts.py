@@ -158,7 +158,7 @@ TEXTS = {
     "token": ("token", "token"),
     "probability": ("probability", "概率"),
     "attention_about": (
-        "Each row is a query token; its colours are its attention weights over the tokens up to it. Each row sums to 1.",
+        "Each row is a query token; the colours are its attention weights over the earlier tokens and itself. Each row sums to 1.",
         "每一行是一个查询 (query) token，颜色是它对自己及之前各 token 的注意力权重。每行之和为 1。",
     ),
     "no_attention": (

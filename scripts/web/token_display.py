@@ -109,7 +109,9 @@ def token_axis(labels: list[str], **options: Any) -> alt.Axis:
     if len(labels) > MAX_AXIS_LABELS:
         return alt.Axis(labels=False, ticks=False)
     shown = json.dumps([label[:12] for label in labels], ensure_ascii=False)
-    return alt.Axis(labelExpr=f"{shown}[datum.value]", labelOverlap=False, **options)
+    return alt.Axis(
+        labelExpr=f"{shown}[datum.value]", labelOverlap=False, labelFlush=False, **options
+    )
 
 
 def heat_map(weights: Tensor, labels: list[str], t: Translator) -> alt.Chart:

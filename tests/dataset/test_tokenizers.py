@@ -17,10 +17,13 @@ from dataset.lm_dataset import load_documents, token_bytes
 from dataset.packing import PackedDataset
 from dataset.tools.loop import tokens_of_results
 from model.errors import UserError
+from model.inference.engine import eos_ids
 from model.inference.tokens import decode_token_bytes
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-from model.weights import TOKENIZER, load_tokenizer
+from model.weights import TOKENIZER, load_model, load_tokenizer
 from scripts.eval_ppl import bits_per_byte
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 from trainer.common.arguments import TrainArgs
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss
@@ -248,3 +251,18 @@ def test_eval_ppl_divides_by_the_bytes_of_the_text(kind):
     )
     expected = num_tokens * math.log2(len(tokenizer)) / sum(len(text.encode()) for text in TEXTS)
     assert bits_per_byte(model, tokenizer, TEXTS) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bare_file_of_weights_takes_the_special_tokens_of_its_tokenizer(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokenizer = our_tokenizer_with(folder, eos_token="<|endoftext|>", bos_token=None)
+    config = MiniMindConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)
+    torch.save(MiniMindForCausalLM(config).half().state_dict(), tmp_path / "full_sft_16.pth")
+    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+        model = load_model(tmp_path / "full_sft_16.pth", tokenizer=tokenizer)
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (None, 0)
+    settings = dict(weight=str(tmp_path / "full_sft_16.pth"), tokenizer_path=str(folder))
+    with pytest.warns(UserWarning, match="does not say which tokenizer"):
+        loaded = load_chat_model(ModelArgs(**settings, device="cpu"), decode_only=False)
+    assert eos_ids(loaded.model) == [0, 2]

@@ -56,7 +56,7 @@ def test_the_plain_way_has_a_document_a_row(tmp_path):
             assert kept.sum() == (ids != 0).sum()
 
 
-def test_as_many_updates_as_fit_the_time():
+def test_as_many_steps_as_fit_the_time():
     recipe = speedrun.Recipe.__new__(speedrun.Recipe)
     recipe.args = speedrun.Args(
         "pretrain", "a", "b", recipe="--batch_ramp 100 --batch_size 4 --accumulation_steps 2"

@@ -32,6 +32,7 @@ def make_rewards(tokenizer, tmp_path):
     def make(*names: str, **settings) -> Rewards:
         args = RolloutArgs(
             reward=list(names) or ["auto"],
+            data_path=["prompts.jsonl"],
             save_dir=str(tmp_path),
             max_gen_len=10,
             device="cpu",

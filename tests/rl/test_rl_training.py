@@ -13,6 +13,7 @@ from test_ranks import together
 from toy import everything, flags, same
 
 from dataset.jsonl import write_rows
+from model.command_line import parse_arguments
 from model.errors import UserError
 from trainer import train_grpo, train_ppo, train_spo
 from trainer.common import hardware
@@ -110,7 +111,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_what_would(rl, command, m
         (dict(rollout_url="http://127.0.0.1:9/v1"), "--rollout_url needs --rollout_folder"),
         (dict(max_seq_len=2), r"all \d+ prompts are longer than --max_seq_len 2"),
         (dict(data_path=["nowhere.jsonl"]), "nowhere.jsonl does not exist"),
-        (dict(lora_r=0, use_lora=1), "lora_r 0 must be at least 1"),
+        (dict(lora_r=0, use_lora=1), "lora_r must be at least 1"),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(rl, command, settings, sentence):
@@ -133,7 +134,7 @@ def test_a_mistake_is_told_in_one_sentence(rl, command, settings, sentence):
 )
 def test_numbers_that_make_no_sense_are_refused(stage, flag, value):
     with pytest.raises(UserError, match=f"--{flag}"):
-        stage.Args(**{flag: value})
+        parse_arguments(stage.Args, argv=[f"--{flag}", str(value)])
 
 
 @pytest.mark.parametrize(

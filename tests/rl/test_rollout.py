@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from model.weights import load_model
 from trainer.rl import policy, rollout
 from trainer.rl.batches import micro_batches
+from trainer.rl.reference import ReferenceModel
 from trainer.rl.rollout import Completion
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -87,7 +88,7 @@ def test_the_reference_of_an_adapter_is_the_model_without_it(make_run, tokenizer
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    reference = policy.ReferenceModel(run.ctx, model)
+    reference = ReferenceModel(run.ctx, model)
     assert reference.copy is None
     (batch,) = batches_of(run, sample(run, model, some_prompts(tokenizer)))
     got = reference.log_probs(run, model, batch)

@@ -6,6 +6,7 @@ import re
 import resource
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -290,7 +291,14 @@ def other_words(folder, tokenizer) -> dict:
     return {"teacher_weight": str(path), "tokenizer_path": str(TOKENIZER)}
 
 
+def without_json(folder, tokenizer) -> dict:
+    path = Path(saved_teacher(folder, "bare", num_attention_heads=8))
+    path.with_suffix(".json").unlink()
+    return {"teacher_weight": str(path)}
+
+
 MISTAKES = {
+    "an unknown tokenizer": (without_json, "bare.pth does not say which tokenizer .*--tokenizer_p"),
     "a larger vocabulary": (other_vocabulary, "knows 6500 tokens and the student 6400"),
     "other words": (other_words, "words was trained with another tokenizer"),
     "no teacher": (dict(teacher_weight="nowhere.pth"), "nowhere.pth .* does not exist"),

@@ -17,8 +17,8 @@ from dataset.pairs import PreferenceDataset, collate_pairs
 from model.errors import UserError
 from model.weights import load_tokenizer
 from trainer import train_dpo
+from trainer.common import evaluation
 from trainer.common.evaluation import completion_log_probs
-from trainer.rl import reference
 from trainer.train_dpo import dpo_loss
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -261,7 +261,7 @@ def test_the_chosen_answer_becomes_likelier_with_an_sft_term(train):
 def test_the_reference_of_an_addition_is_the_model_without_it(train, monkeypatch):
     """Its log-probabilities are those of a run that trains everything, found in the same file."""
     train("whole", max_steps=1, from_weight="none")
-    monkeypatch.setattr(reference, "map_pairs", None)  # not to be computed again
+    monkeypatch.setattr(evaluation, "map_pairs", None)  # not to be computed again
     metrics = train("addition", max_steps=1, from_weight="none", use_lora=True)
     assert metrics["history"][0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     saved = torch.load(train.folder / "addition" / "out" / "lora" / "dpo_32.pth")
@@ -273,9 +273,9 @@ def reference_files(train) -> list[Path]:
 
 
 def test_log_probs_of_the_reference_are_computed_once(train, monkeypatch):
-    calls, map_pairs = [], reference.map_pairs
+    calls, map_pairs = [], evaluation.map_pairs
     monkeypatch.setattr(
-        reference, "map_pairs", lambda *a, **k: calls.append(1) or map_pairs(*a, **k)
+        evaluation, "map_pairs", lambda *a, **k: calls.append(1) or map_pairs(*a, **k)
     )
     train("a", max_steps=2)
     (file,) = reference_files(train)

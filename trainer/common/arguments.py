@@ -369,5 +369,5 @@ class ConversationArgs(SampleArgs):
     """For trainers whose rows are conversations, of which some may have thoughts."""
 
     empty_think_ratio: float = option(
-        0.2, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
+        1.0, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
     )

@@ -4,7 +4,8 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,10 +43,7 @@ def init_model(args: TrainArgs, tokenizer: PreTrainedTokenizerBase) -> MiniMindF
         model = MiniMindForCausalLM(config)
     else:
         path = args.initial_weights()
-        with warnings.catch_warnings():  # of an unknown tokenizer, which is an error here
-            warnings.filterwarnings("ignore", ".*does not say which tokenizer")
-            model = load_model(path, tokenizer=tokenizer, **sizes)
-        require_tokenizer(path, args.tokenizer_path)
+        model = load_for_training(path, args, tokenizer, **sizes)
     if args.gradient_checkpointing:  # transformers 5.23 renamed the method
         new = getattr(model, "activation_checkpointing_enable", None)
         (new or model.gradient_checkpointing_enable)()
@@ -61,6 +59,18 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | list[int]
         "eos_token_id": stops if len(stops) > 1 else tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+
+
+def load_for_training(
+    path: Path, args: TrainArgs, tokenizer: PreTrainedTokenizerBase, **overrides: Any
+) -> MiniMindForCausalLM:
+    """The model in a .pth or folder. UserError as from `load_model`, and if nothing says which
+    tokenizer it was trained with, of which a chat is only warned."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not say which tokenizer")
+        model = load_model(path, tokenizer=tokenizer, **overrides)
+    require_tokenizer(path, args.tokenizer_path)
+    return model
 
 
 def add_lora_if_asked(args: OptionalLoraArgs, model: MiniMindForCausalLM) -> MiniMindForCausalLM:

@@ -102,9 +102,8 @@ def test_a_run_that_was_killed_and_resumed_has_the_same_page(
     monkeypatch.setattr(pages, "curve_svg", curve)
 
     def stable(name: str) -> str:
-        text = re.sub(
-            r"<b>[^<]*</b><span>(training time|tokens per|peak memory)", "", page(train, name)
-        )
+        varies = r"<b>[^<]*</b><span>(training time|tokens per|peak memory)"
+        text = re.sub(varies, "", page(train, name))
         return text.replace(f"/{name}/", "/")
 
     settings = COMMON | dict(save_interval=1, recipe=recipe)
