@@ -136,6 +136,8 @@ def exchange(row: Row, answered: bool = True) -> tuple[list[Message], list[str]]
     """A question and its answer in separate keys → messages, and the keys that they were in."""
     asked = asked_in(row)
     answers = [name for name in ANSWERS if name != asked]
+    if any(present(row, name) for name in TOOLS):
+        answers.append("answers")
     if not answered:  # what is no demonstration is the truth
         answers = ["output", "response", "completion"]
     replied = first_of(row, answers)
@@ -159,7 +161,11 @@ def exchange(row: Row, answered: bool = True) -> tuple[list[Message], list[str]]
     if replied:
         thought = first_of(row, THOUGHTS)
         used += [thought] if thought else []
-        turns = side_messages(reply, replied)
+        if replied == "answers":  # calls, as xLAM has them
+            calls = tool_list(reply, replied)
+            turns = [{"role": "assistant", "content": "", "tool_calls": calls}]
+        else:
+            turns = side_messages(reply, replied)
         if thought and len(turns) == 1:
             turns = [{**turns[0], "reasoning_content": text_in(row, thought)}]
         messages += turns
@@ -251,7 +257,8 @@ def has_messages(row: Row) -> bool:
 def has_exchange(row: Row) -> bool:
     """Whether a row has a question and its answer in separate keys."""
     asked = asked_in(row)
-    return bool(asked and first_of(row, [name for name in ANSWERS if name != asked]))
+    calls = present(row, "answers") and any(present(row, name) for name in TOOLS)
+    return bool(asked and (calls or first_of(row, [name for name in ANSWERS if name != asked])))
 
 
 def asked_in(row: Row) -> str:

@@ -152,6 +152,10 @@ CONVERSATIONS = {
         {"prompt": "2+5?", "prompt_id": "x", "messages": [ASK, REPLY]},
         [ASK, REPLY],
     ),
+    "xLAM": (
+        {"query": "2+5?", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL]), "id": 1},
+        [OFFER, *CALLED[:2]],
+    ),
     "a number as the answer": ({"question": "2+5?", "answer": 7}, [ASK, REPLY]),
     "other keys": (
         {
