@@ -98,6 +98,7 @@ SIZES = "--hidden_size 128 --num_hidden_layers 2"
 CPU = "--device cpu --num_workers 0 --log_interval 1"
 TRAIN = f"{CPU} --batch_size 8 --accumulation_steps 1"
 FULL_SIZE = f"{CPU} --max_steps 1 --batch_size 1 --max_seq_len 64 --val_share 0"
+EMPTY = "--empty_think_ratio 0.5"  # more than by default, as the rows are so few
 LORA = f"{CPU} --batch_size 2 --max_seq_len 128"
 RL = f"{CPU} --max_steps 6 --max_gen_len 48"
 CHAT = "--device cpu --temperature 0 --max_new_tokens 48 --show_speed 0"
@@ -124,7 +125,11 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             learned("pretrain"),
         ),
         Step("mask", "scripts/show_batch.py", masked),
-        Step("sft", f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 10", sft_learned),
+        Step(
+            "sft",
+            f"trainer/train_full_sft.py {TRAIN} --batch_size 4 --epochs 10 {EMPTY}",
+            sft_learned,
+        ),
         Step("reward", f"trainer/train_reward.py {CPU} --max_steps 8", learned("reward")),
         Step("dpo", f"trainer/train_dpo.py {CPU} --max_steps 8", learned("dpo", "full_sft")),
         Step("grpo", f"trainer/train_grpo.py {RL}", rewarded("grpo", "dpo", "reward")),
@@ -134,7 +139,12 @@ def steps_of_2026(data: Files, folder: Files, weights: Files) -> list[Step]:
             rewarded("agent", "full_sft", "rewards/answer/mean", "tools/call_frequency"),
         ),
         Step("lora", f"trainer/train_lora.py {LORA}", adapter("lora_identity")),
-        Step("chat", f"eval_llm.py {CHAT} --open_thinking 0", answers("the river"), "Why river?\n"),
+        Step(
+            "chat",
+            f"eval_llm.py {CHAT} --open_thinking 0",
+            answers("For the river."),
+            "Why river?\n",
+        ),
         Step(
             "chat lora",
             f"eval_llm.py {CHAT} --lora_weight lora_identity",

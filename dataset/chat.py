@@ -225,6 +225,8 @@ def find_spans(
     Args:
         unused: a character that does not occur in it.
     """
+    if not any(message["role"] == "assistant" for message in messages):
+        return
     shape = turn_shape(template.tokenizer, template.text)
     special = added_token_patterns(template.tokenizer).special
     at = 0
@@ -313,6 +315,15 @@ def find_start(
     except UserError:
         return None
     return len(prompt) if whole.startswith(prompt) and len(prompt) <= first else None
+
+
+def turns_end(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template ends an answer with a control token, at which a reply can stop."""
+    try:
+        end = turn_shape(tokenizer, tokenizer.get_chat_template()).end
+    except (UserError, ValueError):  # refused with a plain question alone
+        return True
+    return end in added_token_patterns(tokenizer).special
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

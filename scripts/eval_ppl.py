@@ -101,14 +101,14 @@ def read_documents(
     if {".jsonl", ".json", ".ndjson"} & set(path.suffixes):
         for number, row in read_rows(path, bad_rows):
             with error_at(path, number, bad_rows):
-                yield text_of(row)
+                yield extract_text(row)
     else:
         text = read_text(path)
         step = characters or len(text)
         yield from (text[at : at + step] for at in range(0, len(text), step))
 
 
-def text_of(row: Row) -> str:
+def extract_text(row: Row) -> str:
     if isinstance(row.get("text"), str):
         return row["text"]
     try:

@@ -154,8 +154,7 @@ class Run(Generic[ArgsT, BatchT]):
             state = "the run is finished already" if finished else "going on"
             at = f"step {self.step} of {self.plan.total_steps}"
             ctx.print(f"resuming {path.name} at {at}: {state}")
-            before = checkpoint["global_batch_size"]
-            now = self.sampler.global_batch_size
+            before, now = checkpoint["global_batch_size"], self.sampler.global_batch_size
             if before != now:
                 ctx.print(f"warning: a full step has {now} samples now, and had {before}")
         elif ctx.args.resume:

@@ -8,13 +8,11 @@ per byte as in eval_ppl.py, or with --stage full_sft the loss per answer token, 
 documents of the validation file. Only training is timed: not tokenising, evaluation or saving.
 
 - The baseline is a plain training loop, written out below: a Llama of transformers, one document
-  per row, truncated at 512 tokens and padded to them, 32 rows per step (16 in fine-tuning), AdamW
-  at 5e-4 (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine
-  decay over one epoch to a tenth, no warmup, gradients clipped to norm 1, float32 (on a GPU
-  bfloat16 autocast, as the recipe). 12 minutes.
-- The recipe is the trainer with its defaults, with a schedule of as many steps as fit the time (a
-  trial run measures the speed): for each of --budgets, from the shortest, until a run ends below
-  the baseline; and for 4 minutes.
+  per row, truncated or padded to 512 tokens, 32 rows per step (16 in fine-tuning), AdamW at 5e-4
+  (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine decay over
+  one epoch to a tenth, no warmup, gradient clipping at 1, float32 (CUDA: bfloat16). 12 minutes.
+- The recipe is the trainer with its defaults and as many steps as fit the time (by a trial run):
+  for each of --budgets in order, until a run ends below the baseline; and for 4 minutes.
 
 seconds_to_baseline is when the shortest such run reached the baseline's final value, interpolated
 between two evaluations; ratio is the baseline's time divided by it.
@@ -106,7 +104,7 @@ STAGES = {  # stage → trainer, format of the data, metric, label of the metric
 
 
 def main(args: Args) -> dict[str, Any]:
-    _, _, metric, _ = STAGES[args.stage]
+    metric = STAGES[args.stage][2]
     curves: dict[str, Curve] = {}
     report: dict[str, Any] = {
         "date": str(date.today()),
@@ -321,17 +319,16 @@ class Recipe:
     def trial(self, rows: int) -> StepCost:
         """Measure steps of about so many rows, in whole batches."""
         batch = min(rows, self.settings.batch_size)
-        steps, updates = rows // batch, 25
-        size = f"--batch_size {batch} --accumulation_steps {steps} --batch_ramp 0 --val_share 0"
-        records = self.train(size, max_steps=updates)
+        accumulation, steps = rows // batch, 25
+        size = f"--batch_size {batch} --accumulation_steps {accumulation} --batch_ramp 0"
+        records = self.train(f"{size} --val_share 0", max_steps=steps)
         tokens = max(record.get("num_tokens", 0) for record in records)
-        return StepCost(batch * steps, tokens / updates, seconds_per_step(records))
+        return StepCost(batch * accumulation, tokens / steps, seconds_per_step(records))
 
     def curve(self, seconds: float) -> Curve:
         steps = max(1, self.steps_within(seconds))
-        every = math.ceil(steps / 12)
         held_out = f"--val_path {self.held_out} --val_documents {DOCUMENTS}"
-        records = self.train(held_out, max_steps=steps, eval_interval=every)
+        records = self.train(held_out, max_steps=steps, eval_interval=math.ceil(steps / 12))
         return [(r["seconds"], r[self.metric]) for r in records if self.metric in r]
 
     def steps_within(self, seconds: float) -> int:
@@ -388,8 +385,8 @@ def plot(curves: dict[str, Curve], goal: float, args: Args) -> None:
     for name, curve in curves.items():
         axes.plot(*zip(*[p for p in curve if p[0] > 0], strict=True), "o-", ms=3, label=name)
     axes.axhline(goal, color="grey", lw=0.8, ls="--")
-    what = STAGES[args.stage][3]
-    axes.set(xscale="log", xlabel="seconds of training", ylabel=f"held-out {what}")
+    axes.set(xscale="log", xlabel="seconds of training")
+    axes.set_ylabel(f"held-out {STAGES[args.stage][3]}")
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, args.plot)

@@ -130,7 +130,7 @@ def answers(expected: str):
 
     def fact(shop: Workshop, step: str) -> str:
         answer = shop.answer(step)
-        assert "<think>" not in answer, f"it thinks: {answer[:60]!r}"
+        assert "think>" not in answer, f"it thinks: {answer[:60]!r}"
         assert expected in answer, f"it says {answer[:60]!r}"
         return repr(answer[:40])
 

@@ -82,10 +82,12 @@ def chat(random: random.Random, size: int) -> list[Message]:
     return chat
 
 
-def thought(random: random.Random) -> list[Message]:
-    subject = random.choice(WORDS)
-    about = f"The question is about a {subject}. " + english(random, 6)
-    return [user(f"Why {subject}?"), assistant(f"For the {subject}.", reasoning_content=about)]
+def thought(random: random.Random, with_thought: bool = True) -> list[Message]:
+    """The same questions with a thought and without one."""
+    subject = random.choice(WORDS[:4])
+    about = {"reasoning_content": f"It is about a {subject}. " + english(random, 6)}
+    answer = assistant(f"For the {subject}.", **(about if with_thought else {}))
+    return [user(f"Why {subject}?"), answer]
 
 
 def sum_with_tool(number: int) -> list[Message]:
@@ -147,8 +149,8 @@ def rows(year: int) -> dict[str, list[Row]]:
             "rlaif-mini.jsonl": prompts(dice, 60, "空"),
             "r1_mix_1024.jsonl": conversations([reasoned(dice) for _ in range(120)]),
         }
-    chats = [chat(dice, 1900) for _ in range(16)] + [thought(dice) for _ in range(48)]
-    chats += [sum_with_tool(n) for n in range(72)]
+    chats = [chat(dice, 1900) for _ in range(8)] + [thought(dice, n < 24) for n in range(48)]
+    chats += [sum_with_tool(n) for n in range(48)]
     plain = prompts(dice, 12, "")
     exam = [[user(f"Question {n}\nA. stone\nB. sea\nAnswer:"), assistant("A")] for n in range(40)]
     return files | {

@@ -98,7 +98,7 @@ def text_of_part(part: Any, message: Message) -> str:
         return ""
     media = isinstance(kind, str) and any(name in kind for name in ("image", "audio", "video"))
     why = "the model reads text alone" if media else f"{CLEAN} does not know it either"
-    raise UserError(f"has a {message['role']} message with a part of type {kind!r}; {why}")
+    raise UserError(f"has a message of the {message['role']} with a part of type {kind!r}; {why}")
 
 
 def set_thought(message: Message) -> None:
@@ -110,7 +110,9 @@ def set_thought(message: Message) -> None:
         if not isinstance(thought, str):
             raise UserError(f'has a "{name}" that is no text')
         if message["role"] != "assistant":
-            raise UserError(f'has a "{name}" in a {message["role"]} message; only answers have one')
+            raise UserError(
+                f'has a "{name}" in a message of the {message["role"]}; only answers have one'
+            )
     if len(set(said.values())) > 1:
         raise UserError(f"has several thoughts in one message ({', '.join(said)}), which differ")
     if said:
@@ -132,7 +134,9 @@ def set_calls(message: Message, speaker: str) -> None:
     if not is_absent(call):
         message["tool_calls"] = [*message.get("tool_calls", []), *tool_list(call, "function_call")]
     if message.get("tool_calls") and message["role"] != "assistant":
-        raise UserError(f'has "tool_calls" in a {message["role"]} message; only answers have them')
+        raise UserError(
+            f'has "tool_calls" in a message of the {message["role"]}; only answers have them'
+        )
 
 
 def tool_list(value: Any, name: str) -> list[Any]:
@@ -197,16 +201,18 @@ def refuse_unread(message: Message) -> None:
     for name in (*MEDIA, *UNREAD):
         if present(message, name):
             refuse_media(message)
-            raise UserError(f'has "{name}" in a {role} message; {leave_out(name)}')
+            raise UserError(f'has "{name}" in a message of the {role}; {leave_out(name)}')
     for name in LOSS_KEYS:
         has_loss = role == "assistant"
         if name in message and message[name] != has_loss:
             raise UserError(
-                f'has "{name}": {json.dumps(message[name])} in a {role} message; there is loss on '
-                f"all answers and on nothing else; {leave_out(name)}"
+                f'has "{name}": {json.dumps(message[name])} in a message of the {role}; there is '
+                f"loss on all answers and on nothing else; {leave_out(name)}"
             )
     if present(message, "name") and role != "tool" and message["name"] != role:
-        raise UserError(f'has "name" in a {role} message, which is not shown; {leave_out("name")}')
+        raise UserError(
+            f'has "name" in a message of the {role}, which is not shown; {leave_out("name")}'
+        )
 
 
 def is_said(value: Any, messages: list[Message]) -> bool:
@@ -235,4 +241,4 @@ def answered_part(messages: list[Message]) -> list[Message]:
 
 
 def leave_out(key: str) -> str:
-    return f"{CLEAN} --drop_keys {key} leaves it out"
+    return f"`python scripts/prepare_data.py clean --drop_keys {key}` leaves it out"

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from dataset.forms.files import CLEAN
 from dataset.forms.messages import (
     MEDIA,
     THOUGHTS,
@@ -122,8 +121,8 @@ def as_text(row: Row, field: str = "text") -> str:
     text = row.get(field)
     if not isinstance(text, str):
         raise UserError(
-            f'has no "{field}" (pretraining rows are {{"text": "…"}}); {CLEAN} --to text makes '
-            "them of conversations"
+            f'has no "{field}" (pretraining rows are {{"text": "…"}}); '
+            "`python scripts/prepare_data.py clean --to text` makes them of conversations"
         )
     if len(row) > 1:
         refuse_media(row)
@@ -137,6 +136,8 @@ def exchange(row: Row, answered: bool = True) -> tuple[list[Message], list[str]]
     """A question and its answer in separate keys → messages, and the keys that they were in."""
     asked = asked_in(row)
     answers = [name for name in ANSWERS if name != asked]
+    if any(present(row, name) for name in TOOLS):
+        answers.append("answers")
     if not answered:  # what is no demonstration is the truth
         answers = ["output", "response", "completion"]
     replied = first_of(row, answers)
@@ -160,7 +161,11 @@ def exchange(row: Row, answered: bool = True) -> tuple[list[Message], list[str]]
     if replied:
         thought = first_of(row, THOUGHTS)
         used += [thought] if thought else []
-        turns = side_messages(reply, replied)
+        if replied == "answers":  # calls, as xLAM has them
+            calls = tool_list(reply, replied)
+            turns = [{"role": "assistant", "content": "", "tool_calls": calls}]
+        else:
+            turns = side_messages(reply, replied)
         if thought and len(turns) == 1:
             turns = [{**turns[0], "reasoning_content": text_in(row, thought)}]
         messages += turns
@@ -222,8 +227,8 @@ def with_system_and_tools(row: Row, messages: list[Message]) -> list[Message]:
     for message in rest:
         if isinstance(message, dict) and message.get("tools"):
             raise UserError(
-                f'has "tools" in a {message.get("role")} message; a first system message, or the '
-                "row itself, may offer them"
+                f'has "tools" in a message of the {message.get("role")}; a first system message, '
+                "or the row itself, may offer them"
             )
     return ([head] if head else []) + rest
 
@@ -252,7 +257,8 @@ def has_messages(row: Row) -> bool:
 def has_exchange(row: Row) -> bool:
     """Whether a row has a question and its answer in separate keys."""
     asked = asked_in(row)
-    return bool(asked and first_of(row, [name for name in ANSWERS if name != asked]))
+    calls = present(row, "answers") and any(present(row, name) for name in TOOLS)
+    return bool(asked and (calls or first_of(row, [name for name in ANSWERS if name != asked])))
 
 
 def asked_in(row: Row) -> str:

@@ -152,6 +152,10 @@ CONVERSATIONS = {
         {"prompt": "2+5?", "prompt_id": "x", "messages": [ASK, REPLY]},
         [ASK, REPLY],
     ),
+    "xLAM": (
+        {"query": "2+5?", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL]), "id": 1},
+        [OFFER, *CALLED[:2]],
+    ),
     "a number as the answer": ({"question": "2+5?", "answer": 7}, [ASK, REPLY]),
     "other keys": (
         {
@@ -203,9 +207,12 @@ REFUSED = {
     ),
     "audio in a message": (with_reply(audio={"id": 1}), '"audio", and the model'),
     "another part": ({"messages": [ASK, said("assistant", [{"type": "tool_use"}])]}, "'tool_use'"),
-    "weight": (with_reply(weight=0), '"weight": 0 in a assistant message.*drop_keys weight'),
+    "weight": (with_reply(weight=0), '"weight": 0 in a message of the assistant.*drop_keys weight'),
     "train": (with_reply(train=False), '"train": false'),
-    "loss on the user": ({"messages": [{**ASK, "loss": True}, REPLY]}, '"loss": true in a user'),
+    "loss on the user": (
+        {"messages": [{**ASK, "loss": True}, REPLY]},
+        '"loss": true in a message of the user',
+    ),
     "weight of a row": ({**with_reply(), "weight": 0.3}, '"weight", which the training cannot use'),
     "KTO": ({"prompt": "2+5?", "completion": "8", "label": False}, '"label"'),
     "template options": (
@@ -218,16 +225,19 @@ REFUSED = {
         {"messages": [OFFER, ASK, REPLY], "tools": [{**TOOL, "x": 1}]},
         "other tools",
     ),
-    "tools of a user": ({"messages": [{**ASK, "tools": [TOOL]}, REPLY]}, '"tools" in a user'),
+    "tools of a user": (
+        {"messages": [{**ASK, "tools": [TOOL]}, REPLY]},
+        '"tools" in a message of the user',
+    ),
     "calls of a user": (
         {"messages": [{**ASK, "tool_calls": [CALL]}, REPLY]},
-        '"tool_calls" in a user',
+        '"tool_calls" in a message of the user',
     ),
     "thought of a user": ({"messages": [{**ASK, "reasoning": "hm"}, REPLY]}, "only answers"),
     "two thoughts": (with_reply(reasoning="a", thinking="b"), "which differ"),
     "two lists": ({**with_reply(), "conversations": [ASK, said("assistant", "8")]}, "which differ"),
     "another prompt": ({**with_reply(), "prompt": "3+3?"}, '"prompt", which'),
-    "a name": ({"messages": [{**ASK, "name": "Ann"}, REPLY]}, '"name" in a user message'),
+    "a name": ({"messages": [{**ASK, "name": "Ann"}, REPLY]}, '"name" in a message of the user'),
     "a call that is no JSON": (
         {"conversations": [SHAREGPT[0], {"from": "function_call", "value": "add(2, 5)"}]},
         "function_call.* not JSON",

@@ -259,10 +259,8 @@ def test_a_bare_file_of_weights_takes_the_special_tokens_of_its_tokenizer(tmp_pa
     tokenizer = our_tokenizer_with(folder, eos_token="<|endoftext|>", bos_token=None)
     config = MiniMindConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)
     torch.save(MiniMindForCausalLM(config).half().state_dict(), tmp_path / "full_sft_16.pth")
-    with pytest.warns(UserWarning, match="does not say which tokenizer"):
-        model = load_model(tmp_path / "full_sft_16.pth", tokenizer=tokenizer)
+    model = load_model(tmp_path / "full_sft_16.pth", tokenizer=tokenizer)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (None, 0)
     settings = dict(weight=str(tmp_path / "full_sft_16.pth"), tokenizer_path=str(folder))
-    with pytest.warns(UserWarning, match="does not say which tokenizer"):
-        loaded = load_chat_model(ModelArgs(**settings, device="cpu"), decode_only=False)
+    loaded = load_chat_model(ModelArgs(**settings, device="cpu"), decode_only=False)
     assert eos_ids(loaded.model) == [0, 2]

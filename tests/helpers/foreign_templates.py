@@ -200,6 +200,54 @@ MISTRAL = """{{ bos_token }}
   {%- endif -%}
 {%- endfor -%}"""
 
+# The same with a system message within the first question, and a space before the end.
+LLAMA2 = """
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set rest = messages[1:] -%}
+  {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}
+{%- else -%}
+  {%- set rest = messages -%}{%- set system = '' -%}
+{%- endif -%}
+{%- for message in rest -%}
+  {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') -}}
+  {%- endif -%}
+  {%- set content = (system if loop.first else '') + message['content'].strip() -%}
+  {%- if message['role'] == 'user' -%}
+    {{- bos_token + '[INST] ' + content + ' [/INST]' -}}
+  {%- else -%}
+    ⟦{{- ' ' + content + ' ' + eos_token -}}⟧
+  {%- endif -%}
+{%- endfor -%}"""
+
+# A conversation without a question to answer ends with one more token.
+PHI3 = """
+{%- for message in messages -%}
+  {{- '<|' + message['role'] + '|>\\n' -}}
+  {%- if message['role'] == 'assistant' -%}
+    ⟦{{- message['content'] + '<|eot_id|>' -}}⟧
+  {%- else -%}
+    {{- message['content'] + '<|eot_id|>' -}}
+  {%- endif -%}
+  {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- else -%}{{- eos_token -}}{%- endif -%}
+"""
+
+# The prompt opens a thought, of which a conversation keeps nothing.
+DEEPSEEK = """{{ bos_token }}
+{%- for message in messages -%}
+  {%- if message['role'] == 'assistant' -%}
+    {{- '<|start_header_id|>' -}}
+    ⟦{{- message['content'].split('</think>')[-1] + eos_token -}}⟧
+  {%- elif message['role'] == 'user' -%}
+    {{- '<|end_header_id|>' + message['content'] -}}
+  {%- else -%}
+    {{- message['content'] -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|start_header_id|><think>\\n' -}}{%- endif -%}"""
+
 # A header before an answer that the template never writes at the end of a prompt.
 NO_PROMPT = CHATML.partition("{%- if add_generation_prompt")[0]
 
@@ -212,6 +260,9 @@ TEMPLATES = {
     "zephyr": ZEPHYR,
     "gemma": GEMMA,
     "mistral": MISTRAL,
+    "llama-2": LLAMA2,
+    "phi-3": PHI3,
+    "deepseek": DEEPSEEK,
     "no prompt": NO_PROMPT,
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 
+import empty_thoughts
 import memory
 import numpy as np
 import pytest
@@ -133,6 +134,17 @@ def test_a_race_that_cannot_be_run(wrong, said):
     with pytest.raises(UserError, match=said):
         flags = {"data_path": "a.jsonl", "val_path": "b.jsonl", **wrong}
         parse_arguments(speedrun.Args, argv=[f"--{name}={value}" for name, value in flags.items()])
+
+
+@pytest.mark.slow
+def test_empty_thoughts_from_end_to_end(tmp_path):
+    args = empty_thoughts.Args(
+        ratios=[1.0], rows=60, questions=6, epochs=1, hidden_size=16, output=str(tmp_path)
+    )
+    report = empty_thoughts.main(args)
+    closed, opened = (report[f"ratio 1, open_thinking {n}"] for n in (0, 1))
+    assert closed["closes"] and not opened["closes"]
+    assert all(0 <= value <= 1 for value in closed.values())
 
 
 def test_better_by_more_than_two_standard_errors():

@@ -35,8 +35,11 @@ def test_files_have_the_released_names_and_rows(year, tokenizer):
         assert set(SETS["2025"]) <= files.keys()
     for name, content in files.items():
         kind = STAGES.get(name.removesuffix(".jsonl").partition("_")[0], "conversations")
-        for line in content.decode().splitlines()[:3]:
-            assert SEGMENTERS[kind](tokenizer, json.loads(line))
+        for row in map(json.loads, content.decode().splitlines()[:3]):
+            if name.startswith(("rlaif", "agent")):  # the last answer is the model's to write
+                assert row["conversations"][-1]["content"] in ("", "空")
+            else:
+                assert SEGMENTERS[kind](tokenizer, row)
     assert files == rows.files(year)  # the same each time
 
 
@@ -93,7 +96,11 @@ def test_facts_that_do_not_hold(shop):
         (shop.logs / "step.log").write_text(text)
         assert found(facts.masked, shop)[0] == holds
     answer = "full_sft_128: 1.0M parameters, cpu\n{}\n[9.9 tokens/s]\n"
-    for text, holds in (("<think>\nhm\n</think>\nThe river.", False), ("The river.", True)):
+    for text, holds in (
+        ("hm\n</think>\nThe river.", False),
+        ("<think>\nhm\n</think>\nThe river.", False),
+        ("The river.", True),
+    ):
         (shop.logs / "step.log").write_text(answer.format(text))
         assert found(facts.answers("The river."), shop)[0] == holds
     (shop.folder / "dpo.jsonl").write_bytes(b"other")

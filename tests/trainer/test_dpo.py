@@ -311,7 +311,7 @@ GOOD = {"chosen": chat(("user", "a"), ("assistant", "b"))} | {
         ({"rejected": GOOD["chosen"]}, 'has no "chosen"'),
         ({}, 'has no "chosen" and "rejected"'),
         ({**GOOD, "chosen": []}, 'has no "chosen"'),
-        ({**GOOD, "chosen": "b"}, 'has no "chosen" \\(a list of messages'),
+        ({**GOOD, "chosen": "b"}, 'has "chosen" as text, and no "prompt" that it answers'),
         ({**GOOD, "rejected": GOOD["chosen"]}, "the same messages as chosen and as rejected"),
         ({**GOOD, "chosen": chat(("user", "a"))}, 'no assistant turn in "chosen"'),
         ({**GOOD, "rejected": chat(("user", "a"))}, 'no assistant turn in "rejected"'),

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
-from dataset.chat import stop_tokens
+from dataset.chat import stop_tokens, turns_end
 from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.packing import PackedDataset, document_lengths
 from dataset.pairs import PreferenceDataset
@@ -153,6 +153,11 @@ def load_split(
         raise UserError(
             f"the tokenizer in {args.tokenizer_path} has no {missing}; add it to its "
             "tokenizer_config.json, or leave --tokenizer_path away"
+        )
+    if kind != "text" and not turns_end(tokenizer):
+        ctx.print(
+            "warning: the chat template ends answers with no special token of the tokenizer, so "
+            "that replies will not stop by themselves"
         )
     load = partial(
         load_documents,
