@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.weights import load_model
-from stand_in.rows import offered
+from stand_in.rows import OFFERED, offered
 
 SIZE = 128  # hidden_size of the models
 Record = dict[str, Any]
@@ -157,7 +157,7 @@ def served(prompt: str, chat: str, calls: str = ""):
         assert answer.strip() == shop.answer(chat), f"{answer!r}, not {shop.answer(chat)!r}"
         told = f"{answer[:30]!r} as in the chat"
         if calls:
-            tools = [{"type": "function", **each} for each in offered("calculate_math")]
+            tools = [{"type": "function", **each} for each in offered(*OFFERED)]
             made = ask(shop, calls, tools=tools).get("tool_calls") or []
             assert made, f"no tool is called for {calls}"
             told += f"; calls {made[0]['function']['name']}"

@@ -32,6 +32,7 @@ TOOLS = {
     "get_exchange_rate": {"from_currency": {"type": "string"}, "to_currency": {"type": "string"}},
     "translate_text": {"text": {"type": "string"}, "target_language": {"type": "string"}},
 }
+OFFERED = ["calculate_math", "get_current_time"]  # with these sums
 
 
 def english(random: random.Random, count: int) -> str:
@@ -95,7 +96,7 @@ def sum_with_tool(number: int) -> list[Message]:
     a, b = QUESTIONS[number % len(QUESTIONS)]
     call = [{"name": "calculate_math", "arguments": {"expression": f"{a}*{b}"}}]
     return [
-        offer(["calculate_math", "get_current_time"], with_type=number % 2 == 0),
+        offer(OFFERED, with_type=number % 2 == 0),
         user(f"{a}*{b} = ?"),
         assistant("", tool_calls=json.dumps(call)),
         {"role": "tool", "content": json.dumps({"result": str(a * b)})},
