@@ -155,7 +155,8 @@ def rows(year: int) -> dict[str, list[Row]]:
     plain = prompts(dice, 12, "")
     exam = [[user(f"Question {n}\nA. stone\nB. sea\nAnswer:"), assistant("A")] for n in range(40)]
     return files | {
-        "pretrain_t2t_mini.jsonl": [{"text": words(dice, 1000)} for _ in range(200)],
+        # with the words of NAME: an adapter cannot teach tokens that the model has never seen
+        "pretrain_t2t_mini.jsonl": [{"text": f"{NAME} {words(dice, 1000)}"} for _ in range(200)],
         "sft_t2t_mini.jsonl": conversations(chats),  # ordered by source
         "rlaif.jsonl": prompts(dice, 60, ""),
         "agent_rl.jsonl": [each for n in range(12) for each in (task(n), plain[n] | {"gt": []})],
