@@ -44,6 +44,7 @@ RUN = {
     "trainer/train_[ps]po.py": REWARDS,
     "trainer/train_agent.py": f"{REWARDS} --num_generations 2 --max_seq_len 640",
     "trainer/train_distillation.py": f"{ONE_STEP} --teacher_weight out/full_sft_512.pth",
+    "trainer/train_lora.py --lora_weight": f"{ONE_STEP} --hidden_size 512",
     "trainer/train_*.py": ONE_STEP,
     "eval_llm.py": "--max_new_tokens 4",
     "scripts/eval_toolcall.py": "--tasks 2 --max_new_tokens 4 --device cpu",
@@ -288,6 +289,7 @@ def prepare(copy: Path, tokenizer) -> None:
             path = copy / folder / f"{stage}_{size}.pth"
             save_weights(model, path, stage=stage, tokenizer=tokenizer, origin={})
     save_hf_folder(model.eval(), tokenizer, copy / "MiniMind2")
+    tokenizer.save_pretrained(copy / "DIR")
 
 
 def few(source: Path, target: Path, lines: int = 12) -> None:

@@ -1,5 +1,9 @@
 """What the tests of reinforcement learning share."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 from rl_toy import ASKED, MORE, RL, STAGES, prompt_file, some_prompts
 from toy import Trainer
@@ -38,3 +42,36 @@ def make_run(save, tmp_path, tokenizer):
 def rl(request, tmp_path) -> Trainer:
     more = {**RL, **MORE[request.param]}
     return Trainer(tmp_path, request.param, (prompt_file, ASKED, more))
+
+
+@pytest.fixture
+def server():
+    """A function that starts a server whose answers a function (path, body) → (status, body)
+    gives; its address, and the requests that it had."""
+    started = []
+
+    def start(answer):
+        asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                length = int(self.headers.get("Content-Length", 0))
+                asked.append((self.path, json.loads(self.rfile.read(length) or b"{}")))
+                status, body = answer(*asked[-1])
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
+
+    yield start
+    for each in started:
+        each.shutdown()

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,9 +16,9 @@ from model.errors import UserError
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import save_weights
 from trainer.common.context import Context
-from trainer.rl import rollout_server, rules
+from trainer.rl import rules
 from trainer.rl.arguments import RolloutArgs
-from trainer.rl.prompts import GenerationRequest, Prompt
+from trainer.rl.prompts import Prompt
 from trainer.rl.rewards import Rewards
 from trainer.rl.rollout import Completion
 
@@ -307,42 +305,6 @@ def test_another_head_is_refused(make_rewards, tokenizer, tmp_path):
         make_rewards("model")
 
 
-# -- over HTTP -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server():
-    """A function that starts a server whose answers a function (path, body) → (status, body)
-    gives; its address, and the requests that it had."""
-    started = []
-
-    def start(answer):
-        asked = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                length = int(self.headers.get("Content-Length", 0))
-                asked.append((self.path, json.loads(self.rfile.read(length) or b"{}")))
-                status, body = answer(*asked[-1])
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args):
-                pass
-
-        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{started[-1].server_port}/v1", asked
-
-    yield start
-    for each in started:
-        each.shutdown()
-
-
 def chat_reply(text: str) -> dict:
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
@@ -364,48 +326,3 @@ def test_a_judge_gives_marks(make_rewards, server):
     assert total[0] == pytest.approx(0.7) and total[1:3].isnan().all()
     assert total[3] == 0 and len(asked) == 3  # nothing was said, so nobody is asked
     assert metrics["frac_reward_failed"] == (2, 4)
-
-
-def test_a_server_writes_completions(server, tokenizer, tmp_path, monkeypatch):
-    """Weights are handed over, prompts go as ids, and what comes back are its tokens."""
-    monkeypatch.setattr(rollout_server, "FIRST_DELAY", 0.01)
-    failures = iter([503, 503])
-
-    def answer(path, body):
-        if path == "/collective_rpc":
-            return 200, {}
-        if status := next(failures, None):
-            return status, {"error": "busy"}
-        choice = {"text": "ok", "finish_reason": "stop" if body["prompt"] == [5] else "length"}
-        if body["prompt"] == [7]:
-            choice["token_ids"] = [40, 41, 2]
-        return 200, {"choices": [choice]}
-
-    url, asked = server(answer)
-    args = RolloutArgs(
-        rollout_url=url, rollout_folder=str(tmp_path / "policy"), max_gen_len=9, temperature=0.7
-    )
-    config = MiniMindConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    rollout_server.send_weights(args, MiniMindForCausalLM(config), tokenizer)
-    assert asked == [("/collective_rpc", {"method": "reload_weights"})]
-    assert (tmp_path / "policy" / "model.safetensors").exists()
-
-    requests = [GenerationRequest([n], seed=11, sample=3) for n in (5, 6, 7)]
-    ok = tokenizer("ok", add_special_tokens=False)["input_ids"]
-    tokens = rollout_server.generate_on_server(args, tokenizer, requests)
-    assert tokens == [[*ok, tokenizer.eos_token_id], ok, [40, 41, 2]]
-    path, body = asked[-1]
-    assert path == "/v1/completions" and body["seed"] == 14 and body["temperature"] == 0.7
-    assert len(asked) == 1 + 2 + 3
-
-
-@pytest.mark.parametrize("status", [None, 404])
-def test_a_server_that_does_not_answer_ends_with_one_sentence(
-    server, status, monkeypatch, closed_port
-):
-    monkeypatch.setattr(rollout_server, "FIRST_DELAY", 0.01)
-    url, asked = server(lambda path, body: (404, {"error": "no such model"}))
-    url = url if status else f"http://127.0.0.1:{closed_port}/v1"
-    with pytest.raises(UserError, match="resume goes on from the last checkpoint"):
-        rollout_server.post(url, {})
-    assert len(asked) == (1 if status else 0)

@@ -244,7 +244,7 @@ def test_a_benchmark_that_is_not_there(tmp_path):
 def test_a_benchmark_that_is_something_else(local):
     (local / "gsm8k/test.jsonl").write_text("no json\n")
     args = eval_benchmark.Args(tasks=["gsm8k"], local=str(local))
-    with pytest.raises(UserError, match="test.jsonl is not a file of GSM8K"):
+    with pytest.raises(UserError, match="line 1 of .*test.jsonl is not JSON"):
         eval_benchmark.main(args)
 
 

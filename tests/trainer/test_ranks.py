@@ -51,7 +51,8 @@ def together(train: Trainer, ranks: int, **settings) -> None:
 
 def errors(train: Trainer, rank: int) -> list[str]:
     """What a rank complained of; a traceback is one complaint more."""
-    said = (train.folder / f"log{rank}").read_text()
+    log = train.folder / f"log{rank}"
+    said = log.read_text() if log.exists() else ""  # it may have been ended before it said a word
     assert "Traceback" not in said, said
     return [line for line in said.splitlines() if line.startswith("error: ")]
 

@@ -194,8 +194,8 @@ def test_another_held_out_share_is_not_resumed(any_stage):
     """It leaves other documents to training."""
     any_stage(max_steps=2, val_share=0.3)
     held_out = any_stage.write_data(any_stage.folder / "val.jsonl", any_stage.examples[:2])
-    with pytest.raises(UserError, match="was made with documents trained '[0-9a-f]{16}'"):
-        any_stage(max_steps=2, val_share=0.3, val_path=[held_out], resume=True)
+    with pytest.raises(UserError, match="was made with val_share 0.3, and this run has 0.0"):
+        any_stage(max_steps=2, val_path=[held_out], resume=True)
 
 
 def test_a_run_from_other_weights_is_not_resumed(tmp_path):

@@ -115,14 +115,14 @@ def test_what_is_held_out_is_not_trained_and_always_the_same(train, tokenizer):
 
 def test_a_separate_file_leaves_all_data_to_training(train, tokenizer):
     other = text_file(train.folder / "val.jsonl", TEXTS[:3])
-    rows, held_out = rows_of(train, tokenizer, val_share=0.2, val_path=[other])
+    rows, held_out = rows_of(train, tokenizer, val_path=[other])
     assert (len(rows.indices), len(held_out.indices)) == (24, 3)
     assert rows_of(train, tokenizer, val_share=0.0)[1] is None
 
 
 @pytest.mark.parametrize(
     ("texts", "share", "complaint"),
-    [(["one two"], 0.5, "one document only"), ([], 0.0, "holds no documents")],
+    [(["one two"], 0.5, "holds out all documents"), ([], 0.0, "holds no documents")],
 )
 def test_too_little_data_is_said_to_be_so(train, tokenizer, texts, share, complaint):
     train.data = text_file(train.folder / "little.jsonl", texts)
