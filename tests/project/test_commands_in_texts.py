@@ -28,7 +28,7 @@ from model.weights import ROOT, save_weights
 from scripts.serving.openai_types import ChatRequest
 
 # Those first whose commands name no size: later ones leave weights of several.
-FIRST = ["README.md", "README_zh.md", "docs/training.md", "docs/fine_tuning.md", "CLAUDE.md"]
+FIRST = ["README.md", "README_zh.md", "docs/training.md", "CLAUDE.md"]
 PAGES = sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 TEXTS = [*FIRST, "CONTRIBUTING.md", *(page for page in PAGES if page not in FIRST)]
 ONE_STEP = (
@@ -63,7 +63,6 @@ RUN = {
 PARSE = {
     "scripts/prepare_data.py download": "network; prepare/test_download.py has a stand-in",
     "trainer/train_full_sft.py --recipe": "reads 28,596 conversations; test_report.py",
-    "scripts/show_batch.py --tokenizer_path": "a folder of the reader; test_loss_spans.py",
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",
     "scripts/runs/demo_lora.py": "needs the demo's model; tests/model/test_lora.py",
