@@ -22,6 +22,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.command_line import option, parse_command_line
+from model.errors import UserError, exit_on_user_error
+
+
+@dataclass
+class Args:
+    generation: list[int] = option([2026, 2025], "of the files: 2026, 2025")
+    keep: str = option("", "new folder for code, logs and weights; default: deleted")
+    step: list[str] = option([], "run these steps only, in a folder kept before")
+
+    def __post_init__(self) -> None:
+        if set(self.generation) - {2026, 2025} or not self.generation:
+            raise UserError("--generation must be 2026, 2025 or both")
+        if self.step and not Path(self.keep).is_dir():
+            raise UserError("--step needs --keep with the folder of a run before")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+
+
 from rich.console import Console
 from rich.table import Table
 from stand_in.facts import (
@@ -43,26 +64,11 @@ from stand_in.rows import NAME, QUESTIONS, files
 from transformers.utils.logging import disable_progress_bar
 
 from dataset.released import REVISION, SETS
-from model.command_line import option, parse_arguments
-from model.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ("model", "dataset", "trainer", "scripts", "eval_llm.py")
 DATA = "datasets/jingyaogong/minimind_dataset"
 STEP_SECONDS = 900
-
-
-@dataclass
-class Args:
-    generation: list[int] = option([2026, 2025], "of the files: 2026, 2025")
-    keep: str = option("", "new folder for code, logs and weights; default: deleted")
-    step: list[str] = option([], "run these steps only, in a folder kept before")
-
-    def __post_init__(self) -> None:
-        if set(self.generation) - {2026, 2025} or not self.generation:
-            raise UserError("--generation must be 2026, 2025 or both")
-        if self.step and not Path(self.keep).is_dir():
-            raise UserError("--step needs --keep with the folder of a run before")
 
 
 @dataclass
@@ -331,4 +337,4 @@ def main(args: Args) -> bool:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.exit(0 if main(parse_arguments(Args, __doc__)) else 1)
+        sys.exit(0 if main(args) else 1)

@@ -12,10 +12,12 @@ functions, so that what is right in one place is right in all of them.
 An empty answer is never right.
 """
 
+import ast
 import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -281,17 +283,30 @@ def read_truth(row: Mapping[str, Any], last: str | None = None) -> Truth | None:
     if not isinstance(answer, str | int | float | None):
         raise UserError('has an "answer" that is no text and no number')
     if isinstance(gt, str) and gt.lstrip().startswith("["):  # a list in a column of texts
-        try:
-            gt = json.loads(gt)
-        except (ValueError, RecursionError):
-            pass
-    gt = gt if isinstance(gt, list) else [gt]
+        gt = read_list(gt)
+    gt = [None if is_nothing(part) else part for part in (gt if isinstance(gt, list) else [gt])]
     if not all(isinstance(part, str | int | float | None) for part in gt):
         raise UserError('has a "gt" that is no text and no list of texts')
-    if answer is not None and str(answer).strip():
-        return Truth((str(answer),))
+    answer = "" if is_nothing(answer) else str(answer)
+    if "</think>" in answer or "</answer>" in answer:
+        answer = final_answer(answer)
+    if answer.strip():
+        return Truth((answer,))
     parts = tuple(str(part) for part in gt if part is not None and str(part).strip())
     if parts:
         return Truth(parts, anywhere=True)
     found = final_answer(last or "")
     return Truth((found,)) if found.strip() else None
+
+
+def read_list(text: str) -> Any:
+    """A list that is written as JSON, or as Python writes it; else the text itself."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return text
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a cell of a table is empty: None, NaN, or "null" as text."""
+    return value is None or value != value or value == "null"

@@ -44,6 +44,7 @@ from dataset.encoding import (
     label_bytes,
     token_bytes,
 )
+from dataset.forms.messages import THOUGHTS
 from dataset.jsonl import (
     BadRows,
     LineChunk,
@@ -341,8 +342,8 @@ def encode_chunk_in_worker(encode: ChunkEncoder, chunk: LineChunk) -> EncodedChu
 
 # -- thoughts --------------------------------------------------------------------------------------
 
-# by any of its names (forms/messages.py), or in the content
-THOUGHT = re.compile(rb'"(?:reasoning_content|reasoning|thinking|thought)"\s*:\s*"[^"]|<think>')
+# by any of its names, or in the content
+THOUGHT = re.compile(rf'"(?:{"|".join(THOUGHTS)})"\s*:\s*"(?!null"|")|<think>'.encode())
 
 
 def has_thoughts(paths: Sequence[str | Path]) -> bool:

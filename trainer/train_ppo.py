@@ -51,9 +51,9 @@ class Args(RolloutArgs):
             "--num_minibatches says into how many optimizer steps a pass through the completions "
             "is divided; a mini-batch has --batch_size x --num_generations / --num_minibatches"
         ),
-        "update_old_actor_freq": {
-            "1": Ignored("the old policy is always the one that sampled the completions"),
-        },
+        "update_old_actor_freq": Ignored(
+            "the old policy is always the one that sampled the completions"
+        ),
     }
 
     learning_rate: float = option(8e-8, LEARNING_RATE_HELP)

@@ -5,6 +5,8 @@ with "tools", an assistant's with "tool_calls" and "reasoning_content"; tools an
 """
 
 import json
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from dataset.forms.files import CLEAN
@@ -13,7 +15,7 @@ from model.errors import UserError
 
 Message = dict[str, Any]
 
-THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "cot", "chain_of_thought")
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -45,7 +47,44 @@ def messages_of(given: Any, key: str = "messages") -> list[Message]:
     given = as_json(given, key.strip('"'))
     if not isinstance(given, list):
         raise UserError(f'has no {key} (a list of messages {{"role": "user", "content": "…"}})')
-    return in_order_of_calls([m if is_plain(m) else message_of(m) for m in given])
+    if any(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in given):
+        return in_order_of_calls(
+            [m if is_plain(m) else message_of(m) for m in one_call_turn(given)]
+        )
+    return [message for turn in given for message in messages_of_turn(turn)]
+
+
+def messages_of_turn(turn: Any) -> list[Message]:
+    """A question and its answer in one object, as XTuner ("input", "output") and Firefly ("human",
+    "assistant") have them."""
+    for asked, replied in (("input", "output"), ("human", "assistant")):
+        if isinstance(turn, dict) and {asked, replied} <= turn.keys() <= {"system", asked, replied}:
+            sides = (("system", "system"), ("user", asked), ("assistant", replied))
+            return [
+                message_of({"role": role, "content": turn[name]})
+                for role, name in sides
+                if name == replied or turn.get(name)
+            ]
+    raise UserError('has a message without a "role"')
+
+
+def one_call_turn(given: list[Any]) -> Iterator[Any]:
+    """Calls in messages of their own that follow one another (ms-swift) are one turn's."""
+    for is_call, group in groupby(given, key=is_call_message):
+        turns = list(group)
+        if is_call and len(turns) > 1:
+            calls = [
+                tool_list(turn.get("content", turn.get("value")), "tool_call") for turn in turns
+            ]
+            yield {"role": "assistant", "content": "", "tool_calls": sum(calls, [])}
+        else:
+            yield from turns
+
+
+def is_call_message(turn: Any) -> bool:
+    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    content = turn.get("content", turn.get("value")) if speaker else None
+    return speaker in ("function_call", "tool_call") and "<tool_call>" not in str(content)
 
 
 def message_of(given: Any) -> Message:
@@ -54,14 +93,14 @@ def message_of(given: Any) -> Message:
     speaker = given.get("role", given.get("from"))
     if speaker is None:
         raise UserError('has a message without a "role"')
-    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    role = ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise UserError(f"has the unknown role {speaker!r}; known: {', '.join(ROLES)}")
     message = {k: v for k, v in given.items() if k not in ("from", "value") and v is not None}
     content = given["content"] if "content" in given else given.get("value")
     message |= {"role": role, "content": content}
     set_thought(message)
-    set_calls(message, speaker)
+    set_calls(message, speaker.lower())
     set_content(message)
     refuse_unread(message)
     return message
@@ -185,7 +224,7 @@ def present(row: dict[str, Any], name: str) -> bool:
 
 
 def is_absent(value: Any) -> bool:
-    if value is None or value in ([], {}):
+    if value is None or value in ([], {}) or value != value:  # NaN, of an empty cell
         return True
     return isinstance(value, str) and len(value) < 8 and value.strip().lower() in ABSENT
 

@@ -34,23 +34,25 @@ LISTS = ("conversations", "messages", "conversation")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
 CONTEXTS = ("input", "context")  # follow an instruction or a question
 ANSWERS = ("output", "response", "completion", "solution", "answer")
-SYSTEMS = ("system", "system_prompt")
-TOOLS = ("tools", "functions")
+SYSTEMS = ("system", "system_prompt", "system_message")
+TOOLS = ("tools", "functions", "available_tools")
 TRUTHS = ("answer", "gt")  # what rewards compare with
-TRUTH_ALIASES = ("ground_truth", "solution", "reward_model")
+TRUTH_ALIASES = ("ground_truth", "solution", "reward_model", "expected_answer", "final_answer")
 SIDES = ("chosen", "rejected")
+REJECTED = ("rejected_response", "rejected_messages")  # beside the preferred answer: ms-swift
 # Keys beside the messages that nothing here can express,
 UNREAD = (*MEDIA, "chat_template_kwargs", "documents", "segments", "kto_tag", "label", "margin")
-WEIGHTS = ("weight", "loss_weight", "sample_weight")
+WEIGHTS = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask")
 # and those that may repeat what the messages say, and must not say anything else.
 REPEATED = (*QUESTIONS, *CONTEXTS, "output", "response", "completion", "history", *THOUGHTS)
-MEANINGFUL = frozenset((*UNREAD, *WEIGHTS, *REPEATED, *SIDES))
+MEANINGFUL = frozenset((*UNREAD, *WEIGHTS, *REPEATED, *SIDES, *REJECTED))
 MESSAGES_AS_TEXT = re.compile(r'\s*\[\s*\{\s*"(role|from|content|value)"')
 
 
 def is_pair(row: Row) -> bool:
     """Whether a row holds a preferred answer and another."""
-    return all(present(row, name) for name in SIDES) or present(row, "preferred_output")
+    both = all(present(row, name) for name in SIDES)
+    return both or present(row, "preferred_output") or bool(first_of(row, REJECTED))
 
 
 def as_conversation(row: Row) -> Row:
@@ -91,6 +93,11 @@ def as_pair(row: Row) -> Row:
         sides = {side: row.get(name) for side, name in names.items()}
         rest = {k: v for k, v in row.items() if k not in ("input", *names.values())}
         row = {**rest, **(given if isinstance(given, dict) else {"prompt": given}), **sides}
+    if not present(row, "rejected") and (other := first_of(row, REJECTED)):
+        preferred = {k: v for k, v in row.items() if k != other}
+        chosen = as_conversation(preferred)["conversations"]
+        end = last_question(chosen)
+        row = {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": row[other]}
     if lacking := [f'"{side}"' for side in SIDES if not present(row, side)]:
         raise UserError(
             f'has no {" and ".join(lacking)} (rows are {{"chosen": [messages], "rejected": …}})'
@@ -149,10 +156,10 @@ def exchange(row: Row, answered: bool = True) -> tuple[list[Message], list[str]]
     if present(row, "history"):
         messages += history(row["history"])
         used.append("history")
-    if isinstance(question, list):
+    if isinstance(question, list) or MESSAGES_AS_TEXT.match(str(question)):
         messages += messages_of(question, f'"{asked}"')
     elif isinstance(question, str):
-        context = first_of(row, [name for name in CONTEXTS if name != asked])
+        context = first_of(row, [n for n in CONTEXTS if n != asked and present(row, n)])
         used += [context] if context else []
         parts = [text_in(row, name) for name in (asked, context) if name]
         messages.append({"role": "user", "content": "\n".join(parts)})
@@ -179,6 +186,11 @@ def history(pairs: Any) -> list[Message]:
         raise UserError('has a "history" that is no list of pairs')
     turns = [zip(("user", "assistant"), pair, strict=True) for pair in pairs]
     return [{"role": role, "content": content} for pair in turns for role, content in pair]
+
+
+def last_question(messages: list[Message]) -> int:
+    """Where the answer to the last question begins."""
+    return max((n for n, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
 
 
 def text_in(row: Row, name: str) -> str:
@@ -239,8 +251,9 @@ def truth_of(row: Row, used: Iterable[str] = ()) -> Row:
     name = first_of(row, [name for name in TRUTH_ALIASES if name not in used])
     if name and not truth:
         value = row[name]
-        if name == "reward_model" and isinstance(value, dict):  # verl's
-            value = value.get("ground_truth")
+        if name == "reward_model":  # verl's
+            value = as_json(value, name)
+            value = value.get("ground_truth") if isinstance(value, dict) else value
         if isinstance(value, str | int | float):
             truth["answer"] = value
         elif isinstance(value, list):
@@ -311,6 +324,8 @@ def what_it_is(row: Row) -> str:
         return f"{no}: it is a preference pair, for train_dpo.py or train_reward.py"
     if isinstance(row.get("text"), str):
         return f"{no}: it is a text, for train_pretrain.py"
+    if asked := asked_in(row):
+        return f'has "{asked}" and no answer to it'
     if present(row, "segments"):
         return f'{no}, and "segments" are not read; write them as messages'
     return f"{no}, and its keys ({', '.join(map(str, row)) or 'none'}) are of no known form"

@@ -93,7 +93,12 @@ def config_fields(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
-    if rope.get("rope_type", rope.get("type", "default")) == "yarn":
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "yarn"):
+        raise UserError(
+            f"config.json has rope_scaling of type {kind}; MiniMind supports yarn and none"
+        )
+    if kind == "yarn":
         fields |= {YARN_FIELDS[name]: x for name, x in rope.items() if name in YARN_FIELDS}
         fields.setdefault("inference_rope_scaling", True)
     return fields

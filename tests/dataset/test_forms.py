@@ -157,6 +157,49 @@ CONVERSATIONS = {
         [OFFER, *CALLED[:2]],
     ),
     "a number as the answer": ({"question": "2+5?", "answer": 7}, [ASK, REPLY]),
+    "an empty cell": ({"instruction": "2+5?", "input": float("nan"), "output": "7"}, [ASK, REPLY]),
+    "an empty cell as text": (
+        {"instruction": "2+5?", "input": "None", "output": "7"},
+        [ASK, REPLY],
+    ),
+    "a thought in a column": (
+        {"question": "2+5?", "cot": "easy", "answer": "7"},
+        [ASK, said("assistant", "7", reasoning_content="easy")],
+    ),
+    "XTuner": (
+        {"conversation": [{"system": "Be brief.", "input": "2+5?", "output": "7"}]},
+        [SYSTEM, ASK, REPLY],
+    ),
+    "Firefly": ({"conversation": [{"human": "2+5?", "assistant": "7"}]}, [ASK, REPLY]),
+    "capitals": (
+        {"messages": [{"role": "User", "content": "2+5?"}, {"role": "Assistant", "content": "7"}]},
+        [ASK, REPLY],
+    ),
+    "ms-swift's calls, a message each": (
+        {
+            "tools": json.dumps([TOOL]),
+            "messages": [
+                ASK,
+                {"role": "tool_call", "content": json.dumps(CALL)},
+                {"role": "tool_call", "content": json.dumps(CALL)},
+                {"role": "tool_response", "content": "4"},
+                {"role": "tool_response", "content": "5"},
+                REPLY,
+            ],
+        },
+        [
+            OFFER,
+            ASK,
+            said("assistant", "", tool_calls=[CALL, CALL]),
+            said("tool", "4"),
+            said("tool", "5"),
+            REPLY,
+        ],
+    ),
+    "system message beside": (
+        {"messages": [ASK, REPLY], "system_message": "Be brief."},
+        [SYSTEM, ASK, REPLY],
+    ),
     "other keys": (
         {
             "id": 3,
@@ -214,6 +257,10 @@ REFUSED = {
         '"loss": true in a message of the user',
     ),
     "weight of a row": ({**with_reply(), "weight": 0.3}, '"weight", which the training cannot use'),
+    "weights of messages": ({**with_reply(), "weights": [0, 1]}, '"weights", which'),
+    "loss mask": ({**with_reply(), "loss_mask": [0, 1]}, '"loss_mask", which'),
+    "ms-swift's pair": ({**with_reply(), "rejected_response": "8"}, '"rejected_response", which'),
+    "no answer": ({"instruction": "2+5?", "input": "", "output": ""}, "no answer to it"),
     "KTO": ({"prompt": "2+5?", "completion": "8", "label": False}, '"label"'),
     "template options": (
         {**with_reply(), "chat_template_kwargs": {"x": 1}},
@@ -275,6 +322,8 @@ PAIRS = {
         "chosen": SHAREGPT[1],
         "rejected": {"from": "gpt", "value": "8"},
     },
+    "ms-swift": {"messages": [ASK, REPLY], "rejected_response": "8"},
+    "ms-swift's messages": {"messages": [ASK, REPLY], "rejected_messages": [ASK, WRONG]},
     "Alpaca": {"instruction": "2+5?", "input": "", "chosen": "7", "rejected": "8"},
     "OpenAI": {
         "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
@@ -323,6 +372,11 @@ PROMPTS = {
     "trl": ({"prompt": [ASK], "solution": "7"}, "7"),
     "GSM8K": ({"question": "2+5?", "answer": "7"}, "7"),
     "verl": ({"prompt": [ASK], "reward_model": {"style": "rule", "ground_truth": "7"}}, "7"),
+    "verl in a table": (
+        {"prompt": json.dumps([ASK]), "reward_model": json.dumps({"ground_truth": "7"})},
+        "7",
+    ),
+    "expected answer": ({"problem": "2+5?", "expected_answer": "7"}, "7"),
     "no truth": ({"prompt": "2+5?"}, None),
 }
 

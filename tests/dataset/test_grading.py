@@ -188,6 +188,21 @@ def test_the_score_of_a_truth():
     assert read_truth({"answer": "4"}).score("It is 4") == 0
 
 
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"answer": "<think>\n2+2\n</think>\n<answer>4</answer>"}, ("4",)),
+        ({"answer": "Write <think> first."}, ("Write <think> first.",)),
+        ({"gt": "['4', 'Paris']"}, ("4", "Paris")),
+        ({"gt": "null", "answer": float("nan")}, None),
+        ({"answer": "null", "gt": ["4", "null"]}, ("4",)),
+    ],
+)
+def test_a_truth_as_exporters_write_it(row, parts):
+    truth = read_truth(row)
+    assert (truth and truth.parts) == parts
+
+
 @pytest.mark.parametrize("row", [{"answer": ["4"]}, {"gt": {"a": 1}}, {"gt": [["4"]]}])
 def test_a_truth_of_another_form_is_refused(row):
     with pytest.raises(UserError, match="that is no text"):

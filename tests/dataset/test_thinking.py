@@ -8,6 +8,7 @@ from chats import CALL, assistant, user
 from foreign_templates import MINIMIND3, QWEN3, foreign_tokenizer
 
 from dataset.encoding import encode_chat, ends_in_thought
+from dataset.forms.messages import THOUGHTS
 from dataset.lm_dataset import has_thoughts, load_documents
 from dataset.reply_parser import ReplyParser, parse_reply
 from model.inference.thinking import can_close_thoughts, close_thoughts, closes_thoughts
@@ -110,8 +111,13 @@ def test_thoughts_are_found_in_the_data(tmp_path):
     path = tmp_path / "content.jsonl"
     path.write_text(json.dumps({"conversations": [assistant("<think>\nhm\n</think>\n4")]}))
     assert has_thoughts([tmp_path / "plain.jsonl", path])
-    path.write_text('{"conversations": [{"role": "assistant", "reasoning_content": ""}]}\n')
-    assert not has_thoughts([path])
+    for nothing in ('""', "null", '"null"'):
+        message = f'{{"role": "assistant", "reasoning_content": {nothing}}}'
+        path.write_text(f'{{"conversations": [{message}]}}\n')
+        assert not has_thoughts([path])
+    for name in THOUGHTS:
+        path.write_text(json.dumps({"question": "2+2?", name: "hm", "answer": "4"}))
+        assert has_thoughts([path])
 
 
 def test_a_reply_that_opens_its_thought_itself_where_the_prompt_did_not():

@@ -38,7 +38,11 @@ COMMANDS = [
     *names("trainer/train_*.py"),
     *(name for name in names("scripts/*.py") if not name.endswith("__init__.py")),
     *(name for name in names("scripts/runs/*.py") if not name.endswith("__init__.py")),
-    *(name for name in names("benchmarks/*/*.py") if "command_line(Args" in read(name)),
+    *(
+        name
+        for name in [*names("benchmarks/*.py"), *names("benchmarks/*/*.py")]
+        if "command_line(Args" in read(name)
+    ),
     "eval_llm.py",
     "-m dataset.demo",
 ]

@@ -10,6 +10,7 @@ from test_mistakes import complaint
 from toy import Trainer, flags, name_of, saved_teacher
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from model.command_line import parse_arguments
 from model.errors import UserError
 from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -52,6 +53,13 @@ def test_a_preset_is_the_flags_of_its_sizes(words):
     assert argv[-2:] == ["--num_hidden_layers", "2"] and argv.count("--num_hidden_layers") == 2
     assert argv[argv.index("--use_moe") + 1] == "1"
     assert with_preset(["--hidden_size", "8"]) == ["--hidden_size", "8"]
+
+
+def test_a_zero_overrides_a_preset():
+    zeros = ["--n_shared_experts", "0", "--aux_loss_alpha", "0", "--qk_norm", "0"]
+    argv = with_preset(["--preset", "minimind-3-moe", *zeros])
+    args = parse_arguments(train_pretrain.Args, argv=argv)
+    assert (args.n_shared_experts, args.aux_loss_alpha, args.qk_norm) == (0, 0, False)
 
 
 @pytest.mark.parametrize("experts", [4, 2])

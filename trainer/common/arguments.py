@@ -307,7 +307,7 @@ class TrainArgs:
         if self.preset and self.preset not in PRESETS:
             raise UserError(f"--preset is one of {', '.join(PRESETS)}, not {self.preset}")
         for name, value in PRESETS.get(self.preset, {}).items():
-            if getattr(self, name) in (None, False):
+            if getattr(self, name) is None or name == "use_moe":  # the one without None
                 setattr(self, name, value)
 
 

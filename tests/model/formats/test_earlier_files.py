@@ -230,6 +230,10 @@ def test_yarn_that_is_switched_off_stays_off(native_folder):
         (dict(hidden_act="gelu"), "activation in .*native is gelu"),
         (dict(head_dim=16), "head_dim must be hidden_size / num_attention_heads, here 8"),
         (dict(num_hidden_layers=3), "lacks model.layers.2"),
+        (
+            dict(rope_scaling={"type": "linear", "factor": 4}),
+            "rope_scaling of type linear; MiniMind supports yarn",
+        ),
         (dict(num_experts_per_tok=9, use_moe=True), "cannot use 9 of 4 experts"),
     ],
     ids=str,
