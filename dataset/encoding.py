@@ -187,7 +187,7 @@ def check_messages(messages: Any, key: str = '"conversations"') -> list[Message]
         if content is None and (message.get("tool_calls") or message.get("tools")):
             message["content"] = ""
         elif not isinstance(content, str):
-            raise UserError(f'has a {message["role"]} message whose "content" is no text')
+            raise UserError(f'has a message of the {message["role"]} whose "content" is no text')
         if not isinstance(message.get("reasoning_content") or "", str):
             raise UserError('has a "reasoning_content" that is no text')
     return messages

@@ -176,9 +176,9 @@ BAD_CHATS = {
     "unknown role": (chat({"role": "judge", "content": "a"}), "the unknown role 'judge'"),
     "role no string": (chat({"role": ["user"], "content": "a"}), "the unknown role"),
     "no assistant turn": (chat(user("a")), "has no assistant turn"),
-    "content a number": (chat(user(3.5), assistant("b")), 'message whose "content" is no text'),
-    "content null": (chat(user(None), assistant("b")), 'user message whose "content"'),
-    "no content": (chat({"role": "user"}, assistant("b")), 'user message whose "content"'),
+    "content a number": (chat(user(3.5), assistant("b")), 'whose "content" is no text'),
+    "content null": (chat(user(None), assistant("b")), 'message of the user whose "content"'),
+    "no content": (chat({"role": "user"}, assistant("b")), 'message of the user whose "content"'),
     "calls a number": (
         chat(user("a"), assistant("", tool_calls=5)),
         '"tool_calls" that are no list',
