@@ -41,7 +41,11 @@ TRUTH_ALIASES = ("ground_truth", "solution", "reward_model", "expected_answer", 
 SIDES = ("chosen", "rejected")
 REJECTED = ("rejected_response", "rejected_messages")  # beside the preferred answer: ms-swift
 # Keys beside the messages that nothing here can express,
-UNREAD = (*MEDIA, "chat_template_kwargs", "documents", "segments", "kto_tag", "label", "margin")
+UNREAD = (
+    *MEDIA,
+    *("chat_template_kwargs", "enable_thinking", "train_on_input", "train_on_inputs", "mask"),
+    *("tool_schemas", "tool_definitions", "documents", "segments", "kto_tag", "label", "margin"),
+)
 WEIGHTS = ("weight", "weights", "loss_weight", "sample_weight", "loss_mask")
 # and those that may repeat what the messages say, and must not say anything else.
 REPEATED = (*QUESTIONS, *CONTEXTS, "output", "response", "completion", "history", *THOUGHTS)

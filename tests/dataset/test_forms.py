@@ -266,6 +266,9 @@ REFUSED = {
         {**with_reply(), "chat_template_kwargs": {"x": 1}},
         "chat_template_kwargs",
     ),
+    "thinking off": ({**with_reply(), "enable_thinking": False}, '"enable_thinking", which'),
+    "loss on inputs": ({**with_reply(), "train_on_input": True}, '"train_on_input", which'),
+    "tools by another name": ({**with_reply(), "tool_schemas": [TOOL]}, '"tool_schemas", which'),
     "refusal": (with_reply(refusal="No."), '"refusal"'),
     "two systems": ({"messages": [SYSTEM, ASK, REPLY], "system": "Be long."}, "another system"),
     "two tool lists": (
