@@ -12,6 +12,7 @@ and in what the assistant writes, and characters in what anybody else writes.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -228,7 +229,10 @@ def with_empty_thoughts(ratio: float, *conversations: list[Message]) -> list[lis
     an empty thought in a prompt, it has never seen anything but an answer.
     """
     everything = [message for messages in conversations for message in messages]
-    thinks = any(m.get("reasoning_content") or "<think>" in m["content"] for m in everything)
+    thinks = any(
+        m.get("reasoning_content") or re.match(r"\s*<think>.*</think>", m["content"], re.DOTALL)
+        for m in everything
+    )
     first = json.dumps(everything[:2], sort_keys=True, ensure_ascii=False)
     # a number from 0 to 1 that depends on the row alone, and not on processes or order
     if thinks or zlib.crc32(first.encode()) / 2**32 >= ratio:

@@ -343,7 +343,10 @@ def encode_chunk_in_worker(encode: ChunkEncoder, chunk: LineChunk) -> EncodedChu
 # -- thoughts --------------------------------------------------------------------------------------
 
 # by any of its names, or in the content
-THOUGHT = re.compile(rf'"(?:{"|".join(THOUGHTS)})"\s*:\s*"(?!null"|")|<think>'.encode())
+# A text may also speak of the tag: a thought stands first, and is closed.
+THOUGHT = re.compile(
+    rf'"(?:{"|".join(THOUGHTS)})"\s*:\s*"(?!null"|")|:\s*"(?:\s|\\n)*<think>.*</think>'.encode()
+)
 
 
 def has_thoughts(paths: Sequence[str | Path]) -> bool:

@@ -5,7 +5,8 @@ import json
 import pytest
 from toy import CHATS, PAIRS, Trainer, chat_file, pair_file
 
-from dataset.encoding import encode_chat
+from dataset.encoding import encode_chat, with_empty_thoughts
+from dataset.lm_dataset import has_thoughts
 from model.inference.thinking import closes_thoughts
 from model.weights import load_model, load_tokenizer
 from scripts.convert_model import main as convert
@@ -73,6 +74,25 @@ def test_an_adapter_of_thoughts_closes_those_of_its_model(tmp_path):
     adapter = tmp_path / "lora" / "out" / "lora" / "x_32.pth"
     loaded = load_chat_model(ModelArgs(weight=str(path), lora_weight=str(adapter), device="cpu"))
     assert prompt_of(loaded.tokenizer).endswith("assistant\n" + EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("answer", "thinks"),
+    [
+        ({"content": "<think>\nhm\n</think>\n\n4"}, True),
+        ({"content": "\n<think>hm</think>4"}, True),
+        ({"content": "4", "reasoning_content": "hm"}, True),
+        ({"content": "4", "reasoning_content": ""}, False),
+        ({"content": "The <think> tags hold the thought."}, False),
+        ({"content": "<think> is a tag."}, False),
+    ],
+)
+def test_an_answer_that_speaks_of_the_tag_is_no_thought(tmp_path, answer, thinks):
+    rows = [[{"role": "user", "content": "?"}, {"role": "assistant", **answer}]]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"conversations": rows[0]}) + "\n")
+    assert has_thoughts([path]) == thinks
+    assert ("empty_think" in with_empty_thoughts(1.0, *rows)[0][1]) != thinks
 
 
 def test_a_ratio_of_0_leaves_it_to_the_model(tmp_path):
