@@ -261,6 +261,7 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     process = fork(lambda: load(workers=2))
     workers = []
     while len(workers) < 2:
+        assert psutil.pid_exists(process)
         time.sleep(0.05)
         workers = psutil.Process(process).children()
     os.kill(process, signal.SIGKILL)
