@@ -31,6 +31,7 @@ from dataset import lm_dataset
 from dataset.lm_dataset import load_documents
 from model.weights import load_tokenizer
 from trainer import trainer_utils
+from trainer.common.loop import begin_worker
 from trainer.common.metrics import MetricLog
 from trainer.trainer_utils import Run
 
@@ -210,6 +211,12 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
     assert train.saved()["progress"]["step"] == 2
     train(resume=True, **settings)
     assert_all_is_well(train, result)
+
+
+@pytest.mark.parametrize("parent_lives", [True, False])
+def test_a_data_worker_whose_run_was_killed_while_it_started_ends(parent_lives):
+    parent = os.getpid() if parent_lives else -1
+    assert ended(fork(lambda: begin_worker(parent, worker=0))) == (0 if parent_lives else 1)
 
 
 def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_stage, monkeypatch):
