@@ -1,0 +1,102 @@
+"""The training page in a real browser, while a training runs."""
+
+import json
+import re
+
+import pytest
+from toy import text_file
+from web_page import open_when_served
+
+from model.weights import ROOT
+
+# A curve's line: its points are the commands M and L of the path.
+POINTS = """() => {
+    const line = document.querySelector(
+        '[data-testid="stVegaLiteChart"] .mark-line path, [data-testid="stVegaLiteChart"] canvas');
+    return line && line.tagName == 'path' ? (line.getAttribute('d').match(/[ML]/g) || []).length : -1;
+}"""
+OTHERS = """--num_attention_heads 4 --num_key_value_heads 2 --device cpu --num_workers 0
+    --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 10
+    --eval_interval 100 --save_interval 0 --val_documents 4""".split()
+
+
+def fill(page, label: str, value: str) -> None:
+    box = page.get_by_label(label, exact=True).first
+    box.fill(value)
+    box.press("Enter")
+
+
+def fill_form(page, data: str, name: str, steps: int) -> None:
+    page.get_by_test_id("stButtonGroup").get_by_text("New training").click()
+    box = page.get_by_test_id("stMultiSelect").locator("input")
+    if not page.get_by_test_id("stMultiSelect").get_by_text(data).count():
+        box.fill(data)
+        page.get_by_text(f"Add: {data}").or_(page.get_by_role("option", name=data)).first.click()
+        box.press("Escape")
+    for label, value in {"Width": "32", "Layers": "1", "Steps": str(steps)}.items():
+        fill(page, label, value)
+    fill(page, "Name of the run", name)
+    fill(page, "Other flags", " ".join(OTHERS))
+
+
+def progress(page) -> int:
+    """The step that the first run of the list is at."""
+    line = page.locator(".mm-run").first.inner_text()
+    return int(re.search(r"step ([\d,]+)", line)[1].replace(",", ""))
+
+
+@pytest.mark.slow
+def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp_path):
+    out, data = (
+        tmp_path / "out",
+        text_file(tmp_path / "data.jsonl", [f"{n} " * 9 for n in range(9000)]),
+    )
+    page = browser.new_page(locale="en-US", viewport={"width": 1300, "height": 1400})
+    open_when_served(page, serve("--save_dir", str(out)) + "/training")
+
+    # the form: the trainer's own sentence for a mistake, then the command line that is run
+    fill_form(page, data, "first", steps=3000)
+    fill(page, "Learning rate", "fast")
+    page.get_by_text("invalid float value: 'fast'").wait_for()
+    start = page.get_by_role("button", name="Start", exact=True)
+    assert start.is_disabled()
+    fill(page, "Learning rate", "2e-3")
+    page.locator("button[kind=primary]:not([disabled])").wait_for()
+    command = page.get_by_test_id("stCode").last.inner_text()
+    assert command.startswith("python ") and "--learning_rate 2e-3 --save_weight first" in command
+    start.click()
+
+    # it runs, and its curve grows
+    page.locator(".mm-running").wait_for()
+    page.get_by_text("training loss").first.wait_for()
+    before = progress(page)
+    page.wait_for_function(f"""() => {{
+        const found = document.querySelector('.mm-run').innerText.match(/step ([0-9,]+)/);
+        return found && Number(found[1].replace(',', '')) > {before} + 20;
+    }}""")
+    state = json.loads((out / "first_32.state.json").read_text())
+    assert [str(ROOT / "trainer" / "train_pretrain.py"), *state["argv"][1:]] == state["argv"]
+
+    # stopped, with its checkpoint
+    page.get_by_role("button", name="Stop").click()
+    page.locator(".mm-stopped").wait_for()
+    assert (out / "checkpoints" / "first_32.checkpoint.pt").exists()
+    stopped_at = progress(page)
+    assert 0 < stopped_at < 3000
+
+    # continued to the end, where it stopped
+    page.get_by_role("button", name="Continue").click()
+    page.locator(".mm-finished").wait_for(timeout=180_000)
+    assert progress(page) == 3000
+    log = (out / "first_32.metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log if '"loss"' in line]
+    assert steps == sorted(set(steps)) and steps[-1] == 3000
+
+    # a second run is laid over it
+    fill_form(page, data, "second", steps=60)
+    page.locator("button[kind=primary]:not([disabled])").wait_for()
+    start.click()
+    page.get_by_test_id("stCheckbox").get_by_text("second_32").wait_for()
+    page.locator(".mm-finished").nth(1).wait_for()
+    page.get_by_role("tab", name="second_32").wait_for()
+    page.get_by_role("tab", name="first_32").wait_for()
