@@ -6,6 +6,7 @@ import signal
 import socket
 from base64 import b64encode
 from html import escape
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ STYLE = """<style>
 .mm-dot {display: inline-block; width: .7rem; height: .7rem; border-radius: 50%;
   margin-right: .35rem; vertical-align: baseline}
 .mm-soft {opacity: .7}
+[data-stale="true"] {opacity: 1 !important} /* no fading at each look where the machine is busy */
 .mm-samples {width: 100%; border-collapse: collapse}
 .mm-samples td {vertical-align: top; padding: .3rem .9rem .3rem 0; white-space: pre-wrap;
   overflow-wrap: anywhere; border-top: 1px solid color-mix(in srgb, currentColor 15%, transparent)}
@@ -56,13 +58,13 @@ STYLE = """<style>
 def training_page(args: Any, t: Translator) -> None:
     st.html(STYLE)
     st.title(t("training_page"))
-    if view := st.session_state.pop("next_view", ""):
-        st.session_state.training_view = view
+    st.session_state.setdefault("training_view", "runs")
+    if "next_view" in st.session_state:  # the control itself must not exist yet in this run
+        st.session_state.training_view = st.session_state.pop("next_view")
     views = {"runs": ":material/monitoring: ", "new_training": ":material/add_circle: "}
     view = st.segmented_control(
         "view",
         list(views),
-        default="runs",
         format_func=lambda name: views[name] + t(name),
         required=True,
         label_visibility="collapsed",
@@ -79,7 +81,8 @@ def training_page(args: Any, t: Translator) -> None:
 def may_control(args: Any) -> bool:
     """Whether this visitor may start and stop trainings: those of other machines only if
     --remote_training says so, for a trainer's flags name files to read and to write."""
-    return args.remote_training or st.context.ip_address is None
+    address = st.context.ip_address  # of the connection itself; None for localhost
+    return args.remote_training or address is None or ip_address(address).is_loopback
 
 
 @st.cache_resource

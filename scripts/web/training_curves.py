@@ -1,6 +1,7 @@
 """The curves of the training page: several runs laid over each other, a chart for each metric."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -30,7 +31,7 @@ def curves_of(runs: Iterable[WatchedRun]) -> dict[str, Curve]:
 
 
 def show_curves(runs: list[WatchedRun], t: Translator) -> None:
-    """A chart of each metric with a line for each run, in the runs' colours."""
+    """A chart of each metric with a line for each run, in the runs' colors."""
     curves = curves_of(runs)
     if not curves:
         st.caption(t("no_curves"))
@@ -48,26 +49,35 @@ def show_curves(runs: list[WatchedRun], t: Translator) -> None:
         everything = st.toggle(t("all_curves"), **persistent("all_curves"))
     shown = [name for name in curves if everything or name in FIRST]
     columns = st.columns(min(3, max(1, len(shown))))
+    versions = tuple((run.run, run.version) for run in runs)
     for number, name in enumerate(shown):
         with columns[number % len(columns)]:
-            lines = [run.points(name, axis) for run in runs]
-            st.altair_chart(curve_chart(lines, name, curves[name], axis, runs, t))
+            spec = chart_spec(versions, name, axis, t.index, runs, curves[name], t)
+            st.vega_lite_chart(spec=spec)
+
+
+@st.cache_resource(max_entries=200, show_spinner=False)
+def chart_spec(
+    versions: tuple,
+    name: str,
+    axis: str,
+    language: int,
+    _runs: list[WatchedRun],
+    _curve: Curve,
+    _t: Translator,
+) -> dict[str, Any]:
+    """The Vega-Lite chart of a metric. It is made only when a log has grown: every other look at it
+    should cost the training nothing."""
+    return curve_chart(_runs, name, _curve, axis, _t).to_dict()
 
 
 def curve_chart(
-    lines: list[list[tuple[float, float]]],
-    name: str,
-    curve: Curve,
-    axis: str,
-    runs: list[WatchedRun],
-    t: Translator,
+    runs: list[WatchedRun], name: str, curve: Curve, axis: str, t: Translator
 ) -> alt.LayerChart:
     title = t(f"curve_{name}") if f"curve_{name}" in TEXTS else curve.title
     unit = t(f"unit_{curve.unit}") if f"unit_{curve.unit}" in TEXTS else curve.unit
     rows = [
-        {"x": x, "y": y, "run": run.run.label}
-        for run, points in zip(runs, lines, strict=True)
-        for x, y in points
+        {"x": x, "y": y, "run": run.run.label} for run in runs for x, y in run.points(name, axis)
     ]
     labels = [run.run.label for run in runs]
     small = 0 < max((abs(row["y"]) for row in rows), default=0) < 0.01

@@ -38,7 +38,7 @@ def texts(block) -> list[str]:
 
 def open_when_served(page, address: str) -> None:
     """Go to an address at which something is just starting to listen."""
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(120_000)
     for _ in range(100):
         try:
             page.goto(address)

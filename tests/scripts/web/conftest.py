@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
@@ -102,5 +103,8 @@ def serve():
 
     yield start
     for process in started:
-        process.terminate()
+        # a training that the page has started would outlive it
+        children = psutil.Process(process.pid).children(recursive=True)
+        for each in (*children, process):
+            each.kill()
         process.wait()

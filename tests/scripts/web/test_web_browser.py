@@ -3,7 +3,6 @@
 import pytest
 from web_page import ANSWER, open_when_served
 
-
 GROWTH = """() => {
     window.seen = new Set();
     new MutationObserver(() => {
