@@ -161,12 +161,8 @@ class Run(Generic[ArgsT, BatchT]):
         elif ctx.args.resume:
             ctx.print(f"no checkpoint {path} to resume: starting from the beginning")
         self.progress.tracker_id = self.metrics.open(self.name, self.progress.tracker_id)
-        done, plan = self.progress, self.plan
-        share = done.samples_seen / max(1, plan.total_samples)
-        self.state = RunState(
-            self.file(".state.json"), self.stage, plan.total_steps, done.step, share, share
-        )
-        self.state.write(ctx)
+        self.state = RunState(self.file(".state.json"), self.stage)
+        self.state.begin(ctx, self.progress, self.plan)
 
     def steps(self) -> Iterator[GlobalBatch[BatchT]]:
         """The global batches from the current position to the end, or until a signal."""
@@ -261,7 +257,7 @@ class Run(Generic[ArgsT, BatchT]):
             metrics: this rank's (sum, count) of each. Both are added up over the ranks and the
                 steps of a line, and divided once.
         """
-        self.state.update(self.ctx, self.step, self.progress.samples_seen / self.plan.total_samples)
+        self.state.update(self.ctx, self.progress, self.plan)
         values = self.metrics.add(metrics)
         self.metrics.bar.set_postfix(self.metrics.in_bar(values), refresh=False)
         if not self.is_due(self.ctx.args.log_interval) and self.step > 1:

@@ -119,7 +119,7 @@ def text_field(stage: str, each: Field, t: Translator) -> list[str]:
     """A flag as text, empty for its default; its words."""
     default = default_of(each)
     text = st.text_input(
-        t(each.name),
+        t(f"flag_{each.name}"),
         placeholder=t("default", value=default) if default not in (None, "", 0) else t("automatic"),
         help=f"--{each.name}: {each.metadata['help']}",
         **persistent(f"form_{stage}_{each.name}"),
@@ -132,7 +132,7 @@ def wide_field(args: Any, stage: str, args_class: type, each: Field, t: Translat
     if each.name == "data_path":
         released = rules_of(args_class)["data_path"].get("released")
         return st.multiselect(
-            t("data_path"),
+            t("flag_data_path"),
             find_data(args.save_dir),
             accept_new_options=True,
             placeholder=t("default_data") if released else t("choose_or_type"),
@@ -141,7 +141,7 @@ def wide_field(args: Any, stage: str, args_class: type, each: Field, t: Translat
         )
     weights = [shown_path(model.path) for model in find_models(args)]
     chosen = st.selectbox(
-        t("from_weight"),
+        t("flag_from_weight"),
         ["none", *weights],
         index=None,
         accept_new_options=True,

@@ -16,7 +16,9 @@ from typing import Literal
 
 import psutil
 
+from trainer.common.checkpoint import Progress
 from trainer.common.context import Context
+from trainer.common.loop import Plan
 
 INTERVAL = 2.0  # seconds between two writings
 SILENCE = 600.0  # seconds after which a run of another machine counts as dead
@@ -34,8 +36,8 @@ class RunState:
 
     path: Path
     stage: str
-    total_steps: int
     step: int = 0
+    total_steps: int = 0
     done: float = 0.0  # share of the samples of all epochs
     done_before: float = 0.0  # by earlier processes of this run
     state: Literal["running", "stopped", "finished", "died"] = "running"
@@ -47,11 +49,17 @@ class RunState:
     pid: int = field(default_factory=os.getpid)
     process_started: float = field(default_factory=process_started)
     started: float = field(default_factory=time.time)
-    updated: float = 0.0
+    updated: float = field(default_factory=time.time)
 
-    def update(self, ctx: Context, step: int, done: float) -> None:
+    def begin(self, ctx: Context, progress: Progress, plan: Plan) -> None:
+        self.update(ctx, progress, plan)
+        self.done_before = self.done
+        self.write(ctx)
+
+    def update(self, ctx: Context, progress: Progress, plan: Plan) -> None:
         """Tell how far the run is, every two seconds."""
-        self.step, self.done = step, done
+        self.step, self.total_steps = progress.step, plan.total_steps
+        self.done = progress.samples_seen / max(1, plan.total_samples)
         if time.time() - self.updated > INTERVAL:
             self.write(ctx)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from scripts.web.models import DemoTraining
 from scripts.web.processes import Process, last_lines
 from scripts.web.training_form import find_data, resume_flags, stages
 from scripts.web.training_runs import FoundRun, WatchedRun, find_reports, find_runs, thin_out
+from trainer.common.checkpoint import Progress
+from trainer.common.loop import Plan
 from trainer.report import run_state
 from trainer.report.run_state import RunState, read_state
 
@@ -37,6 +40,9 @@ def run(tmp_path):
     log = tmp_path / "pretrain_32.metrics.jsonl"
     log.write_text("")
     return WatchedRun(FoundRun("pretrain_32", log))
+
+
+MAIN = SimpleNamespace(is_main=True, world_size=1)  # of a Context, what a state asks
 
 
 # -- logs and states -------------------------------------------------------------------------------
@@ -108,29 +114,28 @@ def test_runs_and_reports_are_found_below_all_folders(tmp_path):
 
 
 def test_a_state_is_dead_when_its_process_is(tmp_path):
-    class Main:
-        is_main, world_size = True, 1
-
     path = tmp_path / "a.state.json"
-    state = RunState(path, "pretrain", total_steps=8)
-    state.write(Main)
+    state, plan = RunState(path, "pretrain"), Plan("a", 8, 16, 2, 2)
+    state.begin(MAIN, Progress(step=2, samples_seen=4), plan)
     assert read_state(path).state == "running" and read_state(path).seconds_left is None
     state.started -= 30
-    state.updated = 0
-    state.update(Main, step=2, done=0.25)
-    assert read_state(path).seconds_left == pytest.approx(90, abs=1)
+    state.updated -= 3
+    state.update(MAIN, Progress(step=4, samples_seen=8), plan)
+    found = read_state(path)
+    assert (found.step, found.total_steps) == (4, 8)
+    assert found.seconds_left == pytest.approx(60, abs=1)  # a quarter took 30 seconds
     other = subprocess.Popen([sys.executable, "-c", "pass"])
     other.wait()
     state.pid = other.pid
-    state.write(Main)
+    state.write(MAIN)
     assert read_state(path).state == "died"
     state.pid, state.process_started = os.getpid(), state.process_started - 60  # an earlier process
-    state.write(Main)
+    state.write(MAIN)
     assert read_state(path).state == "died"
     state.host = "elsewhere"  # nobody can see its processes from here
-    state.write(Main)
+    state.write(MAIN)
     assert read_state(path).state == "running"
-    state.end(Main, "stopped")
+    state.end(MAIN, "stopped")
     assert read_state(path).state == "stopped"
     path.write_text('{"stage": "pretra')
     assert read_state(path) is None
@@ -139,18 +144,14 @@ def test_a_state_is_dead_when_its_process_is(tmp_path):
 def test_the_state_is_written_every_two_seconds_only(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(run_state.time, "time", lambda: now[0])
-
-    class Main:
-        is_main, world_size = True, 1
-
-    state = RunState(tmp_path / "a.state.json", "pretrain", total_steps=100)
-    state.write(Main)
-    written = []
-    monkeypatch.setattr(RunState, "write", lambda self, ctx: written.append(self.step))
+    state, plan = RunState(tmp_path / "a.state.json", "pretrain"), Plan("a", 100, 100, 1, 1)
+    state.begin(MAIN, Progress(), plan)
+    seen = []
     for step in range(1, 11):
         now[0] += 1
-        state.update(Main, step, step / 100)
-    assert written[0] == 3
+        state.update(MAIN, Progress(step=step, samples_seen=step), plan)
+        seen.append(read_state(state.path).step)
+    assert seen == [0, 0, 3, 3, 3, 6, 6, 6, 9, 9]
 
 
 # -- what is started -------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_held_out_files_are_not_offered_as_data(tmp_path):
 
 def test_only_trainers_are_continued(tmp_path):
     def state(argv: list[str], **more) -> RunState:
-        return RunState(tmp_path / "a", "pretrain", 8, argv=argv, folder=str(ROOT), **more)
+        return RunState(tmp_path / "a", "pretrain", argv=argv, folder=str(ROOT), **more)
 
     script = ROOT / "trainer" / "train_pretrain.py"
     flags = ["--force", "1", "--resume", "1"]
