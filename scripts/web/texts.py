@@ -219,7 +219,10 @@ TEXTS = {
     "stopped_run": ("stopped", "已停止"),
     "finished": ("finished", "已完成"),
     "died": ("died", "异常退出"),
-    "starting": ("starting", "启动中"),
+    "died_silently": (
+        "The process ended without a word: it was killed, or the machine went down. *Continue* goes on from the last checkpoint.",
+        "进程没有留下信息就结束了：可能被终止，或机器断电。「继续训练」会从最近的检查点继续。",
+    ),
     "steps_of": ("step {step:,} of {total:,}", "第 {step:,} / {total:,} 步"),
     "step_at": ("step {step:,}", "第 {step:,} 步"),
     "time_left": ("{time} left", "剩余 {time}"),

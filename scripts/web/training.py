@@ -5,6 +5,7 @@ import shlex
 import signal
 import socket
 from base64 import b64encode
+from contextlib import suppress
 from html import escape
 from ipaddress import ip_address
 from pathlib import Path
@@ -216,11 +217,13 @@ def show_details(run: WatchedRun, args: Any, t: Translator) -> None:
         control_run(run, run.state, args, t)
     output = Path(run.state.output) if run.state and run.state.output else None
     lines = last_lines(output, 12) if output else ""
-    if run.status == "died" and lines:
-        st.error(lines.split("\n")[-1], icon=":material/error:")
+    died = run.status == "died"
+    if died:
+        errors = [line for line in lines.split("\n") if line.startswith("error: ")]
+        st.error(errors[-1] if errors else t("died_silently"), icon=":material/error:")
     with st.expander(t("samples"), icon=":material/notes:", expanded=True):
         show_samples(run, t)
-    with st.expander(t("output"), icon=":material/terminal:"):
+    with st.expander(t("output"), icon=":material/terminal:", expanded=died):
         if lines:
             st.code(lines, language=None)
         else:
@@ -246,7 +249,8 @@ def control_run(run: WatchedRun, state: RunState, args: Any, t: Translator) -> N
         icon = ":material/stop_circle:"
         if st.button(t("stop_run"), key=f"stop {key}", icon=icon, disabled=stopping):
             # as Ctrl-C: the step in progress ends, and the checkpoint is saved
-            os.kill(state.pid, signal.SIGINT)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(state.pid, signal.SIGINT)
             st.session_state[f"stopping {key}"] = state.pid
             st.rerun(scope="fragment")
         if stopping:
