@@ -1,8 +1,12 @@
 """The training page in a real browser, while a training runs."""
 
 import json
+import os
 import re
 import shlex
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from toy import text_file
@@ -12,10 +16,29 @@ from web_page import open_when_served
 POINTS = """() => [...document.querySelector('[data-testid="stVegaLiteChart"]')
     .querySelectorAll('.mark-line path')].map(line => line.getAttribute('d').match(/[ML]/g).length)
 """
-STEPS = 2000  # some ten seconds: time enough to stop it
+STEPS = 300
 OTHERS = """--num_attention_heads 4 --num_key_value_heads 2 --device cpu --num_workers 0
-    --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 10
+    --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 5
     --eval_interval 100 --save_interval 0 --val_documents 4""".split()
+
+
+class Held:
+    """The process of a run, which stands still between two of its log's lines."""
+
+    def __init__(self, run: Path):
+        self.log, self.about = run.with_suffix(".metrics.jsonl"), run.with_suffix(".state.json")
+
+    @property
+    def state(self) -> dict:
+        return json.loads(self.about.read_text())
+
+    def at_line(self, number: int) -> None:
+        while not self.log.exists() or self.log.read_bytes().count(b"\n") < number:
+            time.sleep(0.002)
+        os.kill(self.state["pid"], signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.state["pid"], signal.SIGCONT)
 
 
 def fill(page, label: str, value: str) -> None:
@@ -64,24 +87,27 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     assert command.startswith("python ") and "--learning_rate 2e-3 --save_weight first" in command
     start.click()
 
-    # it runs, and its curve grows
+    # it runs, and its curve grows; between two looks it is held, so that it does not end meanwhile
+    held = Held(out / "first_32")
+    held.at_line(3)
     page.locator(".mm-running").wait_for()
-    page.locator(".mark-line path").first.wait_for()
-    (before,) = page.evaluate(POINTS)
-    page.wait_for_function(f"({POINTS})()[0] > {before} + 1")
-    state = json.loads((out / "first_32.state.json").read_text())
-    assert state["argv"] == shlex.split(command)[1:]
+    page.wait_for_function(f"({POINTS})()[0] >= 2")
+    assert held.state["argv"] == shlex.split(command)[1:]
+    held.go_on()
+    held.at_line(8)
+    page.wait_for_function(f"({POINTS})()[0] >= 7")
 
     # stopped, with its checkpoint
     page.get_by_role("button", name="Stop").click()
+    page.get_by_text("saves its checkpoint").wait_for()
+    held.go_on()
     page.locator(".mm-stopped").wait_for()
     assert (out / "checkpoints" / "first_32.checkpoint.pt").exists()
-    stopped_at = progress(page)
-    assert 0 < stopped_at < STEPS
+    assert 0 < progress(page) < STEPS
 
     # continued to the end, where it stopped
     page.get_by_role("button", name="Continue").click()
-    page.locator(".mm-finished").wait_for(timeout=180_000)
+    page.locator(".mm-finished").wait_for()
     assert progress(page) == STEPS
     log = (out / "first_32.metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in log if '"loss"' in line]
