@@ -61,6 +61,7 @@ from trainer.report.forecast import duration, forecast
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
 from trainer.report.recipe_comparison import RecipeComparison
+from trainer.report.run_state import RunState
 
 COMPILE_STEPS = 10  # new shapes are compiled in the first steps only, and run eagerly later
 
@@ -160,6 +161,8 @@ class Run(Generic[ArgsT, BatchT]):
         elif ctx.args.resume:
             ctx.print(f"no checkpoint {path} to resume: starting from the beginning")
         self.progress.tracker_id = self.metrics.open(self.name, self.progress.tracker_id)
+        self.state = RunState(self.file(".state.json"), self.stage)
+        self.state.begin(ctx, self.progress, self.plan)
 
     def steps(self) -> Iterator[GlobalBatch[BatchT]]:
         """The global batches from the current position to the end, or until a signal."""
@@ -254,6 +257,7 @@ class Run(Generic[ArgsT, BatchT]):
             metrics: this rank's (sum, count) of each. Both are added up over the ranks and the
                 steps of a line, and divided once.
         """
+        self.state.update(self.ctx, self.progress, self.plan)
         values = self.metrics.add(metrics)
         self.metrics.bar.set_postfix(self.metrics.in_bar(values), refresh=False)
         if not self.is_due(self.ctx.args.log_interval) and self.step > 1:
@@ -347,16 +351,9 @@ class Run(Generic[ArgsT, BatchT]):
         plot_losses({self.name: history}, self.file(".loss.png"))
         page = self.file(".report.html")
         state = f"stopped at step {self.step} of {self.plan.total_steps}" if stopped else "finished"
-        write_report(
-            page,
-            self.ctx,
-            name=self.name,
-            stage=self.stage,
-            state=state,
-            metadata=self.metadata,
-            history=history,
-            recipe=self.recipe,
-        )
+        about: dict[str, Any] = dict(name=self.name, stage=self.stage, state=state, history=history)
+        write_report(page, self.ctx, metadata=self.metadata, recipe=self.recipe, **about)
+        self.state.end(self.ctx, "stopped" if stopped else "finished")
         if stopped:
             self.ctx.print(f"stopped at step {self.step}; --resume goes on from there")
         elif self.file(".pth").exists():

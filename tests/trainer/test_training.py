@@ -279,7 +279,7 @@ def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     tokens, full, wasted = map(float, told.groups())
     assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
     assert full + wasted == pytest.approx(100)
-    (info,) = train.folder.glob("a/out/*.json")
+    (info,) = train.folder.glob("a/out/*_32.json")
     origin = json.loads(info.read_text())["origin"]
     assert origin["packing_efficiency"] == pytest.approx(full / 100, abs=1e-3)
 
@@ -290,7 +290,7 @@ def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):
     out = train.folder / "a" / "out"
     assert {path.name for path in out.iterdir()} == {
         *("pretrain_32.pth", "pretrain_32.json"),
-        *("pretrain_32.metrics.jsonl", "pretrain_32.loss.png"),
+        *("pretrain_32.metrics.jsonl", "pretrain_32.loss.png", "pretrain_32.state.json"),
     }
     picture = (out / "pretrain_32.loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000

@@ -61,7 +61,7 @@ class Progress:
     skipped_in_a_row: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)  # the latest
     changed_fraction: float | None = None  # of the float16 weights, since the start
-    tracker_id: str | None = None  # under which wandb or SwanLab knows the run
+    tracker_id: str | None = None  # under which the tracker knows the run
 
     def add(self, since_line: Accumulator) -> None:
         """Count the tokens and seconds since the last log line."""
