@@ -79,7 +79,7 @@ class World:
                 dict(
                     data_path=[str(self.data / f"{files[kind]}_held.jsonl")],
                     reward=["answer", "similarity"] if kind else ["model"],
-                    save_dir=str(self.judge("a")),
+                    save_dir=str(self.policy_folder(kind)),
                     max_gen_len=ANSWER_TOKENS,
                 ),
                 judge_dir="" if kind else str(self.judge("b")),
@@ -90,6 +90,10 @@ class World:
     def judge(self, half: str) -> Path:
         """The folder of the reward model that was trained on this half of the pairs."""
         return self.out / f"judge_{half}"
+
+    def policy_folder(self, kind: str) -> Path:
+        """Where policies are saved: beside the reward model, if it is the reward."""
+        return self.out / "weights" if kind else self.judge("a")
 
     def weights(self, name: str, folder: Path | None = None, size: int = 0) -> Path:
         return (folder or self.out / "weights") / f"{name}_{size or self.size}.pth"
@@ -203,10 +207,11 @@ def policy(trainer: str, kind: str, count: int, world: World, job: Job) -> tuple
     flags += f" --max_gen_len {ANSWER_TOKENS} --epochs 99"
     if kind:
         flags += f" --reward {' '.join(REWARDS[kind])}"
-    make_judges(world)
-    given = dict(seed=job.part, steps=world.steps(count), folder=world.judge("a"))
+    else:
+        make_judges(world)
+    given = dict(seed=job.part, steps=world.steps(count), folder=world.policy_folder(kind))
     result = world.train(trainer, f"{flags} {job.variant}", job.name, **given)
-    model = load_model(world.weights(job.name, world.judge("a")))
+    model = load_model(world.weights(job.name, world.policy_folder(kind)))
     return world.policies[kind].compare(model), result
 
 

@@ -18,7 +18,9 @@ from model.weights import load_model, load_tokenizer
 
 def chat(question: str, answer: str) -> list[dict]:
     roles = ("user", "assistant")
-    return [dict(role=role, content=text) for role, text in zip(roles, (question, answer), strict=True)]
+    return [
+        dict(role=role, content=text) for role, text in zip(roles, (question, answer), strict=True)
+    ]
 
 
 TOOLS = json.dumps([{"name": "add", "parameters": {"type": "object", "properties": {}}}])
@@ -194,6 +196,20 @@ def test_stages_from_end_to_end(tmp_path, files, monkeypatch):
     args.base = saved_teacher(tmp_path, "other", seed=2)
     with pytest.raises(UserError, match="results of another base"):
         real_stages.main(args)
+
+
+@pytest.mark.slow
+def test_the_base_is_made_once(tmp_path, files, monkeypatch):
+    texts = [{"text": f"one two {n}"} for n in range(20)]
+    write_rows(files / "pretrain.jsonl", texts)
+    monkeypatch.setattr(real_stages, "BASE_SIZE", "32x2")
+    few = dict(stage=["tools"], folds=1, held_out=2, max_steps=1, output=str(tmp_path / "out"))
+    made = real_stages.main(real_stages.Args(str(files), **few))
+    base = tmp_path / "out" / "base" / "full_sft_32.pth"
+    assert made["base"]["parameters"] == sum(each.numel() for each in load_model(base).parameters())
+    before = base.stat().st_mtime_ns
+    assert real_stages.main(real_stages.Args(str(files), **few))["rows"] == made["rows"]
+    assert base.stat().st_mtime_ns == before
 
 
 def test_a_policy_does_not_differ_from_itself(tmp_path, files):
