@@ -33,17 +33,14 @@ from model.weights import save_weights, weight_name
 from trainer.common import hardware
 from trainer.common.checkpoint import (
     Progress,
-    changed_fraction,
     check_writable,
     fingerprint_of,
-    fp16_report,
     keep_unfinished,
     load_checkpoint,
     restore,
     rng_state,
     save_checkpoint,
     seed_everything,
-    trainable_fp16,
 )
 from trainer.common.context import ArgsT, Context, unwrap, without_sync
 from trainer.common.loop import (
@@ -58,6 +55,7 @@ from trainer.common.loop import (
 from trainer.common.metrics import Accumulator, Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
 from trainer.report.forecast import duration, forecast
+from trainer.report.fp16 import changed_fraction, fp16_report, trainable_fp16, warn_early
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
 from trainer.report.recipe_comparison import RecipeComparison
@@ -303,6 +301,8 @@ class Run(Generic[ArgsT, BatchT]):
             save: writes the weights; default: save_weights.
             extra_state: has a state_dict that the checkpoint keeps.
         """
+        steps = self.step, self.plan.total_steps
+        warn_early(self.ctx, self.initial_weights, unwrap(model), *steps)
         if not (self.is_due(self.ctx.args.save_interval) or self.stop.agreed):
             return
         rng_states = self.ctx.all_gather(rng_state(self.ctx.device))
@@ -311,9 +311,7 @@ class Run(Generic[ArgsT, BatchT]):
         model, done = unwrap(model), self.progress
         done.changed_fraction = changed_fraction(self.initial_weights, trainable_fp16(model))
         origin = self.metadata | {
-            "steps": self.step,
-            "tokens": done.tokens,
-            "seconds": round(done.seconds),
+            **dict(steps=self.step, tokens=done.tokens, seconds=round(done.seconds)),
             **done.evaluation,
             "changed_fraction": round(done.changed_fraction, 4),
             "args": asdict(self.ctx.args),
@@ -342,8 +340,7 @@ class Run(Generic[ArgsT, BatchT]):
         result |= done.evaluation
         if not self.ctx.is_main:
             return result
-        if done.changed_fraction is not None and not stopped:
-            changed = done.changed_fraction
+        if (changed := done.changed_fraction) is not None and not stopped:
             self.metrics.write({"step": self.step, "changed_fraction": round(changed, 4)})
             self.ctx.print(*fp16_report(changed))
         if self.metrics.tracker:
