@@ -175,9 +175,9 @@ def embedding_from_counts(documents: Dataset, vocab_size: int, width: int, std: 
     context = of_token**0.75  # as in word2vec: rare contexts count less
     expected = of_token[:, None] * (context / context.sum())
     pmi = torch.log((joint / expected.clamp(min=1e-9)).clamp(min=1.0))
-    left, values, _ = torch.svd_lowrank(pmi, q=width, niter=2)
+    left, values, _ = torch.svd_lowrank(pmi, q=min(vocab_size, width + 32), niter=2)
     rotation, _ = torch.linalg.qr(torch.randn(width, width))
-    factors = left * values.sqrt() @ rotation
+    factors = (left * values.sqrt())[:, :width] @ rotation
     return factors * std / factors.std()
 
 
