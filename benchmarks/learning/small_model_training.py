@@ -201,7 +201,7 @@ class Extra:
     def update(self, model: nn.Module, fraction_done: float) -> None:
         now = time.process_time()
         self.seconds, self.since = self.seconds + now - self.since, now
-        weights = list(model.parameters())
+        weights: list[Tensor] = list(model.parameters())
         for name, average in self.averages.items():
             if name in self.shares and fraction_done < 1 - self.shares[name]:
                 continue

@@ -48,6 +48,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from datetime import date
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -180,7 +181,7 @@ class Results:
 def trainer_args(args: Args, name: str, seed: int) -> train_pretrain.Args:
     variant, out = VARIANTS[name], str(Path(args.output) / f"{name}-{seed}")
     sizes = {name: getattr(args, name) for name in ("hidden_size", "num_hidden_layers")}
-    common = dict(
+    common: dict[str, Any] = dict(
         data_path=[f"{args.data_dir}/pretrain.jsonl.gz"],
         val_path=[f"{args.data_dir}/pretrain_val.jsonl.gz"],
         save_dir=out,

@@ -1,4 +1,4 @@
-"""benchmarks/learning/small_models.py: data, averages and embeddings of its variants, equal time."""
+"""benchmarks/learning/small_models.py: data, averages and embeddings of variants, equal time."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from small_model_training import (
     take,
     train,
 )
-from toy import TINY, chat_file, text_file
 from torch import nn
+from toy import TINY, chat_file, text_file
 
 from dataset.lm_dataset import load_documents
 from dataset.packing import document_lengths
@@ -129,7 +129,7 @@ def test_averages_of_known_weights():
 
 
 def test_an_embedding_made_of_counts():
-    """Against counting by hand and numpy's decomposition; a rotation leaves products as they are."""
+    """Against counting by hand and numpy; a rotation leaves products as they are."""
     torch.manual_seed(0)
     rng, size, width = np.random.default_rng(0), 12, 5
     rows = [rng.choice(size, 30, p=rng.dirichlet(np.ones(size))).tolist() for _ in range(6)]
