@@ -93,13 +93,18 @@ class JoinedDataset(PackedDataset):
         return sum(part.num_tokens for part in self.parts)
 
 
-def take(documents: Dataset, tokens: int, seed: int, skip: int = 0) -> np.ndarray:
-    """The indices of random documents with this number of tokens, after others with `skip`. More
-    tokens of the same seed are the same documents and others."""
+def take(documents: Dataset, tokens: int, seed: int) -> np.ndarray:
+    """The indices of random documents with this number of tokens, as good as exactly: where the
+    next document is too long, shorter ones after it fill what is left."""
     order = np.random.default_rng([seed, 1]).permutation(len(documents))
-    ends = np.cumsum(document_lengths(documents)[order].astype(np.int64))
-    begin = np.searchsorted(ends, skip) + 1 if skip else 0
-    return np.sort(order[begin : np.searchsorted(ends, skip + tokens) + 1])
+    lengths = document_lengths(documents)[order]
+    end = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), tokens, side="right"))
+    chosen, left = [*range(end)], tokens - int(lengths[:end].sum())
+    for at in range(end, min(end + 1000, len(lengths))):
+        if lengths[at] <= left:
+            chosen.append(at)
+            left -= int(lengths[at])
+    return np.sort(order[chosen])
 
 
 def make_data(
@@ -111,9 +116,9 @@ def make_data(
     pack = partial(PackedDataset, documents, seq_len)
     rng = np.random.default_rng([seed, 3])
     if variant.cut_first:
-        first = int(variant.cut_first * tokens)
-        cut = CutDataset(documents, seq_len, take(documents, first, seed), seed)
-        data = JoinedDataset(cut, pack(take(documents, tokens - first, seed, skip=first)))
+        first = take(documents, int(variant.cut_first * tokens), seed)
+        cut = CutDataset(documents, seq_len, first, seed)
+        data = JoinedDataset(cut, pack(np.setdiff1d(take(documents, tokens, seed), first)))
         rest = len(cut) + rng.permutation(len(data) - len(cut))
         return data, np.concatenate([rng.permutation(len(cut)), rest])
     if variant.mix_last:

@@ -77,7 +77,9 @@ NOISE = 0.01  # bits per byte: smaller differences of one seed mean nothing
 # data or their order differ.
 VARIANTS = {
     "default": Variant("one epoch", averages=True, then_sft=True, same_speed=True),
-    "pmi_embedding": Variant("first embedding made of token counts", embedding_from_counts=0.02),
+    "pmi_embedding": Variant(
+        "initial embedding from counts of neighbouring tokens", embedding_from_counts=0.02
+    ),
     "heads_4_kv_4": Variant(
         "4 heads of 48, 4 KV heads", dict(num_attention_heads=4, num_key_value_heads=4)
     ),
@@ -105,6 +107,9 @@ VARIANTS = {
         dict(dropout=0.1),
         epochs=4,
         residual_dropout=True,
+    ),
+    "pmi_embedding_large": Variant(
+        "initial embedding from counts, three times as large", embedding_from_counts=0.06
     ),
     "short_first": Variant(
         "the first 30% from the half with more documents", short_first=0.3, same_speed=True

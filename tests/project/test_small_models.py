@@ -50,15 +50,15 @@ def chats(tmp_path) -> str:
     return chat_file(tmp_path / "chats.jsonl", many)
 
 
-def test_parts_of_the_data_are_nested_and_do_not_overlap(data_args):
+def test_a_part_of_the_data_has_the_tokens_that_were_asked_for(data_args):
     documents = load_documents(data_args().data_path, "text", load_tokenizer())
     lengths = document_lengths(documents)
     few, many = take(documents, 1000, seed=1), take(documents, 2000, seed=1)
-    others = take(documents, 1000, seed=1, skip=1000)
-    assert set(few) < set(many) == set(few) | set(others) and not set(few) & set(others)
+    assert len(set(few) & set(many)) > 0.8 * len(few)
     for indices, tokens in ((few, 1000), (many, 2000)):
-        assert tokens <= lengths[indices].sum() < tokens + lengths.max()
+        assert tokens - lengths.min() < lengths[indices].sum() <= tokens
     assert set(take(documents, 1000, seed=2)) != set(few)
+    assert len(take(documents, 10**9, seed=1)) == len(documents)
 
 
 def labels_of(data) -> int:
@@ -80,7 +80,7 @@ def test_pieces_of_documents_come_first(data_args, chats):
     (first_whole, *_) = np.flatnonzero(longest > PIECE)
     assert (longest[:first_whole] <= PIECE).all()
     cut = data.parts[0]
-    assert 0.4 * 8000 <= cut.num_tokens < 0.4 * 8000 + 2 * document_lengths(cut.documents).max()
+    assert document_lengths(cut.documents)[cut.indices].sum() == pytest.approx(3200, abs=10)
     # each token but the first of a document is still predicted exactly once
     lengths = document_lengths(data.documents)[np.concatenate([p.indices for p in data.parts])]
     assert labels_of(data) == (lengths - 1).sum()
@@ -106,7 +106,7 @@ def test_conversations_are_in_the_last_part_alone(data_args, chats, loss_mask):
     begin = np.flatnonzero(is_chat)[0]
     assert begin >= int(0.6 * len(data)) and not is_chat[begin:].all()
     assert is_chat.sum() == len(conversations)
-    assert 0.2 * 8000 <= conversations.num_tokens < 0.2 * 8000 + 200
+    assert conversations.num_tokens == pytest.approx(1600, abs=20)
     masks = [chunk["loss_mask"] for n in np.flatnonzero(is_chat) for chunk in data[int(order[n])]]
     assert all(mask.all() for mask in masks) != loss_mask
 
