@@ -290,22 +290,22 @@ def run(args: Args, results: Results, name: str, seed: int, held_out: HeldOut) -
 
 def show(results: Results) -> None:
     table = Table(title=f"bits per byte, {results.setting['tokens']:,} tokens of the default")
-    for column in ("variant", "change", "s/token", "tokens", "seeds", "bits per byte", "change of"):
-        table.add_column(column)
-    for column in ("zh", "en", "long", "after SFT: loss", "bits per byte", "best average"):
+    columns = "variant, change, time of a token, tokens, seeds, bits per byte, against default, "
+    columns += "zh, en, long texts, loss after SFT, bits per byte after SFT, best average"
+    for column in columns.split(", "):
         table.add_column(column)
     default = results.runs("default")
     for name, variant in VARIANTS.items():
         runs = results.runs(name)
         if not runs:
-            table.add_row(name, variant.about, *["–"] * 2, "0")
             continue
         seeds = list(runs.values())
         both = sorted(set(runs) & set(default))
         gains = [runs[s]["bits_per_byte"] - default[s]["bits_per_byte"] for s in both]
         sft = [each["sft"] for each in seeds if "sft" in each]
         averages = [
-            min(each.get("averages", {"": 9}).items(), key=lambda n: n[1]) for each in seeds
+            (mean(each["averages"][average] for each in seeds), average)
+            for average in seeds[0].get("averages", {})
         ]
         cells = [
             name,
@@ -319,12 +319,14 @@ def show(results: Results) -> None:
             mean(each["long"] for each in seeds),
             mean(each["loss"] for each in sft) if sft else "",
             mean(each["bits_per_byte"] for each in sft) if sft else "",
-            "{} {:.4f}".format(*averages[0]) if variant.averages else "",
+            " ".join(min(averages, default=())),
         ]
         table.add_row(*cells)
     console = Console(width=None if Console().is_terminal else 200)
     console.print(table)
     console.print(f"one seed: a change of less than {NOISE} is noise")
+    if left := [name for name in VARIANTS if not results.runs(name)]:
+        console.print(f"not run yet: {', '.join(left)}")
 
 
 def mean(values) -> str:

@@ -211,6 +211,8 @@ def test_a_table_of_what_there_is(tmp_path, capsys):
     small_models.main(args)
     printed = capsys.readouterr().out
     lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if "│" in line}
-    assert "2.0500" in lines["default"] and "last 0.2 2.1250" in lines["default"]
+    assert "2.0500" in lines["default"] and "2.1250 last 0.2" in lines["default"]
     assert "1.9875" in lines["qk_norm"] and "-0.0625" in lines["qk_norm"]
+    left = printed.split("not run yet: ")[1].split(", ")
+    assert "kv_heads_4" in left and not {"default", "qk_norm"} & set(left)
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["seed"] == 42
