@@ -80,9 +80,7 @@ def train(args: Args, size: str, tokens: float, rate: float) -> None:
     }
     argv = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
     started = time.process_time()
-    run = train_pretrain.main(
-        parse_arguments(train_pretrain.Args, argv=argv + args.recipe.split())
-    )
+    run = train_pretrain.main(parse_arguments(train_pretrain.Args, argv=argv + args.recipe.split()))
     if run["stopped"]:
         raise UserError("stopped; the same command goes on")
     info = read_info(folder / f"pretrain_{width}.pth") or {}
