@@ -116,8 +116,9 @@ def choose_size(
 
     @cache
     def measure(index: int) -> tuple[int, Speed]:
-        model = init_model(replace(args, **sizes[index]), tokenizer)
-        return count_parameters(model), measure_speed(ctx, model, tokenizer, train_data)
+        of_size = replace(ctx, args=replace(args, **sizes[index]))
+        model = init_model(of_size.args, tokenizer)
+        return count_parameters(model), measure_speed(of_size, model, tokenizer, train_data)
 
     @cache
     def expected_loss(index: int) -> float:
@@ -141,17 +142,21 @@ def choose_size(
         setattr(args, name, value)
     tokens = samples * tokens_per_sample
     rate = tokens / (steps * speed.update + samples * speed.sample)
-    size = f"{args.hidden_size} x {args.num_hidden_layers}"
-    why = (
-        "as the flags say" if given else f"hidden size x layers {size}, the best of those measured"
+    name = (
+        "" if given else f"{args.hidden_size} x {args.num_hidden_layers} (hidden size x layers), "
     )
     ctx.print(
-        f"--minutes {args.minutes:g}: {parameters / 1e6:.1f}M parameters ({why}), which this "
-        f"machine trains at {rate:,.0f} tokens a second",
-        f"    so {steps:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / train_data.num_tokens:.2g} "
-        f"epochs: about {expected_loss(best):.2f} bits per byte by the law of "
-        "benchmarks/README.md, on data like that of the law",
+        f"--minutes {args.minutes:g}: {name}{parameters / 1e6:.1f}M parameters, of which this "
+        f"machine trains {rate:,.0f} tokens a second: {steps:,} steps, {tokens / 1e6:.2g}M tokens, "
+        f"{tokens / train_data.num_tokens:.2g} epochs"
     )
+    if not given:
+        losses = (
+            f"{sizes[index]['hidden_size']} x {sizes[index]['num_hidden_layers']} "
+            f"{expected_loss(index):.2f}"
+            for index in range(max(0, best - 1), min(len(sizes), best + 2))
+        )
+        ctx.print("    bits per byte to expect of held-out text by then: " + ", ".join(losses))
 
 
 def sizes_given(args: TrainArgs) -> bool:
