@@ -75,7 +75,7 @@ from scaling_fit import (
 
 from dataset.jsonl import as_line
 from model.command_line import parse_arguments
-from model.weights import count_parameters, load_tokenizer, read_info
+from model.weights import count_parameters, load_tokenizer
 from trainer import train_pretrain
 from trainer.common import compute_optimal
 from trainer.common.compute_optimal import LAW, SIZES, ScalingLaw, Speed, measure_speed
@@ -189,8 +189,7 @@ def train(args: Args, size: str, steps: int, rate: float, budget: float | None) 
     run = train_pretrain.main(parse_arguments(train_pretrain.Args, argv=argv + args.recipe.split()))
     if run["stopped"]:
         raise UserError("stopped; the same command goes on")
-    info = read_info(folder / f"pretrain_{width}.pth") or {}
-    measured = {"parameters": info["parameters"], "tokens": run["num_tokens"]}
+    measured = {"parameters": parameters_of(width, depth), "tokens": run["num_tokens"]}
     append(args.results, key | measured | {"bits_per_byte": run["eval_bpb"]})
     for file in folder.glob("*.checkpoint.pt"):
         os.remove(file)
