@@ -14,7 +14,7 @@ from typing import Any
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
-from trainer.common.recipes import read_recipe
+from trainer.report.recipes import read_recipe
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import ROOT
-from trainer.common.recipes import METRIC, PATHS, RECIPES, UNPINNED
+from trainer.report.recipes import METRIC, PATHS, RECIPES, UNPINNED
 
 
 @dataclass

@@ -32,6 +32,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 
 
 from model.weights import load_tokenizer
+from trainer.common.compute_optimal import choose_size
 from trainer.common.context import Context
 from trainer.common.evaluation import evaluate_loss, sample_continuation
 from trainer.common.optimizers import make_optimizer
@@ -43,8 +44,9 @@ def main(args: Args) -> dict[str, Any]:
     # Setup. Every rank does the same: the data's order depends on the seed alone.
     ctx = Context.create(args)
     tokenizer = load_tokenizer(args.tokenizer_path)
-    model = init_model(args, tokenizer)
     train_data, val_data = load_packed(ctx, tokenizer, "text")
+    choose_size(ctx, tokenizer, train_data)  # with --minutes
+    model = init_model(args, tokenizer)
     run = Run(ctx, "pretrain", model, tokenizer, train_data, val_data)
 
     model = prepare_model(ctx, model)

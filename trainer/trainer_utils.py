@@ -51,6 +51,7 @@ from trainer.common.loop import (
     GlobalBatch,
     Plan,
     StopSignal,
+    fit_minutes,
     make_loader,
     make_sampler,
     update_router_biases,
@@ -163,18 +164,17 @@ class Run(Generic[ArgsT, BatchT]):
 
     def steps(self) -> Iterator[GlobalBatch[BatchT]]:
         """The global batches from the current position to the end, or until a signal."""
-        done, plan, self.start_step = self.progress, self.plan, self.progress.step
-        bar = tqdm(
-            total=plan.total_steps,
+        done, self.start_step = self.progress, self.progress.step
+        bar = self.metrics.bar = tqdm(
+            total=self.plan.total_steps,
             initial=done.step,
             desc=self.name,
             unit="step",
             disable=not self.ctx.is_main,
             mininterval=1,
         )
-        self.metrics.bar = bar
         with self.stop.catch(), bar:
-            loader: Iterator[list] = iter(self.loader) if done.step < plan.total_steps else iter(())
+            loader: Iterator[list] = iter(self.loader if done.step < self.plan.total_steps else ())
             self.metrics.start_clock()  # waiting for data counts
             bounds = self.sampler.bounds()
             for micro_batches, (before, after) in zip(loader, bounds, strict=False):
@@ -182,11 +182,12 @@ class Run(Generic[ArgsT, BatchT]):
                 global_batch = GlobalBatch.of(self.ctx, micro_batches)
                 done.step += 1
                 done.samples_seen = after
-                self.fraction_done = before / plan.total_samples
+                self.fraction_done = before / self.plan.total_samples
                 self.metrics.accumulator.tokens += global_batch.num_tokens
                 yield global_batch
+                self.plan = fit_minutes(self.ctx, self.plan, self.sampler, done, self.metrics)
                 bar.update()
-                if self.stop.agreed or done.step == plan.total_steps:
+                if self.stop.agreed or done.step == self.plan.total_steps:
                     return
                 self.metrics.start_clock()
 

@@ -48,11 +48,10 @@ from scripts.evaluation.exact_match import exact_match, greedy_answers
 from scripts.serving.loading import load_chat_model
 from trainer import train_full_sft, train_pretrain
 from trainer.common.hardware import describe_machine
-from trainer.report.forecast import duration, seconds_per_step
+from trainer.report.forecast import duration
 from trainer.report.plots import plot_losses
 
 HIDDEN_SIZE = 192
-TRIAL_STEPS = 20  # to measure the speed of this machine
 PRETRAIN_SHARE = 0.3  # of the training time; fine-tuning has the rest
 EVALUATION_SECONDS = 30  # reserved after training
 # Small batches, hence many steps: there is little data and little time. Four heads of 48
@@ -138,28 +137,16 @@ def train(
     # formatted word by word: a path may contain spaces
     values = dict(data=Path(args.output) / "data", out=args.output, device=args.device)
     argv = [word.format(**values) for word in f"{flags} {COMMON}".split()]
-    steps = args.max_steps
-    if deadline and not steps:
-        console.print(f"how fast is this machine? {TRIAL_STEPS} steps to find out")
-        step_seconds = measure_step(trainer, argv, Path(args.output) / "trial")
-        steps = max(1, round(share * (deadline - time.time()) / step_seconds))
-    argv += ["--max_steps", str(steps)] if steps else []
+    if args.max_steps:
+        argv += ["--max_steps", str(args.max_steps)]
+    elif deadline:
+        argv += ["--minutes", f"{max(0.2, share * (deadline - time.time()) / 60):.2f}"]
     script = Path(trainer.__file__).name
     console.print(f"$ python trainer/{script} {shlex.join(argv)}\n", soft_wrap=True)
     result = trainer.main(parse_arguments(trainer.Args, argv=argv))
     if result["stopped"]:
         raise UserError("the demo was stopped")
     return result
-
-
-def measure_step(trainer: ModuleType, argv: list[str], folder: Path) -> float:
-    """Seconds per optimizer step of a trainer with these flags, from a short trial run."""
-    trial = f"--max_steps {TRIAL_STEPS} --val_documents 4 --log_interval 5 --save_interval 0"
-    argv = [*argv, *trial.split(), "--save_dir", str(folder), "--checkpoint_dir", str(folder)]
-    if trainer is not train_pretrain:  # without weights to start from, it needs the sizes
-        argv += ["--from_weight", "none", *SIZES.split()]
-    args = parse_arguments(trainer.Args, argv=argv)
-    return seconds_per_step(trainer.main(args)["history"])
 
 
 def held_out_tests(data: Path, limit: int = 0) -> dict[str, list[dict]]:

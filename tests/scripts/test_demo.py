@@ -55,20 +55,18 @@ def test_tests_are_grouped_by_skill(tmp_path):
     assert len(demo.held_out_tests(tmp_path, limit=1)["x"]) == 1
 
 
-def test_a_slow_machine_makes_as_many_updates_as_fit_the_time(tmp_path, monkeypatch):
-    """Two seconds a step, but for the first ones; 200 s are left when that is known."""
-    times = {1: 9.0, 5: 20.0, 10: 30.0, 20: 50.0}
-    records = [{"step": step, "seconds": seconds, "loss": 1.0} for step, seconds in times.items()]
+def test_a_training_gets_its_share_of_the_time_that_is_left(tmp_path, monkeypatch):
     asked = []
 
     def main(args):
-        asked.append(args.max_steps)
-        return {"history": records, "stopped": False}
+        asked.append((args.minutes, args.max_steps))
+        return {"stopped": False}
 
     stage = SimpleNamespace(Args=train_pretrain.Args, main=main, __file__="train_toy.py")
     monkeypatch.setattr(demo.time, "time", lambda: 1000.0)
     args = demo.Args(output=str(tmp_path))
-    for until, share in ((1200.0, 1.0), (1200.0, 0.3), (900.0, 1.0), (None, 1.0)):
+    for until, share in ((1240.0, 1.0), (1240.0, 0.3), (900.0, 1.0), (None, 1.0)):
         demo.train(demo.Console(), "toy", stage, "--data_path x", until, share, args)
-    trial = demo.TRIAL_STEPS
-    assert asked == [trial, 100, trial, 30, trial, 1, 0]
+    args.max_steps = 5
+    demo.train(demo.Console(), "toy", stage, "--data_path x", 1240.0, 1.0, args)
+    assert asked == [(4.0, 0), (1.2, 0), (0.2, 0), (0.0, 0), (0.0, 5)]

@@ -258,6 +258,10 @@ MISTAKES = {
     "more experts than there are": (given(use_moe=1, num_experts_per_tok=5), "cannot use 5 of 4"),
     "a damaged checkpoint": (damaged_checkpoint, "checkpoint.pt is damaged; start anew without"),
     # training
+    "minutes and steps": (
+        given(minutes=5, max_steps=100),
+        "--minutes has no effect with --max_steps",
+    ),
     "far too fast": (given(learning_rate=1e30, epochs=9), "no finite gradient.*--learning_rate"),
     **{
         f"--{name} {value}": (given(**{name: value}), f"--{name} (must|1)")
@@ -271,6 +275,7 @@ MISTAKES = {
             "eval_interval": (-1,),
             "save_interval": (-1,),
             "max_steps": (-1,),
+            "minutes": (-1.0, math.nan),
             "warmup_steps": (-1,),
             "weight_decay": (-0.1,),
             "grad_clip": (-1.0, math.nan),

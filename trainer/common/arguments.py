@@ -26,6 +26,8 @@ LEARNING_RATE_HELP = "peak, for matrices; norms and embedding have multiples of 
 BATCH_RAMP_HELP = """batch-size warmup: an optimizer step takes 1/n of the samples trained so far,
 at least 1,024 tokens (on a GPU --batch_size sequences), at most a full batch; 0: always a full
 batch"""
+MINUTES_HELP = """train for about this long: the speed is measured first, and the steps that fit are
+made, in pretraining of the model size that does best in that time; 0: off"""
 EMPTY_THINK_HELP = """share of the rows without thoughts that get an empty one, if the data has
 thoughts: so open_thinking 0 means an answer at once"""
 # groups of --help
@@ -112,6 +114,7 @@ class TrainArgs:
         str(CHECKPOINTS), "folder for checkpoints", group=WEIGHTS, may_differ=True, pinned=False
     )
 
+    minutes: float = option(0.0, MINUTES_HELP, group=TRAINING, at_least=0, unless="max_steps")
     epochs: int = option(1, "passes through the data", group=TRAINING, above=0)
     max_steps: int = option(0, "most optimizer steps; 0: no limit", group=TRAINING, at_least=0)
     batch_size: int = option(

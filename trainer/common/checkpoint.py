@@ -54,6 +54,7 @@ class Progress:
     """How far a run is."""
 
     step: int = 0  # optimizer steps
+    max_steps: int = 0  # that --minutes has chosen; 0: none
     samples_seen: int = 0  # position in the data, all epochs together
     tokens: int = 0  # trained, without padding
     seconds: float = 0.0  # of training, without evaluation and saving

@@ -18,7 +18,7 @@ from model.command_line import (
 )
 from model.errors import UserError, exit_on_user_error
 from model.presets import with_preset
-from trainer.common.recipes import with_recipe
+from trainer.report.recipes import with_recipe
 
 WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,7 +20,9 @@ from model.feed_forward import moe_layers, update_bias
 from model.model_minimind import CausalLMOutput, ScoreOutput
 from trainer.common.checkpoint import Progress
 from trainer.common.context import Context
+from trainer.common.metrics import MetricLog
 
+MEASURED_SECONDS = 10  # with --minutes, after which the speed is known; or 10 steps
 INITIAL_BATCH_TOKENS = 1024  # of the first optimizer step, with --batch_ramp
 
 
@@ -85,6 +87,7 @@ class Plan:
     ) -> "Plan":
         """The steps that are left from the sampler's position. After resuming with another number
         of ranks their batches may have another size than those before."""
+        max_steps = progress.max_steps or max_steps
         limit = max(0, max_steps - progress.step) if max_steps else None
         bounds = list(islice(sampler.bounds(), limit))
         sizes = [after - before for before, after in bounds] or [0]
@@ -95,6 +98,38 @@ class Plan:
             first_batch=sizes[0],
             largest_batch=max(sizes),
         )
+
+
+def fit_minutes(
+    ctx: Context, plan: Plan, sampler: GlobalBatchSampler, progress: Progress, metrics: MetricLog
+) -> Plan:
+    """With --minutes: once the first steps have shown the speed, the plan of those that fit.
+
+    The very first step is slow and does not count. What a step takes is proportional to its
+    samples. Pretraining, whose first steps are smaller, has its --max_steps already
+    (compute_optimal.py).
+    """
+    args = ctx.args
+    if not args.minutes or args.max_steps or progress.max_steps:
+        return plan
+    now = progress.seconds + metrics.accumulator.seconds
+    now, first = ctx.all_reduce_sum(now, metrics.history[0]["seconds"])  # ranks must agree
+    now, first = now / ctx.world_size, first / ctx.world_size
+    if progress.step < 3 or (progress.step < 10 and now - first < MEASURED_SECONDS):
+        return plan
+    per_sample = (now - first) / (progress.samples_seen - plan.first_batch)
+    last = progress.samples_seen + (60 * args.minutes - now) / per_sample
+    sampler.start = progress.samples_seen
+    steps = sum(1 for _ in takewhile(lambda bounds: bounds[1] <= last, sampler.bounds()))
+    progress.max_steps = progress.step + max(1, steps)  # one more at least, which evaluates
+    new = Plan.of(plan.name, sampler, progress, 0)
+    metrics.bar.total = new.total_steps
+    seconds = per_sample * new.total_samples / new.total_steps
+    ctx.print(
+        f"--minutes {args.minutes:g}: a step takes {seconds:.2g} s here, so {new.total_steps:,} "
+        f"steps" + " (the whole data)" * (new.total_samples == plan.total_samples)
+    )
+    return new
 
 
 class StopSignal:

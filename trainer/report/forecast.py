@@ -36,13 +36,15 @@ def forecast(
     names = ", ".join(Path(path).name for path in args.data_path)
     first, largest = plan.first_batch, plan.largest_batch
     sizes = f"{first} to {largest}" if first < largest else f"{first}"
+    # the first steps will show the speed, and with it how many there are
+    most = "at most " if args.minutes and not args.max_steps else ""
     memory, oom_hint = memory_forecast(ctx, model, config, train_data)
     lines = [
         f"{plan.name}: {parameters / 1e6:.2f}M parameters, "
         f"{hardware.describe_machine(ctx.device)}, {dtype}, "
         f"{ctx.world_size} process{'es' * (ctx.world_size > 1)}",
         f"data: {names}: {train_data.summary}{held_out}",
-        f"training: {plan.total_steps:,} steps of {sizes} {train_data.sample_unit}, "
+        f"training: {most}{plan.total_steps:,} steps of {sizes} {train_data.sample_unit}, "
         f"{num_tokens:,.0f} tokens",
         memory,
     ]
@@ -50,7 +52,7 @@ def forecast(
         work = hardware.flops_per_token(config, args.max_seq_len) * num_tokens
         seconds = work / (0.4 * peak_flops * ctx.world_size)
         lines.append(
-            f"time: about {duration(seconds)}, if 40% of the machine's "
+            f"time: {most or 'about '}{duration(seconds)}, if 40% of the machine's "
             f"{peak_flops / 1e12:.2f} TFLOP/s are reached"
         )
     if args.from_weight == "none" and isinstance(train_data, PackedDataset):

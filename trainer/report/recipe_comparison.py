@@ -1,4 +1,4 @@
-"""Compares a run that follows a recipe (trainer/common/recipes.py) with the recipe's baseline."""
+"""Compares a run that follows a recipe (trainer/report/recipes.py) with the recipe's baseline."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from dataset.packing import TrainingData
 from model.errors import UserError
 from model.weights import tokenizer_hash
 from trainer.common.context import Context
-from trainer.common.recipes import METRIC, PATHS, prepare_hint, read_recipe, with_absolute_paths
+from trainer.report.recipes import METRIC, PATHS, prepare_hint, read_recipe, with_absolute_paths
 
 
 class RecipeComparison:

@@ -6,7 +6,7 @@ every evaluation the run says whether it is on track: its held-out bits per byte
 `tolerance` of the baseline's at the same number of tokens. Flags on the command line override the
 recipe's, and the run lists them. scripts/make_recipe.py writes a recipe from a finished run.
 
-Here is what the command line needs, without slow imports; report/recipe_comparison.py compares.
+Here is what the command line needs, without slow imports; recipe_comparison.py compares.
 """
 
 import argparse

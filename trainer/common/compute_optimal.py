@@ -1,0 +1,269 @@
+"""`--minutes N` of pretraining: the model size, and the steps, that make the most of N minutes.
+
+A large model learns more from a token, and a small one sees more tokens in the same time. The
+held-out loss of a model of N parameters after D tokens follows a law (Chinchilla, arXiv 2203.15556,
+eq. 2), which benchmarks/learning/scaling_law.py has fitted to runs of the default recipe:
+
+    L(N, D) = E + A/N^α + B/D^β        in bits per byte
+
+Tokens of a second epoch teach less than new ones (arXiv 2305.16264, eq. 5): of U different tokens,
+D tokens are worth
+
+    D' = U + U · R* · (1 − e^(−R/R*))        R = D/U − 1 repetitions, R* = 15.4
+
+The speed is measured: a few steps of this machine, for sizes around the best one.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dataset.packing import PackedDataset, collate
+from dataset.sampler import GlobalBatchSampler
+from model.errors import UserError
+from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+from model.weights import count_parameters, weight_name
+from trainer.common import hardware
+from trainer.common.arguments import TrainArgs
+from trainer.common.context import Context
+from trainer.common.loop import initial_batch_size, make_sampler
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model, prepare_model
+from trainer.report.forecast import training_memory
+
+REPETITIONS = 15.4  # R*: after so many epochs, repeated tokens have taught most of what they can
+GUESSED_PEAK = 2e13  # FLOP/s of a machine whose peak is unknown: only where the search begins
+MEASURED_STEPS = 4  # of each size, after one that is not measured
+# (hidden size, layers), from 1.0M to 183M parameters. Wider models have more layers, up to 8 and 16
+# as in MiniMind's own sizes.
+SIZES = [
+    *((96, 4), (128, 4), (128, 6), (192, 6), (256, 6), (256, 8), (320, 8), (384, 8), (448, 8)),
+    *((512, 8), (640, 8), (768, 8), (768, 12), (768, 16), (1024, 16)),
+]
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """Held-out bits per byte by parameters and tokens."""
+
+    E: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+
+    def loss(self, parameters: float, tokens: float, unique_tokens: float = math.inf) -> float:
+        """Bits per byte after training `tokens` tokens, of which `unique_tokens` are different."""
+        worth = tokens
+        if tokens > unique_tokens:
+            repetitions = tokens / unique_tokens - 1
+            worth = unique_tokens * (1 + REPETITIONS * (1 - math.exp(-repetitions / REPETITIONS)))
+        return self.E + self.A / parameters**self.alpha + self.B / max(1.0, worth) ** self.beta
+
+
+LAW = ScalingLaw(E=0.9, A=400.0, alpha=0.45, B=140.0, beta=0.36)
+
+
+class Speed(NamedTuple):
+    """How long an optimizer step takes: update + samples · sample."""
+
+    update: float  # seconds, whatever the batch: clipping and the optimizer
+    sample: float  # seconds of forward and backward of a sequence, all ranks together
+
+    def steps_within(self, seconds: float, sampler: GlobalBatchSampler) -> tuple[int, int]:
+        """The optimizer steps that fit the time, and the samples that they train."""
+        steps = samples = 0
+        for before, after in sampler.bounds():
+            seconds -= self.update + self.sample * (after - before)
+            if seconds < 0:
+                break
+            steps, samples = steps + 1, after
+        return steps, samples
+
+
+def lowest(loss: Callable[[int], float], start: int, count: int) -> int:
+    """The index, of `count`, with the lowest loss, downhill from `start`: there is one valley."""
+    while True:
+        beside = [index for index in (start - 1, start + 1) if 0 <= index < count]
+        best = min([start, *beside], key=loss)
+        if best == start:
+            return start
+        start = best
+
+
+def choose_size(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, train_data: PackedDataset
+) -> None:
+    """With --minutes, set the steps and epochs of a pretraining, and its sizes if none are given.
+    A run that is resumed keeps those of its checkpoint."""
+    args, given = ctx.args, sizes_given(ctx.args)
+    if not args.minutes or args.max_steps or (args.resume and keep_choice(ctx)):
+        return
+    began = time.monotonic()
+    sampler = make_sampler(ctx, train_data)
+    sampler.epochs = 10**9
+    tokens_per_sample = train_data.num_tokens / len(train_data)
+    sizes = [{}] if given else candidates(ctx, tokenizer)
+
+    @cache
+    def measure(index: int) -> tuple[int, Speed]:
+        model = init_model(replace(args, **sizes[index]), tokenizer)
+        return count_parameters(model), measure_speed(ctx, model, tokenizer, train_data)
+
+    @cache
+    def expected_loss(index: int) -> float:
+        parameters, speed = measure(index)
+        _, samples = speed.steps_within(60 * args.minutes, sampler)
+        return LAW.loss(parameters, samples * tokens_per_sample, train_data.num_tokens)
+
+    start = 0 if given else guess(ctx, tokenizer, sizes, train_data.num_tokens)
+    best = lowest(expected_loss, start, len(sizes))
+    parameters, speed = measure(best)
+    spent = ctx.all_reduce_sum(time.monotonic() - began)[0] / ctx.world_size  # ranks must agree
+    steps, samples = speed.steps_within(60 * args.minutes - spent, sampler)
+    if not steps:
+        raise UserError(
+            f"--minutes {args.minutes:g} is too short: measuring this machine's speed took "
+            f"{spent:.0f} s, which leaves no time for a step; give more minutes"
+        )
+    args.max_steps = steps
+    args.epochs = max(args.epochs, math.ceil(samples / len(train_data)))
+    for name, value in sizes[best].items():
+        setattr(args, name, value)
+    tokens = samples * tokens_per_sample
+    rate = tokens / (steps * speed.update + samples * speed.sample)
+    size = " x ".join(map(str, sizes[best].values()))
+    why = (
+        "as the flags say" if given else f"hidden size x layers {size}, the best of those measured"
+    )
+    ctx.print(
+        f"--minutes {args.minutes:g}: {parameters / 1e6:.1f}M parameters ({why}), which this "
+        f"machine trains at {rate:,.0f} tokens a second",
+        f"    so {steps:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / train_data.num_tokens:.2g} "
+        f"epochs: about {expected_loss(best):.2f} bits per byte by the law of "
+        "benchmarks/README.md, on data like that of the law",
+    )
+
+
+def sizes_given(args: TrainArgs) -> bool:
+    """Whether the command line says how large the model is."""
+    sizes = (args.hidden_size, args.num_hidden_layers, args.num_attention_heads)
+    sizes += (args.num_key_value_heads, args.intermediate_size)
+    return args.from_weight != "none" or args.use_moe or any(size is not None for size in sizes)
+
+
+def keep_choice(ctx: Context) -> bool:
+    """Set what --minutes chose when the run to be resumed began; False if there is none."""
+    args, given = ctx.args, sizes_given(ctx.args)
+    name = args.save_weight or "pretrain"
+    for path in Path(args.checkpoint_dir).glob(f"{name}_*.checkpoint.pt"):
+        try:  # mmap: a checkpoint may have gigabytes, of which a few bytes are needed
+            kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fingerprint"]
+            own_name = weight_name(name, kept["hidden_size"], kept["use_moe"])
+        except Exception:  # damaged: if it is this run's, `load_checkpoint` says so
+            continue
+        if kept.get("minutes") != args.minutes or not path.name.startswith(f"{own_name}."):
+            continue
+        chosen = ("max_steps", "epochs") + ("hidden_size", "num_hidden_layers") * (not given)
+        for each in chosen:
+            setattr(args, each, kept[each])
+        return True
+    return False
+
+
+def candidates(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, int]]:
+    """Of SIZES, those whose training fits the memory."""
+    args, total = ctx.args, hardware.total_memory(ctx.device)
+    if ctx.device.type != "cuda":
+        total /= hardware.ranks_here()
+    sizes = []
+    for width, depth in SIZES:
+        size = dict(hidden_size=width, num_hidden_layers=depth)
+        config, model = on_meta(tokenizer, size)
+        fixed, per_token = training_memory(
+            config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+        )
+        if not sizes or fixed + per_token * args.batch_size * args.max_seq_len < 0.9 * total:
+            sizes.append(size)
+    return sizes
+
+
+def guess(
+    ctx: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: list[dict[str, int]],
+    unique_tokens: int,
+) -> int:
+    """The index of the best size, if 40% of the machine's peak are reached: where to begin."""
+    peak = hardware.peak_flops(ctx.device, ctx.dtype) or GUESSED_PEAK
+    work = 60 * ctx.args.minutes * 0.4 * peak * ctx.world_size
+
+    def loss(index: int) -> float:
+        config, model = on_meta(tokenizer, sizes[index])
+        tokens = work / hardware.flops_per_token(config, ctx.args.max_seq_len)
+        return LAW.loss(count_parameters(model), tokens, unique_tokens)
+
+    best = min(range(len(sizes)), key=loss)
+    return int(ctx.all_reduce_sum(best)[0] / ctx.world_size)
+
+
+def on_meta(
+    tokenizer: PreTrainedTokenizerBase, size: dict[str, int]
+) -> tuple[MiniMindConfig, MiniMindForCausalLM]:
+    """A config, and its model without memory for its weights."""
+    config = MiniMindConfig(vocab_size=len(tokenizer), **size)
+    with torch.device("meta"):
+        return config, MiniMindForCausalLM(config)
+
+
+def measure_speed(
+    ctx: Context,
+    model: MiniMindForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: PackedDataset,
+) -> Speed:
+    """Time a few optimizer steps of a model, which is of no use afterwards."""
+    args = ctx.args
+    rows = min(initial_batch_size(ctx), args.batch_size, len(train_data))
+    batch = collate([train_data[row] for row in range(rows)], tokenizer.pad_token_id)
+    batch = batch.to(ctx.device)
+    model = prepare_model(ctx, model)
+    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+
+    def clock() -> float:
+        if ctx.device.type != "cpu":  # what was started there goes on while Python does
+            getattr(torch, ctx.device.type).synchronize()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(1 + MEASURED_STEPS):
+        start = clock()
+        with ctx.autocast():
+            outputs = model(
+                **batch.inputs,
+                labels=batch.labels,
+                num_items_in_batch=batch.num_label_tokens,
+                return_logits=False,
+            )
+        outputs.loss.backward()
+        middle = clock()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append((clock() - middle, (middle - start) / rows))
+    update, sample = map(median, zip(*times[1:], strict=True))
+    if ctx.device.type == "cuda":
+        del model, optimizer, outputs
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    update, sample = (each / ctx.world_size for each in ctx.all_reduce_sum(update, sample))
+    return Speed(update, sample / ctx.world_size)
