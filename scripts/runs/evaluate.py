@@ -190,8 +190,7 @@ def mean_and_error(values: torch.Tensor) -> dict[str, float]:
 
 def show(results: dict[str, Any]) -> None:
     table = Table(title="held-out data, ± standard error", title_justify="left")
-    columns = ("stage", "bits/byte", "English", "Chinese", "chosen likelier", "reward")
-    for name in columns:
+    for name in ("stage", "bits/byte", "English", "Chinese", "pairs right", "reward"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
     for stage, found in results.items():
         text = found.get("text", {})
@@ -203,11 +202,11 @@ def show(results: dict[str, Any]) -> None:
 
 
 def with_error(found: dict[str, Any] | None, name: str) -> str:
-    """0.612 ± 0.021"""
+    """0.612 ±0.021"""
     if not found:
         return ""
     error = found["standard_error"]
-    return f"{found[name]:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    return f"{found[name]:.3f}" + (f" ±{error:.3f}" if error is not None else "")
 
 
 if __name__ == "__main__":

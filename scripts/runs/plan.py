@@ -5,7 +5,7 @@
 
 The first prints the table that comes before everything else, and keeps it as plan.json in the
 folder; --minutes is divided over the stages. A folder with a plan has it printed again, with what
-is finished. The second prints the flags that the plan gives the trainer of one stage, and nothing
+is finished. The second prints the flags that the plan has for the command of one step, and nothing
 if there is nothing left to do.
 
 Tokens are counted in a sample of the data, speeds are measured here with the model itself, memory
@@ -14,17 +14,16 @@ is the trainers' own estimate (trainer/report/forecast.py).
 
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.released import SETS, SIZES, STAGE_FILES, default_data
-from model.command_line import option, parse_arguments, parse_command_line
+from model.command_line import option, parse_arguments, parse_command_line, rules_of
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
 from scripts.runs.stages import (
     DEFAULT,
-    EVALUATION_SHARE,
     STAGES,
     flags_of,
     in_order,
@@ -42,7 +41,7 @@ class Args:
     minutes: float = option(0.0, "time for everything; 0: whole epochs", at_least=0)
     price: str = option("", "of an hour of this machine, such as 1.5 or '1.5 RMB'")
     flags: str = option("", "what is given to every trainer, as --flags='--preset minimind-3'")
-    stage: str = option("", "print the flags of this stage only, or of the download: data")
+    stage: str = option("", "print the flags of one step only: a stage, data, benchmarks, chat")
 
     def __post_init__(self) -> None:
         if self.price and not re.search(NUMBER, self.price):
@@ -79,6 +78,7 @@ from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import count_parameters, load_tokenizer, write_json
 from trainer.common import hardware
+from trainer.common.compute_optimal import candidates, guess, sizes_given
 from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model
@@ -148,40 +148,72 @@ def make_plan(args: Args, stages: list[str]) -> dict[str, Any]:
     if missing and args.data_dir:
         default_data(STAGES[missing[0]].data, args.data_dir)  # raises, with the names it looked for
     trainers = {stage: trainer_args(stage, args) for stage in stages}
-    first = trainers[stages[0]]
-    device = hardware.resolve_device(first.device)
-    ctx = Context(first, device, hardware.resolve_dtype(first.dtype, device), compile=False)
-    tokenizer = load_tokenizer(ctx.args.tokenizer_path)
-    model = init_model(ctx.args, tokenizer)
-    speed, files = measure_speed(ctx, model, tokenizer), {}
+    tokenizer, files = load_tokenizer(trainers[stages[0]].tokenizer_path), {}
     for stage in stages:
         name = default_name(stage, args, stage in missing)
         files[stage] = measure_file(name, tokenizer) if Path(name).exists() else released_file(name)
-    shares = {stage: STAGES[stage].share for stage in stages}
-    minute = args.minutes / (sum(shares.values()) + EVALUATION_SHARE)
-    estimates = {
-        stage: estimate(stage, trainers[stage], files[stage], model, speed, minute * shares[stage])
-        for stage in stages
-    }
-    total = sum(each.seconds for each in estimates.values())
-    if ctx.device.type == "cpu" and not args.minutes and total > LONGEST:
+    first = trainers[stages[0]]
+    first.minutes = args.minutes * STAGES[stages[0]].share / sum(STAGES[s].share for s in stages)
+    device = hardware.resolve_device(first.device)
+    ctx = Context(first, device, hardware.resolve_dtype(first.dtype, device), compile=False)
+    if first.minutes and not sizes_given(first):
+        sizes = candidates(ctx, tokenizer)
+        best = guess(ctx, tokenizer, sizes, round(files[stages[0]].tokens))
+        first = replace(first, **sizes[best])
+    model = init_model(first, tokenizer)
+    speed = measure_speed(ctx, model, tokenizer)
+    estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
+    evaluation = evaluation_seconds(stages, speed)
+    reading = sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+    if args.minutes:
+        divide(60 * args.minutes, estimates, reading, evaluation)
+    total = reading + sum(each.seconds for each in estimates.values())
+    if device.type == "cpu" and not args.minutes and total > LONGEST:
         raise UserError(
             f"without a GPU this would take about {total / 86400:.0f} days here; MINUTES=60 fits "
             "model and data to this machine and an hour, and more minutes make a better model"
         )
-    downloads = [name for name in SETS["mini"] if missing]
     return {
         "data_dir": args.data_dir,
         "minutes": args.minutes,
         "flags": args.flags,
-        "machine": hardware.describe_machine(ctx.device),
-        "device": ctx.device.type,
+        "machine": hardware.describe_machine(device),
+        "device": device.type,
         "parameters": count_parameters(model),
         "speed": speed._asdict(),
-        "download": sum(SIZES[name] for name in downloads),
-        "evaluation": evaluation_seconds(stages, speed),
+        "download": sum(SIZES[name] for name in SETS["mini"]) if missing else 0,
+        "reading": reading,
+        "evaluation": evaluation,
         "stages": {stage: asdict(each) for stage, each in estimates.items()},
     }
+
+
+def divide(
+    seconds: float, estimates: dict[str, Estimate], reading: float, evaluation: float
+) -> None:
+    """Give each stage its part of the time: what it needs, or its share of what is left; and
+    pretraining, which can always go on, what the others leave.
+
+    Args:
+        reading: seconds to tokenise the data, once.
+        evaluation: seconds after the last stage; at most half of the time is kept for it.
+    """
+    left = seconds - reading
+    if left < seconds / 2:
+        raise UserError(
+            f"to read the data takes about {duration(reading)} of MINUTES={seconds / 60:g}; give "
+            "more minutes, or a DATA folder with less: `python scripts/prepare_data.py mix` cuts"
+        )
+    left -= min(evaluation, left / 2)
+    order = sorted(estimates, key=lambda stage: (stage == "pretrain", estimates[stage].seconds))
+    for number, stage in enumerate(order):
+        each, shares = estimates[stage], sum(STAGES[other].share for other in order[number:])
+        given = left * STAGES[stage].share / shares
+        if stage != "pretrain":
+            given = min(given, 1.1 * each.seconds)
+        left -= given
+        each.tokens *= given / each.seconds
+        each.minutes, each.seconds = round(given / 60, 2), given
 
 
 def trainer_args(stage: str, args: Args) -> Any:
@@ -271,38 +303,36 @@ def seconds_of(ctx: Context, call: Any, times: int = 2) -> float:
     return best
 
 
-def estimate(
-    stage: str,
-    args: Any,
-    file: DataFile,
-    model: MiniMindForCausalLM,
-    speed: Speed,
-    minutes: float,
-) -> Estimate:
-    """A stage's tokens, time, memory and disk; with `minutes` no more than fit these."""
+def estimate(args: Any, file: DataFile, model: MiniMindForCausalLM, speed: Speed) -> Estimate:
+    """What a stage takes by its trainer's defaults."""
     parameters, decoded = count_parameters(model), 0.0
     tokens, passes = file.tokens * args.epochs, 1.0
-    if hasattr(args, "max_gen_len") and hasattr(args, "reward"):  # reinforcement learning
+    if hasattr(args, "reward"):  # reinforcement learning
         completions = file.rows * args.epochs * getattr(args, "num_generations", 1)
         tokens = decoded = completions * ANSWER_TOKENS
         steps = file.rows * args.epochs / args.batch_size / args.accumulation_steps
         passes = args.update_epochs + 1 / 3 * (1 + args.needs_reference)  # log-probs: forward only
     else:
-        passes += stage == "dpo" and 1 / 3  # the reference's, once
+        passes += is_dpo(args) / 3  # the reference's log-probs, once
         step_tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
         steps = max(1.0, tokens / step_tokens)
+    if args.max_steps:
+        tokens, decoded = (count * min(1, args.max_steps / steps) for count in (tokens, decoded))
+        steps = min(steps, args.max_steps)
     seconds = passes * tokens / speed.train + decoded / speed.decode + steps * speed.step
-    if minutes and seconds > 60 * minutes:
-        tokens, seconds = tokens * 60 * minutes / seconds, 60 * minutes
     return Estimate(
         data=file.name,
-        minutes=round(minutes, 2),
+        minutes=0,
         tokens=tokens,
-        seconds=seconds + file.bytes / speed.tokenize,
+        seconds=seconds,
         memory=memory_of(args, model),
         # cached tokens, float16 weights, and a checkpoint with the optimizer's moments
         disk=CACHED_BYTES * file.tokens + (2 + 4 * 2.5) * parameters,
     )
+
+
+def is_dpo(args: Any) -> bool:
+    return hasattr(args, "label_smoothing")
 
 
 def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
@@ -313,7 +343,7 @@ def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
         model.config, model, dtype, args.optimizer, args.gradient_checkpointing
     )
     longest = args.max_seq_len + getattr(args, "max_gen_len", 0) * hasattr(args, "reward")
-    sides = 2 if "chosen" in str(type(args).__dataclass_fields__["data_path"].metadata) else 1
+    sides = 1 + (rules_of(type(args))["data_path"]["released"] == "preferences")
     samples = getattr(args, args.batch_size_flag) * sides
     reference = 4 * count_parameters(model) if args.needs_reference else 0
     return fixed + reference + per_token * samples * longest
@@ -334,8 +364,7 @@ def show(plan: dict[str, Any], folder: Path) -> None:
         title=f"{plan['parameters'] / 1e6:.1f}M parameters, {plan['machine']}, into {folder}",
         title_justify="left",
     )
-    columns = ["stage", "data", "tokens", "time", "memory", "disk"] + ["cost"] * bool(price)
-    for name in columns:
+    for name in ["stage", "data", "tokens", "time", "memory", "disk"] + ["cost"] * bool(price):
         table.add_column(name, justify="left" if name in ("stage", "data") else "right")
 
     def add(name: str, data: str, tokens: float, seconds: float, memory: float, disk: float):
@@ -343,18 +372,22 @@ def show(plan: dict[str, Any], folder: Path) -> None:
         cells += [duration(seconds) if seconds else "", gigabytes(memory), gigabytes(disk)]
         table.add_row(*cells, *[cost(price, seconds) if seconds else ""] * bool(price))
 
-    if plan["download"] and missing_data(stages):
-        add("download", "set mini", 0, 0, 0, plan["download"])
+    download = plan["download"] if missing_data(stages) and not plan["data_dir"] else 0
+    if download:
+        add("download", "set mini", 0, 0, 0, download)
+    reading = plan["reading"] if len(left) == len(stages) else 0
+    if reading:
+        add("tokenising", "", 0, reading, 0, 0)
     for stage, row in stages.items():
-        done = {} if stage in left else {"seconds": 0, "disk": 0}
-        title = STAGES[stage].title + ("" if stage in left else ", finished")
-        numbers = {name: row[name] for name in ("tokens", "seconds", "memory", "disk")} | done
-        add(title, row["data"], **numbers)
+        if stage in left:
+            add(stage, row["data"], *(row[n] for n in ("tokens", "seconds", "memory", "disk")))
+        else:
+            add(stage, "finished", 0, 0, 0, 0)
     add("evaluation", "", 0, plan["evaluation"], 0, 0)
     table.add_section()
-    seconds = sum(row["seconds"] for row in left.values()) + plan["evaluation"]
+    seconds = sum(row["seconds"] for row in left.values()) + plan["evaluation"] + reading
     memory = max((row["memory"] for row in left.values()), default=0)
-    disk = sum(row["disk"] for row in left.values()) + plan["download"]
+    disk = sum(row["disk"] for row in left.values()) + download
     add("total", "", sum(row["tokens"] for row in left.values()), seconds, memory, disk)
     console.print(table)
     warn(plan, folder, memory, disk)

@@ -45,7 +45,8 @@ STAGES = {  # in the order in which they run
     "agent": Stage("tool use", "train_agent", "agent", "full_sft", 2),
 }
 DEFAULT = ["pretrain", "full_sft", "dpo"]
-EVALUATION_SHARE = 1.5  # of the minutes, beside the stages'
+CHAT = ["full_sft", "dpo", "ppo", "grpo", "spo"]  # the last that is there is the one to talk to
+BENCHMARKS = "ceval cmmlu arc openbookqa"
 WITH_REWARD_MODEL = {"ppo", "grpo", "spo"}  # real prompts have no answer that a rule could check
 
 
@@ -114,18 +115,39 @@ def finished_stages(folder: Path | str) -> list[str]:
     return [stage for stage in STAGES if is_finished(stage, folder)]
 
 
-def flags_of(stage: str, folder: Path | str) -> str:
-    """The flags that the plan has for a stage; "" if it is not wanted, or finished.
+def flags_of(step: str, folder: Path | str) -> str:
+    """The flags of a step's command by the plan; "" if it is not wanted, or done already.
 
-    "data" stands for the download: "" if every stage has its file.
+    Args:
+        step: a stage; data: the download; benchmarks; chat.
     """
     plan = read_plan(folder)
     if not plan:
         raise UserError(f"{folder} has no plan.json; run plan.py without --stage first")
-    if stage == "data":
+    if step == "data":
         return "" if plan["data_dir"] or not missing_data(plan["stages"]) else "--set mini"
-    wanted = plan["stages"].get(stage)
-    return f"--minutes {wanted['minutes']:g}" if wanted and not is_finished(stage, folder) else ""
+    if step in STAGES:
+        wanted = plan["stages"].get(step)
+        new = wanted and not is_finished(step, folder)
+        return f"--minutes {wanted['minutes']:g}" if new else ""
+    there = finished_stages(folder)
+    chat = [stage for stage in CHAT if stage in there][-1:]
+    if step == "chat":
+        return f"--weight {chat[0]}" if chat else ""
+    stages = [stage for stage in there if stage == "pretrain" or stage in chat]
+    if is_newer(Path(folder, "benchmarks.json"), [weights_of(stage, folder) for stage in stages]):
+        return ""
+    few = plan["device"] == "cpu" or plan["minutes"]  # a few questions of each subject
+    return (
+        f"--weight {' '.join(stages)} --tasks {BENCHMARKS} --skip_missing 1"
+        + " --limit 5" * bool(few)
+    )
+
+
+def is_newer(made: Path, sources: Iterable[Path | None]) -> bool:
+    """Whether a file was made after all of its sources."""
+    times = [path.stat().st_mtime for path in sources if path]
+    return not times or (made.exists() and made.stat().st_mtime > max(times))
 
 
 def missing_data(stages: Iterable[str], folder: str = "") -> list[str]:
