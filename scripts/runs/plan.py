@@ -24,8 +24,10 @@ from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
 from scripts.runs.stages import (
     DEFAULT,
+    NUMBER,
     STAGES,
     flags_of,
+    in_hours,
     in_order,
     is_finished,
     missing_data,
@@ -47,8 +49,6 @@ class Args:
         if self.price and not re.search(NUMBER, self.price):
             raise UserError(f"PRICE is a number, such as 1.5 or '1.5 RMB', not {self.price}")
 
-
-NUMBER = r"\d+([.]\d+)?"
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
     args = parse_command_line(Args, __doc__)
@@ -370,7 +370,7 @@ def show(plan: dict[str, Any], folder: Path) -> None:
     def add(name: str, data: str, tokens: float, seconds: float, memory: float, disk: float):
         cells = [name, data, f"{tokens / 1e6:,.1f}M" if tokens else ""]
         cells += [duration(seconds) if seconds else "", gigabytes(memory), gigabytes(disk)]
-        table.add_row(*cells, *[cost(price, seconds) if seconds else ""] * bool(price))
+        table.add_row(*cells, *[in_hours(price, seconds) if seconds else ""] * bool(price))
 
     download = plan["download"] if missing_data(stages) and not plan["data_dir"] else 0
     if download:
@@ -410,11 +410,6 @@ def warn(plan: dict[str, Any], folder: Path, memory: float, disk: float) -> None
 
 def gigabytes(count: float) -> str:
     return f"{count / 1e9:,.1f} GB" if count else ""
-
-
-def cost(price: str, seconds: float) -> str:
-    """The price of an hour, with its currency, for so many seconds."""
-    return re.sub(NUMBER, lambda hour: f"{float(hour[0]) * seconds / 3600:.2f}", price, count=1)
 
 
 if __name__ == "__main__":

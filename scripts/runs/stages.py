@@ -44,6 +44,7 @@ STAGES = {  # in the order in which they run
     "reason": Stage("reasoning", "train_distill_reason", "reason", "dpo", 2),
     "agent": Stage("tool use", "train_agent", "agent", "full_sft", 2),
 }
+NUMBER = r"\d+([.]\d+)?"  # in a price
 DEFAULT = ["pretrain", "full_sft", "dpo"]
 CHAT = ["full_sft", "dpo", "ppo", "grpo", "spo"]  # the last that is there is the one to talk to
 BENCHMARKS = "ceval cmmlu arc openbookqa"
@@ -69,6 +70,11 @@ def in_order(names: list[str], folder: Path | str) -> list[str]:
                 f"{name} starts from {start}, which is not in STAGES and has no weights in {folder}"
             )
     return [name for name in STAGES if name in wanted]
+
+
+def in_hours(price: str, seconds: float) -> str:
+    """What so many seconds cost: "1.5 RMB" an hour and 1,200 s are "0.50 RMB"."""
+    return re.sub(NUMBER, lambda hour: f"{float(hour[0]) * seconds / 3600:.2f}", price, count=1)
 
 
 # -- what the folder holds -------------------------------------------------------------------------
