@@ -219,6 +219,14 @@ def test_fine_tuning_ends_in_time(sft):
     assert sft.saved()["total_steps"] == result["step"]
 
 
+@pytest.mark.slow
+def test_every_stage_ends_in_time(any_stage):
+    result = any_stage(minutes=0.03, epochs=10**5)
+    assert result["seconds"] < 10 and result["step"] > 3
+    rates = [record["learning_rate"] for record in logged(result)]
+    assert rates[-1] < 0.3 * max(rates)
+
+
 def test_resumed_fine_tuning_keeps_its_steps(sft, killed):
     common = dict(minutes=0.05, epochs=10**6, save_interval=1)
     killed(12, sft, "a", **common)

@@ -106,7 +106,7 @@ def choose_size(
     """With --minutes, set the steps and epochs of a pretraining, and its sizes if none are given.
     A run that is resumed keeps those of its checkpoint."""
     args, given = ctx.args, sizes_given(ctx.args)
-    if not args.minutes or args.max_steps or (args.resume and keep_choice(ctx)):
+    if not args.minutes or args.max_steps or (args.resume and keep_choice(ctx, tokenizer)):
         return
     began = time.monotonic()
     sampler = make_sampler(ctx, train_data)
@@ -116,8 +116,9 @@ def choose_size(
 
     @cache
     def measure(index: int) -> tuple[int, Speed]:
-        model = init_model(replace(args, **sizes[index]), tokenizer)
-        return count_parameters(model), measure_speed(ctx, model, tokenizer, train_data)
+        of_size = replace(ctx, args=replace(args, **sizes[index]))
+        model = init_model(of_size.args, tokenizer)
+        return count_parameters(model), measure_speed(of_size, model, tokenizer, train_data)
 
     @cache
     def expected_loss(index: int) -> float:
@@ -141,17 +142,21 @@ def choose_size(
         setattr(args, name, value)
     tokens = samples * tokens_per_sample
     rate = tokens / (steps * speed.update + samples * speed.sample)
-    size = " x ".join(map(str, sizes[best].values()))
-    why = (
-        "as the flags say" if given else f"hidden size x layers {size}, the best of those measured"
+    name = (
+        "" if given else f"{args.hidden_size} x {args.num_hidden_layers} (hidden size x layers), "
     )
     ctx.print(
-        f"--minutes {args.minutes:g}: {parameters / 1e6:.1f}M parameters ({why}), which this "
-        f"machine trains at {rate:,.0f} tokens a second",
-        f"    so {steps:,} steps, {tokens / 1e6:.1f}M tokens, {tokens / train_data.num_tokens:.2g} "
-        f"epochs: about {expected_loss(best):.2f} bits per byte by the law of "
-        "benchmarks/README.md, on data like that of the law",
+        f"--minutes {args.minutes:g}: {name}{parameters / 1e6:.1f}M parameters, of which this "
+        f"machine trains {rate:,.0f} tokens a second: {steps:,} steps, {tokens / 1e6:.2g}M tokens, "
+        f"{tokens / train_data.num_tokens:.2g} epochs"
     )
+    if not given:
+        losses = (
+            f"{sizes[index]['hidden_size']} x {sizes[index]['num_hidden_layers']} "
+            f"{expected_loss(index):.2f}"
+            for index in range(max(0, best - 1), min(len(sizes), best + 2))
+        )
+        ctx.print("    bits per byte to expect of held-out text by then: " + ", ".join(losses))
 
 
 def sizes_given(args: TrainArgs) -> bool:
@@ -161,7 +166,7 @@ def sizes_given(args: TrainArgs) -> bool:
     return args.from_weight != "none" or args.use_moe or any(size is not None for size in sizes)
 
 
-def keep_choice(ctx: Context) -> bool:
+def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Set what --minutes chose when the run to be resumed began; False if there is none."""
     args, given = ctx.args, sizes_given(ctx.args)
     name = args.save_weight or "pretrain"
@@ -173,28 +178,38 @@ def keep_choice(ctx: Context) -> bool:
             continue
         if kept.get("minutes") != args.minutes or not path.name.startswith(f"{own_name}."):
             continue
-        chosen = ("max_steps", "epochs") + ("hidden_size", "num_hidden_layers") * (not given)
-        for each in chosen:
-            setattr(args, each, kept[each])
+        chosen = {each: kept[each] for each in ("max_steps", "epochs")}
+        if not given:
+            chosen |= with_batch(ctx, tokenizer, kept["hidden_size"], kept["num_hidden_layers"])
+        for each, value in chosen.items():
+            setattr(args, each, value)
         return True
     return False
 
 
 def candidates(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, int]]:
-    """Of SIZES, those whose training fits the memory."""
-    args, total = ctx.args, hardware.total_memory(ctx.device)
-    if ctx.device.type != "cuda":
+    """The flags of those of SIZES that fit the memory, the smallest one in any case."""
+    smallest, *others = (with_batch(ctx, tokenizer, *size) for size in SIZES)
+    return [smallest, *(size for size in others if size["batch_size"])]
+
+
+def with_batch(
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, width: int, depth: int
+) -> dict[str, int]:
+    """The flags of a size, with the largest --batch_size up to the given one that fits the memory,
+    0 if none does, and as many --accumulation_steps more: the optimizer step stays the same."""
+    args, size = ctx.args, dict(hidden_size=width, num_hidden_layers=depth)
+    config, model = on_meta(tokenizer, size)
+    total = hardware.total_memory(ctx.device)
+    if ctx.device.type != "cuda":  # all processes of the machine share it
         total /= hardware.ranks_here()
-    sizes = []
-    for width, depth in SIZES:
-        size = dict(hidden_size=width, num_hidden_layers=depth)
-        config, model = on_meta(tokenizer, size)
-        fixed, per_token = training_memory(
-            config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
-        )
-        if not sizes or fixed + per_token * args.batch_size * args.max_seq_len < 0.9 * total:
-            sizes.append(size)
-    return sizes
+    fixed, per_token = training_memory(
+        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+    )
+    batch_size, parts = args.batch_size, 1
+    while batch_size and fixed + per_token * batch_size * args.max_seq_len > 0.8 * total:
+        batch_size, parts = batch_size // 2, parts * 2
+    return size | dict(batch_size=batch_size, accumulation_steps=args.accumulation_steps * parts)
 
 
 def guess(
@@ -225,6 +240,13 @@ def on_meta(
         return config, MiniMindForCausalLM(config)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, after all that was started on a GPU, which goes on while Python does."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
 def measure_speed(
     ctx: Context,
     model: MiniMindForCausalLM,
@@ -239,14 +261,9 @@ def measure_speed(
     model = prepare_model(ctx, model)
     optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
 
-    def clock() -> float:
-        if ctx.device.type != "cpu":  # what was started there goes on while Python does
-            getattr(torch, ctx.device.type).synchronize()
-        return time.perf_counter()
-
     times = []
     for _ in range(1 + MEASURED_STEPS):
-        start = clock()
+        start = clock(ctx.device)
         with ctx.autocast():
             outputs = model(
                 **batch.inputs,
@@ -255,11 +272,11 @@ def measure_speed(
                 return_logits=False,
             )
         outputs.loss.backward()
-        middle = clock()
+        middle = clock(ctx.device)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        times.append((clock() - middle, (middle - start) / rows))
+        times.append((clock(ctx.device) - middle, (middle - start) / rows))
     update, sample = map(median, zip(*times[1:], strict=True))
     if ctx.device.type == "cuda":
         del model, optimizer, outputs

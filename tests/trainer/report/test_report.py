@@ -14,8 +14,7 @@ from model.errors import UserError
 from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
-from trainer.common import recipes
-from trainer.report import pages
+from trainer.report import pages, recipes
 from trainer.report.log import read_log
 from trainer.report.old_keys import with_new_keys
 from trainer.report.recipe_comparison import RecipeComparison
