@@ -16,7 +16,14 @@ from typing import Any
 from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
-from scripts.runs.stages import STAGES, finished_stages, read_json, read_plan, weights_of
+from scripts.runs.stages import (
+    STAGES,
+    check_finished,
+    finished_stages,
+    read_json,
+    read_plan,
+    weights_of,
+)
 
 
 @dataclass
@@ -65,6 +72,8 @@ def main(args: Args) -> dict[str, Any]:
     """{stage: {"weights", "fingerprint", "text", "preferences", "reward"}}"""
     folder, output = Path(args.save_dir), Path(args.save_dir) / "results.json"
     results = read_json(output)
+    if not args.stages:
+        check_finished(STAGES, read_plan(folder), folder)
     stages = [name for name in args.stages or finished_stages(folder) if name != "reward"]
     if not stages:
         raise UserError(f"{folder} has no finished stage to evaluate; --stages names others")

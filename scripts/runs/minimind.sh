@@ -31,16 +31,16 @@ left data && python scripts/prepare_data.py download $flags
 
 # Train: the stages that are asked for and not finished.
 set -- --data_dir "$data" --save_dir "$out" --checkpoint_dir "$out/checkpoints" --resume 1 "$@"
-left pretrain && python trainer/train_pretrain.py "$@" $flags
-left full_sft && python trainer/train_full_sft.py "$@" $flags
-left lora && python trainer/train_lora.py "$@" $flags
-left dpo && python trainer/train_dpo.py "$@" $flags
-left reward && python trainer/train_reward.py "$@" $flags
-left ppo && python trainer/train_ppo.py "$@" $flags
-left grpo && python trainer/train_grpo.py "$@" $flags
-left spo && python trainer/train_spo.py "$@" $flags
-left reason && python trainer/train_distill_reason.py "$@" $flags
-left agent && python trainer/train_agent.py "$@" $flags
+left pretrain && python trainer/train_pretrain.py $flags "$@"
+left full_sft && python trainer/train_full_sft.py $flags "$@"
+left lora && python trainer/train_lora.py $flags "$@"
+left dpo && python trainer/train_dpo.py $flags "$@"
+left reward && python trainer/train_reward.py $flags "$@"
+left ppo && python trainer/train_ppo.py $flags "$@"
+left grpo && python trainer/train_grpo.py $flags "$@"
+left spo && python trainer/train_spo.py $flags "$@"
+left reason && python trainer/train_distill_reason.py $flags "$@"
+left agent && python trainer/train_agent.py $flags "$@"
 
 # Evaluate every stage, on held-out data and on a fixed page of questions; then the page of it all.
 python scripts/runs/evaluate.py --save_dir "$out"

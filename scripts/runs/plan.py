@@ -130,7 +130,7 @@ def main(args: Args) -> dict[str, Any]:
             "same, or begin another one with another OUT"
         )
     if missing := set(args.stages) - plan.get("stages", {}).keys():  # or more stages than before
-        new = make_plan(args, [stage for stage in args.stages if stage in missing])
+        new = make_plan(args, [each for each in args.stages if each in missing], plan.get("size"))
         both = plan.get("stages", {}) | new["stages"]
         plan = plan | new | {"stages": {stage: both[stage] for stage in STAGES if stage in both}}
     plan |= {"price": args.price}
@@ -142,8 +142,12 @@ def main(args: Args) -> dict[str, Any]:
 # -- estimates -------------------------------------------------------------------------------------
 
 
-def make_plan(args: Args, stages: list[str]) -> dict[str, Any]:
-    """Measure data and machine. UserError if a stage has no data, or a CPU would take days."""
+def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dict[str, Any]:
+    """Measure data and machine. UserError if a stage has no data, or a CPU would take days.
+
+    Args:
+        size: of the model, if the run has one already.
+    """
     missing = missing_data(stages, args.data_dir)
     if missing and args.data_dir:
         default_data(STAGES[missing[0]].data, args.data_dir)  # raises, with the names it looked for
@@ -156,10 +160,11 @@ def make_plan(args: Args, stages: list[str]) -> dict[str, Any]:
     first.minutes = args.minutes * STAGES[stages[0]].share / sum(STAGES[s].share for s in stages)
     device = hardware.resolve_device(first.device)
     ctx = Context(first, device, hardware.resolve_dtype(first.dtype, device), compile=False)
-    if first.minutes and not sizes_given(first):
+    if not size and first.minutes and not sizes_given(first):
         sizes = candidates(ctx, tokenizer)
-        best = guess(ctx, tokenizer, sizes, round(files[stages[0]].tokens))
-        first = replace(first, **sizes[best])
+        size = sizes[guess(ctx, tokenizer, sizes, round(files[stages[0]].tokens))]
+    if size:  # its weights may not be there yet
+        first = replace(first, from_weight="none", **size)
     model = init_model(first, tokenizer)
     speed = measure_speed(ctx, model, tokenizer)
     estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
@@ -180,6 +185,7 @@ def make_plan(args: Args, stages: list[str]) -> dict[str, Any]:
         "machine": hardware.describe_machine(device),
         "device": device.type,
         "parameters": count_parameters(model),
+        "size": {n: getattr(model.config, n) for n in ("hidden_size", "num_hidden_layers")},
         "speed": speed._asdict(),
         "download": sum(SIZES[name] for name in SETS["mini"]) if missing else 0,
         "reading": reading,

@@ -16,6 +16,7 @@ from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
 from scripts.runs.stages import (
+    DEFAULT,
     STAGES,
     finished_stages,
     in_hours,
@@ -57,6 +58,7 @@ from trainer.report.parts import (
     anchor,
     charts,
     folded,
+    points,
     section,
     table,
     tile_grid,
@@ -68,7 +70,8 @@ COLORS = dict(zip(STAGES, [*LINES, "#5b8c2a", "#8a6de9", "#c2703d", "#2a9fb0"], 
 # what a stage's chart is worth at first sight; the others are folded
 MAIN = ("loss", "eval_bpb", "reward", "eval_reward", "accuracy", "eval_accuracy", "kl")
 MAIN += ("rewards/accuracies", "eval_rewards/accuracies", "eval_rewards/margins", "approx_kl")
-PLACES = ("save_dir", "checkpoint_dir", "resume", "from_resume", "force")  # flags of every command
+# flags that every command has, or that the others explain
+PLACES = ("save_dir", "checkpoint_dir", "resume", "from_resume", "force", "data_path", "val_path")
 
 
 class Trained(NamedTuple):
@@ -201,10 +204,11 @@ def held_out(stage: Trained) -> dict[str, float]:
 
 def commands(stages: list[Trained], plan: dict[str, Any]) -> str:
     """The command of the run, and what each stage's trainer was given beside its places."""
-    given = {name.upper(): plan.get(name) for name in ("minutes", "price")}
-    given["STAGES"] = " ".join(stage.name for stage in stages)
-    settings = [f"{name}={shlex.quote(f'{v:g}' if name == 'MINUTES' else v)}"
-                for name, v in given.items() if v]  # fmt: skip
+    names = [stage.name for stage in stages]
+    minutes = plan.get("minutes", 0)
+    given = {"DATA": plan.get("data_dir"), "MINUTES": f"{minutes:g}" if minutes else ""}
+    given |= {"STAGES": " ".join(names) if names != DEFAULT else "", "PRICE": plan.get("price")}
+    settings = [f"{name}={shlex.quote(value)}" for name, value in given.items() if value]
     whole = " ".join([*settings, "bash scripts/runs/minimind.sh", plan.get("flags", "")]).strip()
     lines = [f"python trainer/{STAGES[s.name].trainer}.py {flags(s)}".strip() for s in stages]
     sizes = [
@@ -225,7 +229,7 @@ def flags(stage: Trained) -> str:
     for field in fields(args_class):
         value = given.get(field.name, default_of(field))
         if field.name not in PLACES and value != default_of(field) and value not in ("", []):
-            words.append(f"--{field.name} {shown(value)}")
+            words.append(f"--{field.name} {shlex.quote(shown(value))}")
     return " ".join(words)
 
 
@@ -377,8 +381,10 @@ def paragraphs(turns: Iterable[str]) -> str:
 def curves(stage: Trained) -> str:
     """What one looks at first, and the rest folded."""
     runs, color = {stage.name: stage.history}, COLORS[stage.name]
-    first = charts(runs, lambda metric: metric in MAIN, color)
-    others = charts(runs, lambda metric: metric not in MAIN, color)
+    lines = {metric for record in stage.history for metric in record}
+    lines = {metric for metric in lines if len(points(stage.history, metric)) > 1}
+    first = charts(runs, lambda metric: metric in MAIN and metric in lines, color)
+    others = charts(runs, lambda metric: metric not in MAIN and metric in lines, color)
     more = f"<details><summary>all other curves</summary>{others}</details>" if others else ""
     return f"<h3>{dot(stage.name)}{stage.title}</h3>{first}{more}"
 
@@ -424,7 +430,7 @@ h3 { margin: 1.4rem 0 .5rem; font-size: 1rem; }
 .answer p { margin: 0; white-space: pre-wrap; }
 .answer p + p { margin-top: .4rem; padding-top: .4rem; border-top: 1px solid var(--line); }
 .answers summary { margin: .35rem 0; font-size: .82rem; }
-pre { padding: .7rem .9rem; background: var(--card); border-radius: 8px; }
+pre { overflow-x: auto; padding: .7rem .9rem; background: var(--card); border-radius: 8px; }
 @media (min-width: 50rem) { body { padding: 2rem; } h1 { font-size: 2rem; } }
 """
 

@@ -134,8 +134,13 @@ def flags_of(step: str, folder: Path | str) -> str:
         return "" if plan["data_dir"] or not missing_data(plan["stages"]) else "--set mini"
     if step in STAGES:
         wanted = plan["stages"].get(step)
-        new = wanted and not is_finished(step, folder)
-        return f"--minutes {wanted['minutes']:g}" if new else ""
+        if not wanted or is_finished(step, folder):
+            return ""
+        check_finished(list(STAGES)[: list(STAGES).index(step)], plan, folder)
+        often = (
+            " --log_interval 10 --eval_interval 200 --save_interval 20" if plan["minutes"] else ""
+        )
+        return f"--minutes {wanted['minutes']:g}{often}"
     there = finished_stages(folder)
     chat = [stage for stage in CHAT if stage in there][-1:]
     if step == "chat":
@@ -148,6 +153,13 @@ def flags_of(step: str, folder: Path | str) -> str:
         f"--weight {' '.join(stages)} --tasks {BENCHMARKS} --skip_missing 1"
         + " --limit 5" * bool(few)
     )
+
+
+def check_finished(stages: Iterable[str], plan: dict[str, Any], folder: Path | str) -> None:
+    """UserError if one of these stages is in the plan, but was stopped before its end."""
+    for stage in stages:
+        if stage in plan.get("stages", {}) and not is_finished(stage, folder):
+            raise UserError(f"{stage} was stopped before its end; the same command goes on with it")
 
 
 def is_newer(made: Path, sources: Iterable[Path | None]) -> bool:

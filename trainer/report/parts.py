@@ -74,7 +74,7 @@ def points(records: Records, name: str) -> list[tuple[int, float]]:
     return [
         (tokens, max(value) if isinstance(value, list) else value)
         for tokens, value in found
-        if tokens is not None and value not in (None, [])
+        if tokens is not None and isinstance(value, int | float | list) and value != []
     ]
 
 
