@@ -67,6 +67,7 @@ import shutil
 import time
 from collections.abc import Iterator
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -124,6 +125,7 @@ class Estimate:
 
 def main(args: Args) -> dict[str, Any]:
     folder, plan = Path(args.save_dir), read_plan(args.save_dir)
+    check_alone(folder)
     if plan and plan["minutes"] != args.minutes:
         raise UserError(
             f"{folder} has a run that was begun with MINUTES={plan['minutes']:g}: go on with the "
@@ -137,6 +139,17 @@ def main(args: Args) -> dict[str, Any]:
     show(plan, folder)
     write_json(folder / "plan.json", plan)
     return plan
+
+
+def check_alone(folder: Path) -> None:
+    """UserError if a trainer writes to the folder, as one does whose script was killed."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(folder) in words and any("trainer/train_" in word for word in words):
+            raise UserError(
+                f"process {process.pid} trains in {folder}: wait until it has ended, or end it "
+                f"with `kill {process.pid}`, which saves first"
+            )
 
 
 # -- estimates -------------------------------------------------------------------------------------

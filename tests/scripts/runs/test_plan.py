@@ -168,6 +168,16 @@ def test_little_disk_or_memory_is_told_before_it_starts(make, capsys, monkeypatc
     assert "the memory may not do" in printed and "the disk will be full" in printed
 
 
+def test_two_runs_do_not_share_a_folder(make, tmp_path, monkeypatch):
+    other = SimpleNamespace(pid=7, info={"cmdline": None})
+    words = ["python", "trainer/train_dpo.py", "--save_dir", str(tmp_path / "run")]
+    trainer = SimpleNamespace(pid=4711, info={"cmdline": words})
+    monkeypatch.setattr(plan.psutil, "process_iter", lambda names: [other, trainer])
+    with pytest.raises(UserError, match="process 4711 trains in .*run: wait .* kill 4711"):
+        make(FAST)
+    make(FAST, save_dir=str(tmp_path / "another"))
+
+
 def test_data_that_is_not_there(make, tmp_path):
     with pytest.raises(UserError, match="nowhere is no folder"):
         make(FAST, data_dir=str(tmp_path / "nowhere"))
