@@ -22,6 +22,7 @@ from scripts.runs.stages import (
     finished_stages,
     read_json,
     read_plan,
+    stopped_quietly,
     weights_of,
 )
 
@@ -219,5 +220,5 @@ def with_error(found: dict[str, Any] | None, name: str) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), stopped_quietly():
         main(args)

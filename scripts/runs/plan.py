@@ -32,6 +32,7 @@ from scripts.runs.stages import (
     is_finished,
     missing_data,
     read_plan,
+    stopped_quietly,
 )
 
 
@@ -432,5 +433,5 @@ def gigabytes(count: float) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), stopped_quietly():
         main(args)

@@ -17,7 +17,13 @@ from typing import Any
 from model.command_line import option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
-from scripts.runs.stages import STAGES, finished_stages, read_json, weights_of
+from scripts.runs.stages import (
+    STAGES,
+    finished_stages,
+    read_json,
+    stopped_quietly,
+    weights_of,
+)
 
 
 @dataclass
@@ -165,5 +171,5 @@ def as_markdown(page: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), stopped_quietly():
         main(args)

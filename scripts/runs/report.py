@@ -23,6 +23,7 @@ from scripts.runs.stages import (
     log_of,
     read_json,
     read_plan,
+    stopped_quietly,
     weights_of,
 )
 
@@ -436,5 +437,5 @@ pre { overflow-x: auto; padding: .7rem .9rem; background: var(--card); border-ra
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), stopped_quietly():
         main(args)

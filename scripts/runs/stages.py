@@ -11,8 +11,9 @@ A folder of a run, by default out/minimind, has the weights, logs and reports of
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,15 @@ def in_order(names: list[str], folder: Path | str) -> list[str]:
                 f"{name} starts from {start}, which is not in STAGES and has no weights in {folder}"
             )
     return [name for name in STAGES if name in wanted]
+
+
+@contextmanager
+def stopped_quietly() -> Iterator[None]:
+    """Ctrl-C ends a command without a traceback; the script says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def in_hours(price: str, seconds: float) -> str:
