@@ -89,6 +89,7 @@ from model.model_minimind import MiniMindConfig
 from model.weights import load_model, load_tokenizer, write_json
 from scripts.eval_ppl import bits_per_byte, read_texts
 from trainer import train_full_sft, train_pretrain
+from trainer.common.compute_optimal import Speed
 from trainer.common.context import Context
 from trainer.common.hardware import autocast, describe_machine, resolve_device, resolve_dtype
 from trainer.common.loop import initial_batch_size
@@ -336,13 +337,8 @@ class Recipe:
         full = settings.batch_size * settings.accumulation_steps
         first = initial_batch_size(Context.create(settings), self.tokens_per_row)
         warmup = dict(batch_ramp=settings.batch_ramp, initial_batch_size=first)
-        steps, needed = 0, 0.0
-        for before, after in GlobalBatchSampler(10**9, batch_size=full, **warmup).bounds():
-            needed += self.fixed + self.per_row * (after - before)
-            if needed > seconds:
-                break
-            steps += 1
-        return steps
+        sampler = GlobalBatchSampler(10**9, batch_size=full, **warmup)
+        return Speed(self.fixed, self.per_row).steps_within(seconds, sampler)[0]
 
     def train(self, extra: str, **settings: int) -> list[dict]:
         """Run the trainer with these flags after those of --recipe; returns its records."""
