@@ -2,11 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check today stages docs lint types format clean help
+.PHONY: demo minimind test check today stages docs lint types format clean help
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
 	$(BIN)/python scripts/runs/demo.py --started $(STARTED)
+
+minimind: .venv/installed  ## a chat model from real data; DATA=, MINUTES=, STAGES=, OUT=, PRICE=
+	bash scripts/runs/minimind.sh
 
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile

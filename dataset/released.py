@@ -2,8 +2,8 @@
 
 Two generations are in use. The files of 2026 are on the hub's main branch; those of 2025 are only
 in its history, and on people's disks. A stage trains on the first file of its list that lies in
-dataset/: today's before those of 2025, and a mini file before the full one, which takes days.
-Nothing heavy is imported here, so that a command line may ask at once.
+--data_dir: today's before those of 2025, a mini file before the full one, which takes days, and
+plain names last. Nothing heavy is imported here, so that a command line may ask at once.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from model.command_line import option, rules_of
 from model.errors import UserError
 
 DATASET = Path(__file__).resolve().parent
+VAL_SHARE = 0.01  # of the data is held out where there is no file for it
 REVISION = "312afb4f76391145c6902f765bb51691c09a12f5"  # the commit of the hub that SIZES are of
 SIZES = {  # in bytes
     "pretrain_t2t_mini.jsonl": 1_241_043_656,
@@ -42,6 +43,12 @@ STAGE_FILES = {  # the files that suit a stage, the best default first
     "preferences": ["dpo.jsonl"],
     "rl": ["rlaif.jsonl", "rlaif-mini.jsonl"],
     "agent": ["agent_rl.jsonl", "agent_rl_math.jsonl", "tools.jsonl"],  # the last: the demo's
+}
+PLAIN = {  # names that people give their own files, after those of the table above
+    "pretrain": ["pretrain.jsonl"],
+    "full_sft": ["sft.jsonl"],
+    "distillation": ["sft.jsonl"],
+    "lora": ["lora_medical.jsonl"],
 }
 
 LORA = ["lora_identity.jsonl", "lora_medical.jsonl", "lora_exam.jsonl"]
@@ -74,28 +81,52 @@ MODELS = {  # name → the repository on Hugging Face, on ModelScope
 
 def data_option(stage: str, about: str) -> Any:
     """The --data_path of a stage, whose default is looked for when the program runs."""
-    default = f"the first in dataset/ of {', '.join(STAGE_FILES[stage])}"
+    default = f"the first in --data_dir of {', '.join(names_of(stage))}"
     return option([], f"{about}; default: {default}", released=stage)
 
 
+def names_of(stage: str) -> list[str]:
+    """The files that suit a stage, the best default first; each may end with .gz too."""
+    return STAGE_FILES[stage] + PLAIN.get(stage, [])
+
+
 def resolve_data_path(args: Any) -> None:
-    """Without --data_path: the stage's default file. UserError if there is none."""
-    stage = rules_of(type(args))["data_path"].get("released")
-    if stage and not args.data_path:
-        args.data_path = [default_data(stage)]
+    """Without --data_path: the stage's default file in --data_dir, and as --val_path the NAME_val
+    beside it, if it is there and no flag says what to hold out. UserError if there is no file."""
+    rules = rules_of(type(args))
+    stage = rules["data_path"].get("released")
+    if not stage or args.data_path:
+        return
+    args.data_path = [default_data(stage, getattr(args, "data_dir", "") or DATASET)]
+    held_out = validation_file(args.data_path[0])
+    if held_out and "val_path" in rules and not args.val_path and args.val_share == VAL_SHARE:
+        args.val_path = [held_out]
 
 
-def default_data(stage: str) -> str:
-    """The path of the first of the stage's files in dataset/. UserError if there is none."""
-    names = STAGE_FILES[stage]
-    for name in names:
-        if (DATASET / name).is_file():
-            return str(DATASET / name)
+def default_data(stage: str, folder: Path | str = "") -> str:
+    """The path of the first of the stage's files in a folder, by default dataset/. UserError if
+    there is none."""
+    folder, names = Path(folder or DATASET), names_of(stage)
+    if found := first_file(folder, names):
+        return found
+    what = f"has none of {', '.join(names)}" if folder.is_dir() else "is no folder"
     raise UserError(
-        f"there is no training data: {DATASET} has none of {', '.join(names)}. "
-        "`python scripts/prepare_data.py download --set mini` downloads it, and --data_path names "
+        f"there is no training data: {folder} {what}. `python scripts/prepare_data.py download "
+        "--set mini` downloads it into dataset/, --data_dir names another folder, and --data_path "
         "a file of your own"
     )
+
+
+def validation_file(path: str) -> str:
+    """The NAME_val.jsonl or NAME_val.jsonl.gz beside a data file; "" if there is none."""
+    file = Path(path)
+    return first_file(file.parent, [f"{file.name.partition('.jsonl')[0]}_val.jsonl"])
+
+
+def first_file(folder: Path, names: list[str]) -> str:
+    """The path of the first that is there, as it is or with .gz; "" if none is."""
+    paths = (folder / f"{name}{packed}" for name in names for packed in ("", ".gz"))
+    return next((str(path) for path in paths if path.is_file()), "")
 
 
 def files_of_set(name: str) -> list[str]:

@@ -38,7 +38,8 @@ from rich.table import Table
 from model.weights import read_info
 from trainer.report.forecast import duration
 from trainer.report.log import files_of, read_log
-from trainer.report.pages import Records, charts, section, shown, table, write_page
+from trainer.report.pages import shown
+from trainer.report.parts import Records, charts, section, table, write_page
 
 COLUMNS = ("run", "parameters", "steps", "tokens", "time", "tokens/s", "loss", "bits per byte")
 

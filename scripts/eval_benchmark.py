@@ -19,6 +19,7 @@ standard errors above chance.
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
@@ -54,6 +55,9 @@ class Args(ModelArgs):
     )
     chat_template: bool = option(
         False, "ask in the chat template, as a user message", group=BENCHMARKS
+    )
+    skip_missing: bool = option(
+        False, "leave out benchmarks whose questions cannot be had", group=BENCHMARKS
     )
     limit: int = option(
         0,
@@ -106,34 +110,40 @@ def main(args: Args) -> dict[str, Any]:
             "`pip install -r requirements-eval.txt`"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    managers = {
-        task: harness.make_task_manager(harness.BENCHMARKS[task], args.local) for task in args.tasks
-    }
+    managers = {}
+    for task in args.tasks:
+        with told_if(args.skip_missing):
+            managers[task] = harness.make_task_manager(harness.BENCHMARKS[task], args.local)
     models = []
     for loaded in load_models(args):
         model = harness.HarnessModel(
             loaded.model, loaded.tokenizer, args.batch_size, args.max_seq_len
         )
         results = {}
-        for task, manager in managers.items():
-            print(f"{loaded.name}: {harness.BENCHMARKS[task].title}")
-            try:
-                results[task] = harness.evaluate(
-                    model,
-                    harness.BENCHMARKS[task],
-                    manager,
-                    num_fewshot=args.num_fewshot,
-                    limit=args.limit or None,
-                    chat_template=args.chat_template,
-                )
-            except OSError as error:  # errors of the Hub are OSErrors
-                raise UserError(
-                    f"{harness.BENCHMARKS[task].title} cannot be downloaded ({error}); --local "
-                    "reads a copy from a folder"
-                ) from error
+        for task, manager in list(managers.items()):
+            title = harness.BENCHMARKS[task].title
+            print(f"{loaded.name}: {title}")
+            with told_if(args.skip_missing):
+                try:
+                    results[task] = harness.evaluate(
+                        model,
+                        harness.BENCHMARKS[task],
+                        manager,
+                        num_fewshot=args.num_fewshot,
+                        limit=args.limit or None,
+                        chat_template=args.chat_template,
+                    )
+                except OSError as error:  # errors of the Hub are OSErrors
+                    del managers[task]
+                    raise UserError(
+                        f"{title} cannot be downloaded ({error}); --local reads a copy from a "
+                        "folder"
+                    ) from error
         models.append(
             {"name": loaded.name, "parameters": loaded.num_parameters, "results": results}
         )
+    if not managers:
+        raise UserError("the questions of none of these benchmarks can be had")
     report = {
         "date": str(date.today()),
         "machine": describe_machine(resolve_device(args.device)),
@@ -149,6 +159,17 @@ def main(args: Args) -> dict[str, Any]:
     if args.json:
         write_json(args.json, report)
     return report
+
+
+@contextmanager
+def told_if(skip: bool) -> Iterator[None]:
+    """With `skip` a UserError is a line, and ends nothing."""
+    try:
+        yield
+    except UserError as error:
+        if not skip:
+            raise
+        print(f"left out: {error}")
 
 
 def load_models(args: Args) -> Iterator[ChatModel]:

@@ -31,6 +31,7 @@ class Args:
     kind: Literal["text", "conversations", "preferences"] = option(
         "conversations", "of the rows; preferences: chosen and rejected in turn"
     )
+    data_dir: str = option("", "folder of the default data file; default: dataset/")
     skip_bad_rows: bool = option(False, "leave bad rows out; 0: the first is an error")
     rows: int = option(1, "number of sequences to show", at_least=1)
     first: int = option(0, "index of the first sequence to show", at_least=0)
@@ -42,7 +43,7 @@ class Args:
     )
 
     def __post_init__(self) -> None:
-        self.data_path = self.data_path or [default_data(STAGE_OF[self.kind])]
+        self.data_path = self.data_path or [default_data(STAGE_OF[self.kind], self.data_dir)]
 
 
 if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once

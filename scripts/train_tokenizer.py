@@ -49,6 +49,7 @@ from model.paths import OUT, ROOT
 @dataclass
 class Args:
     data_path: list[str] = data_option("pretrain", ".jsonl, .jsonl.gz or plain text")
+    data_dir: str = option("", "folder of the default data file; default: dataset/")
     file_weight: list[float] = option([], "weight of each of these files (default: 1)")
     zh_weight: float = option(1.0, "weight of documents that contain Chinese", at_least=0)
     row_weight: list[str] = option(

@@ -43,7 +43,7 @@ def test_each_trainer_has_a_default(folder, stage):
     with pytest.raises(UserError, match=r"no training data.*download --set mini.*--data_path"):
         resolve_data_path(args)
     about = {each.name: each for each in fields(args)}["data_path"].metadata["help"]
-    names = released.STAGE_FILES[rules_of(type(args))["data_path"]["released"]]
+    names = released.names_of(rules_of(type(args))["data_path"]["released"])
     assert all(name in about for name in names)
     (folder / names[-1]).touch()
     resolve_data_path(args)
@@ -62,6 +62,50 @@ def test_scripts_have_the_defaults_of_their_stage(folder):
             script.main(script.Args())
     with pytest.raises(UserError, match="none of dpo.jsonl"):
         show_batch.main(show_batch.Args(kind="preferences"))
+
+
+# -- --data_dir ------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    """Plain names and .gz are found there, after the released ones."""
+    (tmp_path / "sft.jsonl.gz").touch()
+    args = train_full_sft.Args(data_dir=str(tmp_path))
+    resolve_data_path(args)
+    assert args.data_path == [str(tmp_path / "sft.jsonl.gz")] and args.val_path == []
+    (tmp_path / "sft_mini_512.jsonl.gz").touch()
+    args = train_full_sft.Args(data_dir=str(tmp_path))
+    resolve_data_path(args)
+    assert args.data_path == [str(tmp_path / "sft_mini_512.jsonl.gz")]
+
+
+def test_the_held_out_file_beside_it(tmp_path):
+    for name in ("pretrain.jsonl.gz", "pretrain_val.jsonl", "dpo_val.jsonl"):
+        (tmp_path / name).touch()
+    found = {}
+    for name, given in (
+        ("none", {}),
+        ("share", {"val_share": 0.05}),
+        ("nothing", {"val_share": 0.0}),
+        ("other", {"val_path": ["mine.jsonl"]}),
+    ):
+        args = train_pretrain.Args(data_dir=str(tmp_path), **given)
+        resolve_data_path(args)
+        found[name] = args.val_path
+    own = [str(tmp_path / "pretrain_val.jsonl")]
+    assert found == {"none": own, "share": [], "nothing": [], "other": ["mine.jsonl"]}
+    args = train_pretrain.Args(data_path=[str(tmp_path / "pretrain.jsonl.gz")])
+    resolve_data_path(args)
+    assert args.val_path == []  # only beside a file that was looked for
+
+
+def test_a_folder_without_data(tmp_path):
+    with pytest.raises(UserError, match="nowhere is no folder.*--data_dir names another"):
+        default_data("full_sft", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has none of sft_t2t_mini.jsonl.* sft.jsonl. "):
+        default_data("full_sft", tmp_path)
+    with pytest.raises(UserError, match="--data_dir has no effect with --data_path"):
+        train_pretrain.Args(data_dir="a", data_path=["b.jsonl"])
 
 
 @pytest.mark.parametrize("name", ["pretrain_t2t.jsonl", "sft_512.jsonl"])

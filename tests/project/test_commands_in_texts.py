@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,8 @@ PARSE = {
     "trainer/train_full_sft.py --recipe": "reads 28,596 conversations; test_report.py",
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",
+    "scripts/runs/plan.py": "measures the machine; tests/scripts/runs/test_plan.py",
+    "scripts/runs/[eqr]*.py": "need a finished run; tests/scripts/runs/test_evaluation.py",
     "scripts/runs/demo_lora.py": "needs the demo's model; tests/model/test_lora.py",
     "scripts/serve_openai_api.py": "a service; tests/scripts/server/",
     "scripts/chat_openai_api.py": "needs the service; tests/scripts/server/",
@@ -76,8 +79,13 @@ PARSE = {
 # -- other programs --------------------------------------------------------------------------------
 
 
-def make(target: str) -> None:
+def make(target: str, *settings: str) -> None:
+    assert all(re.fullmatch(r"[A-Z]+=.+", each) for each in settings)
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def bash(script: str, *flags: str) -> None:
+    assert (ROOT / script).is_file()  # tests/scripts/runs/test_minimind.py runs it
 
 
 def pip(install: str, *words: str) -> None:
@@ -130,6 +138,7 @@ def venv(folder: str) -> None:
 
 PROGRAMS = {
     "make": make,
+    "bash": bash,
     "pip": pip,
     "git": git,
     "curl": curl,
@@ -200,9 +209,11 @@ def commands_of_shell(script: str) -> Iterator[Command]:
             if word not in ("&&", "|", ";"):
                 words.append(word)
                 continue
-            if words and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0])):
-                variables[assigned[1]] = assigned[2]
-            elif words and words[0] == "cd":
+            given = list(takewhile(lambda each: re.match(r"\w+=", each), words))
+            if given == words:
+                variables |= dict(each.split("=", 1) for each in given)
+            words = words[len(given) :]  # without what is set for this command alone
+            if words and words[0] == "cd":
                 folder = words[1]
             elif words and words[0] == "echo":
                 typed = f"{words[1]}\n"
@@ -331,7 +342,7 @@ Text with `python a.py [--b c]` and `--flag`.
 x="--y 1"
 cd trainer && .venv/bin/python b.py $x \\
     --z 'two words'        # a comment; with && and |
-echo "hi" | python3 c.py
+Z=1 W="two words" echo "hi" | V=2 python3 c.py
 torchrun --nproc_per_node 2 d.py --e
 ```
 ```

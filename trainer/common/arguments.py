@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dataset.jsonl import check_file
-from dataset.released import resolve_data_path
+from dataset.released import VAL_SHARE, resolve_data_path
 from model.command_line import check_values, option
 from model.errors import UserError
 from model.paths import (
@@ -51,16 +51,24 @@ class TrainArgs:
         may_differ=True,
         path=True,
     )
+    data_dir: str = option(
+        "",
+        "folder in which the default of data_path is looked for; default: dataset/",
+        group=DATA,
+        unless="data_path",
+        may_differ=True,
+        pinned=False,
+    )
     val_path: list[str] = option(
         [],
-        "held-out file(s); default: a share of data_path",
+        "held-out file(s); default: NAME_val beside the default data_path, or a share of data_path",
         group=DATA,
         check=check_file,
         may_differ=True,
         path=True,
     )
     val_share: float = option(
-        0.01,
+        VAL_SHARE,
         "share of the data held out if there is no val_path",
         group=DATA,
         at_least=0,

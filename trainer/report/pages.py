@@ -7,7 +7,6 @@ the same charts.
 """
 
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from datetime import date
@@ -19,15 +18,12 @@ import torch
 from torch import nn
 
 from dataset.packing import TrainingData
-from model.weights import atomic_write, count_parameters
+from model.weights import count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
-from trainer.common.metrics import CURVES, Curve
 from trainer.report.forecast import duration
-from trainer.report.plots import curve_svg
+from trainer.report.parts import Records, charts, folded, section, table, tile_grid, write_page
 from trainer.report.recipe_comparison import RecipeComparison
-
-Records = list[dict[str, Any]]
 
 
 def run_metadata(
@@ -106,19 +102,7 @@ def write_report(
     write_page(path, name, about, parts)
 
 
-def write_page(path: Path, title: str, about: str, parts: Iterable[str]) -> None:
-    page = PAGE.format(
-        title=escape(title), about=escape(about), style=STYLE, parts="\n".join(filter(None, parts))
-    )
-    with atomic_write(path) as file:
-        file.write(page.encode())
-
-
 # -- parts of a page -------------------------------------------------------------------------------
-
-
-def section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{content}</section>" if content else ""
 
 
 def status(line: str, lines: list[str]) -> str:
@@ -150,33 +134,7 @@ def tiles(records: Records) -> str:
             f"{last['changed_fraction']:.1%}" if "changed_fraction" in last else "",
         ),
     ]
-    cells = (f"<div><b>{value}</b><span>{name}</span></div>" for name, value in shown if value)
-    return f'<div class="tiles">{"".join(cells)}</div>'
-
-
-def charts(runs: dict[str, Records]) -> str:
-    """A chart of each metric in the logs, with all runs in it, over the tokens trained."""
-    curves = dict(CURVES)
-    for record in (record for records in runs.values() for record in records):
-        for name, value in record.items():
-            if isinstance(value, int | float | list):
-                curves.setdefault(name, Curve(name.replace("_", " ")))
-    drawn = []
-    for name, curve in curves.items():
-        lines = {run: points(records, name) for run, records in runs.items()}
-        if curve and any(lines.values()):
-            drawn.append(f"<figure>{curve_svg(lines, *curve)}</figure>")
-    return f'<div class="charts">{"".join(drawn)}</div>'
-
-
-def points(records: Records, name: str) -> list[tuple[int, float]]:
-    """(tokens, value); the largest where each layer has its own."""
-    found = [(record.get("num_tokens"), record.get(name)) for record in records]
-    return [
-        (tokens, max(value) if isinstance(value, list) else value)
-        for tokens, value in found
-        if tokens is not None and value not in (None, [])
-    ]
+    return tile_grid(shown)
 
 
 def samples(records: Records) -> str:
@@ -185,13 +143,6 @@ def samples(records: Records) -> str:
         bits = f"\n{record['eval_bpb']:.3f} bpb" if "eval_bpb" in record else ""
         rows.append((f"step {record['step']:,}{bits}", record["sample"]))
     return table(rows) if rows else ""
-
-
-def table(rows: Iterable[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if head else []
-    lines += ["".join(f"<td>{escape(str(cell))}</td>" for cell in row) for row in rows]
-    lines = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="table"><table>{lines}</table></div>'
 
 
 def data(metadata: dict[str, Any]) -> str:
@@ -210,10 +161,6 @@ def data(metadata: dict[str, Any]) -> str:
         folded(f"how {name} was made", json.dumps(how, indent=1, ensure_ascii=False))
         for name, how in made.items()
     )
-
-
-def folded(title: str, text: str) -> str:
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def settings(args: Any) -> str:
@@ -236,57 +183,3 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(int(value)) if isinstance(value, bool) else str(value)
-
-
-# Everything is inside: no script, no font, no address.
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p class="about">{about}</p>
-{parts}
-</body>
-</html>
-"""
-STYLE = """
-:root { --ink: #1d2430; --soft: #5d6675; --ground: #ffffff; --card: #f4f5f8; --line: #dde1e8;
-  --good: #16794a; --bad: #b4371c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #9aa4b5; --ground: #14171d;
-  --card: #1e232c; --line: #323945; --good: #4cc38a; --bad: #ff8a65; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1200px; padding: 1.2rem; color: var(--ink);
-  background: var(--ground); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.6rem; }
-h2 { margin: 2rem 0 .6rem; font-size: 1.15rem; }
-.about { margin: .2rem 0 1.2rem; color: var(--soft); }
-.status { margin: 1rem 0; padding: .6rem 1rem; border-left: 5px solid var(--soft);
-  background: var(--card); border-radius: 4px; }
-.status p { margin: .2rem 0; }
-.status p:first-child { font-weight: 600; }
-.on-track, .ahead { border-color: var(--good); }
-.behind { border-color: var(--bad); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; }
-.tiles div { padding: .6rem .8rem; background: var(--card); border-radius: 8px; }
-.tiles b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
-.tiles span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr));
-  gap: .8rem; margin-top: 1rem; }
-.table + .charts { margin-top: 1.5rem; }
-figure { margin: 0; padding: .4rem; background: var(--card); border-radius: 8px; }
-figure svg { display: block; width: 100%; height: auto; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-td { padding: .35rem .8rem .35rem 0; border-top: 1px solid var(--line); vertical-align: top;
-  white-space: pre-wrap; }
-td:first-child { color: var(--soft); min-width: 6.5rem; }
-th { padding: .35rem .8rem .35rem 0; text-align: left; color: var(--soft); font-weight: 500; }
-pre { font-size: .85rem; white-space: pre-wrap; }
-summary { margin: .8rem 0; cursor: pointer; color: var(--soft); }
-"""

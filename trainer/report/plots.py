@@ -63,12 +63,17 @@ BASELINE = "#8a93a3"  # the run that a recipe was made from
 
 
 def curve_svg(
-    runs: dict[str, list[tuple[int, float]]], title: str, unit: str, from_zero: bool = False
+    runs: dict[str, list[tuple[int, float]]],
+    title: str,
+    unit: str,
+    from_zero: bool = False,
+    color: str = "",
 ) -> str:
     """Curves over the tokens trained as an <svg> inside a page, whose text color they take.
 
     Args:
         runs: name → (tokens, value) of each. The first is drawn in front; a recipe's is grey.
+        color: of the first.
     """
     style = {
         "text.color": INK,
@@ -82,14 +87,14 @@ def curve_svg(
     }
     with plt.rc_context(style):
         figure, axes = plt.subplots(figsize=(4.6, 3), layout="constrained")
-        colors = iter(LINES * len(runs))
+        colors = iter([color or LINES[0], *LINES[1:], *LINES * len(runs)])
         for front, (name, points) in zip(range(len(runs), 0, -1), runs.items(), strict=True):
-            color = BASELINE if name.startswith("recipe ") else next(colors)
+            own = BASELINE if name.startswith("recipe ") else next(colors)
             if points:
                 marker = "." if len(points) < 30 else None
                 axes.plot(
                     *zip(*points, strict=True),
-                    color=color,
+                    color=own,
                     label=name,
                     marker=marker,
                     linewidth=1.4,

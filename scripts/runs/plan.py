@@ -1,0 +1,437 @@
+"""What scripts/runs/minimind.sh is going to do, and what that takes: time, disk, memory, money.
+
+    python scripts/runs/plan.py --save_dir out/minimind --minutes 60
+    python scripts/runs/plan.py --save_dir out/minimind --stage full_sft
+
+The first prints the table that comes before everything else, and keeps it as plan.json in the
+folder; --minutes is divided over the stages. A folder with a plan has it printed again, with what
+is finished. The second prints the flags that the plan has for the command of one step, and nothing
+if there is nothing left to do.
+
+Tokens are counted in a sample of the data, speeds are measured here with the model itself, memory
+is the trainers' own estimate (trainer/report/forecast.py).
+"""
+
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset.released import SETS, SIZES, STAGE_FILES, default_data
+from model.command_line import option, parse_arguments, parse_command_line, rules_of
+from model.errors import UserError, exit_on_user_error
+from model.paths import OUT
+from scripts.runs.stages import (
+    DEFAULT,
+    NUMBER,
+    STAGES,
+    flags_of,
+    in_hours,
+    in_order,
+    is_finished,
+    missing_data,
+    read_plan,
+    stopped_quietly,
+)
+
+
+@dataclass
+class Args:
+    save_dir: str = option(str(OUT / "minimind"), "folder of the run")
+    data_dir: str = option("", "folder of the data files; default: dataset/, after a download")
+    stages: list[str] = option(DEFAULT, f"what to train, of {', '.join(STAGES)}")
+    minutes: float = option(0.0, "time for everything; 0: whole epochs", at_least=0)
+    price: str = option("", "of an hour of this machine, such as 1.5 or '1.5 RMB'")
+    flags: str = option("", "what is given to every trainer, as --flags='--preset minimind-3'")
+    stage: str = option("", "print the flags of one step only: a stage, data, benchmarks, chat")
+
+    def __post_init__(self) -> None:
+        if self.price and not re.search(NUMBER, self.price):
+            raise UserError(f"PRICE is a number, such as 1.5 or '1.5 RMB', not {self.price}")
+
+
+if __name__ == "__main__":  # before the slow imports: --help and mistakes answer at once
+    args = parse_command_line(Args, __doc__)
+    with exit_on_user_error():
+        if args.stage:
+            print(flags_of(args.stage, args.save_dir))
+            sys.exit()
+        args.stages = in_order(args.stages, args.save_dir)
+
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from dataset.forms.files import open_lines
+from model.inference.generation import generate
+from model.inference.sampling import SamplingParams
+from model.model_minimind import MiniMindForCausalLM
+from model.weights import count_parameters, load_tokenizer, write_json
+from trainer.common import hardware
+from trainer.common.compute_optimal import candidates, guess, sizes_given
+from trainer.common.context import Context
+from trainer.common.optimizers import make_optimizer
+from trainer.common.setup import init_model
+from trainer.report.forecast import duration, training_memory
+
+SAMPLE_BYTES = 2_000_000  # of a data file, to know how many tokens it has
+BYTES_PER_TOKEN, BYTES_PER_ROW = 3.2, 1200  # of a released file that is still to be downloaded
+CACHED_BYTES = 2.2  # of a token in dataset/.cache: measured, 5 GB of JSONL are 3.4 GB of tokens
+ANSWER_TOKENS = 200  # assumed of a completion in reinforcement learning
+LONGEST = 24 * 3600  # seconds that a run without --minutes may take on a CPU
+console = Console(highlight=False)
+
+
+class DataFile(NamedTuple):
+    """What a stage reads, estimated from its beginning."""
+
+    name: str
+    rows: float
+    bytes: float  # uncompressed
+    tokens: float
+
+
+class Speed(NamedTuple):
+    """Of this machine, with the model that is going to be trained."""
+
+    train: float  # tokens a second, forward and backward
+    step: float  # seconds of an optimizer step
+    decode: float  # tokens a second, 16 answers at once
+    tokenize: float  # bytes a second
+
+
+@dataclass
+class Estimate:
+    """What a stage takes."""
+
+    data: str
+    minutes: float  # of --minutes; 0: no limit
+    tokens: float
+    seconds: float
+    memory: float  # bytes, of the GPU or of the machine
+    disk: float  # bytes
+
+
+def main(args: Args) -> dict[str, Any]:
+    folder, plan = Path(args.save_dir), read_plan(args.save_dir)
+    check_alone(folder)
+    if plan and plan["minutes"] != args.minutes:
+        raise UserError(
+            f"{folder} has a run that was begun with MINUTES={plan['minutes']:g}: go on with the "
+            "same, or begin another one with another OUT"
+        )
+    if missing := set(args.stages) - plan.get("stages", {}).keys():  # or more stages than before
+        new = make_plan(args, [each for each in args.stages if each in missing], plan.get("size"))
+        both = plan.get("stages", {}) | new["stages"]
+        plan = plan | new | {"stages": {stage: both[stage] for stage in STAGES if stage in both}}
+    plan |= {"price": args.price}
+    show(plan, folder)
+    write_json(folder / "plan.json", plan)
+    return plan
+
+
+def check_alone(folder: Path) -> None:
+    """UserError if a trainer writes to the folder, as one does whose script was killed."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(folder) in words and any("trainer/train_" in word for word in words):
+            raise UserError(
+                f"process {process.pid} trains in {folder}: wait until it has ended, or end it "
+                f"with `kill {process.pid}`, which saves first"
+            )
+
+
+# -- estimates -------------------------------------------------------------------------------------
+
+
+def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dict[str, Any]:
+    """Measure data and machine. UserError if a stage has no data, or a CPU would take days.
+
+    Args:
+        size: of the model, if the run has one already.
+    """
+    missing = missing_data(stages, args.data_dir)
+    if missing and args.data_dir:
+        default_data(STAGES[missing[0]].data, args.data_dir)  # raises, with the names it looked for
+    trainers = {stage: trainer_args(stage, args) for stage in stages}
+    tokenizer, files = load_tokenizer(trainers[stages[0]].tokenizer_path), {}
+    for stage in stages:
+        name = default_name(stage, args, stage in missing)
+        files[stage] = measure_file(name, tokenizer) if Path(name).exists() else released_file(name)
+    first = trainers[stages[0]]
+    first.minutes = args.minutes * STAGES[stages[0]].share / sum(STAGES[s].share for s in stages)
+    device = hardware.resolve_device(first.device)
+    ctx = Context(first, device, hardware.resolve_dtype(first.dtype, device), compile=False)
+    if not size and first.minutes and not sizes_given(first):
+        sizes = candidates(ctx, tokenizer)
+        size = sizes[guess(ctx, tokenizer, sizes, round(files[stages[0]].tokens))]
+    if size:  # its weights may not be there yet
+        first = replace(first, from_weight="none", **size)
+    model = init_model(first, tokenizer)
+    speed = measure_speed(ctx, model, tokenizer)
+    estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
+    evaluation = evaluation_seconds(stages, speed)
+    reading = sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+    if args.minutes:
+        divide(60 * args.minutes, estimates, reading, evaluation)
+    total = reading + sum(each.seconds for each in estimates.values())
+    if device.type == "cpu" and not args.minutes and total > LONGEST:
+        raise UserError(
+            f"without a GPU this would take about {total / 86400:.0f} days here; MINUTES=60 fits "
+            "model and data to this machine and an hour, and more minutes make a better model"
+        )
+    return {
+        "data_dir": args.data_dir,
+        "minutes": args.minutes,
+        "flags": args.flags,
+        "machine": hardware.describe_machine(device),
+        "device": device.type,
+        "parameters": count_parameters(model),
+        "size": {n: getattr(model.config, n) for n in ("hidden_size", "num_hidden_layers")},
+        "speed": speed._asdict(),
+        "download": sum(SIZES[name] for name in SETS["mini"]) if missing else 0,
+        "reading": reading,
+        "evaluation": evaluation,
+        "stages": {stage: asdict(each) for stage, each in estimates.items()},
+    }
+
+
+def divide(
+    seconds: float, estimates: dict[str, Estimate], reading: float, evaluation: float
+) -> None:
+    """Give each stage its part of the time: what it needs, or its share of what is left; and
+    pretraining, which can always go on, what the others leave.
+
+    Args:
+        reading: seconds to tokenise the data, once.
+        evaluation: seconds after the last stage; at most half of the time is kept for it.
+    """
+    left = seconds - reading
+    if left < seconds / 2:
+        raise UserError(
+            f"to read the data takes about {duration(reading)} of MINUTES={seconds / 60:g}; give "
+            "more minutes, or a DATA folder with less: `python scripts/prepare_data.py mix` cuts"
+        )
+    left -= min(evaluation, left / 2)
+    order = sorted(estimates, key=lambda stage: (stage == "pretrain", estimates[stage].seconds))
+    for number, stage in enumerate(order):
+        each, shares = estimates[stage], sum(STAGES[other].share for other in order[number:])
+        given = left * STAGES[stage].share / shares
+        if stage != "pretrain":
+            given = min(given, 1.1 * each.seconds)
+        left -= given
+        each.tokens *= given / each.seconds
+        each.minutes, each.seconds = round(given / 60, 2), given
+
+
+def trainer_args(stage: str, args: Args) -> Any:
+    """The arguments that its trainer will have; a mistake in --flags is told now."""
+    trainer = importlib.import_module(f"trainer.{STAGES[stage].trainer}")
+    argv = ["--save_dir", args.save_dir, *shlex.split(args.flags)]
+    return parse_arguments(trainer.Args, argv=argv)
+
+
+def default_name(stage: str, args: Args, is_missing: bool) -> str:
+    """The path of the file that a stage will read, or the name of the one to be downloaded."""
+    files = STAGE_FILES[STAGES[stage].data]
+    if is_missing:
+        return next(name for name in files if name in SETS["mini"])
+    return default_data(STAGES[stage].data, args.data_dir)
+
+
+def released_file(name: str) -> DataFile:
+    size = SIZES[name]
+    return DataFile(name, size / BYTES_PER_ROW, size, size / BYTES_PER_TOKEN)
+
+
+def measure_file(path: str, tokenizer: PreTrainedTokenizerBase) -> DataFile:
+    """Rows and tokens of a file, from its first megabytes."""
+    texts, size = [], 0
+    with open_lines(path) as (raw, lines):
+        for line in lines:
+            size += len(line)
+            texts.append("\n".join(strings(json.loads(line))))
+            if size > SAMPLE_BYTES:
+                break
+        times = max(1.0, os.path.getsize(path) / raw.tell()) if size > SAMPLE_BYTES else 1.0
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    return DataFile(Path(path).name, *(times * count for count in (len(texts), size, tokens)))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All texts in a row, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings(each)
+
+
+def measure_speed(
+    ctx: Context, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> Speed:
+    """Some seconds of training and of decoding, on made-up tokens. A GPU is measured without
+    compiled blocks, which are faster."""
+    model, length = model.to(ctx.device), ctx.args.max_seq_len
+    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0)
+    rows = ctx.args.batch_size if ctx.device.type == "cuda" else 2
+    ids = torch.randint(3, len(tokenizer), (rows, length), device=ctx.device)
+
+    def train() -> None:
+        with ctx.autocast():
+            loss = model(ids, labels=ids, return_logits=False).loss
+        loss.backward()
+
+    train_seconds = seconds_of(ctx, train)
+    step_seconds = seconds_of(ctx, optimizer.step)
+    model.zero_grad(set_to_none=True)
+    prompts, new = ids[:1, :16].tolist() * 16, 24
+    sampling = SamplingParams(max_new_tokens=new, temperature=1.0)
+    decode_seconds = seconds_of(ctx, lambda: generate(model, prompts, sampling), times=1)
+    text = [tokenizer.decode(row) for row in ids.tolist()] * 20
+    start = time.perf_counter()
+    tokenizer(text)
+    return Speed(
+        train=ids.numel() / train_seconds,
+        step=step_seconds,
+        decode=16 * new / decode_seconds,
+        tokenize=sum(len(each.encode()) for each in text) / (time.perf_counter() - start),
+    )
+
+
+def seconds_of(ctx: Context, call: Any, times: int = 2) -> float:
+    """The shorter of some calls, after one that does not count."""
+    best = float("inf")
+    for number in range(times + 1):
+        start = time.perf_counter()
+        call()
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start) if number else best
+    return best
+
+
+def estimate(args: Any, file: DataFile, model: MiniMindForCausalLM, speed: Speed) -> Estimate:
+    """What a stage takes by its trainer's defaults."""
+    parameters, decoded = count_parameters(model), 0.0
+    tokens, passes = file.tokens * args.epochs, 1.0
+    if hasattr(args, "reward"):  # reinforcement learning
+        completions = file.rows * args.epochs * getattr(args, "num_generations", 1)
+        tokens = decoded = completions * ANSWER_TOKENS
+        steps = file.rows * args.epochs / args.batch_size / args.accumulation_steps
+        passes = args.update_epochs + 1 / 3 * (1 + args.needs_reference)  # log-probs: forward only
+    else:
+        passes += is_dpo(args) / 3  # the reference's log-probs, once
+        step_tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
+        steps = max(1.0, tokens / step_tokens)
+    if args.max_steps:
+        tokens, decoded = (count * min(1, args.max_steps / steps) for count in (tokens, decoded))
+        steps = min(steps, args.max_steps)
+    seconds = passes * tokens / speed.train + decoded / speed.decode + steps * speed.step
+    return Estimate(
+        data=file.name,
+        minutes=0,
+        tokens=tokens,
+        seconds=seconds,
+        memory=memory_of(args, model),
+        # cached tokens, float16 weights, and a checkpoint with the optimizer's moments
+        disk=CACHED_BYTES * file.tokens + (2 + 4 * 2.5) * parameters,
+    )
+
+
+def is_dpo(args: Any) -> bool:
+    return hasattr(args, "label_smoothing")
+
+
+def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
+    """Bytes, by the estimate that a trainer prints."""
+    device = next(model.parameters()).device
+    dtype = hardware.resolve_dtype(args.dtype, device)
+    fixed, per_token = training_memory(
+        model.config, model, dtype, args.optimizer, args.gradient_checkpointing
+    )
+    longest = args.max_seq_len + getattr(args, "max_gen_len", 0) * hasattr(args, "reward")
+    sides = 1 + (rules_of(type(args))["data_path"]["released"] == "preferences")
+    samples = getattr(args, args.batch_size_flag) * sides
+    reference = 4 * count_parameters(model) if args.needs_reference else 0
+    return fixed + reference + per_token * samples * longest
+
+
+def evaluation_seconds(stages: list[str], speed: Speed) -> float:
+    """Of bits per byte on 300 texts of some 150 tokens, and 40 answers of 200, by each stage."""
+    return len(stages) * (10 + 300 * 150 / (3 * speed.train) + 40 * 200 / speed.decode)
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def show(plan: dict[str, Any], folder: Path) -> None:
+    stages, price = plan["stages"], plan["price"]
+    left = {stage: row for stage, row in stages.items() if not is_finished(stage, folder)}
+    table = Table(
+        title=f"{plan['parameters'] / 1e6:.1f}M parameters, {plan['machine']}, into {folder}",
+        title_justify="left",
+    )
+    for name in ["stage", "data", "tokens", "time", "memory", "disk"] + ["cost"] * bool(price):
+        table.add_column(name, justify="left" if name in ("stage", "data") else "right")
+
+    def add(name: str, data: str, tokens: float, seconds: float, memory: float, disk: float):
+        cells = [name, data, f"{tokens / 1e6:,.1f}M" if tokens else ""]
+        cells += [duration(seconds) if seconds else "", gigabytes(memory), gigabytes(disk)]
+        table.add_row(*cells, *[in_hours(price, seconds) if seconds else ""] * bool(price))
+
+    download = plan["download"] if missing_data(stages) and not plan["data_dir"] else 0
+    if download:
+        add("download", "set mini", 0, 0, 0, download)
+    reading = plan["reading"] if len(left) == len(stages) else 0
+    if reading:
+        add("tokenising", "", 0, reading, 0, 0)
+    for stage, row in stages.items():
+        if stage in left:
+            add(stage, row["data"], *(row[n] for n in ("tokens", "seconds", "memory", "disk")))
+        else:
+            add(stage, "finished", 0, 0, 0, 0)
+    add("evaluation", "", 0, plan["evaluation"], 0, 0)
+    table.add_section()
+    seconds = sum(row["seconds"] for row in left.values()) + plan["evaluation"] + reading
+    memory = max((row["memory"] for row in left.values()), default=0)
+    disk = sum(row["disk"] for row in left.values()) + download
+    add("total", "", sum(row["tokens"] for row in left.values()), seconds, memory, disk)
+    console.print(table)
+    warn(plan, folder, memory, disk)
+
+
+def warn(plan: dict[str, Any], folder: Path, memory: float, disk: float) -> None:
+    """A line on what is free, with a warning where that will not do."""
+    there = next(path for path in [folder.resolve(), *folder.resolve().parents] if path.exists())
+    device = torch.device(plan["device"])
+    free_disk, free_memory = shutil.disk_usage(there).free, hardware.memory_available(device)
+    console.print(f"free: {gigabytes(free_memory)} of memory, {gigabytes(free_disk)} of disk")
+    if memory > free_memory:
+        console.print(
+            "warning: the memory may not do; the trainers take --batch_size and "
+            "--gradient_checkpointing 1 from this command line"
+        )
+    if disk > free_disk:
+        console.print("warning: the disk will be full before the end; make room, or set OUT")
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count else ""
+
+
+if __name__ == "__main__":
+    with exit_on_user_error(), stopped_quietly():
+        main(args)
