@@ -7,17 +7,19 @@ from types import SimpleNamespace
 import pytest
 
 from dataset import released
+from model.command_line import rules_of
 from model.errors import UserError
-from scripts.runs import plan, stages
-from scripts.runs.plan import Args, DataFile, Speed, divide, measure_file
+from scripts.runs import estimates, plan, stages
+from scripts.runs.estimates import DataFile, Estimate, Speed, measure_file
+from scripts.runs.plan import Args, divide
 from scripts.runs.stages import flags_of, in_hours, in_order, is_finished
 
 FAST = Speed(train=1e6, step=0.01, decode=1e5, tokenize=1e7)
 SLOW = Speed(train=20.0, step=1.0, decode=10.0, tokenize=1e7)
 
 
-def estimate(seconds: float) -> plan.Estimate:
-    return plan.Estimate("a.jsonl", 0, tokens=1000.0, seconds=seconds, memory=1, disk=1)
+def estimate(seconds: float) -> Estimate:
+    return Estimate("a.jsonl", 0, tokens=1000.0, seconds=seconds, memory=1, disk=1)
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def test_tokens_of_a_file(tmp_path, tokenizer, monkeypatch, packed):
     found = measure_file(str(path), tokenizer)
     assert (found.rows, found.bytes, found.tokens) == (4000, len(lines), true)
     if not packed:  # a compressed file is read in blocks larger than this one
-        monkeypatch.setattr(plan, "SAMPLE_BYTES", 20_000)
+        monkeypatch.setattr(estimates, "SAMPLE_BYTES", 20_000)
         found = measure_file(str(path), tokenizer)
         assert found.tokens == pytest.approx(true, rel=0.1)
 
@@ -173,7 +175,7 @@ def test_two_runs_do_not_share_a_folder(make, tmp_path, monkeypatch):
     words = ["python", "trainer/train_dpo.py", "--save_dir", str(tmp_path / "run")]
     trainer = SimpleNamespace(pid=4711, info={"cmdline": words})
     monkeypatch.setattr(plan.psutil, "process_iter", lambda names: [other, trainer])
-    with pytest.raises(UserError, match="process 4711 trains in .*run: wait .* kill 4711"):
+    with pytest.raises(UserError, match="process 4711 trains in .*run: wait .*`kill 4711`"):
         make(FAST)
     make(FAST, save_dir=str(tmp_path / "another"))
 
@@ -190,4 +192,4 @@ def test_every_stage_has_its_trainer():
     for name, stage in stages.STAGES.items():
         args = plan.trainer_args(name, Args())
         assert args.from_weight == (stage.start or "none"), name
-        assert plan.rules_of(type(args))["data_path"]["released"] == stage.data
+        assert rules_of(type(args))["data_path"]["released"] == stage.data
