@@ -113,7 +113,8 @@ def show_runs(args: Any, t: Translator) -> None:
     chosen = choose_runs(found, t)
     if chosen:
         show_curves(chosen, t)
-        for tab, run in zip(st.tabs([run.run.label for run in chosen]), chosen, strict=True):
+        tabs = st.tabs([run.run.label for run in chosen])
+        for tab, run in zip(tabs, chosen, strict=True):
             with tab:
                 show_details(run, args, t)
     if reports := find_reports(folders):
@@ -145,8 +146,9 @@ def show_launches(runs: list[WatchedRun], t: Translator) -> None:
             st.rerun(scope="fragment")
 
 
-def choose_runs(found: list[FoundRun], t: Translator) -> list[WatchedRun]:
-    """The runs that are ticked in the list: at first those that run, or the latest one."""
+def choose_runs(found: list[FoundRun], t: Translator) -> dict[WatchedRun, str]:
+    """The runs that are ticked in the list, at first those that run or the latest one, and the
+    color of each, which it keeps."""
     rows = found if st.session_state.get("all_runs") else found[:ROWS]
     runs = [watch(run) for run in rows]
     for run in runs:
@@ -154,7 +156,8 @@ def choose_runs(found: list[FoundRun], t: Translator) -> list[WatchedRun]:
     running = [run for run in runs if run.status == "running"]
     seen = st.session_state.setdefault("seen_runs", set())
     first = (running or runs[:1]) if not seen else []
-    chosen: list[WatchedRun] = []
+    colors = st.session_state.setdefault("run_colors", {})
+    chosen: dict[WatchedRun, str] = {}
     for run in runs:
         key = f"show {run.run.log}"
         # a run that begins while one looks is shown at once
@@ -163,11 +166,15 @@ def choose_runs(found: list[FoundRun], t: Translator) -> list[WatchedRun]:
         if key not in st.session_state and (run in first or begins):
             st.session_state[key] = True
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-            full = len(chosen) == len(LINES)
-            if st.checkbox(run.run.label, key=key, disabled=full, width="content"):
-                chosen.append(run)
-            color = LINES[len(chosen) - 1] if run in chosen else ""
-            st.html(run_line(run, color, t))
+            log = run.run.log
+            free = [color for color in LINES if color not in colors.values()]
+            full = not free and log not in colors
+            ticked = st.checkbox(run.run.label, disabled=full, width="content", **persistent(key))
+            if ticked and not full:
+                chosen[run] = colors.setdefault(log, *free[:1])
+            else:
+                colors.pop(log, None)
+            st.html(run_line(run, chosen.get(run, ""), t))
     if len(found) > ROWS:
         st.toggle(t("more_runs", count=len(found)), key="all_runs")
     if found and not chosen:

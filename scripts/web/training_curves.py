@@ -11,7 +11,6 @@ from scripts.web.controls import persistent
 from scripts.web.texts import TEXTS, Translator
 from scripts.web.training_runs import WatchedRun
 from trainer.common.metrics import CURVES, Curve
-from trainer.report.plots import LINES
 
 # What is looked at first; the other curves follow on request, in the report's order.
 FIRST = """loss eval_bpb reward eval_reward rewards/accuracies eval_rewards/accuracies accuracy
@@ -30,8 +29,8 @@ def curves_of(runs: Iterable[WatchedRun]) -> dict[str, Curve]:
     return {name: curve for name, curve in known.items() if curve and name in there}
 
 
-def show_curves(runs: list[WatchedRun], t: Translator) -> None:
-    """A chart of each metric with a line for each run, in the runs' colors."""
+def show_curves(runs: dict[WatchedRun, str], t: Translator) -> None:
+    """A chart of each metric with a line for each run, in the run's color."""
     curves = curves_of(runs)
     if not curves:
         st.caption(t("no_curves"))
@@ -49,7 +48,7 @@ def show_curves(runs: list[WatchedRun], t: Translator) -> None:
         everything = st.toggle(t("all_curves"), **persistent("all_curves"))
     shown = [name for name in curves if everything or name in FIRST]
     columns = st.columns(min(3, max(1, len(shown))))
-    versions = tuple((run.run, run.version) for run in runs)
+    versions = tuple((run.run, run.version, color) for run, color in runs.items())
     for number, name in enumerate(shown):
         with columns[number % len(columns)]:
             spec = chart_spec(versions, name, axis, t.index, runs, curves[name], t)
@@ -62,7 +61,7 @@ def chart_spec(
     name: str,
     axis: str,
     language: int,
-    _runs: list[WatchedRun],
+    _runs: dict[WatchedRun, str],
     _curve: Curve,
     _t: Translator,
 ) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def chart_spec(
 
 
 def curve_chart(
-    runs: list[WatchedRun], name: str, curve: Curve, axis: str, t: Translator
+    runs: dict[WatchedRun, str], name: str, curve: Curve, axis: str, t: Translator
 ) -> alt.LayerChart:
     title = t(f"curve_{name}") if f"curve_{name}" in TEXTS else curve.title
     unit = t(f"unit_{curve.unit}") if f"unit_{curve.unit}" in TEXTS else curve.unit
@@ -90,7 +89,7 @@ def curve_chart(
             axis=alt.Axis(format=".1e" if small else "~g", tickCount=5),
         ),
         color=alt.Color(
-            "run:N", scale=alt.Scale(domain=labels, range=LINES[: len(labels)]), legend=None
+            "run:N", scale=alt.Scale(domain=labels, range=[*runs.values()]), legend=None
         ),
     )
     few = len(rows) <= FEW * len(runs)

@@ -32,7 +32,8 @@ class FoundRun(NamedTuple):
 
 @st.cache_data(ttl=3, show_spinner=False)
 def find_runs(folders: tuple[str, ...]) -> list[FoundRun]:
-    """All runs below the folders, the one that wrote last first."""
+    """All runs below the folders, the one that began last first: their order is to stay while they
+    are written."""
     found: dict[Path, tuple[float, FoundRun]] = {}
     for folder in map(Path, folders):
         for log in folder.rglob(f"*{SUFFIX}"):
@@ -41,7 +42,10 @@ def find_runs(folders: tuple[str, ...]) -> list[FoundRun]:
                 label = str(relative).removesuffix(SUFFIX)
                 if any(label == run.label for _, run in found.values()):  # in another folder
                     label = str(log).removesuffix(SUFFIX)
-                found.setdefault(log.resolve(), (log.stat().st_mtime, FoundRun(label, log)))
+                run = FoundRun(label, log)
+                state = read_state(run.beside(".state.json"))
+                began = state.started if state else log.stat().st_mtime
+                found.setdefault(log.resolve(), (began, run))
     return [run for _, run in sorted(found.values(), reverse=True)]
 
 
@@ -148,6 +152,6 @@ def thin_out(x: np.ndarray, y: np.ndarray, limit: int = MAX_POINTS) -> list[tupl
     return list(zip(x.tolist(), y.tolist(), strict=True))
 
 
-@st.cache_resource(max_entries=64, show_spinner=False)
+@st.cache_resource(max_entries=512, show_spinner=False)
 def watch(run: FoundRun) -> WatchedRun:
     return WatchedRun(run)

@@ -35,7 +35,7 @@ def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, st
         UserError: it is not installed, or does not start (nobody is logged in, say).
     """
     name, folder = args.tracker, Path(args.save_dir)
-    settings = {
+    settings: dict[str, dict[str, Any]] = {
         "wandb": dict(id=run_id, resume="allow", dir=folder),
         "swanlab": dict(id=run_id, resume="allow", log_dir=folder / "swanlog"),
         # It resumes by name: the latest run that has it. The metrics of the machine stay away.

@@ -76,7 +76,8 @@ class RunState:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(asdict(self) | {"path": str(self.path)}))
+            record = json.dumps(asdict(self) | {"path": str(self.path)})
+            partial.write_text(record, encoding="utf-8")
             os.replace(partial, self.path)
 
     @property
@@ -102,7 +103,7 @@ class RunState:
 def read_state(path: Path) -> RunState | None:
     """The state of a run; None if there is no such file, or one of another version."""
     try:
-        found = RunState(**json.loads(path.read_text()) | {"path": path})
+        found = RunState(**json.loads(path.read_text(encoding="utf-8")) | {"path": path})
     except (OSError, ValueError, TypeError):
         return None
     if found.state == "running" and not found.is_alive():

@@ -14,8 +14,8 @@ from web_page import open_when_served
 
 # The number of points of each line of the first chart.
 POINTS = """() => [...document.querySelector('[data-testid="stVegaLiteChart"]')
-    .querySelectorAll('.mark-line path')].map(line => line.getAttribute('d').match(/[ML]/g).length)
-"""
+    ?.querySelectorAll('.mark-line path') ?? []].map(
+        line => (line.getAttribute('d') || '').match(/[ML]/g)?.length)"""
 STEPS = 300
 OTHERS = """--num_attention_heads 4 --num_key_value_heads 2 --device cpu --num_workers 0
     --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 5
