@@ -62,6 +62,11 @@ def mean_and_se(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(array.mean()), float(error)
 
 
+def correlation(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    """0 where either is constant."""
+    return float(np.corrcoef(x, y)[0, 1]) if np.std(x) * np.std(y) > 0 else 0.0
+
+
 # -- loss ------------------------------------------------------------------------------------------
 
 
@@ -178,7 +183,7 @@ class Policies:
 
     def compare(self, model: MiniMindForCausalLM) -> dict[str, float]:
         before, after = self.before, self.answer(model)
-        spread = before["rewards"].std(ddof=1)
+        spread = max(before["rewards"].std(ddof=1), 1e-9)
         gain, gain_se = mean_and_se(after["rewards"] - before["rewards"])
         kl, kl_se = self.kl(model, after["answers"])
         metrics = {
@@ -191,12 +196,17 @@ class Policies:
             "kl": kl,
             "kl_se": kl_se,
         }
+        lengths = [[len(each.tokens) for each in side["answers"]] for side in (before, after)]
+        rewards = [before["rewards"], after["rewards"]]
+        metrics["gain_sd_at_length"] = gain_at_length(rewards, lengths) / spread
+        metrics["reward_length_correlation"] = correlation(rewards[0], lengths[0])
         if before["judged"] is not None:
             judged = mean_and_se(after["judged"] - before["judged"])
-            judge_spread = before["judged"].std(ddof=1)
+            judge_spread = max(before["judged"].std(ddof=1), 1e-9)
             metrics["judge_gain_sd"], metrics["judge_gain_sd_se"] = np.array(judged) / judge_spread
-            both = np.corrcoef(before["rewards"], before["judged"])
-            metrics["reward_judge_correlation"] = both[0, 1]
+            judgements = [before["judged"], after["judged"]]
+            metrics["judge_gain_sd_at_length"] = gain_at_length(judgements, lengths) / judge_spread
+            metrics["reward_judge_correlation"] = correlation(rewards[0], before["judged"])
         texts = [[each.tokens for each in side["answers"]] for side in (before, after)]
         metrics |= collapse_metrics(*texts)
         return {name: float(value) for name, value in metrics.items()}
@@ -211,6 +221,15 @@ class Policies:
             totals[rows] = (ratio * batch.completion_mask).sum(1).numpy()
             counts[rows] = batch.completion_mask.sum(1).numpy()
         return ratio_and_se(totals, counts)
+
+
+def gain_at_length(rewards: Sequence[np.ndarray], lengths: Sequence[Sequence[int]]) -> float:
+    """How much higher rewards are after training than before between answers of the same length
+    (a linear fit of reward to length and side): reward models often pay for length."""
+    after = np.repeat([0.0, 1.0], [len(side) for side in rewards])
+    columns = np.stack([np.ones_like(after), np.concatenate(lengths), after], axis=1)
+    fit, *_ = np.linalg.lstsq(columns, np.concatenate(rewards), rcond=None)
+    return float(fit[2])
 
 
 def collapse_metrics(before: list[list[int]], after: list[list[int]]) -> dict[str, float]:

@@ -137,6 +137,16 @@ def test_answers_that_become_all_the_same_are_seen_as_a_collapse():
     assert found["distinct_overall_ratio"] < 0.1
 
 
+def test_a_reward_for_length_alone_is_no_gain_at_equal_length():
+    rng = np.random.default_rng(0)
+    lengths = [rng.integers(10, 60, 200), rng.integers(40, 128, 200)]
+    rewards = [0.02 * each for each in lengths]
+    assert np.mean(rewards[1]) > np.mean(rewards[0]) + 0.5
+    assert metrics.gain_at_length(rewards, lengths) == pytest.approx(0, abs=1e-9)
+    rewards[1] = rewards[1] + 0.3
+    assert metrics.gain_at_length(rewards, lengths) == pytest.approx(0.3)
+
+
 REPLY = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
 
 
