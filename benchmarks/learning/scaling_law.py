@@ -44,7 +44,7 @@ class Args:
     learning_rates: list[float] = option([5e-4], "peak learning rates")
     recipe: str = option("", "more flags of the trainer, for experiments")
     seed: int = option(42, "random seed of weights and order")
-    held_out: list[float] = option([1.5, 3.0, 6.0], "budgets that are not used for the fit")
+    held_out: list[float] = option([3.0, 7.0, 30.0], "budgets that are not used for the fit")
     plot: str = option(str(ROOT / "benchmarks/figures/scaling_law.png"), "file of the plot")
 
     def __post_init__(self) -> None:
@@ -141,18 +141,18 @@ def measure_speeds(args: Args) -> None:
 
 def around_the_choice(budget: float, speeds: dict[str, Speed]) -> list[str]:
     """The size that the dial chooses for a budget, and its neighbours."""
-    choice = choose(LAW, budget, speeds)
-    return [NAMES[index] for index in range(choice - 1, choice + 2) if 0 <= index < len(speeds)]
+    choice = NAMES.index(choose(LAW, budget, speeds))
+    return [size for size in NAMES[max(0, choice - 1) : choice + 2] if size in speeds]
 
 
-def choose(law: ScalingLaw, budget: float, speeds: dict[str, Speed]) -> int:
-    """The index in SIZES that the dial chooses for so many minutes."""
+def choose(law: ScalingLaw, budget: float, speeds: dict[str, Speed]) -> str:
+    """The size that the dial chooses for so many minutes."""
 
-    def loss(index: int) -> float:
-        _, samples = speeds[NAMES[index]].steps_within(60 * budget, default_sampler())
-        return law.loss(parameters_of(*SIZES[index]), samples * SEQUENCE)
+    def loss(size: str) -> float:
+        _, samples = speeds[size].steps_within(60 * budget, default_sampler())
+        return law.loss(parameters_of(*map(int, size.split("x"))), samples * SEQUENCE)
 
-    return min(range(len(speeds)), key=loss)
+    return min((size for size in NAMES if size in speeds), key=loss)
 
 
 def train_all(args: Args, size: str, steps: int, budget: float | None) -> None:
@@ -207,12 +207,10 @@ def read_results(path: str) -> Results:
 
 
 def speeds_of(results: Results) -> dict[str, Speed]:
-    """Seconds of both cores, by size."""
-    return {
-        record["size"]: Speed(record["update"], record["sample"])
-        for record in results
-        if record["kind"] == "speed"
-    }
+    """Seconds of both cores, by size, the smallest first."""
+    records = [record for record in results if record["kind"] == "speed"]
+    records.sort(key=lambda record: record["parameters"])
+    return {each["size"]: Speed(each["update"], each["sample"]) for each in records}
 
 
 # -- what it says ----------------------------------------------------------------------------------
@@ -255,7 +253,7 @@ def show_tests(
         table.add_column(column)
     for budget in args.held_out:
         tried = {run["size"]: run["bits_per_byte"] for run in runs if run["minutes"] == budget}
-        choice = NAMES[choose(law, budget, speeds)]
+        choice = choose(law, budget, speeds)
         if choice in tried:
             behind[budget] = round(tried[choice] - min(tried.values()), 4)
         listed = ", ".join(f"{size} {value:.3f}" for size, value in tried.items())

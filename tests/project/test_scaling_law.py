@@ -74,7 +74,9 @@ def results(tmp_path) -> str:
         config = MiniMindConfig(hidden_size=width, num_hidden_layers=depth)
         speed = Speed(0.01, 512 * flops_per_token(config, 512) / 1e11)
         speeds[f"{width}x{depth}"] = speed
-        record = {"kind": "speed", "size": f"{width}x{depth}", **speed._asdict()}
+        n = scaling_fit.parameters_of(width, depth)
+        record = {"kind": "speed", "size": f"{width}x{depth}", "parameters": n}
+        record |= speed._asdict()
         scaling_law.append(str(path), record)
     for minutes in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0):
         for size in list(speeds)[:4]:
@@ -89,7 +91,9 @@ def results(tmp_path) -> str:
 
 def test_the_report_of_runs_that_follow_the_law(results, tmp_path, capsys):
     plot = tmp_path / "law.png"
-    report = scaling_law.main(scaling_law.Args(results=results, plot=str(plot)))
+    report = scaling_law.main(
+        scaling_law.Args(results=results, plot=str(plot), held_out=[1.5, 3.0, 6.0])
+    )
     assert report["law"]["beta"] == pytest.approx(TRUE.beta, abs=0.01)
     assert report["tests"] == {1.5: 0.0, 3.0: 0.0, 6.0: 0.0}
     assert report["forecasts"]["H100"]["loss"] < report["forecasts"]["3090"]["loss"]
