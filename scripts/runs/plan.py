@@ -71,7 +71,9 @@ from rich.table import Table
 
 from model.weights import count_parameters, load_tokenizer, write_json
 from scripts.runs.estimates import (
+    DataFile,
     Estimate,
+    Speed,
     estimate,
     evaluation_seconds,
     measure_file,
@@ -84,6 +86,7 @@ from trainer.common.context import Context
 from trainer.common.setup import init_model
 from trainer.report.forecast import duration
 
+SMALLEST_CUT = 5_000_000  # bytes of a file that are always read
 LONGEST = 24 * 3600  # seconds that a run without --minutes may take on a CPU
 console = Console(highlight=False)
 
@@ -145,9 +148,10 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
         first = replace(first, from_weight="none", **size)
     model = init_model(first, tokenizer)
     speed = measure_speed(ctx, model, tokenizer)
+    cut = cut_files(60 * args.minutes, files, speed) if args.minutes else {}
     estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
     evaluation = evaluation_seconds(stages, speed)
-    reading = sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+    reading = reading_seconds(files, speed)
     if args.minutes:
         divide(60 * args.minutes, estimates, reading, evaluation)
     total = reading + sum(each.seconds for each in estimates.values())
@@ -168,8 +172,32 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
         "download": sum(SIZES[name] for name in SETS["mini"]) if missing else 0,
         "reading": reading,
         "evaluation": evaluation,
+        "cut": cut,
         "stages": {stage: asdict(each) for stage, each in estimates.items()},
     }
+
+
+def reading_seconds(files: dict[str, DataFile], speed: Speed) -> float:
+    """To tokenise each file once, though several stages may read it."""
+    return sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+
+
+def cut_files(seconds: float, files: dict[str, DataFile], speed: Speed) -> dict[str, int]:
+    """Where reading all would take a tenth of the time or more: {file: bytes of it that are twice
+    what its stages can train in their shares}, and `files` with these."""
+    if reading_seconds(files, speed) < seconds / 10:
+        return {}
+    shares, enough = sum(STAGES[stage].share for stage in files), {}
+    for stage, file in files.items():
+        tokens = 2 * speed.train * seconds * STAGES[stage].share / shares
+        needed = max(SMALLEST_CUT, round(tokens * file.bytes / max(1, file.tokens)))
+        enough[file.name] = max(needed, enough.get(file.name, 0))
+    for stage, file in files.items():
+        part = min(1.0, enough[file.name] / file.bytes)
+        files[stage] = DataFile(file.name, *(part * count for count in file[1:]))
+        if part == 1:
+            enough.pop(file.name, None)
+    return enough
 
 
 def divide(

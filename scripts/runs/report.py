@@ -286,7 +286,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: 0 0 1.2rem; fon
 nav a { color: inherit; text-decoration-color: var(--line); text-underline-offset: .25em; }
 nav a:hover { text-decoration-color: currentColor; }
 .stages table { min-width: 44rem; }
-.stages td { white-space: nowrap; }
+.stages td, .stages th { white-space: nowrap; }
 h3 { margin: 1.4rem 0 .5rem; font-size: 1rem; }
 .tiles div:last-child { grid-column: span 2; }
 .dot { display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 50%; }

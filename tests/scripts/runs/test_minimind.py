@@ -48,19 +48,19 @@ def start(tmp_path):
             process.wait()
 
 
-def ended(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
+def ended(process: subprocess.Popen, seconds: float = 900) -> tuple[int, str]:
     code = process.wait(timeout=seconds)
     return code, process.log.read_text(errors="replace")
 
 
 @pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(start, data_dir, tmp_path):
-    """Ctrl-C while it pretrains; the second run resumes and comes to the end; the third one has
-    nothing left to train. All paths have a space and are relative."""
+    """Ctrl-C while it pretrains; the second run resumes and comes to the end. All paths have a
+    space and are relative."""
     places = dict(DATA=data_dir.name, OUT="my run", STAGES="full_sft pretrain", PRICE="2 RMB")
     log = tmp_path / "my run/pretrain_32.metrics.jsonl"
     first = start(*TINY, **places)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     checkpoint = tmp_path / "my run/checkpoints/pretrain_32.checkpoint.pt"
     while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -81,11 +81,6 @@ def test_it_goes_on_where_it_was_stopped(start, data_dir, tmp_path):
     history = [json.loads(line) for line in log.read_text().splitlines()]
     assert history[-1]["step"] == 60 and "changed_fraction" in history[-1]
     assert list(json.loads((run / "results.json").read_text())) == ["pretrain", "full_sft"]
-
-    made = (run / "full_sft_32.pth").stat().st_mtime_ns
-    code, printed = ended(start(*TINY, **places))
-    assert code == 0 and "steps of" not in printed  # what a trainer says at its beginning
-    assert (run / "full_sft_32.pth").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize(

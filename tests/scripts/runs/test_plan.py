@@ -9,9 +9,9 @@ import pytest
 from dataset import released
 from model.command_line import rules_of
 from model.errors import UserError
-from scripts.runs import estimates, plan, stages
+from scripts.runs import cut_data, estimates, plan, stages
 from scripts.runs.estimates import DataFile, Estimate, Speed, measure_file
-from scripts.runs.plan import Args, divide
+from scripts.runs.plan import Args, cut_files, divide
 from scripts.runs.stages import flags_of, in_hours, in_order, is_finished
 
 FAST = Speed(train=1e6, step=0.01, decode=1e5, tokenize=1e7)
@@ -105,6 +105,44 @@ def test_a_stage_gets_what_it_needs_and_pretraining_the_rest():
 def test_no_time_to_read_the_data():
     with pytest.raises(UserError, match="to read the data takes about 8 min of MINUTES=10"):
         divide(600, {"pretrain": estimate(60)}, reading=480, evaluation=0)
+
+
+def test_large_files_are_cut_to_twice_what_can_be_trained():
+    """Of 1,000 s pretraining has 600 and fine-tuning 400, at 1,000 tokens a second and 4 bytes a
+    token: 4.8 and 3.2 MB; a file of less stays whole, and one that is cut keeps 5 MB at least."""
+    speed = Speed(train=1e3, step=0, decode=1, tokenize=1e5)
+    large, small = DataFile("p", 1e6, 4e9, 1e9), DataFile("s", 100, 4e6, 1e6)
+    files = {"pretrain": large, "full_sft": small}
+    assert cut_files(1000, files, speed) == {"p": 5_000_000}
+    assert files["full_sft"] == small
+    assert files["pretrain"] == DataFile("p", 1250, 5e6, 1.25e6)
+    files = {"pretrain": large, "full_sft": small}
+    assert cut_files(100_000, files, speed) == {"p": 480_000_000}
+    assert cut_files(1e6, {"pretrain": large}, speed) == {}  # there is time to read all
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_has_whole_lines_from_all_over_the_file(tmp_path, finish, planned, packed):
+    lines = [json.dumps({"text": f"{n:06d} " + "word " * (n % 50)}) + "\n" for n in range(60_000)]
+    source = tmp_path / ("pretrain.jsonl.gz" if packed else "pretrain.jsonl")
+    text = "".join(lines).encode()
+    source.write_bytes(gzip.compress(text) if packed else text)
+    (tmp_path / "pretrain_val.jsonl").write_text(lines[0])
+    folder = planned(finish("dpo"), ["pretrain"], cut={source.name: 2_000_000})
+    args = cut_data.Args(save_dir=str(folder), data_dir=str(tmp_path))
+    (made,) = cut_data.main(args)
+    kept = made.read_text().splitlines(keepends=True)
+    assert set(kept) <= set(lines) and len(set(kept)) == len(kept)
+    assert made.stat().st_size == pytest.approx(2_000_000, rel=0.2)
+    numbers = [int(json.loads(line)["text"][:6]) for line in kept]
+    tenths = [sum(n // 6000 == tenth for n in numbers) for tenth in range(10)]
+    assert min(tenths) > 0.5 * len(kept) / 10
+    assert (folder / "data/pretrain_val.jsonl").read_text() == lines[0]
+    assert stages.data_dir_of(folder) == str(folder / "data")
+    assert flags_of("cut", folder)
+    before = made.stat().st_mtime_ns
+    cut_data.main(args)
+    assert made.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("packed", [False, True])

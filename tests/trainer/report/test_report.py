@@ -14,7 +14,7 @@ from model.errors import UserError
 from model.weights import tokenizer_hash
 from scripts import compare_runs, make_recipe
 from trainer import train_full_sft, train_pretrain, trainer_utils
-from trainer.report import pages, recipes
+from trainer.report import pages, parts, plots, recipes
 from trainer.report.log import read_log
 from trainer.report.old_keys import with_new_keys
 from trainer.report.recipe_comparison import RecipeComparison
@@ -76,7 +76,7 @@ def test_the_page_of_a_run_has_everything_inside(any_stage, page):
 
 
 def test_a_curve_has_a_point_for_each_record():
-    svg = pages.curve_svg({"a": [(0, 1.0), (10, 0.5), (20, 0.7)], "recipe b": []}, "loss", "nats")
+    svg = plots.curve_svg({"a": [(0, 1.0), (10, 0.5), (20, 0.7)], "recipe b": []}, "loss", "nats")
     (path,) = re.findall(r'<path d="([^"]*)" clip-path[^>]*stroke: #3b82f6', svg)
     points = [tuple(map(float, pair)) for pair in re.findall(r"[ML] (\S+) (\S+)", path)]
     (x0, y0), (x1, y1), (x2, y2) = points
@@ -95,10 +95,10 @@ def test_what_a_model_writes_cannot_break_the_page():
 def test_a_run_that_was_killed_and_resumed_has_the_same_page(
     train, page, killed, recipe, monkeypatch
 ):
-    def curve(lines, title, unit, from_zero):
+    def curve(lines, title, unit, from_zero, color):
         return "" if from_zero else f"{title} {lines}"  # speed and memory are never the same
 
-    monkeypatch.setattr(pages, "curve_svg", curve)
+    monkeypatch.setattr(parts, "curve_svg", curve)
 
     def stable(name: str) -> str:
         varies = r"<b>[^<]*</b><span>(training time|tokens per|peak memory)"
