@@ -16,7 +16,7 @@ from web_page import open_when_served
 POINTS = """() => [...document.querySelector('[data-testid="stVegaLiteChart"]')
     ?.querySelectorAll('.mark-line path') ?? []].map(
         line => (line.getAttribute('d') || '').match(/[ML]/g)?.length)"""
-STEPS = 300
+STEPS = 120
 OTHERS = """--num_attention_heads 4 --num_key_value_heads 2 --device cpu --num_workers 0
     --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 5
     --eval_interval 100 --save_interval 0 --val_documents 4""".split()
@@ -90,7 +90,7 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     # it runs, and its curve grows; between two looks it is held, so that it does not end meanwhile
     held = Held(out / "first_32")
     held.at_line(3)
-    page.locator(".mm-running").wait_for()
+    page.locator(".mm-running").wait_for(timeout=300_000)
     page.wait_for_function(f"({POINTS})()[0] >= 2")
     assert held.state["argv"] == shlex.split(command)[1:]
     held.go_on()
@@ -107,7 +107,7 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
 
     # continued to the end, where it stopped
     page.get_by_role("button", name="Continue").click()
-    page.locator(".mm-finished").wait_for()
+    page.locator(".mm-finished").wait_for(timeout=300_000)
     assert progress(page) == STEPS
     log = (out / "first_32.metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in log if '"loss"' in line]
@@ -119,7 +119,7 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     start.click()
     page.get_by_role("tab", name="second_32").wait_for()
     page.get_by_role("tab", name="first_32").wait_for()
-    page.locator(".mm-finished").nth(1).wait_for()
+    page.locator(".mm-finished").nth(1).wait_for(timeout=300_000)
     page.wait_for_function(f"({POINTS})().length == 2")
     for axis in ("steps", "minutes"):
         page.get_by_test_id("stButtonGroup").get_by_text(axis).click()
