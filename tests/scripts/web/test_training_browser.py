@@ -47,17 +47,15 @@ def fill(page, label: str, value: str) -> None:
     box.press("Enter")
 
 
-def fill_form(page, data: str, name: str, steps: int) -> None:
-    page.get_by_test_id("stButtonGroup").get_by_text("New training").click()
+def choose_data(page, path: str) -> None:
     box = page.get_by_test_id("stMultiSelect").locator("input")
-    if not page.get_by_test_id("stMultiSelect").get_by_text(data).count():
-        box.fill(data)
-        page.get_by_text(f"Add: {data}").or_(page.get_by_role("option", name=data)).first.click()
-        box.press("Escape")
-    for label, value in {"Width": "32", "Layers": "1", "Steps": str(steps)}.items():
-        fill(page, label, value)
-    fill(page, "Name of the run", name)
-    fill(page, "Other flags", " ".join(OTHERS))
+    box.fill(path)
+    page.get_by_text(f"Add: {path}").click()
+    box.press("Escape")
+
+
+def open_form(page) -> None:
+    page.get_by_test_id("stButtonGroup").get_by_text("New training").click()
 
 
 def progress(page) -> int:
@@ -76,7 +74,11 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     open_when_served(page, serve("--save_dir", str(out)) + "/training")
 
     # the form: the trainer's own sentence for a mistake, then the command line that is run
-    fill_form(page, data, "first", steps=STEPS)
+    open_form(page)
+    choose_data(page, data)
+    fields = {"Width": "32", "Layers": "1", "Steps": str(STEPS), "Name of the run": "first"}
+    for label, value in {**fields, "Other flags": " ".join(OTHERS)}.items():
+        fill(page, label, value)
     fill(page, "Learning rate", "fast")
     page.get_by_text("invalid float value: 'fast'").wait_for()
     start = page.get_by_role("button", name="Start", exact=True)
@@ -114,7 +116,10 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
     # a second run is laid over it
-    fill_form(page, data, "second", steps=60)
+    open_form(page)  # which has kept its values
+    fill(page, "Steps", "60")
+    fill(page, "Name of the run", "second")
+    page.get_by_test_id("stCode").get_by_text("second").wait_for()
     page.locator("button[kind=primary]:not([disabled])").wait_for()
     start.click()
     page.get_by_role("tab", name="second_32").wait_for()
