@@ -120,7 +120,7 @@ def show_runs(args: Any, t: Translator) -> None:
     if reports := find_reports(folders):
         st.subheader(t("reports"))
         for page in reports:
-            show_report(page, str(page), t)
+            show_report(page, f"{page.parent.name}/{page.name}", f"report {page}")
 
 
 def show_launches(runs: list[WatchedRun], t: Translator) -> None:

@@ -16,7 +16,7 @@ from web_page import open_when_served
 POINTS = """() => [...document.querySelector('[data-testid="stVegaLiteChart"]')
     ?.querySelectorAll('.mark-line path') ?? []].map(
         line => (line.getAttribute('d') || '').match(/[ML]/g)?.length)"""
-STEPS = 300
+STEPS = 120
 OTHERS = """--num_attention_heads 4 --num_key_value_heads 2 --device cpu --num_workers 0
     --max_seq_len 32 --batch_size 2 --accumulation_steps 1 --batch_ramp 0 --log_interval 5
     --eval_interval 100 --save_interval 0 --val_documents 4""".split()
@@ -47,17 +47,15 @@ def fill(page, label: str, value: str) -> None:
     box.press("Enter")
 
 
-def fill_form(page, data: str, name: str, steps: int) -> None:
-    page.get_by_test_id("stButtonGroup").get_by_text("New training").click()
+def choose_data(page, path: str) -> None:
     box = page.get_by_test_id("stMultiSelect").locator("input")
-    if not page.get_by_test_id("stMultiSelect").get_by_text(data).count():
-        box.fill(data)
-        page.get_by_text(f"Add: {data}").or_(page.get_by_role("option", name=data)).first.click()
-        box.press("Escape")
-    for label, value in {"Width": "32", "Layers": "1", "Steps": str(steps)}.items():
-        fill(page, label, value)
-    fill(page, "Name of the run", name)
-    fill(page, "Other flags", " ".join(OTHERS))
+    box.fill(path)
+    page.get_by_text(f"Add: {path}").click()
+    box.press("Escape")
+
+
+def open_form(page) -> None:
+    page.get_by_test_id("stButtonGroup").get_by_text("New training").click()
 
 
 def progress(page) -> int:
@@ -76,7 +74,11 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     open_when_served(page, serve("--save_dir", str(out)) + "/training")
 
     # the form: the trainer's own sentence for a mistake, then the command line that is run
-    fill_form(page, data, "first", steps=STEPS)
+    open_form(page)
+    choose_data(page, data)
+    fields = {"Width": "32", "Layers": "1", "Steps": str(STEPS), "Name of the run": "first"}
+    for label, value in {**fields, "Other flags": " ".join(OTHERS)}.items():
+        fill(page, label, value)
     fill(page, "Learning rate", "fast")
     page.get_by_text("invalid float value: 'fast'").wait_for()
     start = page.get_by_role("button", name="Start", exact=True)
@@ -90,7 +92,7 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     # it runs, and its curve grows; between two looks it is held, so that it does not end meanwhile
     held = Held(out / "first_32")
     held.at_line(3)
-    page.locator(".mm-running").wait_for()
+    page.locator(".mm-running").wait_for(timeout=300_000)
     page.wait_for_function(f"({POINTS})()[0] >= 2")
     assert held.state["argv"] == shlex.split(command)[1:]
     held.go_on()
@@ -107,19 +109,22 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
 
     # continued to the end, where it stopped
     page.get_by_role("button", name="Continue").click()
-    page.locator(".mm-finished").wait_for()
+    page.locator(".mm-finished").wait_for(timeout=300_000)
     assert progress(page) == STEPS
     log = (out / "first_32.metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in log if '"loss"' in line]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
     # a second run is laid over it
-    fill_form(page, data, "second", steps=60)
+    open_form(page)  # which has kept its values
+    fill(page, "Steps", "60")
+    fill(page, "Name of the run", "second")
+    page.get_by_test_id("stCode").get_by_text("second").wait_for()
     page.locator("button[kind=primary]:not([disabled])").wait_for()
     start.click()
     page.get_by_role("tab", name="second_32").wait_for()
     page.get_by_role("tab", name="first_32").wait_for()
-    page.locator(".mm-finished").nth(1).wait_for()
+    page.locator(".mm-finished").nth(1).wait_for(timeout=300_000)
     page.wait_for_function(f"({POINTS})().length == 2")
     for axis in ("steps", "minutes"):
         page.get_by_test_id("stButtonGroup").get_by_text(axis).click()
