@@ -38,9 +38,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.command_line import Ignored, Refused, option
-from trainer.common.arguments import LEARNING_RATE_HELP, OPTIMIZER, ROLLOUT, STAGE
+from trainer.common.arguments import OPTIMIZER, ROLLOUT, STAGE
 from trainer.common.command import parse_trainer, run_trainer
-from trainer.rl.arguments import RolloutArgs
+from trainer.rl.arguments import RL_RATE_HELP, RolloutArgs
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Args(RolloutArgs):
         ),
     }
 
-    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
-    critic_learning_rate: float = option(8e-8, "the critic's", group=OPTIMIZER, above=0)
+    learning_rate: float = option(1e-5, RL_RATE_HELP)
+    critic_learning_rate: float = option(1e-5, "the critic's", group=OPTIMIZER, above=0)
     num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
     update_epochs: int = option(
         2, "passes through the same completions", alias=("ppo_update_iters",)

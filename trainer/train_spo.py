@@ -39,14 +39,14 @@ from typing import Any, Literal
 
 from model.command_line import option
 from model.errors import UserError
-from trainer.common.arguments import LEARNING_RATE_HELP, STAGE
+from trainer.common.arguments import STAGE
 from trainer.common.command import parse_trainer, run_trainer
-from trainer.rl.arguments import RolloutArgs
+from trainer.rl.arguments import RL_RATE_HELP, RolloutArgs
 
 
 @dataclass
 class Args(RolloutArgs):
-    learning_rate: float = option(1e-7, LEARNING_RATE_HELP)
+    learning_rate: float = option(1e-5, RL_RATE_HELP)
     accumulation_steps: int = option(4, "batches of prompts of an optimizer step")
     beta: float = option(
         0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0

@@ -16,6 +16,7 @@ from trainer.common.arguments import (
 )
 
 REWARD = "rewards"  # a group of --help
+RL_RATE_HELP = f"{LEARNING_RATE_HELP}; swept in benchmarks/RECIPE_LOG.md, series 14"
 
 
 @dataclass
@@ -163,7 +164,7 @@ class RolloutArgs(RolloutServerArgs, OptionalLoraArgs):
 class GroupArgs(RolloutArgs):
     """What GRPO's trainer and the agent trainer, which has the same loss, add."""
 
-    learning_rate: float = option(8e-8, LEARNING_RATE_HELP)
+    learning_rate: float = option(1e-5, RL_RATE_HELP)
     num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
     beta: float = option(
         0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
