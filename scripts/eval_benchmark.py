@@ -18,7 +18,7 @@ standard errors above chance.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -114,6 +114,7 @@ def main(args: Args) -> dict[str, Any]:
     for task in args.tasks:
         with told_if(args.skip_missing):
             managers[task] = harness.make_task_manager(harness.BENCHMARKS[task], args.local)
+    require_some(managers)
     models = []
     for loaded in load_models(args):
         model = harness.HarnessModel(
@@ -142,8 +143,7 @@ def main(args: Args) -> dict[str, Any]:
         models.append(
             {"name": loaded.name, "parameters": loaded.num_parameters, "results": results}
         )
-    if not managers:
-        raise UserError("the questions of none of these benchmarks can be had")
+    require_some(managers)
     report = {
         "date": str(date.today()),
         "machine": describe_machine(resolve_device(args.device)),
@@ -170,6 +170,12 @@ def told_if(skip: bool) -> Iterator[None]:
         if not skip:
             raise
         print(f"left out: {error}")
+
+
+def require_some(benchmarks: Collection) -> None:
+    """UserError if all were left out."""
+    if not benchmarks:
+        raise UserError("the questions of none of these benchmarks can be had")
 
 
 def load_models(args: Args) -> Iterator[ChatModel]:

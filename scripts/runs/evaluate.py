@@ -19,6 +19,7 @@ from model.paths import OUT
 from scripts.runs.stages import (
     STAGES,
     check_finished,
+    data_dir_of,
     finished_stages,
     read_json,
     read_plan,
@@ -181,7 +182,12 @@ MEASURES: dict[str, Callable[[Args], Measure | None]] = {
 def context(trainer: Any, args: Args, **settings: Any) -> Context | None:
     """The arguments of a trainer as in the run, and the device; None if it has no data."""
     plan = read_plan(args.save_dir)
-    places = ["--data_dir", args.data_dir or plan.get("data_dir", ""), "--save_dir", args.save_dir]
+    places = [
+        "--data_dir",
+        args.data_dir or data_dir_of(args.save_dir),
+        "--save_dir",
+        args.save_dir,
+    ]
     argv = [*places, *shlex.split(plan.get("flags", "")), "--device", args.device]
     settings = {"val_documents": args.documents} | settings
     arguments = replace(parse_arguments(trainer.Args, argv=argv), **settings)

@@ -28,6 +28,7 @@ python scripts/runs/plan.py --save_dir "$out" --data_dir "$data" --stages ${STAG
 trap 'echo "stopped; the same command goes on from here"; exit 130' INT
 left() { flags=$(python scripts/runs/plan.py --save_dir "$out" --stage "$1") || exit; [ -n "$flags" ]; }
 left data && python scripts/prepare_data.py download $flags
+if left cut; then python scripts/runs/cut_data.py --save_dir "$out" --data_dir "$data" && data=$out/data; fi
 
 # Train: the stages that are asked for and not finished.
 set -- --data_dir "$data" --save_dir "$out" --checkpoint_dir "$out/checkpoints" --resume 1 "$@"

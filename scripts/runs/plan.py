@@ -16,10 +16,10 @@ import re
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dataset.released import SETS, SIZES, STAGE_FILES, default_data
-from model.command_line import option, parse_arguments, parse_command_line, rules_of
+from model.command_line import option, parse_arguments, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import OUT
 from scripts.runs.stages import (
@@ -61,67 +61,34 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 
 
 import importlib
-import json
-import os
 import shlex
 import shutil
-import time
-from collections.abc import Iterator
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from dataset.forms.files import open_lines
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
-from model.model_minimind import MiniMindForCausalLM
 from model.weights import count_parameters, load_tokenizer, write_json
+from scripts.runs.estimates import (
+    DataFile,
+    Estimate,
+    Speed,
+    estimate,
+    evaluation_seconds,
+    measure_file,
+    measure_speed,
+    released_file,
+)
 from trainer.common import hardware
 from trainer.common.compute_optimal import candidates, guess, sizes_given
 from trainer.common.context import Context
-from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model
-from trainer.report.forecast import duration, training_memory
+from trainer.report.forecast import duration
 
-SAMPLE_BYTES = 2_000_000  # of a data file, to know how many tokens it has
-BYTES_PER_TOKEN, BYTES_PER_ROW = 3.2, 1200  # of a released file that is still to be downloaded
-CACHED_BYTES = 2.2  # of a token in dataset/.cache: measured, 5 GB of JSONL are 3.4 GB of tokens
-ANSWER_TOKENS = 200  # assumed of a completion in reinforcement learning
+SMALLEST_CUT = 5_000_000  # bytes of a file that are always read
 LONGEST = 24 * 3600  # seconds that a run without --minutes may take on a CPU
 console = Console(highlight=False)
-
-
-class DataFile(NamedTuple):
-    """What a stage reads, estimated from its beginning."""
-
-    name: str
-    rows: float
-    bytes: float  # uncompressed
-    tokens: float
-
-
-class Speed(NamedTuple):
-    """Of this machine, with the model that is going to be trained."""
-
-    train: float  # tokens a second, forward and backward
-    step: float  # seconds of an optimizer step
-    decode: float  # tokens a second, 16 answers at once
-    tokenize: float  # bytes a second
-
-
-@dataclass
-class Estimate:
-    """What a stage takes."""
-
-    data: str
-    minutes: float  # of --minutes; 0: no limit
-    tokens: float
-    seconds: float
-    memory: float  # bytes, of the GPU or of the machine
-    disk: float  # bytes
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -181,9 +148,10 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
         first = replace(first, from_weight="none", **size)
     model = init_model(first, tokenizer)
     speed = measure_speed(ctx, model, tokenizer)
+    cut = cut_files(60 * args.minutes, files, speed) if args.minutes else {}
     estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
     evaluation = evaluation_seconds(stages, speed)
-    reading = sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+    reading = reading_seconds(files, speed)
     if args.minutes:
         divide(60 * args.minutes, estimates, reading, evaluation)
     total = reading + sum(each.seconds for each in estimates.values())
@@ -204,8 +172,32 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
         "download": sum(SIZES[name] for name in SETS["mini"]) if missing else 0,
         "reading": reading,
         "evaluation": evaluation,
+        "cut": cut,
         "stages": {stage: asdict(each) for stage, each in estimates.items()},
     }
+
+
+def reading_seconds(files: dict[str, DataFile], speed: Speed) -> float:
+    """To tokenise each file once, though several stages may read it."""
+    return sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
+
+
+def cut_files(seconds: float, files: dict[str, DataFile], speed: Speed) -> dict[str, int]:
+    """Where reading all would take a tenth of the time or more: {file: bytes of it that are twice
+    what its stages can train in their shares}, and `files` with these."""
+    if reading_seconds(files, speed) < seconds / 10:
+        return {}
+    shares, enough = sum(STAGES[stage].share for stage in files), {}
+    for stage, file in files.items():
+        tokens = 2 * speed.train * seconds * STAGES[stage].share / shares
+        needed = max(SMALLEST_CUT, round(tokens * file.bytes / max(1, file.tokens)))
+        enough[file.name] = max(needed, enough.get(file.name, 0))
+    for stage, file in files.items():
+        part = min(1.0, enough[file.name] / file.bytes)
+        files[stage] = DataFile(file.name, *(part * count for count in file[1:]))
+        if part == 1:
+            enough.pop(file.name, None)
+    return enough
 
 
 def divide(
@@ -249,129 +241,6 @@ def default_name(stage: str, args: Args, is_missing: bool) -> str:
     if is_missing:
         return next(name for name in files if name in SETS["mini"])
     return default_data(STAGES[stage].data, args.data_dir)
-
-
-def released_file(name: str) -> DataFile:
-    size = SIZES[name]
-    return DataFile(name, size / BYTES_PER_ROW, size, size / BYTES_PER_TOKEN)
-
-
-def measure_file(path: str, tokenizer: PreTrainedTokenizerBase) -> DataFile:
-    """Rows and tokens of a file, from its first megabytes."""
-    texts, size = [], 0
-    with open_lines(path) as (raw, lines):
-        for line in lines:
-            size += len(line)
-            texts.append("\n".join(strings(json.loads(line))))
-            if size > SAMPLE_BYTES:
-                break
-        times = max(1.0, os.path.getsize(path) / raw.tell()) if size > SAMPLE_BYTES else 1.0
-    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    return DataFile(Path(path).name, *(times * count for count in (len(texts), size, tokens)))
-
-
-def strings(value: Any) -> Iterator[str]:
-    """All texts in a row, at any depth."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from strings(each)
-
-
-def measure_speed(
-    ctx: Context, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> Speed:
-    """Some seconds of training and of decoding, on made-up tokens. A GPU is measured without
-    compiled blocks, which are faster."""
-    model, length = model.to(ctx.device), ctx.args.max_seq_len
-    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0)
-    rows = ctx.args.batch_size if ctx.device.type == "cuda" else 2
-    ids = torch.randint(3, len(tokenizer), (rows, length), device=ctx.device)
-
-    def train() -> None:
-        with ctx.autocast():
-            loss = model(ids, labels=ids, return_logits=False).loss
-        loss.backward()
-
-    train_seconds = seconds_of(ctx, train)
-    step_seconds = seconds_of(ctx, optimizer.step)
-    model.zero_grad(set_to_none=True)
-    prompts, new = ids[:1, :16].tolist() * 16, 24
-    sampling = SamplingParams(max_new_tokens=new, temperature=1.0)
-    decode_seconds = seconds_of(ctx, lambda: generate(model, prompts, sampling), times=1)
-    text = [tokenizer.decode(row) for row in ids.tolist()] * 20
-    start = time.perf_counter()
-    tokenizer(text)
-    return Speed(
-        train=ids.numel() / train_seconds,
-        step=step_seconds,
-        decode=16 * new / decode_seconds,
-        tokenize=sum(len(each.encode()) for each in text) / (time.perf_counter() - start),
-    )
-
-
-def seconds_of(ctx: Context, call: Any, times: int = 2) -> float:
-    """The shorter of some calls, after one that does not count."""
-    best = float("inf")
-    for number in range(times + 1):
-        start = time.perf_counter()
-        call()
-        if ctx.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start) if number else best
-    return best
-
-
-def estimate(args: Any, file: DataFile, model: MiniMindForCausalLM, speed: Speed) -> Estimate:
-    """What a stage takes by its trainer's defaults."""
-    parameters, decoded = count_parameters(model), 0.0
-    tokens, passes = file.tokens * args.epochs, 1.0
-    if hasattr(args, "reward"):  # reinforcement learning
-        completions = file.rows * args.epochs * getattr(args, "num_generations", 1)
-        tokens = decoded = completions * ANSWER_TOKENS
-        steps = file.rows * args.epochs / args.batch_size / args.accumulation_steps
-        passes = args.update_epochs + 1 / 3 * (1 + args.needs_reference)  # log-probs: forward only
-    else:
-        passes += is_dpo(args) / 3  # the reference's log-probs, once
-        step_tokens = args.batch_size * args.accumulation_steps * args.max_seq_len
-        steps = max(1.0, tokens / step_tokens)
-    if args.max_steps:
-        tokens, decoded = (count * min(1, args.max_steps / steps) for count in (tokens, decoded))
-        steps = min(steps, args.max_steps)
-    seconds = passes * tokens / speed.train + decoded / speed.decode + steps * speed.step
-    return Estimate(
-        data=file.name,
-        minutes=0,
-        tokens=tokens,
-        seconds=seconds,
-        memory=memory_of(args, model),
-        # cached tokens, float16 weights, and a checkpoint with the optimizer's moments
-        disk=CACHED_BYTES * file.tokens + (2 + 4 * 2.5) * parameters,
-    )
-
-
-def is_dpo(args: Any) -> bool:
-    return hasattr(args, "label_smoothing")
-
-
-def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
-    """Bytes, by the estimate that a trainer prints."""
-    device = next(model.parameters()).device
-    dtype = hardware.resolve_dtype(args.dtype, device)
-    fixed, per_token = training_memory(
-        model.config, model, dtype, args.optimizer, args.gradient_checkpointing
-    )
-    longest = args.max_seq_len + getattr(args, "max_gen_len", 0) * hasattr(args, "reward")
-    sides = 1 + (rules_of(type(args))["data_path"]["released"] == "preferences")
-    samples = getattr(args, args.batch_size_flag) * sides
-    reference = 4 * count_parameters(model) if args.needs_reference else 0
-    return fixed + reference + per_token * samples * longest
-
-
-def evaluation_seconds(stages: list[str], speed: Speed) -> float:
-    """Of bits per byte on 300 texts of some 150 tokens, and 40 answers of 200, by each stage."""
-    return len(stages) * (10 + 300 * 150 / (3 * speed.train) + 40 * 200 / speed.decode)
 
 
 # -- the table -------------------------------------------------------------------------------------

@@ -135,13 +135,15 @@ def flags_of(step: str, folder: Path | str) -> str:
     """The flags of a step's command by the plan; "" if it is not wanted, or done already.
 
     Args:
-        step: a stage; data: the download; benchmarks; chat.
+        step: a stage; data: the download; cut: a part of large files; benchmarks; chat.
     """
     plan = read_plan(folder)
     if not plan:
         raise UserError(f"{folder} has no plan.json; run plan.py without --stage first")
     if step == "data":
         return "" if plan["data_dir"] or not missing_data(plan["stages"]) else "--set mini"
+    if step == "cut":
+        return "1" if plan["cut"] else ""
     if step in STAGES:
         wanted = plan["stages"].get(step)
         if not wanted or is_finished(step, folder):
@@ -163,6 +165,12 @@ def flags_of(step: str, folder: Path | str) -> str:
         f"--weight {' '.join(stages)} --tasks {BENCHMARKS} --skip_missing 1"
         + " --limit 5" * bool(few)
     )
+
+
+def data_dir_of(folder: Path | str) -> str:
+    """The folder of the data files that the run reads."""
+    own = Path(folder, "data")
+    return str(own) if own.is_dir() else read_plan(folder).get("data_dir", "")
 
 
 def check_finished(stages: Iterable[str], plan: dict[str, Any], folder: Path | str) -> None:

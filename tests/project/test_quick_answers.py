@@ -37,10 +37,13 @@ def read(name: str) -> str:
 COMMANDS = [
     *names("trainer/train_*.py"),
     *(name for name in names("scripts/*.py") if not name.endswith("__init__.py")),
-    *(name for name in names("scripts/runs/*.py") if not name.endswith("__init__.py")),
     *(
         name
-        for name in [*names("benchmarks/*.py"), *names("benchmarks/*/*.py")]
+        for name in [
+            *names("scripts/runs/*.py"),
+            *names("benchmarks/*.py"),
+            *names("benchmarks/*/*.py"),
+        ]
         if "command_line(Args" in read(name)
     ),
     "eval_llm.py",

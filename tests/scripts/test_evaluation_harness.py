@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -239,6 +240,17 @@ def test_a_benchmark_that_is_not_there(tmp_path):
     args = eval_benchmark.Args(tasks=["piqa"], local=str(tmp_path))
     with pytest.raises(UserError, match="--local lacks PIQA: .*piqa/validation.jsonl should exist"):
         eval_benchmark.main(args)
+
+
+def test_what_cannot_be_had_is_left_out_if_asked(local, save, tmp_path, capsys):
+    shutil.rmtree(local / "openbookqa")
+    usual = dict(weight=[str(save(hidden_size=32))], device="cpu", plot=str(tmp_path / "a.png"))
+    tasks = dict(tasks=["openbookqa", "piqa"], skip_missing=True)
+    report = eval_benchmark.main(eval_benchmark.Args(local=str(local), **usual, **tasks))
+    assert list(report["models"][0]["results"]) == ["piqa"]
+    assert "left out: --local lacks OpenBookQA" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of these benchmarks can be had"):
+        eval_benchmark.main(eval_benchmark.Args(local=str(tmp_path), **usual, **tasks))
 
 
 def test_a_benchmark_that_is_something_else(local):

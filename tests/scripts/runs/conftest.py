@@ -53,7 +53,7 @@ def planned():
     def write(folder, stages=("pretrain", "full_sft"), **more):
         row = dict(data="a.jsonl", minutes=4.5, tokens=1e6, seconds=270, memory=1e9, disk=1e8)
         plan = dict(data_dir="", minutes=10.0, flags="", price="", device="cpu", machine="cpu")
-        plan |= dict(parameters=5_900_000, download=0, reading=10, evaluation=60, speed={})
+        plan |= dict(cut={}, parameters=5_900_000, download=0, reading=10, evaluation=60, speed={})
         plan |= {"stages": {stage: row for stage in stages}} | more
         (folder / "plan.json").write_text(json.dumps(plan))
         return folder

@@ -14,7 +14,7 @@ from model.errors import UserError
 from model.weights import load_model
 from scripts import eval_ppl
 from scripts.runs import evaluate, questions, report
-from scripts.runs.report import Bar, card
+from scripts.runs.cards import Bar, card
 from scripts.serving.loading import ChatModel
 
 ASK = dict(device="cpu", max_new_tokens=4)

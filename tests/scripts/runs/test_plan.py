@@ -7,17 +7,19 @@ from types import SimpleNamespace
 import pytest
 
 from dataset import released
+from model.command_line import rules_of
 from model.errors import UserError
-from scripts.runs import plan, stages
-from scripts.runs.plan import Args, DataFile, Speed, divide, measure_file
+from scripts.runs import cut_data, estimates, plan, stages
+from scripts.runs.estimates import DataFile, Estimate, Speed, measure_file
+from scripts.runs.plan import Args, cut_files, divide
 from scripts.runs.stages import flags_of, in_hours, in_order, is_finished
 
 FAST = Speed(train=1e6, step=0.01, decode=1e5, tokenize=1e7)
 SLOW = Speed(train=20.0, step=1.0, decode=10.0, tokenize=1e7)
 
 
-def estimate(seconds: float) -> plan.Estimate:
-    return plan.Estimate("a.jsonl", 0, tokens=1000.0, seconds=seconds, memory=1, disk=1)
+def estimate(seconds: float) -> Estimate:
+    return Estimate("a.jsonl", 0, tokens=1000.0, seconds=seconds, memory=1, disk=1)
 
 
 # -- stages ----------------------------------------------------------------------------------------
@@ -105,6 +107,44 @@ def test_no_time_to_read_the_data():
         divide(600, {"pretrain": estimate(60)}, reading=480, evaluation=0)
 
 
+def test_large_files_are_cut_to_twice_what_can_be_trained():
+    """Of 1,000 s pretraining has 600 and fine-tuning 400, at 1,000 tokens a second and 4 bytes a
+    token: 4.8 and 3.2 MB; a file of less stays whole, and one that is cut keeps 5 MB at least."""
+    speed = Speed(train=1e3, step=0, decode=1, tokenize=1e5)
+    large, small = DataFile("p", 1e6, 4e9, 1e9), DataFile("s", 100, 4e6, 1e6)
+    files = {"pretrain": large, "full_sft": small}
+    assert cut_files(1000, files, speed) == {"p": 5_000_000}
+    assert files["full_sft"] == small
+    assert files["pretrain"] == DataFile("p", 1250, 5e6, 1.25e6)
+    files = {"pretrain": large, "full_sft": small}
+    assert cut_files(100_000, files, speed) == {"p": 480_000_000}
+    assert cut_files(1e6, {"pretrain": large}, speed) == {}  # there is time to read all
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_has_whole_lines_from_all_over_the_file(tmp_path, finish, planned, packed):
+    lines = [json.dumps({"text": f"{n:06d} " + "word " * (n % 50)}) + "\n" for n in range(60_000)]
+    source = tmp_path / ("pretrain.jsonl.gz" if packed else "pretrain.jsonl")
+    text = "".join(lines).encode()
+    source.write_bytes(gzip.compress(text) if packed else text)
+    (tmp_path / "pretrain_val.jsonl").write_text(lines[0])
+    folder = planned(finish("dpo"), ["pretrain"], cut={source.name: 2_000_000})
+    args = cut_data.Args(save_dir=str(folder), data_dir=str(tmp_path))
+    (made,) = cut_data.main(args)
+    kept = made.read_text().splitlines(keepends=True)
+    assert set(kept) <= set(lines) and len(set(kept)) == len(kept)
+    assert made.stat().st_size == pytest.approx(2_000_000, rel=0.2)
+    numbers = [int(json.loads(line)["text"][:6]) for line in kept]
+    tenths = [sum(n // 6000 == tenth for n in numbers) for tenth in range(10)]
+    assert min(tenths) > 0.5 * len(kept) / 10
+    assert (folder / "data/pretrain_val.jsonl").read_text() == lines[0]
+    assert stages.data_dir_of(folder) == str(folder / "data")
+    assert flags_of("cut", folder)
+    before = made.stat().st_mtime_ns
+    cut_data.main(args)
+    assert made.stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_of_a_file(tmp_path, tokenizer, monkeypatch, packed):
     """Whole if it is small, and otherwise from its beginning; of a .gz by its compressed size."""
@@ -116,7 +156,7 @@ def test_tokens_of_a_file(tmp_path, tokenizer, monkeypatch, packed):
     found = measure_file(str(path), tokenizer)
     assert (found.rows, found.bytes, found.tokens) == (4000, len(lines), true)
     if not packed:  # a compressed file is read in blocks larger than this one
-        monkeypatch.setattr(plan, "SAMPLE_BYTES", 20_000)
+        monkeypatch.setattr(estimates, "SAMPLE_BYTES", 20_000)
         found = measure_file(str(path), tokenizer)
         assert found.tokens == pytest.approx(true, rel=0.1)
 
@@ -173,7 +213,7 @@ def test_two_runs_do_not_share_a_folder(make, tmp_path, monkeypatch):
     words = ["python", "trainer/train_dpo.py", "--save_dir", str(tmp_path / "run")]
     trainer = SimpleNamespace(pid=4711, info={"cmdline": words})
     monkeypatch.setattr(plan.psutil, "process_iter", lambda names: [other, trainer])
-    with pytest.raises(UserError, match="process 4711 trains in .*run: wait .* kill 4711"):
+    with pytest.raises(UserError, match="process 4711 trains in .*run: wait .*`kill 4711`"):
         make(FAST)
     make(FAST, save_dir=str(tmp_path / "another"))
 
@@ -190,4 +230,4 @@ def test_every_stage_has_its_trainer():
     for name, stage in stages.STAGES.items():
         args = plan.trainer_args(name, Args())
         assert args.from_weight == (stage.start or "none"), name
-        assert plan.rules_of(type(args))["data_path"]["released"] == stage.data
+        assert rules_of(type(args))["data_path"]["released"] == stage.data
