@@ -1,5 +1,6 @@
 """What `Run` is made of: global batches and their loader, the stop signal, expert balancing."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -211,10 +212,12 @@ def begin_worker(parent: int, worker: int) -> None:
 
     A worker ends when its parent has died, but PyTorch takes the parent that it finds at the start
     for the right one: a run that is killed at that moment would leave a process behind for ever.
+    With the start method "forkserver", Python 3.14's on Linux, the parent is that server, and ends
+    with the run.
     """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
-    if os.getppid() != parent:
+    if os.getppid() != parent and multiprocessing.get_start_method() != "forkserver":
         os._exit(1)
 
 
