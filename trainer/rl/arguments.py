@@ -16,7 +16,7 @@ from trainer.common.arguments import (
 )
 
 REWARD = "rewards"  # a group of --help
-RL_RATE_HELP = f"{LEARNING_RATE_HELP}; swept in benchmarks/RECIPE_LOG.md, series 14"
+RL_RATE_HELP = f"{LEARNING_RATE_HELP}; swept in benchmarks/RECIPE_LOG.md, series 15"
 
 
 @dataclass
