@@ -8,11 +8,12 @@ from matplotlib import pyplot as plt
 
 from dataset.sampler import GlobalBatchSampler
 from model.model_minimind import MiniMindConfig
-from trainer.common.compute_optimal import SIZES, ScalingLaw, Speed
+from trainer.common.compute_optimal import SIZES, ScalingLaw, Speed, effective_tokens
 from trainer.common.hardware import GPU_TFLOPS, flops_per_token
 from trainer.report.plots import save_figure
 
 SEQUENCE = 512
+DATA_TOKENS = 17_881_637  # of pretrain.jsonl.gz: longer runs repeat them
 BOOTSTRAPS = 200
 EXPONENTS = np.arange(0.1, 1.0, 0.01)
 # Throughputs of README.md ("On a GPU"): the share of the peak that a width reaches on an H100. No
@@ -77,7 +78,7 @@ def fit(
 def bootstrap(law: ScalingLaw, runs: Results) -> list[ScalingLaw]:
     """Laws that the same runs might have given: fits to the law with residuals drawn anew."""
     parameters = [run["parameters"] for run in runs]
-    tokens = [run["tokens"] for run in runs]
+    tokens = [effective_tokens(run["tokens"], DATA_TOKENS) for run in runs]
     fitted = np.array([law.loss(n, d) for n, d in zip(parameters, tokens, strict=True)])
     residuals = np.array([run["bits_per_byte"] for run in runs]) / fitted - 1
     rng = np.random.default_rng(0)
@@ -114,6 +115,7 @@ def plot(
                 law.loss(
                     parameters_of(*map(int, size.split("x"))),
                     SEQUENCE * speeds[size].steps_within(60 * each, default_sampler())[1],
+                    DATA_TOKENS,
                 )
                 for each in minutes
             ]
@@ -138,7 +140,11 @@ def plot(
     for budget, color in zip(budgets, shades, strict=True):
         tried = [run for run in runs if run["minutes"] == budget]
         curve = [
-            law.loss(n * 1e6, SEQUENCE * speed.steps_within(60 * budget, default_sampler())[1])
+            law.loss(
+                n * 1e6,
+                SEQUENCE * speed.steps_within(60 * budget, default_sampler())[1],
+                DATA_TOKENS,
+            )
             for n, speed in zip(sizes, speeds.values(), strict=True)
         ]
         unseen = budget in held_out
@@ -149,13 +155,14 @@ def plot(
         right.plot(*zip(*points, strict=True), marker, color=color, label=label)
         best = int(np.argmin(curve))
         right.plot(sizes[best], curve[best], "*", color=color, ms=13, mec="k", mew=0.5)
+    right.set_ylim(losses.min() - 0.05, max(shown) + 0.1)
     right.set(xscale="log", xlabel="million parameters", ylabel="held-out bits per byte")
     right.set_title("the same time, other sizes (star: the dial's choice)", fontsize=10)
     left.set_title("points: runs; lines: the fitted law", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", lw=0.4)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, loc="upper right")
     save_figure(figure, path)
 
 

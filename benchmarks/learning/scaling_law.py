@@ -4,10 +4,10 @@
     python benchmarks/learning/scaling_law.py                        # the fit again, no training
 
 DIR holds pretrain.jsonl.gz and pretrain_val.jsonl.gz. Every run is train_pretrain.py with its
-defaults and a schedule of its own length; the figure is its held-out bits per byte. A budget is
-minutes of this machine's two cores, turned into tokens by each size's measured speed, so that other
-work on the machine does not matter. For each budget there are the size that the dial (--minutes of
-the trainer) would choose and its neighbours, or --sizes.
+defaults, the dial's learning rate and a schedule of its own length; the figure is its held-out bits
+per byte. A budget is minutes of this machine's two cores, turned into tokens by each size's
+measured speed, so that other work on the machine does not matter. For each budget there are the
+size that the dial (--minutes of the trainer) would choose and its neighbours, or --sizes.
 
 Speeds and runs are appended to --results as they come, a JSON line each. What is there already is
 not repeated, an interrupted run goes on, and further budgets add to what is there. From all runs
@@ -41,7 +41,9 @@ class Args:
     budgets: list[float] = option([], "minutes of two cores, such as 5 10 20")
     sizes: list[str] = option([], "hidden size x layers, such as 256x6; default: see above")
     tokens: list[float] = option([], "tokens of the runs of --sizes, instead of budgets")
-    learning_rates: list[float] = option([5e-4], "peak learning rates")
+    learning_rates: list[float] = option(
+        [], "peak learning rates; default: the dial's for the width"
+    )
     recipe: str = option("", "more flags of the trainer, for experiments")
     seed: int = option(42, "random seed of weights and order")
     held_out: list[float] = option([3.0, 7.0, 30.0], "budgets that are not used for the fit")
@@ -63,6 +65,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scaling_fit import (
+    DATA_TOKENS,
     SEQUENCE,
     Results,
     best_on_gpu,
@@ -78,7 +81,15 @@ from model.command_line import parse_arguments
 from model.weights import count_parameters, load_tokenizer
 from trainer import train_pretrain
 from trainer.common import compute_optimal
-from trainer.common.compute_optimal import LAW, SIZES, ScalingLaw, Speed, measure_speed
+from trainer.common.compute_optimal import (
+    LAW,
+    SIZES,
+    ScalingLaw,
+    Speed,
+    effective_tokens,
+    learning_rate,
+    measure_speed,
+)
 from trainer.common.context import Context
 from trainer.common.setup import init_model, load_packed
 
@@ -150,13 +161,18 @@ def choose(law: ScalingLaw, budget: float, speeds: dict[str, Speed]) -> str:
 
     def loss(size: str) -> float:
         _, samples = speeds[size].steps_within(60 * budget, default_sampler())
-        return law.loss(parameters_of(*map(int, size.split("x"))), samples * SEQUENCE)
+        parameters = parameters_of(*map(int, size.split("x")))
+        return law.loss(parameters, samples * SEQUENCE, DATA_TOKENS)
 
     return min((size for size in NAMES if size in speeds), key=loss)
 
 
+def dials_rate(size: str) -> float:
+    return learning_rate(int(size.split("x")[0]))
+
+
 def train_all(args: Args, size: str, steps: int, budget: float | None) -> None:
-    for rate in args.learning_rates:
+    for rate in args.learning_rates or [dials_rate(size)]:
         train(args, size, steps, rate, budget)
 
 
@@ -219,18 +235,23 @@ def speeds_of(results: Results) -> dict[str, Speed]:
 def report(args: Args) -> dict[str, Any]:
     """Print the law, its test on the held-out budgets and its forecasts; draw it."""
     results = read_results(args.results)
-    speeds = speeds_of(results)
-    defaults = dict(kind="run", learning_rate=5e-4, recipe="", seed=42)
+    speeds = {size: speed for size, speed in speeds_of(results).items() if size in NAMES}
+    defaults = dict(kind="run", recipe="", seed=42)
     runs = [record for record in results if defaults.items() <= record.items()]
+    runs = [run for run in runs if run["learning_rate"] == dials_rate(run["size"])]
     fitted = [run for run in runs if run["minutes"] not in args.held_out]
     if len(fitted) < 6:
         print(f"{len(fitted)} runs: a law of five constants needs six")
         return {}
-    columns = ([run[key] for run in fitted] for key in ("parameters", "tokens", "bits_per_byte"))
-    law = fit(*columns)
+    law = fit(
+        [run["parameters"] for run in fitted],
+        [effective_tokens(run["tokens"], DATA_TOKENS) for run in fitted],
+        [run["bits_per_byte"] for run in fitted],
+    )
     laws = bootstrap(law, fitted)
     residuals = [
-        run["bits_per_byte"] - law.loss(run["parameters"], run["tokens"]) for run in fitted
+        run["bits_per_byte"] - law.loss(run["parameters"], run["tokens"], DATA_TOKENS)
+        for run in fitted
     ]
     console = Console(highlight=False)
     console.print(f"{len(fitted)} runs, residuals of {np.std(residuals):.4f} bits per byte")

@@ -82,7 +82,8 @@ def results(tmp_path) -> str:
         for size in list(speeds)[:4]:
             n = scaling_fit.parameters_of(*map(int, size.split("x")))
             steps, samples = speeds[size].steps_within(60 * minutes, scaling_fit.default_sampler())
-            key = dict(kind="run", size=size, steps=steps, learning_rate=5e-4, seed=42, recipe="")
+            rate = scaling_law.dials_rate(size)
+            key = dict(kind="run", size=size, steps=steps, learning_rate=rate, seed=42, recipe="")
             found = dict(parameters=n, tokens=512 * samples)
             found["bits_per_byte"] = TRUE.loss(n, found["tokens"])
             scaling_law.append(str(path), key | {"minutes": minutes} | found)

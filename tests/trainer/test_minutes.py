@@ -4,7 +4,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from toy import Trainer, everything, logged, same
+from toy import TINY, Trainer, everything, logged, same
 
 from dataset.sampler import GlobalBatchSampler
 from model.errors import UserError
@@ -113,12 +113,25 @@ def best_of_all(minutes: float) -> tuple[int, int]:
 @pytest.mark.parametrize("minutes", [0.2, 3.0, 60.0])
 def test_the_size_is_the_best_for_the_time(train, made_up_machine, monkeypatch, minutes):
     monkeypatch.setattr(Run, "steps", lambda run: iter(()))
-    monkeypatch.setattr(Run, "finish", lambda run: dict(config=run.config, plan=run.plan))
+    monkeypatch.setattr(
+        Run, "finish", lambda run: dict(config=run.config, rate=run.ctx.args.learning_rate)
+    )
     result = train(minutes=minutes, **NO_SIZES)
     config = result["config"]
     best = best_of_all(minutes)
     assert (config.hidden_size, config.num_hidden_layers) == best
+    assert result["rate"] == TINY["learning_rate"]  # which is given
     assert len(set(made_up_machine)) < len(TINY_SIZES) or best in TINY_SIZES[1:-1]
+
+
+def test_narrow_models_have_a_higher_learning_rate(train, made_up_machine, killed):
+    """Also after resuming, which would be refused with another rate."""
+    common = dict(minutes=0.005, save_interval=1, learning_rate=5e-4, **NO_SIZES)
+    killed(2, train, "a", **common)
+    width = train.saved("a")["fingerprint"]["hidden_size"]
+    assert train.saved("a")["fingerprint"]["learning_rate"] == 5e-4 * 256 / width
+    train("a", resume=True, **common)
+    assert compute_optimal.learning_rate(512) == 5e-4
 
 
 def test_longer_times_have_larger_models(made_up_machine):

@@ -63,11 +63,16 @@ class ScalingLaw:
 
     def loss(self, parameters: float, tokens: float, unique_tokens: float = math.inf) -> float:
         """Bits per byte after training `tokens` tokens, of which `unique_tokens` are different."""
-        worth = tokens
-        if tokens > unique_tokens:
-            repetitions = tokens / unique_tokens - 1
-            worth = unique_tokens * (1 + REPETITIONS * (1 - math.exp(-repetitions / REPETITIONS)))
-        return self.E + self.A / parameters**self.alpha + self.B / max(1.0, worth) ** self.beta
+        worth = max(1.0, effective_tokens(tokens, unique_tokens))
+        return self.E + self.A / parameters**self.alpha + self.B / worth**self.beta
+
+
+def effective_tokens(tokens: float, unique_tokens: float) -> float:
+    """How many new tokens teach as much as `tokens` of which `unique_tokens` are different."""
+    if tokens <= unique_tokens:
+        return tokens
+    repetitions = tokens / unique_tokens - 1
+    return unique_tokens * (1 + REPETITIONS * (1 - math.exp(-repetitions / REPETITIONS)))
 
 
 # Provisional: set by eye to a few runs of benchmarks/README.md ("Scaling law"), not fitted yet.
@@ -89,6 +94,13 @@ class Speed(NamedTuple):
                 break
             steps, samples = steps + 1, after
         return steps, samples
+
+
+def learning_rate(width: int) -> float:
+    """Peak learning rate of a size that --minutes chooses. Narrow models learn faster with more
+    than the default (RECIPE_LOG.md, series 16); a step of a matrix moves its output by lr · width
+    at most, hence lr ∝ 1/width (μP, arXiv 2203.03466)."""
+    return TrainArgs.learning_rate * max(1.0, 256 / width)
 
 
 def lowest(loss: Callable[[int], float], start: int, count: int) -> int:
@@ -162,7 +174,8 @@ def explain(
     lines = [
         f"--minutes {args.minutes:g}: {name}{chosen.parameters / 1e6:.1f}M parameters, of which "
         f"this machine trains {rate:,.0f} tokens a second: {args.max_steps:,} steps, "
-        f"{tokens / 1e6:.2g}M tokens, {tokens / train_data.num_tokens:.2g} epochs"
+        f"{tokens / 1e6:.2g}M tokens, {tokens / train_data.num_tokens:.2g} epochs, learning rate "
+        f"{args.learning_rate:.2g}"
     ]
     if chosen.flags:
         losses = ", ".join(f"{name_of(each)} {each.loss:.2f}" for each in measured)
@@ -195,7 +208,7 @@ def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
             continue
         chosen = {each: kept[each] for each in ("max_steps", "epochs")}
         if not given:
-            chosen |= with_batch(ctx, tokenizer, kept["hidden_size"], kept["num_hidden_layers"])
+            chosen |= flags_of(ctx, tokenizer, kept["hidden_size"], kept["num_hidden_layers"])
         for each, value in chosen.items():
             setattr(args, each, value)
         return True
@@ -204,16 +217,19 @@ def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def candidates(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The flags of those of SIZES that fit the memory, the smallest one in any case."""
-    smallest, *others = (with_batch(ctx, tokenizer, *size) for size in SIZES)
+    smallest, *others = (flags_of(ctx, tokenizer, *size) for size in SIZES)
     return [smallest, *(size for size in others if fits(ctx, tokenizer, **size))]
 
 
-def with_batch(
+def flags_of(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, width: int, depth: int
 ) -> dict[str, Any]:
-    """The flags of a size, with --batch_size halved until it fits the memory, and as many
-    --accumulation_steps more, so that the optimizer step stays the same."""
-    size = dict(hidden_size=width, num_hidden_layers=depth)
+    """The flags of a size: with the learning rate of its width, unless another one is given, and
+    with --batch_size halved until it fits the memory, and as many --accumulation_steps more, so
+    that the optimizer step stays the same."""
+    size: dict[str, Any] = dict(hidden_size=width, num_hidden_layers=depth)
+    if ctx.args.learning_rate == TrainArgs.learning_rate:
+        size["learning_rate"] = learning_rate(width)
     size |= dict(batch_size=ctx.args.batch_size, accumulation_steps=ctx.args.accumulation_steps)
     while size["batch_size"] > 1 and not fits(ctx, tokenizer, **size):
         size["batch_size"] //= 2
