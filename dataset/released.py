@@ -97,7 +97,10 @@ def resolve_data_path(args: Any) -> None:
     stage = rules["data_path"].get("released")
     if not stage or args.data_path:
         return
-    args.data_path = [default_data(stage, getattr(args, "data_dir", "") or DATASET)]
+    folder = getattr(args, "data_dir", "")
+    args.data_path = [default_data(stage, folder)]
+    if folder:
+        args.data_dir = ""  # beside a --data_path it would be refused where args are copied
     held_out = validation_file(args.data_path[0])
     if held_out and "val_path" in rules and not args.val_path and args.val_share == VAL_SHARE:
         args.val_path = [held_out]

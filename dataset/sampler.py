@@ -66,9 +66,13 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         for before, after in self.bounds():
             if before // self.num_samples != epoch:
                 epoch = before // self.num_samples
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+                order = self.order(epoch)
             begin = before - epoch * self.num_samples
             yield self.local_indices(order[begin : begin + after - before].tolist())
+
+    def order(self, epoch: int) -> np.ndarray:
+        """[num_samples] the samples in the order in which this epoch trains them."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
 
     def local_indices(self, global_batch: list[int]) -> list[int | None]:
         """This rank's samples of a global batch, a micro-batch (or None) for each micro-step."""

@@ -1,4 +1,4 @@
-"""A web page to chat with a model and to look inside it (the microscope).
+"""A web page to chat with a model, to look inside it (the microscope), and to train and watch it.
 
     streamlit run scripts/web_demo.py                            own weights, from out/
     streamlit run scripts/web_demo.py -- --save_dir out/demo     own weights from another folder
@@ -22,6 +22,10 @@ class Args(ChatArgs):
     historys: int = option(8, "number of earlier messages in the prompt; 0: each prompt alone")
     language: Literal["auto", "en", "zh"] = option(
         "auto", "language of the page; auto: the browser's"
+    )
+    runs_dir: list[str] = option([], "more folders whose trainings are shown, besides save_dir")
+    remote_training: bool = option(
+        False, "let visitors from other machines start and stop trainings, too"
     )
 
 
@@ -48,7 +52,9 @@ from scripts.web.models import (
     find_models,
     serve_model,
 )
+from scripts.web.processes import last_lines
 from scripts.web.texts import LANGUAGES, Translator
+from scripts.web.training import training_page
 
 # Our own icon: the page would fetch one of Streamlit's from the internet.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
@@ -67,23 +73,26 @@ def main() -> None:
         st.error(error)
         return
     t = Translator(choose_language(args))
-    served = choose_model(args, t)
 
     def chat() -> None:
-        if served:
+        if served := choose_model(args, t):
             chat_page(args, served, t, open_microscope=lambda: st.switch_page(microscope_link))
         else:
             no_model_page(args, t)
 
     def microscope() -> None:
-        if served:
+        if served := choose_model(args, t):
             microscope_page(served, t)
         else:
             no_model_page(args, t)
 
+    def training() -> None:
+        training_page(args, t)
+
     chat_link = st.Page(chat, title=t("chat"), icon=":material/chat:", default=True)
     microscope_link = st.Page(microscope, title=t("microscope"), icon=":material/biotech:")
-    st.navigation([chat_link, microscope_link], position="top").run()
+    training_link = st.Page(training, title=t("training_page"), icon=":material/monitoring:")
+    st.navigation([chat_link, microscope_link, training_link], position="top").run()
 
 
 def choose_language(args: Args) -> str:
@@ -111,7 +120,11 @@ def choose_model(args: Args, t: Translator) -> ServedModel | None:
     with st.sidebar:
         default = found.index(default_model(found, args))
         model = st.selectbox(
-            t("model"), found, default, format_func=lambda model: model.label, key="model"
+            t("model"),
+            found,
+            default,
+            format_func=lambda model: model.label,
+            **persistent("model"),
         )
         adapters = find_lora(model)
         lora = None
@@ -120,7 +133,7 @@ def choose_model(args: Args, t: Translator) -> ServedModel | None:
                 t("lora"),
                 [None, *adapters],
                 format_func=lambda path: path.stem if path else t("none"),
-                key="lora",
+                **persistent("lora"),
             )
     if st.session_state.get("chosen_model") != (model.path, lora):
         stop_answer(t)  # another model is generating it
@@ -163,20 +176,21 @@ def no_model_page(args: Args, t: Translator) -> None:
 def train_demo(args: Args, t: Translator) -> None:
     """A button that starts the demo's training, or the training's progress."""
     training = demo_training()
-    if training.running:
-        elapsed = (time.time() - training.started) / 60
+    process = training.process
+    if process and process.running:
+        elapsed = (time.time() - process.started) / 60
         text = t("training", elapsed=f"{elapsed:.1f}", minutes=training.minutes)
         st.progress(min(1.0, elapsed / training.minutes), text)
-        st.code(training.last_lines(), language=None)
+        st.code(last_lines(process.output), language=None)
         if st.button(t("stop_training"), icon=":material/stop_circle:"):
             training.stop()
             st.rerun()
         return
     if find_models(args):
         st.rerun()
-    if training.failed:
+    if process and process.failed:
         st.error(t("training_failed"))
-        st.code(training.last_lines(), language=None)
+        st.code(last_lines(process.output), language=None)
     minutes = st.slider(t("minutes"), 3, 60, 12, key="minutes")
     if st.button(t("train"), icon=":material/model_training:", type="primary"):
         try:

@@ -33,17 +33,14 @@ from model.weights import save_weights, weight_name
 from trainer.common import hardware
 from trainer.common.checkpoint import (
     Progress,
-    changed_fraction,
     check_writable,
     fingerprint_of,
-    fp16_report,
     keep_unfinished,
     load_checkpoint,
     restore,
     rng_state,
     save_checkpoint,
     seed_everything,
-    trainable_fp16,
 )
 from trainer.common.context import ArgsT, Context, unwrap, without_sync
 from trainer.common.loop import (
@@ -59,9 +56,11 @@ from trainer.common.loop import (
 from trainer.common.metrics import Accumulator, Metric, MetricLog
 from trainer.common.optimizers import MultiOptimizer, learning_rate_factor, set_learning_rates
 from trainer.report.forecast import duration, forecast
+from trainer.report.fp16 import changed_fraction, fp16_report, trainable_fp16, warn_early
 from trainer.report.pages import run_metadata, write_report
 from trainer.report.plots import plot_losses
 from trainer.report.recipe_comparison import RecipeComparison
+from trainer.report.run_state import RunState
 
 COMPILE_STEPS = 10  # new shapes are compiled in the first steps only, and run eagerly later
 
@@ -161,6 +160,8 @@ class Run(Generic[ArgsT, BatchT]):
         elif ctx.args.resume:
             ctx.print(f"no checkpoint {path} to resume: starting from the beginning")
         self.progress.tracker_id = self.metrics.open(self.name, self.progress.tracker_id)
+        self.state = RunState(self.file(".state.json"), self.stage)
+        self.state.begin(ctx, self.progress, self.plan)
 
     def steps(self) -> Iterator[GlobalBatch[BatchT]]:
         """The global batches from the current position to the end, or until a signal."""
@@ -255,6 +256,7 @@ class Run(Generic[ArgsT, BatchT]):
             metrics: this rank's (sum, count) of each. Both are added up over the ranks and the
                 steps of a line, and divided once.
         """
+        self.state.update(self.ctx, self.progress, self.plan)
         values = self.metrics.add(metrics)
         self.metrics.bar.set_postfix(self.metrics.in_bar(values), refresh=False)
         if not self.is_due(self.ctx.args.log_interval) and self.step > 1:
@@ -300,6 +302,8 @@ class Run(Generic[ArgsT, BatchT]):
             save: writes the weights; default: save_weights.
             extra_state: has a state_dict that the checkpoint keeps.
         """
+        steps = self.step, self.plan.total_steps
+        warn_early(self.ctx, self.initial_weights, unwrap(model), *steps)
         if not (self.is_due(self.ctx.args.save_interval) or self.stop.agreed):
             return
         rng_states = self.ctx.all_gather(rng_state(self.ctx.device))
@@ -308,9 +312,7 @@ class Run(Generic[ArgsT, BatchT]):
         model, done = unwrap(model), self.progress
         done.changed_fraction = changed_fraction(self.initial_weights, trainable_fp16(model))
         origin = self.metadata | {
-            "steps": self.step,
-            "tokens": done.tokens,
-            "seconds": round(done.seconds),
+            **dict(steps=self.step, tokens=done.tokens, seconds=round(done.seconds)),
             **done.evaluation,
             "changed_fraction": round(done.changed_fraction, 4),
             "args": asdict(self.ctx.args),
@@ -339,8 +341,7 @@ class Run(Generic[ArgsT, BatchT]):
         result |= done.evaluation
         if not self.ctx.is_main:
             return result
-        if done.changed_fraction is not None and not stopped:
-            changed = done.changed_fraction
+        if (changed := done.changed_fraction) is not None and not stopped:
             self.metrics.write({"step": self.step, "changed_fraction": round(changed, 4)})
             self.ctx.print(*fp16_report(changed))
         if self.metrics.tracker:
@@ -348,16 +349,9 @@ class Run(Generic[ArgsT, BatchT]):
         plot_losses({self.name: history}, self.file(".loss.png"))
         page = self.file(".report.html")
         state = f"stopped at step {self.step} of {self.plan.total_steps}" if stopped else "finished"
-        write_report(
-            page,
-            self.ctx,
-            name=self.name,
-            stage=self.stage,
-            state=state,
-            metadata=self.metadata,
-            history=history,
-            recipe=self.recipe,
-        )
+        about: dict[str, Any] = dict(name=self.name, stage=self.stage, state=state, history=history)
+        write_report(page, self.ctx, metadata=self.metadata, recipe=self.recipe, **about)
+        self.state.end(self.ctx, "stopped" if stopped else "finished")
         if stopped:
             self.ctx.print(f"stopped at step {self.step}; --resume goes on from there")
         elif self.file(".pth").exists():

@@ -1,4 +1,5 @@
-"""Held-out questions and preference pairs of the demo, by which stages.py evaluates every model."""
+"""Held-out questions and preference pairs of the demo, by which stages.py evaluates every model;
+and the format of reasoning."""
 
 import math
 from functools import cache
@@ -7,15 +8,19 @@ from typing import Any
 
 import torch
 
+from dataset.chat import stop_tokens
 from dataset.demo.files import load_tests
 from dataset.grading import grade
-from dataset.lm_dataset import load_documents
+from dataset.lm_dataset import encode_chat, load_documents
 from dataset.pairs import PreferenceDataset, collate_pairs
+from dataset.reply_parser import parse_reasoning, tagged_answer
 from model.inference.generation import generate, pack_for_cpu_decoding
 from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, load_tokenizer
 from scripts.evaluation.exact_match import encode_questions
+from scripts.serving.arguments import ModelArgs
+from scripts.serving.loading import load_chat_model
 from trainer.common.evaluation import completion_log_probs
 from trainer.rl.rules import similarity
 
@@ -115,6 +120,38 @@ class HeldOutEvaluation:
 
 
 held_out_evaluation = cache(HeldOutEvaluation)  # one for all models of a process
+
+
+def evaluate_reasoning(
+    path: Path, questions: list[dict[str, Any]], direct: bool, max_new_tokens: int = 192
+) -> dict[str, float]:
+    """Accuracy on held-out questions with its standard error, the share of replies in the format
+    that was trained, and their length."""
+    loaded = load_chat_model(ModelArgs(weight=str(path), device="cpu"))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    prompts, answers = [], []
+    for row in questions:
+        *context, last = row["conversations"]
+        prompts.append(encode_chat(tokenizer, context, add_generation_prompt=True).ids)
+        answers.append(tagged_answer(last["content"]))
+    sampling = SamplingParams(max_new_tokens, temperature=0)
+    replies = []
+    for at in range(0, len(prompts), 100):
+        replies += generate(model, prompts[at : at + 100], sampling)
+    num_formatted = num_correct = 0
+    for reply, answer in zip(replies, answers, strict=True):
+        text = tokenizer.decode(reply, skip_special_tokens=True)
+        _, final_answer = (("", text) if direct else parse_reasoning(text)) or ("", None)
+        complete = reply[-1] in stop_tokens(tokenizer) and final_answer is not None
+        num_formatted += complete
+        num_correct += complete and grade(final_answer, answer)
+    accuracy = num_correct / len(questions)
+    return {
+        "accuracy": accuracy,
+        "accuracy_error": standard_error(accuracy, len(questions)),
+        "format": num_formatted / len(questions),
+        "length": sum(map(len, replies)) / len(replies),
+    }
 
 
 def copy_model(model: MiniMindForCausalLM) -> MiniMindForCausalLM:

@@ -10,24 +10,17 @@ is then evaluated on problems of four and five sums, with greedy decoding:
 A reply of the latter two counts only in the exact format <think>…</think><answer>…</answer>.
 """
 
-import math
 import time
 from pathlib import Path
 from typing import Any
 
+from held_out import evaluate_reasoning
 from rich.console import Console
 from trainings import run_trainer
 
-from dataset.chat import stop_tokens
-from dataset.grading import grade
 from dataset.jsonl import load_rows, write_rows
-from dataset.lm_dataset import encode_chat
-from dataset.reply_parser import parse_reasoning, tagged_answer
-from model.inference.generation import generate
-from model.inference.sampling import SamplingParams
+from dataset.reply_parser import tagged_answer
 from scripts.runs.demo import HIDDEN_SIZE
-from scripts.serving.arguments import ModelArgs
-from scripts.serving.loading import load_chat_model
 from trainer import train_distill_reason, train_full_sft, train_grpo
 
 MIN_GAIN = 0.20  # of distilled over direct
@@ -73,7 +66,10 @@ def reason(
         run_trainer(console, trainer, argv, max_steps)
         seconds = round(time.time() - start_time, 1)
         path = out / f"reason_{name}_{seed}_{HIDDEN_SIZE}.pth"
-        results[name] = {**evaluate(path, questions, name == "direct"), "seconds": seconds}
+        results[name] = {
+            **evaluate_reasoning(path, questions, name == "direct"),
+            "seconds": seconds,
+        }
         console.print(f"{name}: {results[name]}")
         if name == "distilled":
             start = path
@@ -86,35 +82,6 @@ def reason(
 def without_reasoning(row: dict[str, Any]) -> dict[str, Any]:
     *turns, last = row["conversations"]
     return {"conversations": [*turns, {**last, "content": tagged_answer(last["content"])}]}
-
-
-def evaluate(path: Path, questions: list[dict[str, Any]], direct: bool) -> dict[str, float]:
-    """Accuracy on held-out questions with its standard error, the share of replies in the format
-    that was trained, and their length."""
-    loaded = load_chat_model(ModelArgs(weight=str(path), device="cpu"))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prompts, answers = [], []
-    for row in questions:
-        *context, last = row["conversations"]
-        prompts.append(encode_chat(tokenizer, context, add_generation_prompt=True).ids)
-        answers.append(tagged_answer(last["content"]))
-    replies = []
-    for at in range(0, len(prompts), 100):
-        replies += generate(model, prompts[at : at + 100], SamplingParams(192, temperature=0))
-    num_formatted = num_correct = 0
-    for reply, answer in zip(replies, answers, strict=True):
-        text = tokenizer.decode(reply, skip_special_tokens=True)
-        _, final_answer = (("", text) if direct else parse_reasoning(text)) or ("", None)
-        complete = reply[-1] in stop_tokens(tokenizer) and final_answer is not None
-        num_formatted += complete
-        num_correct += complete and grade(final_answer, answer)
-    accuracy = num_correct / len(questions)
-    return {
-        "accuracy": accuracy,
-        "accuracy_error": math.sqrt(accuracy * (1 - accuracy) / len(questions)),
-        "format": num_formatted / len(questions),
-        "length": sum(map(len, replies)) / len(replies),
-    }
 
 
 def target_row(seed: int, name: str, before: dict, after: dict, gain: float) -> dict[str, Any]:

@@ -34,7 +34,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib
 import stage_distillation
 import stage_reason
 import stage_tools
@@ -43,7 +42,7 @@ from held_out import held_out_evaluation
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from trainings import run_trainer
+from trainings import plot_curves, run_trainer
 
 from dataset.demo.files import write_demo_data
 from model.command_line import option, parse_arguments
@@ -51,9 +50,6 @@ from model.errors import UserError, exit_on_user_error
 from model.weights import OUT, load_model, write_json
 from scripts.runs.demo import COMMON, HIDDEN_SIZE, PRETRAIN, SFT
 from trainer.common.hardware import describe_machine
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
 
 BASE_STEPS = {"pretrain": 480, "full_sft": 750}  # of about 1,340 in the demo
 FROM = "--from_weight {base}/full_sft_{size}.pth"
@@ -171,7 +167,7 @@ def main(args: Args) -> dict[str, Any]:
     show(console, report)
     console.print(f"report: {args.json}")
     if curves:
-        plot_curves(curves, out / "stages.png")
+        plot_curves(curves, {name: STAGES[name].curve for name in curves}, out / "stages.png")
         console.print(f"curves:  {out / 'stages.png'}")
     return report
 
@@ -235,21 +231,6 @@ def target_rows(stage: str, seed: int, before: dict, after: dict) -> list[dict[s
             | dict(target=target, met=after[metric] >= target, details=details)
         )
     return rows
-
-
-def plot_curves(curves: dict[str, dict[int, list[dict]]], path: Path) -> None:
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
-    for axis, (name, seeds) in zip(axes[0], curves.items(), strict=True):
-        metric = STAGES[name].curve
-        for seed, records in seeds.items():
-            points = [(r["step"], r[metric]) for r in records if r.get(metric) is not None]
-            axis.plot(*zip(*points, strict=True), linewidth=1, label=f"seed {seed}")
-        axis.set(title=name, xlabel="step", ylabel=f"{metric} in training")
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def show(console: Console, report: dict[str, Any]) -> None:

@@ -1,13 +1,18 @@
-"""Runs trainers by their command lines, for the benchmarks that compare what a model learned."""
+"""Runs trainers by their command lines and draws their logs, for the benchmarks that compare what a
+model learned."""
 
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib
 from rich.console import Console
 
 from model.command_line import parse_arguments
 from model.errors import UserError
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
 
 
 def run_trainer(
@@ -30,3 +35,23 @@ def run_trainer(
     if result["stopped"]:
         raise UserError("stopped; the report has the trainings that were finished")
     return result
+
+
+Curves = dict[str, dict[int, list[dict[str, Any]]]]  # stage → seed or fold → the log
+
+
+def plot_curves(curves: Curves, metrics: dict[str, str], path: Path, of: str = "seed") -> None:
+    """A picture for each stage of a metric of its log, with a line for each seed."""
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(3.4 * len(curves), 3), squeeze=False)
+    for axis, (name, seeds) in zip(axes[0], curves.items(), strict=True):
+        for seed, records in seeds.items():
+            points = [
+                (r["step"], r[metrics[name]]) for r in records if r.get(metrics[name]) is not None
+            ]
+            axis.plot(*zip(*points, strict=True), linewidth=1, label=f"{of} {seed}")
+        axis.set(title=name, xlabel="step", ylabel=f"{metrics[name]} in training")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

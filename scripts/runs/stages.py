@@ -143,7 +143,7 @@ def flags_of(step: str, folder: Path | str) -> str:
     if step == "data":
         return "" if plan["data_dir"] or not missing_data(plan["stages"]) else "--set mini"
     if step == "cut":
-        return "1" if plan["cut"] else ""
+        return "1" if plan.get("cut") else ""
     if step in STAGES:
         wanted = plan["stages"].get(step)
         if not wanted or is_finished(step, folder):

@@ -1,9 +1,6 @@
 """The models that the web page offers, and the demo's training where there is none."""
 
 import re
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +14,11 @@ from model.paths import is_hf_folder
 from model.weights import ROOT, TOKENIZER
 from scripts.serving.arguments import ChatArgs, ModelArgs, find_model
 from scripts.serving.loading import ChatModel, load_chat_model
+from scripts.web.processes import Process
 
 MAX_BATCH = 8  # replies generated at a time
 MAX_QUEUE = 64
 SKIPPED_FOLDERS = {"lora", "trial"}  # adapters, and the demo's measurement of speed
-LOG_BYTES_SHOWN = 4000  # of the training's log
 
 
 # -- finding ---------------------------------------------------------------------------------------
@@ -136,48 +133,26 @@ def serve_once(key: tuple[str, str, float], _args: ChatArgs) -> ServedModel:
 
 
 class DemoTraining:
-    """scripts/runs/demo.py as a subprocess; all visitors of the page share one."""
+    """scripts/runs/demo.py; all visitors of the page share one."""
 
     def __init__(self) -> None:
-        self.process: subprocess.Popen | None = None
+        self.process: Process | None = None
 
     def start(self, save_dir: str, minutes: int) -> None:
         """UserError if its log cannot be written."""
         output = Path(save_dir) / "demo"
-        self.minutes, self.started = minutes, time.time()
-        self.log = output / "web_demo.log"
-        command = [sys.executable, str(ROOT / "scripts" / "runs" / "demo.py")]
-        command += ["--minutes", str(minutes), "--output", str(output)]
-        command += ["--report", str(Path(save_dir) / "demo_report.json")]
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "wb") as log:
-                self.process = subprocess.Popen(
-                    command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-                )
-        except OSError as error:
-            raise UserError(f"cannot write {self.log}: {error.strerror}") from error
+        argv = [str(ROOT / "scripts" / "runs" / "demo.py"), "--minutes", str(minutes)]
+        argv += ["--output", str(output), "--report", str(Path(save_dir) / "demo_report.json")]
+        self.minutes, self.process = minutes, Process(argv, output / "web_demo.log")
 
     @property
     def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    @property
-    def failed(self) -> bool:
-        return self.process is not None and self.process.poll() not in (None, 0)
+        return self.process is not None and self.process.running
 
     def stop(self) -> None:
-        """Kill it. Files that it has written are complete: they are written atomically."""
         if self.process:
             self.process.kill()
-            self.process.wait()
             self.process = None
-
-    def last_lines(self, count: int = 8) -> str:
-        """The end of its log; of a progress bar, which overwrites its line, the last state."""
-        text = self.log.read_bytes()[-LOG_BYTES_SHOWN:].decode(errors="replace")
-        lines = [line.rstrip("\r").split("\r")[-1].rstrip() for line in text.split("\n")]
-        return "\n".join([line for line in lines if line][-count:])
 
 
 @st.cache_resource

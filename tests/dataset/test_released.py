@@ -1,7 +1,7 @@
 """Which file a stage trains on when no --data_path is given."""
 
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -77,6 +77,8 @@ def test_a_folder_of_ones_own(tmp_path):
     args = train_full_sft.Args(data_dir=str(tmp_path))
     resolve_data_path(args)
     assert args.data_path == [str(tmp_path / "sft_mini_512.jsonl.gz")]
+    again = replace(args, learning_rate=1e-3)  # as --minutes and evaluations of RL do
+    assert again.data_path == args.data_path
 
 
 def test_the_held_out_file_beside_it(tmp_path):

@@ -1,5 +1,6 @@
 """Toy trainings for the tests of trainers: a model of 0.2M parameters on some lines of data."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -218,6 +219,7 @@ def fork(call: Callable[[], object], log: Path | None = None) -> int:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            faulthandler.enable()  # where a process hangs that `ended` aborts goes to the log
         call()
         code = 0
     except SystemExit as end:
@@ -230,8 +232,16 @@ def fork(call: Callable[[], object], log: Path | None = None) -> int:
         os._exit(code)
 
 
-def ended(process: int) -> int:
-    """Wait for a forked process: its exit code, or minus the signal that ended it."""
+def ended(process: int, seconds: float = 300) -> int:
+    """Wait for a forked process: its exit code, or minus the signal that ended it; -6 for one that
+    has not ended by then."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(process, signal.SIGABRT)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 

@@ -1,4 +1,7 @@
-"""The web page under Streamlit's AppTest, and what its toy model was trained to say."""
+"""The web page under Streamlit's AppTest and in a browser, and what its toy model was trained to
+say."""
+
+import time
 
 from streamlit.testing.v1 import AppTest
 
@@ -31,3 +34,14 @@ def say(page: AppTest, text: str) -> AppTest:
 
 def texts(block) -> list[str]:
     return [each.value for each in block.markdown]
+
+
+def open_when_served(page, address: str) -> None:
+    """Go to an address at which something is just starting to listen."""
+    page.set_default_timeout(120_000)
+    for _ in range(100):
+        try:
+            page.goto(address)
+            return
+        except Exception:
+            time.sleep(0.2)

@@ -6,13 +6,10 @@ of an hour have their flags read by their own scripts (PARSE). Other programs ar
 (PROGRAMS). A command of which nothing of this is true fails.
 """
 
-import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from streamlit.web.cli import main_run
+from warm_python import WarmPython
 
 from dataset.demo.files import write_demo_data
 from model.formats.hf_format import save_hf_folder
@@ -310,26 +308,16 @@ def few(source: Path, target: Path, lines: int = 12) -> None:
 @pytest.fixture(scope="module")
 def python(project):
     """A function that runs the words after `python`; its output. They must end with code 0."""
-    runner = subprocess.Popen(
-        [sys.executable, ROOT / "tests/helpers/command_runner.py", f"{project}.log"],
-        env={**os.environ, "PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"},
-        cwd=project,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    runner = WarmPython(project, Path(f"{project}.log"))
 
     def run(words: list[str], folder: str = "", typed: str = "", parse: bool = False) -> str:
-        job = dict(words=words, folder=str(project / folder), typed=typed, parse=parse)
-        print(json.dumps(job), file=runner.stdin, flush=True)
-        code, printed, seconds = json.loads(runner.stdout.readline())
+        code, printed, seconds = runner.run(words, project / folder, typed, parse)
         print(f"{seconds:.1f} s: {' '.join(words)}\n{printed}")  # shown if the test fails
         assert code == 0, printed
         return printed
 
     yield run
-    runner.stdin.close()
-    runner.wait(timeout=30)
+    runner.close()
 
 
 def select(kind: str) -> list:

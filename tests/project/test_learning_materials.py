@@ -1,55 +1,39 @@
 """Every lesson runs, its claims hold (they are asserted in it), and its solutions solve."""
 
 import os
-import runpy
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from toy import ended, fork
+from warm_python import WarmPython
 
 from model.weights import ROOT
 
 LESSONS = sorted((ROOT / "learning_materials").glob("[0-9]*.py"))
 
 
-def start(lesson: Path, out: Path, *flags: str, typed: int | None = None) -> int:
-    """A lesson in a process of its own; what it prints goes to a .txt, what is typed is a terminal.
-
-    It is forked from this one, which has imported already what takes longest to import.
-    """
-
-    def as_a_script() -> None:
-        if typed is not None:
-            os.dup2(typed, 0)
-            sys.stdin = open(0, closefd=False)
-        sys.argv = [str(lesson), "--out", str(out), *flags]
-        sys.path.insert(0, str(lesson.parent))
-        runpy.run_path(str(lesson), run_name="__main__")
-
-    return fork(as_a_script, out / f"{lesson.stem}.txt")
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    runner = WarmPython(ROOT, tmp_path_factory.mktemp("lessons") / "log")
+    yield runner
+    runner.close()
 
 
 @pytest.mark.slow
-def test_every_lesson_holds_what_it_claims(tmp_path):
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.stem)
+def test_every_lesson_holds_what_it_claims(lesson, python, tmp_path):
+    code, printed, _ = python.run([str(lesson), "--out", str(tmp_path), "--solutions"], tmp_path)
+    assert code == 0, printed
+    assert "def solution_1(" in printed and "def solution_2(" in printed
+    picture = tmp_path / f"{lesson.stem}.png"
+    assert imread(picture)[..., :3].std() > 0.01  # not an empty one
+    assert picture.stat().st_size < 60_000
+
+
+def test_there_are_lessons():
     assert len(LESSONS) >= 16
-    failed = []
-    for first in range(0, len(LESSONS), 2):  # two side by side
-        pair = LESSONS[first : first + 2]
-        processes = [start(lesson, tmp_path, "--solutions") for lesson in pair]
-        for lesson, code in zip(pair, map(ended, processes), strict=True):
-            if code:
-                failed.append(f"{lesson}: {(tmp_path / f'{lesson.stem}.txt').read_text()}")
-    assert not failed, "\n".join(failed)
-    for lesson in LESSONS:
-        printed = (tmp_path / f"{lesson.stem}.txt").read_text()
-        assert "def solution_1(" in printed and "def solution_2(" in printed, lesson
-        picture = tmp_path / f"{lesson.stem}.png"
-        assert imread(picture)[..., :3].std() > 0.01, lesson  # not an empty one
-        assert picture.stat().st_size < 60_000, lesson
 
 
 @pytest.mark.slow
@@ -70,20 +54,20 @@ def test_with_ask_it_waits_for_enter(tmp_path):
         terminal, typed = os.openpty()
     except OSError as error:
         pytest.skip(f"this machine gives no terminal: {error}")
-    process = start(lesson, tmp_path, "--ask", typed=typed)
-    printed = tmp_path / f"{lesson.stem}.txt"
-    while not printed.exists():
-        time.sleep(0.05)
+    printed = tmp_path / "printed.txt"
+    command = [sys.executable, lesson, "--out", tmp_path, "--ask"]
+    with open(printed, "wb") as file:
+        process = subprocess.Popen(command, stdin=typed, stdout=file, stderr=file)
     for question in range(1, 6):
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while printed.read_text().count("(Enter shows the answer)") < question:
             assert time.monotonic() < deadline, printed.read_text()
             time.sleep(0.05)
         assert printed.read_text().count("=> ") == question - 1  # it waits
         os.write(terminal, b"\n")
-    assert ended(process) == 0
+    assert process.wait(60) == 0
 
 
-def test_a_wrong_flag_is_told_in_a_sentence(tmp_path):
-    assert ended(start(LESSONS[5], tmp_path, "--solution")) == 2
-    assert (tmp_path / f"{LESSONS[5].stem}.txt").read_text().startswith("error: ")
+def test_a_wrong_flag_is_told_in_a_sentence(python, tmp_path):
+    code, printed, _ = python.run([str(LESSONS[5]), "--solution"], tmp_path)
+    assert code == 2 and printed.startswith("error: ")

@@ -8,7 +8,9 @@ from rl_toy import ASKED, RL, B, P, T, batch_of, prompt_file
 from torch.testing import assert_close
 from toy import Trainer
 
+from model.model_minimind import MiniMindForScoring
 from trainer import train_ppo
+from trainer.report.fp16 import changed_fraction, trainable_fp16
 from trainer.trainer_utils import Run
 
 pytestmark = pytest.mark.usefixtures("in_a_hurry")
@@ -71,3 +73,16 @@ def test_learning_stops_when_the_policy_has_moved_too_far(tmp_path, monkeypatch)
     updates.clear()
     train("soon", target_kl=1e-3)
     assert len(updates) == 2  # the first step was made by the very policy
+
+
+def test_a_critic_that_moves_hides_no_policy_that_stays(make_model):
+    policy = make_model()
+    model = train_ppo.ActorCritic(policy, MiniMindForScoring.from_language_model(make_model()))
+    before = trainable_fp16(model)
+    with torch.no_grad():
+        model.critic.model.norm.weight += 1
+        assert changed_fraction(before, trainable_fp16(model)) == 0
+        policy.model.norm.weight += 1
+    norm = policy.model.norm.weight.numel()
+    total = sum(each.numel() for each in policy.parameters())
+    assert changed_fraction(before, trainable_fp16(model)) == pytest.approx(norm / total)

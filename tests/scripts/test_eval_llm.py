@@ -37,7 +37,7 @@ def talk(*flags: object, typed: str = "", cwd: Path = ROOT) -> subprocess.Comple
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=600,
     )
 
 

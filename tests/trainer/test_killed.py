@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import multiprocessing
 import os
 import random
 import re
@@ -31,6 +32,7 @@ from dataset import lm_dataset
 from dataset.lm_dataset import load_documents
 from model.weights import load_tokenizer
 from trainer import trainer_utils
+from trainer.common.loop import begin_worker
 from trainer.common.metrics import MetricLog
 from trainer.trainer_utils import Run
 
@@ -212,6 +214,19 @@ def test_where_nothing_can_be_saved_the_checkpoint_before_stays(
     assert_all_is_well(train, result)
 
 
+@pytest.mark.parametrize(
+    ("parent_lives", "start_method", "code"),
+    [(True, "fork", 0), (False, "fork", 1), (False, "forkserver", 0)],
+)
+def test_a_data_worker_whose_run_was_killed_while_it_started_ends(
+    monkeypatch, parent_lives, start_method, code
+):
+    """The parent of a worker of a fork server, Python 3.14's default, is never the run."""
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: start_method)
+    parent = os.getpid() if parent_lives else -1
+    assert ended(fork(lambda: begin_worker(parent, worker=0))) == code
+
+
 def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_stage, monkeypatch):
     write = MetricLog.write
 
@@ -261,6 +276,7 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     process = fork(lambda: load(workers=2))
     workers = []
     while len(workers) < 2:
+        assert psutil.pid_exists(process)
         time.sleep(0.05)
         workers = psutil.Process(process).children()
     os.kill(process, signal.SIGKILL)

@@ -9,10 +9,12 @@ from toy import Trainer, everything, logged, same
 from dataset.sampler import GlobalBatchSampler
 from model.errors import UserError
 from model.model_minimind import MiniMindConfig
+from model.weights import load_tokenizer
 from trainer import train_full_sft
 from trainer.common import compute_optimal
 from trainer.common.checkpoint import Progress
 from trainer.common.compute_optimal import ScalingLaw, Speed, lowest
+from trainer.common.context import Context
 from trainer.common.hardware import flops_per_token
 from trainer.common.loop import Plan, fit_minutes
 from trainer.common.metrics import Accumulator
@@ -122,6 +124,23 @@ def test_the_size_is_the_best_for_the_time(train, made_up_machine, monkeypatch, 
 def test_longer_times_have_larger_models(made_up_machine):
     chosen = [TINY_SIZES.index(best_of_all(minutes)) for minutes in (0.2, 3.0, 60.0)]
     assert chosen[0] < chosen[1] < chosen[2]
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_split(train, made_up_machine, monkeypatch):
+    """Into parts of the same optimizer step; sizes of which no sequence fits are left out."""
+    args = train.stage.Args(
+        **train.settings(minutes=0.01, batch_size=4, accumulation_steps=3, **NO_SIZES)
+    )
+    ctx, tokenizer = Context.create(args), load_tokenizer()
+
+    def chosen(memory: float) -> list[tuple[int, int]]:
+        monkeypatch.setattr(compute_optimal.hardware, "total_memory", lambda device: memory)
+        sizes = compute_optimal.candidates(ctx, tokenizer)
+        return [(size["batch_size"], size["accumulation_steps"]) for size in sizes]
+
+    assert chosen(1e9) == [(4, 3)] * len(TINY_SIZES)
+    assert chosen(3e6) == [(4, 3), (2, 6)]
+    assert chosen(1.0) == [(1, 12)]  # the smallest in any case
 
 
 def test_sizes_that_are_given_stay(train, made_up_machine):

@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
@@ -29,9 +31,7 @@ WINDOWS = dict(epochs=2, eval_interval=2, save_interval=1)
 def start_ranks(train: Trainer, ranks: int, **settings) -> list[int]:
     """The trainer's command line in so many processes, as torchrun would start them; returns
     their ids. What rank r says is in the file log{r}."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
 
     def start(rank: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -41,6 +41,16 @@ def start_ranks(train: Trainer, ranks: int, **settings) -> list[int]:
 
     logs = [train.folder / f"log{rank}" for rank in range(ranks)]
     return [fork(lambda rank=rank: start(rank), log) for rank, log in enumerate(logs)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on. Below those that the system hands out (from 32768 on, on
+    Linux): one of them might be another test's by the time the ranks meet there."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 def together(train: Trainer, ranks: int, **settings) -> None:

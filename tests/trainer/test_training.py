@@ -271,6 +271,28 @@ def test_what_rounding_leaves_of_a_training_is_told(tmp_path, capsys, rate, warn
     assert ("warning: most weights changed too little" in printed) == warned
 
 
+@pytest.mark.parametrize(
+    ("rate", "steps", "warned"), [(1e-9, 24, True), (1e-3, 24, False), (1e-9, 20, False)]
+)
+def test_steps_too_small_for_float16_are_warned_of_early(tmp_path, capsys, rate, steps, warned):
+    """After 20 steps already; a run that ends there is told at its end."""
+    Trainer(tmp_path)("before", max_steps=2)
+    start = tmp_path / "before" / "out" / "pretrain_32.pth"
+    sft = Trainer(tmp_path, train_full_sft)
+    capsys.readouterr()
+    settings = dict(from_weight=str(start), learning_rate=rate, lr_schedule="constant", epochs=9)
+    sft(**settings, max_steps=steps, warmup_steps=0)
+    printed = " ".join(capsys.readouterr().out.split())
+    early = re.search(
+        r"warning: after 20 steps ([\d.]+)% .* about ([\d.]+)% will after 24", printed
+    )
+    assert bool(early) == warned
+    if early:
+        now, at_end = map(float, early.groups())
+        # constant steps in random directions add up as the root of their number
+        assert 0 < now < 50 and at_end == pytest.approx(now * (24 / 20) ** 0.5, abs=0.11)
+
+
 def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     train(max_steps=1)
     told = re.search(
@@ -279,7 +301,7 @@ def test_fill_and_waste_of_the_rows_are_told(train, capsys):
     tokens, full, wasted = map(float, told.groups())
     assert full == pytest.approx(100 * tokens / (24 * 32), abs=0.06)
     assert full + wasted == pytest.approx(100)
-    (info,) = train.folder.glob("a/out/*.json")
+    (info,) = train.folder.glob("a/out/*_32.json")
     origin = json.loads(info.read_text())["origin"]
     assert origin["packing_efficiency"] == pytest.approx(full / 100, abs=1e-3)
 
@@ -290,7 +312,7 @@ def test_a_run_leaves_weights_log_and_curves(train, monkeypatch, capsys):
     out = train.folder / "a" / "out"
     assert {path.name for path in out.iterdir()} == {
         *("pretrain_32.pth", "pretrain_32.json"),
-        *("pretrain_32.metrics.jsonl", "pretrain_32.loss.png"),
+        *("pretrain_32.metrics.jsonl", "pretrain_32.loss.png", "pretrain_32.state.json"),
     }
     picture = (out / "pretrain_32.loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n") and len(picture) > 5000

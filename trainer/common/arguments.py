@@ -270,8 +270,13 @@ class TrainArgs:
     use_wandb: bool = option(
         False, "log to a tracker too", group=LOG, may_differ=True, pinned=False
     )
-    tracker: Literal["wandb", "swanlab"] = option(
-        "wandb", "which, with --use_wandb", group=LOG, pinned=False, needs="use_wandb", habit=True
+    tracker: Literal["wandb", "swanlab", "trackio"] = option(
+        "wandb",
+        "which, with --use_wandb; trackio: local, without account",
+        group=LOG,
+        pinned=False,
+        needs="use_wandb",
+        habit=True,
     )
     wandb_project: str = option(
         "MiniMind",

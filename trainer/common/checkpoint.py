@@ -30,7 +30,6 @@ from trainer.common.metrics import Accumulator, MetricLog
 from trainer.report.old_keys import with_new_keys
 
 MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite gradient that end a run
-SMALL_CHANGE = 0.5  # a training that changes a smaller share of the float16 weights gets a warning
 
 
 class Checkpoint(TypedDict):
@@ -62,7 +61,7 @@ class Progress:
     skipped_in_a_row: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)  # the latest
     changed_fraction: float | None = None  # of the float16 weights, since the start
-    tracker_id: str | None = None  # under which wandb or SwanLab knows the run
+    tracker_id: str | None = None  # under which the tracker knows the run
 
     def add(self, since_line: Accumulator) -> None:
         """Count the tokens and seconds since the last log line."""
@@ -349,31 +348,3 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
         for name, each in model.state_dict(keep_vars=True).items()
         if each.requires_grad or not isinstance(each, nn.Parameter)
     }
-
-
-def trainable_fp16(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters as a weight file holds them."""
-    parameters = model.named_parameters()
-    return to_fp16_cpu({name: each for name, each in parameters if each.requires_grad})
-
-
-def changed_fraction(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
-    """The share of float16 values that differ.
-
-    Near 0.05, neighbouring float16 numbers are 3e-5 apart: a training that moves a weight by less
-    leaves the file as it was, whatever its loss says.
-    """
-    changed = sum(int((after[name] != old).sum()) for name, old in before.items())
-    return changed / max(1, sum(old.numel() for old in before.values()))
-
-
-def fp16_report(fraction: float) -> list[str]:
-    """Lines on how much of the training the float16 weights keep."""
-    lines = [f"{fraction:.1%} of the values stored in float16 differ from the start's"]
-    if fraction < SMALL_CHANGE:
-        lines.append(
-            "warning: most weights changed too little for float16, so the saved file does not "
-            "have the change; "
-            "raise --learning_rate, or train longer"
-        )
-    return lines

@@ -27,10 +27,17 @@ def parse_trainer(args_class: type[Arguments], about: str | None) -> Arguments:
     """The command line of a trainer, with the flags of its --recipe; a mistake ends it with one
     sentence and exit code 2."""
     with exit_on_user_error(), told_once():
-        argv = with_preset(with_recipe(sys.argv[1:], args_class))
-        args = parse_arguments(args_class, about, argv)
-        check_files(args)
-        return args
+        return trainer_arguments(args_class, sys.argv[1:], about)
+
+
+def trainer_arguments(
+    args_class: type[Arguments], argv: list[str], about: str | None = None
+) -> Arguments:
+    """The arguments in a trainer's command line, with the flags of its --recipe. UserError for a
+    mistake, and for a file that is not there."""
+    args = parse_arguments(args_class, about, with_preset(with_recipe(argv, args_class)))
+    check_files(args)
+    return args
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A large model learns more from a token, and a small one sees more tokens in the same time. The
 held-out loss of a model of N parameters after D tokens follows a law (Chinchilla, arXiv 2203.15556,
-eq. 2), which benchmarks/learning/scaling_law.py has fitted to runs of the default recipe:
+eq. 2), which benchmarks/learning/scaling_law.py fits to runs of the default recipe:
 
     L(N, D) = E + A/N^α + B/D^β        in bits per byte
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -70,7 +70,8 @@ class ScalingLaw:
         return self.E + self.A / parameters**self.alpha + self.B / max(1.0, worth) ** self.beta
 
 
-LAW = ScalingLaw(E=0.9, A=400.0, alpha=0.45, B=140.0, beta=0.36)
+# Provisional: set by eye to a few runs of benchmarks/README.md ("Scaling law"), not fitted yet.
+LAW = ScalingLaw(E=0.9, A=70.0, alpha=0.35, B=18.0, beta=0.2)
 
 
 class Speed(NamedTuple):
@@ -100,37 +101,43 @@ def lowest(loss: Callable[[int], float], start: int, count: int) -> int:
         start = best
 
 
+class Candidate(NamedTuple):
+    """A size, measured on this machine."""
+
+    flags: dict[str, Any]  # that make a training of this size; none: those of the command line
+    parameters: int
+    speed: Speed
+    loss: float  # bits per byte to expect after --minutes
+
+
 def choose_size(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, train_data: PackedDataset
 ) -> None:
     """With --minutes, set the steps and epochs of a pretraining, and its sizes if none are given.
     A run that is resumed keeps those of its checkpoint."""
-    args, given = ctx.args, sizes_given(ctx.args)
+    args = ctx.args
     if not args.minutes or args.max_steps or (args.resume and keep_choice(ctx, tokenizer)):
         return
     began = time.monotonic()
     sampler = make_sampler(ctx, train_data)
     sampler.epochs = 10**9
     tokens_per_sample = train_data.num_tokens / len(train_data)
-    sizes = [{}] if given else candidates(ctx, tokenizer)
+    sizes = [{}] if sizes_given(args) else candidates(ctx, tokenizer)
 
     @cache
-    def measure(index: int) -> tuple[int, Speed]:
+    def measure(index: int) -> Candidate:
         of_size = replace(ctx, args=replace(args, **sizes[index]))
         model = init_model(of_size.args, tokenizer)
-        return count_parameters(model), measure_speed(of_size, model, tokenizer, train_data)
-
-    @cache
-    def expected_loss(index: int) -> float:
-        parameters, speed = measure(index)
+        parameters = count_parameters(model)
+        speed = measure_speed(of_size, model, tokenizer, train_data)
         _, samples = speed.steps_within(60 * args.minutes, sampler)
-        return LAW.loss(parameters, samples * tokens_per_sample, train_data.num_tokens)
+        loss = LAW.loss(parameters, samples * tokens_per_sample, train_data.num_tokens)
+        return Candidate(sizes[index], parameters, speed, loss)
 
-    start = 0 if given else guess(ctx, tokenizer, sizes, train_data.num_tokens)
-    best = lowest(expected_loss, start, len(sizes))
-    parameters, speed = measure(best)
+    start = guess(ctx, tokenizer, sizes, train_data.num_tokens) if sizes[0] else 0
+    best = lowest(lambda index: measure(index).loss, start, len(sizes))
     spent = ctx.all_reduce_sum(time.monotonic() - began)[0] / ctx.world_size  # ranks must agree
-    steps, samples = speed.steps_within(60 * args.minutes - spent, sampler)
+    steps, samples = measure(best).speed.steps_within(60 * args.minutes - spent, sampler)
     if not steps:
         raise UserError(
             f"--minutes {args.minutes:g} is too short: measuring this machine's speed took "
@@ -140,23 +147,31 @@ def choose_size(
     args.epochs = max(args.epochs, math.ceil(samples / len(train_data)))
     for name, value in sizes[best].items():
         setattr(args, name, value)
-    tokens = samples * tokens_per_sample
-    rate = tokens / (steps * speed.update + samples * speed.sample)
-    name = (
-        "" if given else f"{args.hidden_size} x {args.num_hidden_layers} (hidden size x layers), "
-    )
-    ctx.print(
-        f"--minutes {args.minutes:g}: {name}{parameters / 1e6:.1f}M parameters, of which this "
-        f"machine trains {rate:,.0f} tokens a second: {steps:,} steps, {tokens / 1e6:.2g}M tokens, "
-        f"{tokens / train_data.num_tokens:.2g} epochs"
-    )
-    if not given:
-        losses = (
-            f"{sizes[index]['hidden_size']} x {sizes[index]['num_hidden_layers']} "
-            f"{expected_loss(index):.2f}"
-            for index in range(max(0, best - 1), min(len(sizes), best + 2))
-        )
-        ctx.print("    bits per byte to expect of held-out text by then: " + ", ".join(losses))
+    measured = [measure(index) for index in (best, best - 1, best + 1) if 0 <= index < len(sizes)]
+    ctx.print(*explain(args, train_data, samples, measured))
+
+
+def explain(
+    args: TrainArgs, train_data: PackedDataset, samples: int, measured: list[Candidate]
+) -> list[str]:
+    """What was chosen and why, for whoever reads the log. The choice comes first in `measured`."""
+    chosen = measured[0]
+    tokens = samples * train_data.num_tokens / len(train_data)
+    rate = tokens / (args.max_steps * chosen.speed.update + samples * chosen.speed.sample)
+    name = f"{name_of(chosen)} (hidden size x layers), " if chosen.flags else ""
+    lines = [
+        f"--minutes {args.minutes:g}: {name}{chosen.parameters / 1e6:.1f}M parameters, of which "
+        f"this machine trains {rate:,.0f} tokens a second: {args.max_steps:,} steps, "
+        f"{tokens / 1e6:.2g}M tokens, {tokens / train_data.num_tokens:.2g} epochs"
+    ]
+    if chosen.flags:
+        losses = ", ".join(f"{name_of(each)} {each.loss:.2f}" for each in measured)
+        lines.append(f"    held-out bits per byte to expect by then: {losses}")
+    return lines
+
+
+def name_of(candidate: Candidate) -> str:
+    return f"{candidate.flags['hidden_size']} x {candidate.flags['num_hidden_layers']}"
 
 
 def sizes_given(args: TrainArgs) -> bool:
@@ -187,35 +202,48 @@ def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
     return False
 
 
-def candidates(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, int]]:
+def candidates(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     """The flags of those of SIZES that fit the memory, the smallest one in any case."""
     smallest, *others = (with_batch(ctx, tokenizer, *size) for size in SIZES)
-    return [smallest, *(size for size in others if size["batch_size"])]
+    return [smallest, *(size for size in others if fits(ctx, tokenizer, **size))]
 
 
 def with_batch(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, width: int, depth: int
-) -> dict[str, int]:
-    """The flags of a size, with the largest --batch_size up to the given one that fits the memory,
-    0 if none does, and as many --accumulation_steps more: the optimizer step stays the same."""
-    args, size = ctx.args, dict(hidden_size=width, num_hidden_layers=depth)
-    config, model = on_meta(tokenizer, size)
-    total = hardware.total_memory(ctx.device)
+) -> dict[str, Any]:
+    """The flags of a size, with --batch_size halved until it fits the memory, and as many
+    --accumulation_steps more, so that the optimizer step stays the same."""
+    size = dict(hidden_size=width, num_hidden_layers=depth)
+    size |= dict(batch_size=ctx.args.batch_size, accumulation_steps=ctx.args.accumulation_steps)
+    while size["batch_size"] > 1 and not fits(ctx, tokenizer, **size):
+        size["batch_size"] //= 2
+        size["accumulation_steps"] *= 2
+    return size
+
+
+def fits(
+    ctx: Context,
+    tokenizer: PreTrainedTokenizerBase,
+    hidden_size: int,
+    num_hidden_layers: int,
+    batch_size: int,
+    **other_flags: int,
+) -> bool:
+    """Whether a training fits four fifths of the memory, by the estimate of every plan."""
+    args, total = ctx.args, hardware.total_memory(ctx.device)
     if ctx.device.type != "cuda":  # all processes of the machine share it
         total /= hardware.ranks_here()
+    config, model = on_meta(tokenizer, hidden_size, num_hidden_layers)
     fixed, per_token = training_memory(
         config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
-    batch_size, parts = args.batch_size, 1
-    while batch_size and fixed + per_token * batch_size * args.max_seq_len > 0.8 * total:
-        batch_size, parts = batch_size // 2, parts * 2
-    return size | dict(batch_size=batch_size, accumulation_steps=args.accumulation_steps * parts)
+    return fixed + per_token * batch_size * args.max_seq_len < 0.8 * total
 
 
 def guess(
     ctx: Context,
     tokenizer: PreTrainedTokenizerBase,
-    sizes: list[dict[str, int]],
+    sizes: list[dict[str, Any]],
     unique_tokens: int,
 ) -> int:
     """The index of the best size, if 40% of the machine's peak are reached: where to begin."""
@@ -223,7 +251,8 @@ def guess(
     work = 60 * ctx.args.minutes * 0.4 * peak * ctx.world_size
 
     def loss(index: int) -> float:
-        config, model = on_meta(tokenizer, sizes[index])
+        size = sizes[index]
+        config, model = on_meta(tokenizer, size["hidden_size"], size["num_hidden_layers"])
         tokens = work / hardware.flops_per_token(config, ctx.args.max_seq_len)
         return LAW.loss(count_parameters(model), tokens, unique_tokens)
 
@@ -232,9 +261,10 @@ def guess(
 
 
 def on_meta(
-    tokenizer: PreTrainedTokenizerBase, size: dict[str, int]
+    tokenizer: PreTrainedTokenizerBase, width: int, depth: int
 ) -> tuple[MiniMindConfig, MiniMindForCausalLM]:
     """A config, and its model without memory for its weights."""
+    size = dict(hidden_size=width, num_hidden_layers=depth)
     config = MiniMindConfig(vocab_size=len(tokenizer), **size)
     with torch.device("meta"):
         return config, MiniMindForCausalLM(config)

@@ -1,10 +1,13 @@
 """What `Run` is made of: global batches and their loader, the stop signal, expert balancing."""
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any, Protocol, cast
 
@@ -189,7 +192,7 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=GlobalBatchCollator(args.batch_size, pad_id, collate),
         num_workers=args.num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=partial(begin_worker, os.getpid()),
         generator=torch.Generator(),  # not the global one, whose state a resumed run restores
         prefetch_factor=4 if args.num_workers else None,
         pin_memory=ctx.device.type == "cuda",
@@ -204,10 +207,18 @@ def initial_batch_size(ctx: Context, tokens_per_sample: float = 0.0) -> int:
     return max(1, round(INITIAL_BATCH_TOKENS / (tokens_per_sample or ctx.args.max_seq_len)))
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal to the whole process group must not end the workers before the run has saved."""
+def begin_worker(parent: int, worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the run has saved.
+
+    A worker ends when its parent has died, but PyTorch takes the parent that it finds at the start
+    for the right one: a run that is killed at that moment would leave a process behind for ever.
+    With the start method "forkserver", Python 3.14's on Linux, the parent is that server, and ends
+    with the run.
+    """
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.SIG_IGN)
+    if os.getppid() != parent and multiprocessing.get_start_method() != "forkserver":
+        os._exit(1)
 
 
 def update_router_biases(ctx: Context, model: nn.Module) -> Tensor | None:

@@ -1,15 +1,20 @@
-"""wandb and SwanLab: a copy of the log in a browser, or (offline) in a folder. Neither is needed.
+"""wandb, SwanLab and trackio: a copy of the log in a browser, or in a folder. None is needed.
 
-WANDB_MODE=offline and SWANLAB_MODE=offline write below --save_dir and need neither login nor
-network; `wandb sync` and `swanlab sync` send it later.
+trackio is local: it writes below --save_dir, and needs neither login nor network. So do the others
+with WANDB_MODE=offline and SWANLAB_MODE=offline; `wandb sync` and `swanlab sync` send it later.
 """
 
 import importlib
 import os
+import shlex
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from model.errors import UserError
 
@@ -19,6 +24,7 @@ QUIET = {
     "WANDB_ERROR_REPORTING": "false",  # it would look for a server even when offline
     "WANDB_INIT_TIMEOUT": "20",  # 90 seconds are long where there is no network
 }
+REMOTE_TRACKIO = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 
 
 def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, str]:
@@ -29,20 +35,23 @@ def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, st
         UserError: it is not installed, or does not start (nobody is logged in, say).
     """
     name, folder = args.tracker, Path(args.save_dir)
-    where = {"dir": folder} if name == "wandb" else {"log_dir": folder / "swanlog"}
-    for variable, value in QUIET.items():
+    settings = {
+        "wandb": dict(id=run_id, resume="allow", dir=folder),
+        "swanlab": dict(id=run_id, resume="allow", log_dir=folder / "swanlog"),
+        # It resumes by name: the latest run that has it. The metrics of the machine stay away.
+        "trackio": dict(
+            resume="allow" if run_id else "never", auto_log_cpu=False, auto_log_gpu=False
+        ),
+    }
+    for variable, value in (QUIET | {"TRACKIO_DIR": str(folder.resolve() / "trackio")}).items():
         os.environ.setdefault(variable, value)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         tracker = importlib.import_module(name)
-        started = tracker.init(
-            project=args.wandb_project,
-            name=run_name,
-            config=asdict(args),
-            id=run_id,
-            resume="allow",
-            **where,
-        )
+        with local_trackio() if name == "trackio" else nullcontext():
+            started = tracker.init(
+                project=args.wandb_project, name=run_name, config=asdict(args), **settings[name]
+            )
     except ImportError as error:
         raise UserError(
             f"--tracker {name} is not installed, or not completely ({error}); `pip install {name}`"
@@ -55,4 +64,18 @@ def start_tracker(args: Any, run_name: str, run_id: str | None) -> tuple[Any, st
         ) from error
     # SwanLab's own handler would close its log at the first Ctrl-C, before the last step
     signal.signal(signal.SIGINT, on_interrupt)
+    if name == "trackio":
+        command = f"trackio show --project {shlex.quote(args.wandb_project)}"
+        print(f"tracker: TRACKIO_DIR={shlex.quote(os.environ['TRACKIO_DIR'])} {command}")
     return tracker, started.id
+
+
+@contextmanager
+def local_trackio() -> Iterator[None]:
+    """Start trackio without network: it would ask the hub for the name of whoever is logged in
+    there. What it prints would not find the folder below --save_dir."""
+    if any(os.environ.get(name) for name in REMOTE_TRACKIO):  # the user wants it elsewhere
+        yield
+        return
+    with redirect_stdout(StringIO()), patch("huggingface_hub.whoami", side_effect=OSError):
+        yield

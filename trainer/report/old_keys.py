@@ -1,6 +1,7 @@
 """Logs of before: their keys, and how they are read."""
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 # Keys of logs until 2026-11 → today's, which trl and transformers use too.
@@ -40,6 +41,7 @@ def with_new_keys(records: Iterable[dict[str, Any]], stage: str) -> list[dict[st
     return found
 
 
+@cache
 def new_key(key: str, stage: str) -> str:
     """Today's name of a metric: val_loss → eval_loss, recipe_val_bpb → recipe_eval_bpb."""
     for old, new in (("recipe_", "recipe_"), ("val_", "eval_")):

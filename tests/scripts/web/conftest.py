@@ -1,8 +1,13 @@
 """The web page with a toy model that has memorised three conversations: an answer, reasoning, and
 a tool call."""
 
+import os
+import shutil
+import socket
+import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
@@ -63,3 +68,43 @@ def open_page(folder, monkeypatch):
         return page
 
     return start
+
+
+# -- a real browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium to open the page with (apt install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def serve():
+    """A function that starts the page with these flags, as a person does; its address."""
+    started = []
+
+    def start(*flags: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        words = [sys.executable, "-m", "streamlit", "run", PAGE, "--server.headless", "true"]
+        words += ["--server.port", str(port), "--", *flags]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipe = dict(stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        started.append(subprocess.Popen(words, env=env, **pipe))
+        return f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        # a training that the page has started would outlive it
+        children = psutil.Process(process.pid).children(recursive=True)
+        for each in (*children, process):
+            each.kill()
+        process.wait()

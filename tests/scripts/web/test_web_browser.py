@@ -1,43 +1,7 @@
 """The page in a real browser."""
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-
 import pytest
-from web_page import ANSWER, PAGE
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("there is no chromium to open the page with (apt install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def served(folder):
-    """The page as a person starts it; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "streamlit", "run", PAGE, "--server.headless", "true"]
-    words += ["--server.port", str(port), "--", "--save_dir", str(folder), "--temperature", "0"]
-    words += ["--max_new_tokens", "900"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait()
-
+from web_page import ANSWER, open_when_served
 
 GROWTH = """() => {
     window.seen = new Set();
@@ -49,17 +13,12 @@ GROWTH = """() => {
 
 
 @pytest.mark.slow
-def test_a_person_sends_a_message_and_sees_the_answer_stream_in(browser, served):
+def test_a_person_sends_a_message_and_sees_the_answer_stream_in(browser, serve, folder):
+    served = serve("--save_dir", str(folder), "--temperature", "0", "--max_new_tokens", "900")
     page = browser.new_page(locale="en-US")
-    page.set_default_timeout(60_000)
     asked = []
     page.on("request", lambda request: asked.append(request.url))
-    for _ in range(100):
-        try:
-            page.goto(served)
-            break
-        except Exception:  # it is not listening yet
-            time.sleep(0.2)
+    open_when_served(page, served)
     box = page.get_by_test_id("stChatInput").locator("textarea")
     for _ in range(5):  # where the machine is busy, a short answer may come in few pieces
         box.fill("hi")

@@ -3,12 +3,10 @@
 import runpy
 import shutil
 import sys
-import time
 
 import pytest
 from web_page import PAGE
 
-from scripts.web import models
 from scripts.web.models import DemoTraining, default_model, find_lora, find_models
 from scripts.web.texts import TEXTS
 from scripts.web_demo import Args
@@ -61,21 +59,3 @@ def test_a_wrong_flag_is_one_sentence(open_page, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(PAGE, run_name="__main__")
     assert end.value.code == 2 and "streamlit run" in capsys.readouterr().err
-
-
-def test_the_training_is_a_process_that_can_be_stopped(tmp_path, monkeypatch):
-    (tmp_path / "scripts" / "runs").mkdir(parents=True)
-    slow = "import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)"
-    (tmp_path / "scripts" / "runs" / "demo.py").write_text(slow)
-    monkeypatch.setattr(models, "ROOT", tmp_path)
-    training = DemoTraining()
-    training.start(str(tmp_path / "out"), 3)
-    while not training.log.read_bytes():
-        time.sleep(0.01)
-    assert (
-        training.running and f"'--minutes', '3', '--output', '{tmp_path}" in training.last_lines()
-    )
-    training.stop()
-    assert not training.running and not training.failed
-    training.log.write_bytes(b"1%\r50%\r100%\r\n\nend\n")
-    assert training.last_lines() == "100%\nend"

@@ -261,7 +261,7 @@ def test_runs_side_by_side(train, tmp_path, capsys, recipe):
     ("lines", "told"),
     [
         ("", "run.metrics.jsonl is empty"),
-        ('{"step": 1}\n{"step": 2, "lo', "line 2 of .*run.metrics.jsonl is not JSON"),
+        ('{"step": 1}\n{"step": 2, "lo\n', "line 2 of .*run.metrics.jsonl is not JSON"),
         ('{"step": 1}\n{"text": "a"}\n', "line 2 of .* has no step: this is not a training log"),
     ],
 )
