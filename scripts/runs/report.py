@@ -69,8 +69,7 @@ from trainer.report.parts import (
 # what a stage's chart is worth at first sight; the others are folded
 MAIN = ("loss", "eval_bpb", "reward", "eval_reward", "accuracy", "eval_accuracy", "kl")
 MAIN += ("rewards/accuracies", "eval_rewards/accuracies", "eval_rewards/margins", "approx_kl")
-# flags that every command has, or that the others explain
-PLACES = ("save_dir", "checkpoint_dir", "resume", "from_resume", "force", "data_path", "val_path")
+PLACES = ("save_dir", "checkpoint_dir", "resume", "from_resume", "force")  # flags of every command
 
 
 class Trained(NamedTuple):
@@ -221,7 +220,8 @@ def flags(stage: Trained) -> str:
     for field in fields(args_class):
         value = given.get(field.name, default_of(field))
         if field.name not in PLACES and value != default_of(field) and value not in ("", []):
-            words.append(f"--{field.name} {shlex.quote(shown(value))}")
+            listed = value if isinstance(value, list) else [shown(value)]
+            words.append(shlex.join([f"--{field.name}", *map(str, listed)]))
     return " ".join(words)
 
 
