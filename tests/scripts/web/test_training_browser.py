@@ -119,7 +119,7 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     open_form(page)  # which has kept its values
     fill(page, "Steps", "60")
     fill(page, "Name of the run", "second")
-    page.get_by_test_id("stCode").get_by_text("second").wait_for()
+    page.get_by_test_id("stCode").last.get_by_text("second", exact=True).wait_for()
     page.locator("button[kind=primary]:not([disabled])").wait_for()
     start.click()
     page.get_by_role("tab", name="second_32").wait_for()
