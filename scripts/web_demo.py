@@ -54,7 +54,7 @@ from scripts.web.models import (
 )
 from scripts.web.processes import last_lines
 from scripts.web.texts import LANGUAGES, Translator
-from scripts.web.training import training_page
+from scripts.web.training import may_control, training_page
 
 # Our own icon: the page would fetch one of Streamlit's from the internet.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
@@ -165,7 +165,10 @@ def no_model_page(args: Args, t: Translator) -> None:
     st.write(t("no_model_where", folder=args.save_dir))
     st.markdown("1. " + t("way_demo"))
     st.code("make demo", language="bash")
-    train_demo(args, t)
+    if may_control(args):
+        train_demo(args, t)
+    else:
+        st.caption(t("read_only"))
     st.markdown("2. " + t("way_own"))
     st.code("python trainer/train_pretrain.py\npython trainer/train_full_sft.py", language="bash")
     st.markdown("3. " + t("way_folder"))

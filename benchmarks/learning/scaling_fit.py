@@ -76,11 +76,13 @@ def fit(
 
 
 def bootstrap(law: ScalingLaw, runs: Results) -> list[ScalingLaw]:
-    """Laws that the same runs might have given: fits to the law with residuals drawn anew."""
+    """Laws that the same runs might have given: fits to the law with residuals drawn anew. The
+    residuals are enlarged, since a fit of five constants to n runs makes them too small."""
     parameters = [run["parameters"] for run in runs]
     tokens = [effective_tokens(run["tokens"], DATA_TOKENS) for run in runs]
     fitted = np.array([law.loss(n, d) for n, d in zip(parameters, tokens, strict=True)])
     residuals = np.array([run["bits_per_byte"] for run in runs]) / fitted - 1
+    residuals *= np.sqrt(len(runs) / max(1, len(runs) - 5))
     rng = np.random.default_rng(0)
     return [
         fit(parameters, tokens, fitted * (1 + rng.choice(residuals, len(runs))))

@@ -1,6 +1,5 @@
 """What a stage takes, before it is trained: tokens of its data, time, memory and disk."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,13 +11,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dataset.forms.files import open_lines
+from dataset.jsonl import BadRows, error_at, parse_row
 from dataset.released import SIZES
 from model.command_line import rules_of
+from model.errors import UserError
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.model_minimind import MiniMindForCausalLM
 from model.weights import count_parameters
 from trainer.common import hardware
+from trainer.common.compute_optimal import clock
 from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
 from trainer.report.forecast import training_memory
@@ -66,14 +68,18 @@ def released_file(name: str) -> DataFile:
 
 def measure_file(path: str, tokenizer: PreTrainedTokenizerBase) -> DataFile:
     """Rows and tokens of a file, from its first megabytes."""
-    texts, size = [], 0
+    texts, size, bad_rows = [], 0, BadRows()  # which the trainer complains about
     with open_lines(path) as (raw, lines):
-        for line in lines:
+        for number, line in enumerate(lines, start=1):
             size += len(line)
-            texts.append("\n".join(strings(json.loads(line))))
+            with error_at(path, number, bad_rows):
+                if line.strip():
+                    texts.append("\n".join(strings(parse_row(line))))
             if size > SAMPLE_BYTES:
                 break
         times = max(1.0, os.path.getsize(path) / raw.tell()) if size > SAMPLE_BYTES else 1.0
+    if not texts:
+        raise UserError(f"{path} has no row of data, as far as it was read")
     tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
     return DataFile(Path(path).name, *(times * count for count in (len(texts), size, tokens)))
 
@@ -123,11 +129,9 @@ def seconds_of(ctx: Context, call: Any, times: int = 2) -> float:
     """The shorter of some calls, after one that does not count."""
     best = float("inf")
     for number in range(times + 1):
-        start = time.perf_counter()
+        start = clock(ctx.device)
         call()
-        if ctx.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start) if number else best
+        best = min(best, clock(ctx.device) - start) if number else best
     return best
 
 

@@ -94,16 +94,20 @@ console = Console(highlight=False)
 def main(args: Args) -> dict[str, Any]:
     folder, plan = Path(args.save_dir), read_plan(args.save_dir)
     check_alone(folder)
-    if plan and plan["minutes"] != args.minutes:
-        raise UserError(
-            f"{folder} has a run that was begun with MINUTES={plan['minutes']:g}: go on with the "
-            "same, or begin another one with another OUT"
-        )
+    for name, before, now in (
+        ("MINUTES", f"{plan.get('minutes', 0):g}", f"{args.minutes:g}"),
+        ("DATA", plan.get("data_dir", ""), args.data_dir),
+    ):
+        if plan and before != now:
+            raise UserError(
+                f"{folder} has a run that was begun with {name}={before}: go on with the same, or "
+                "begin another one with another OUT"
+            )
     if missing := set(args.stages) - plan.get("stages", {}).keys():  # or more stages than before
         new = make_plan(args, [each for each in args.stages if each in missing], plan.get("size"))
         both = plan.get("stages", {}) | new["stages"]
         plan = plan | new | {"stages": {stage: both[stage] for stage in STAGES if stage in both}}
-    plan |= {"price": args.price}
+    plan |= {"price": args.price, "flags": args.flags}
     show(plan, folder)
     write_json(folder / "plan.json", plan)
     return plan

@@ -149,9 +149,9 @@ def flags_of(step: str, folder: Path | str) -> str:
         if not wanted or is_finished(step, folder):
             return ""
         check_finished(list(STAGES)[: list(STAGES).index(step)], plan, folder)
-        often = (
-            " --log_interval 10 --eval_interval 200 --save_interval 20" if plan["minutes"] else ""
-        )
+        often = ""
+        if plan["minutes"] and plan["device"] == "cpu":  # a GPU makes 100 steps soon
+            often = " --log_interval 10 --eval_interval 200 --save_interval 20"
         return f"--minutes {wanted['minutes']:g}{often}"
     there = finished_stages(folder)
     chat = [stage for stage in CHAT if stage in there][-1:]

@@ -161,6 +161,15 @@ def test_tokens_of_a_file(tmp_path, tokenizer, monkeypatch, packed):
         assert found.tokens == pytest.approx(true, rel=0.1)
 
 
+def test_rows_that_cannot_be_read_are_left_to_the_trainer(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "tea and bread"}\n\n{"text": oops}\n')
+    assert measure_file(str(path), tokenizer).rows == 1
+    path.write_text("\n")
+    with pytest.raises(UserError, match="a.jsonl has no row of data"):
+        measure_file(str(path), tokenizer)
+
+
 @pytest.fixture
 def make(data_dir, tmp_path, monkeypatch):
     """A function that makes a plan on a machine of a given speed; what it prints."""
@@ -198,6 +207,8 @@ def test_a_run_goes_on_with_its_own_minutes_and_may_get_more_stages(make, capsys
     make(FAST, minutes=10.0)
     with pytest.raises(UserError, match="was begun with MINUTES=10"):
         make(FAST, minutes=20.0)
+    with pytest.raises(UserError, match="was begun with DATA=.*some data"):
+        make(FAST, minutes=10.0, data_dir="")
 
 
 def test_little_disk_or_memory_is_told_before_it_starts(make, capsys, monkeypatch):

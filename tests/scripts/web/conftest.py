@@ -9,6 +9,7 @@ import sys
 
 import psutil
 import pytest
+import streamlit as st
 import torch
 from streamlit.testing.v1 import AppTest
 from web_page import MEMORISED, PAGE
@@ -60,7 +61,8 @@ def folder(make_model, tokenizer, tmp_path_factory):
 def open_page(folder, monkeypatch):
     """A function that opens the page with these flags."""
 
-    def start(*flags: str, save_dir=folder) -> AppTest:
+    def start(*flags: str, save_dir=folder, address: str | None = None) -> AppTest:
+        monkeypatch.setattr(type(st.context), "ip_address", property(lambda self: address))
         words = ["--save_dir", str(save_dir), "--temperature", "0", "--language", "en", *flags]
         monkeypatch.setattr(sys, "argv", [PAGE, *words])
         page = AppTest.from_file(PAGE, default_timeout=60).run()

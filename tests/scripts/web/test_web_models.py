@@ -47,6 +47,12 @@ def test_without_a_model_the_page_says_how_to_get_one(open_page, tmp_path, monke
     assert started == [(str(tmp_path), 12)]
 
 
+def test_visitors_from_elsewhere_do_not_train_the_demo(open_page, tmp_path):
+    elsewhere = dict(save_dir=tmp_path, address="192.0.2.7")
+    assert not open_page(**elsewhere).button
+    assert open_page("--remote_training", "1", **elsewhere).button
+
+
 def test_a_damaged_model_is_one_sentence(open_page, tmp_path):
     (tmp_path / "full_sft_64.pth").write_bytes(b"nothing")
     page = open_page(save_dir=tmp_path)
