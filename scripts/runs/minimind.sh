@@ -2,7 +2,7 @@
 # From nothing to a model to chat with. Run again after an interruption, it goes on where it was.
 #
 #   bash scripts/runs/minimind.sh                           # on a GPU; downloads today's mini set
-#   DATA=~/data MINUTES=60 bash scripts/runs/minimind.sh    # your files, the best of an hour
+#   DATA=~/data MINUTES=60 bash scripts/runs/minimind.sh    # your files, fitted to an hour
 #
 # DATA        folder of data files, which are used as they are: nothing is downloaded
 # MINUTES     for everything; model size and tokens are fitted to them and to the machine
