@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,10 @@ from trainer import trainer_utils
 from trainer.common import hardware
 from trainer.common.context import unwrap
 from trainer.trainer_utils import Run
+
+# Tests that are started in the background ignore Ctrl-C, and so would all programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # -- no test writes outside its own folder ---------------------------------------------------------
 

@@ -95,6 +95,7 @@ def launches() -> list[Process]:
 def started(process: Process) -> None:
     """Go to the list of runs, where the new one is going to appear."""
     launches().append(process)
+    st.session_state.setdefault("started", set()).add(process.popen.pid)
     st.session_state.next_view = "runs"
     st.rerun()
 
@@ -155,13 +156,15 @@ def choose_runs(found: list[FoundRun], t: Translator) -> dict[WatchedRun, str]:
         run.refresh()
     running = [run for run in runs if run.status == "running"]
     seen = st.session_state.setdefault("seen_runs", set())
+    started_here = st.session_state.get("started", set())
     first = (running or runs[:1]) if not seen else []
     colors = st.session_state.setdefault("run_colors", {})
     chosen: dict[WatchedRun, str] = {}
     for run in runs:
         key = f"show {run.run.log}"
-        # a run that begins while one looks is shown at once
-        begins = run.status == "running" and run.run.log not in seen
+        # a run that begins while one looks is shown at once; a short one has ended by now
+        ours = run.state is not None and run.state.pid in started_here
+        begins = (run.status == "running" or ours) and run.run.log not in seen
         seen.add(run.run.log)
         if key not in st.session_state and (run in first or begins):
             st.session_state[key] = True

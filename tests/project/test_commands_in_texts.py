@@ -66,7 +66,7 @@ PARSE = {
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",
     "scripts/runs/plan.py": "measures the machine; tests/scripts/runs/test_plan.py",
-    "scripts/runs/[eqr]*.py": "need a finished run; tests/scripts/runs/test_evaluation.py",
+    "scripts/runs/[eqr]*.py": "need a finished run; tests/scripts/runs/test_run_evaluation.py",
     "scripts/runs/demo_lora.py": "needs the demo's model; tests/model/test_lora.py",
     "scripts/serve_openai_api.py": "a service; tests/scripts/server/",
     "scripts/chat_openai_api.py": "needs the service; tests/scripts/server/",
