@@ -122,8 +122,8 @@ def test_a_training_is_started_watched_stopped_and_continued(browser, serve, tmp
     page.get_by_test_id("stCode").last.get_by_text("second", exact=True).wait_for()
     page.locator("button[kind=primary]:not([disabled])").wait_for()
     start.click()
-    page.get_by_role("tab", name="second_32").wait_for()
-    page.get_by_role("tab", name="first_32").wait_for()
+    page.get_by_role("tab", name="second_32").first.wait_for()
+    page.get_by_role("tab", name="first_32").first.wait_for()  # two while it is drawn anew
     page.locator(".mm-finished").nth(1).wait_for(timeout=300_000)
     page.wait_for_function(f"({POINTS})().length == 2")
     for axis in ("steps", "minutes"):
