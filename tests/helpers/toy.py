@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
@@ -243,6 +244,11 @@ def ended(process: int, seconds: float = 300) -> int:
         time.sleep(0.005)
     os.kill(process, signal.SIGABRT)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def alive(process: int) -> bool:
+    """Whether a forked process has not ended: one that has is a zombie until it is waited for."""
+    return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
 def no_file_grows_beyond(size: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from toy import (
     KINDS,
     Trainer,
+    alive,
     ended,
     everything,
     flags,
@@ -29,7 +30,7 @@ from toy import (
 )
 
 from dataset import lm_dataset
-from dataset.lm_dataset import load_documents
+from dataset.lm_dataset import encode_chunk, load_documents
 from model.weights import load_tokenizer
 from trainer import trainer_utils
 from trainer.common.loop import begin_worker
@@ -263,10 +264,15 @@ def test_a_file_has_its_name_only_once_it_is_on_the_disk(train, monkeypatch):
     assert events == ["fsync", "fsync", "name", "name", "fsync", "name", *state, *saved, *state]
 
 
+def encode_slowly(*args):
+    """Of the module, so that it can be handed to other processes by its name."""
+    time.sleep(0.1)
+    return encode_chunk(*args)
+
+
 def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage, monkeypatch):
     monkeypatch.setattr(lm_dataset, "LINES_PER_CHUNK", 1)
-    encode = lm_dataset.encode_chunk
-    monkeypatch.setattr(lm_dataset, "encode_chunk", lambda *args: time.sleep(0.1) or encode(*args))
+    monkeypatch.setattr(lm_dataset, "encode_chunk", encode_slowly)
     kind = KINDS[any_stage.write_data]
     load = partial(
         load_documents,
@@ -279,12 +285,14 @@ def test_tokenising_that_is_killed_leaves_no_process_and_is_done_anew(any_stage,
     process = fork(lambda: load(workers=2))
     workers = []
     while len(workers) < 2:
-        assert psutil.pid_exists(process)
+        assert alive(process)
         time.sleep(0.05)
         workers = psutil.Process(process).children()
+    time.sleep(0.1)
+    assert alive(process)
     os.kill(process, signal.SIGKILL)
     assert ended(process) == -signal.SIGKILL
-    gone, alive = psutil.wait_procs(workers, timeout=10)
-    assert not alive
+    gone, left = psutil.wait_procs(workers, timeout=10)
+    assert not left
     monkeypatch.undo()
     assert len(load()) == len(any_stage.examples) * (2 if kind == "preferences" else 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from prepare_samples import digest, texts, variants
-from toy import ended, fork, text_file
+from toy import alive, ended, fork, text_file
 
 from dataset.prepare import job_dir, resumable
 from model.errors import UserError
@@ -60,6 +60,7 @@ def test_killed_at_any_moment_and_gone_on_with(tmp_path, many, command):
         before = chunks(note)
         process = fork(lambda: slowly(words(out), 0.02))
         while chunks(note) <= before + 3 + kill:
+            assert alive(process)
             time.sleep(0.005)
         os.kill(process, signal.SIGKILL)
         assert ended(process) == -signal.SIGKILL
@@ -110,6 +111,7 @@ def test_what_changed_meanwhile_is_not_gone_on_with(tmp_path, many):
     process = fork(lambda: slowly(words, 0.02))
     note = tmp_path / ".out.jsonl.work" / "clean.json"
     while chunks(note) < 5:
+        assert alive(process)
         time.sleep(0.005)
     os.kill(process, signal.SIGKILL)
     ended(process)
