@@ -8,8 +8,10 @@ from matplotlib import pyplot as plt
 
 from dataset.sampler import GlobalBatchSampler
 from model.model_minimind import MiniMindConfig
+from trainer import train_pretrain
 from trainer.common.compute_optimal import SIZES, ScalingLaw, Speed, effective_tokens
 from trainer.common.hardware import GPU_TFLOPS, flops_per_token
+from trainer.common.loop import INITIAL_BATCH_TOKENS
 from trainer.report.plots import save_figure
 
 SEQUENCE = 512
@@ -25,8 +27,13 @@ Results = list[dict[str, Any]]
 
 def default_sampler() -> GlobalBatchSampler:
     """The batches of train_pretrain.py's defaults on a CPU, as many as one likes."""
+    args = train_pretrain.Args()
     return GlobalBatchSampler(
-        10**9, batch_size=32, accumulation_steps=8, batch_ramp=200, initial_batch_size=2
+        10**9,
+        batch_size=args.batch_size,
+        accumulation_steps=args.accumulation_steps,
+        batch_ramp=args.batch_ramp,
+        initial_batch_size=INITIAL_BATCH_TOKENS // args.max_seq_len,
     )
 
 
@@ -159,7 +166,7 @@ def plot(
         right.plot(sizes[best], curve[best], "*", color=color, ms=13, mec="k", mew=0.5)
     right.set_ylim(losses.min() - 0.05, max(shown) + 0.1)
     right.set(xscale="log", xlabel="million parameters", ylabel="held-out bits per byte")
-    right.set_title("the same time, other sizes (star: the dial's choice)", fontsize=10)
+    right.set_title("the same time, other sizes (star: the choice of --minutes)", fontsize=10)
     left.set_title("points: runs; lines: the fitted law", fontsize=10)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", lw=0.4)

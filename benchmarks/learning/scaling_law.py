@@ -4,10 +4,11 @@
     python benchmarks/learning/scaling_law.py                        # the fit again, no training
 
 DIR holds pretrain.jsonl.gz and pretrain_val.jsonl.gz. Every run is train_pretrain.py with its
-defaults, the dial's learning rate and a schedule of its own length; the figure is its held-out bits
-per byte. A budget is minutes of this machine's two cores, turned into tokens by each size's
-measured speed, so that other work on the machine does not matter. For each budget there are the
-size that the dial (--minutes of the trainer) would choose and its neighbours, or --sizes.
+defaults, the learning rate that --minutes gives its width and a schedule of its own length; the
+figure is its held-out bits per byte. A budget is minutes of this machine's two cores: first each
+size's speed is measured (for this the machine must be free), which turns minutes into tokens; the
+runs may then share the machine. For each budget there are the size that --minutes of the trainer
+would choose and its neighbours, or --sizes.
 
 Speeds and runs are appended to --results as they come, a JSON line each. What is there already is
 not repeated, an interrupted run goes on, and further budgets add to what is there. From all runs
@@ -21,7 +22,6 @@ own predictions with residuals that are drawn from its residuals.
 
 import json
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Args:
     sizes: list[str] = option([], "hidden size x layers, such as 256x6; default: see above")
     tokens: list[float] = option([], "tokens of the runs of --sizes, instead of budgets")
     learning_rates: list[float] = option(
-        [], "peak learning rates; default: the dial's for the width"
+        [], "peak learning rates; default: that of --minutes for the width"
     )
     recipe: str = option("", "more flags of the trainer, for experiments")
     seed: int = option(42, "random seed of weights and order")
@@ -80,7 +80,6 @@ from dataset.jsonl import as_line
 from model.command_line import parse_arguments
 from model.weights import count_parameters, load_tokenizer
 from trainer import train_pretrain
-from trainer.common import compute_optimal
 from trainer.common.compute_optimal import (
     LAW,
     SIZES,
@@ -123,11 +122,9 @@ def steps_for(tokens: float) -> int:
 
 
 def measure_speeds(args: Args) -> None:
-    """The time of a step of every size, in seconds of both cores: half of the CPU time of one
-    thread, which other work on the machine hardly changes."""
-    threads, torch_clock = torch.get_num_threads(), compute_optimal.clock
-    torch.set_num_threads(1)
-    compute_optimal.clock = lambda device: time.process_time()
+    """The time of a step of every size on both cores, in seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CORES)
     tokenizer = load_tokenizer()
     for width, depth in SIZES[: NAMES.index("512x8") + 1]:
         size = f"{width}x{depth}"
@@ -144,20 +141,18 @@ def measure_speeds(args: Args) -> None:
         model = init_model(settings, tokenizer)
         speed = measure_speed(ctx, model, tokenizer, train_data)
         record = {"kind": "speed", "size": size, "parameters": count_parameters(model)}
-        record |= {name: round(value / CORES, 5) for name, value in speed._asdict().items()}
-        append(args.results, record)
+        append(args.results, record | {k: round(v, 5) for k, v in speed._asdict().items()})
     torch.set_num_threads(threads)
-    compute_optimal.clock = torch_clock
 
 
 def around_the_choice(budget: float, speeds: dict[str, Speed]) -> list[str]:
-    """The size that the dial chooses for a budget, and its neighbours."""
+    """The size that --minutes chooses for a budget, and its neighbours."""
     choice = NAMES.index(choose(LAW, budget, speeds))
     return [size for size in NAMES[max(0, choice - 1) : choice + 2] if size in speeds]
 
 
 def choose(law: ScalingLaw, budget: float, speeds: dict[str, Speed]) -> str:
-    """The size that the dial chooses for so many minutes."""
+    """The size that --minutes would choose."""
 
     def loss(size: str) -> float:
         _, samples = speeds[size].steps_within(60 * budget, default_sampler())
@@ -167,12 +162,12 @@ def choose(law: ScalingLaw, budget: float, speeds: dict[str, Speed]) -> str:
     return min((size for size in NAMES if size in speeds), key=loss)
 
 
-def dials_rate(size: str) -> float:
+def rate_of(size: str) -> float:
     return learning_rate(int(size.split("x")[0]))
 
 
 def train_all(args: Args, size: str, steps: int, budget: float | None) -> None:
-    for rate in args.learning_rates or [dials_rate(size)]:
+    for rate in args.learning_rates or [rate_of(size)]:
         train(args, size, steps, rate, budget)
 
 
@@ -238,7 +233,7 @@ def report(args: Args) -> dict[str, Any]:
     speeds = {size: speed for size, speed in speeds_of(results).items() if size in NAMES}
     defaults = dict(kind="run", recipe="", seed=42)
     runs = [record for record in results if defaults.items() <= record.items()]
-    runs = [run for run in runs if run["learning_rate"] == dials_rate(run["size"])]
+    runs = [run for run in runs if run["learning_rate"] == rate_of(run["size"])]
     fitted = [run for run in runs if run["minutes"] not in args.held_out]
     if len(fitted) < 6:
         print(f"{len(fitted)} runs: a law of five constants needs six")
@@ -267,10 +262,10 @@ def report(args: Args) -> dict[str, Any]:
 def show_tests(
     console: Console, args: Args, runs: Results, law: ScalingLaw, speeds: dict[str, Speed]
 ) -> dict[float, float]:
-    """At each held-out budget, the dial's choice against the best size tried; returns how much
+    """At each held-out budget, how --minutes chooses against the best size tried; returns how much
     worse it is, in bits per byte."""
     table, behind = Table(title="budgets not used for the fit", title_justify="left"), {}
-    for column in ("minutes", "sizes tried, bits per byte", "the dial's", "behind the best"):
+    for column in ("minutes", "sizes tried, bits per byte", "choice", "behind the best"):
         table.add_column(column)
     for budget in args.held_out:
         tried = {run["size"]: run["bits_per_byte"] for run in runs if run["minutes"] == budget}

@@ -82,7 +82,7 @@ def results(tmp_path) -> str:
         for size in list(speeds)[:4]:
             n = scaling_fit.parameters_of(*map(int, size.split("x")))
             steps, samples = speeds[size].steps_within(60 * minutes, scaling_fit.default_sampler())
-            rate = scaling_law.dials_rate(size)
+            rate = scaling_law.rate_of(size)
             key = dict(kind="run", size=size, steps=steps, learning_rate=rate, seed=42, recipe="")
             found = dict(parameters=n, tokens=512 * samples)
             found["bits_per_byte"] = TRUE.loss(n, found["tokens"])
