@@ -27,13 +27,13 @@ from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse, Response
 
-from scripts.serving.chat_handler import ChatHandler
-from scripts.serving.completion_handler import CompletionHandler
-from scripts.serving.errors import add_error_handlers
+from scripts.serving.api.chat_handler import ChatHandler
+from scripts.serving.api.completion_handler import CompletionHandler
+from scripts.serving.api.errors import add_error_handlers
 from scripts.serving.loading import ChatModel, load_chat_model
-from scripts.serving.openai_types import ChatRequest, CompletionRequest
-from scripts.serving.responses import respond
-from scripts.serving.service import Service
+from scripts.serving.api.openai_types import ChatRequest, CompletionRequest
+from scripts.serving.api.http_response import respond
+from scripts.serving.api.service import Service
 
 SHUTDOWN_SECONDS = 30  # for running requests to finish after Ctrl-C
 

@@ -36,6 +36,9 @@ class QueueFull(Exception):
 class Constraint(Protocol):
     """Restricts the tokens of a reply, such as a grammar does (grammar.py)."""
 
+    is_complete: bool  # the reply may end here
+    is_finished: bool  # nothing else can follow
+
     def allowed(self) -> Tensor:
         """[V], bool: the tokens that may come next; at least one."""
 
@@ -310,8 +313,11 @@ class Engine:
             request.finish_reason = "stop"
         elif request.detokenizer and request.detokenizer.stopped:
             request.finish_reason = "stop"
+        elif request.constraint and request.constraint.is_finished:
+            request.finish_reason = "stop"
         elif len(request.tokens) == sampling.max_new_tokens:
-            request.finish_reason = "length"
+            complete = request.constraint is not None and request.constraint.is_complete
+            request.finish_reason = "stop" if complete else "length"
         if request.detokenizer and request.finish_reason:
             request.detokenizer.end()
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataset.lm_dataset import encode_text
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import MIN_LOGPROB, Handler
-from scripts.serving.openai_types import CompletionRequest
-from scripts.serving.service import Delta, Service
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import MIN_LOGPROB, Handler
+from scripts.serving.api.openai_types import CompletionRequest
+from scripts.serving.api.service import Delta, Service
 
 
 @dataclass

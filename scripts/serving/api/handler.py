@@ -9,8 +9,8 @@ from model.inference.engine import Request
 from model.inference.grammar import Grammar
 from model.inference.streaming import StreamingDetokenizer
 from model.inference.tokens import decode_token_bytes
-from scripts.serving.openai_types import BaseRequest
-from scripts.serving.service import Delta, Service
+from scripts.serving.api.openai_types import BaseRequest
+from scripts.serving.api.service import Delta, Service
 
 MIN_LOGPROB = -9999.0  # for JSON, which has no −infinity
 

@@ -15,10 +15,10 @@ from model.inference.engine_thread import EngineThread
 from model.inference.grammar import GrammarCompiler
 from model.inference.sampling import SamplingParams
 from scripts.serving.arguments import ServerArgs
-from scripts.serving.errors import ApiError, server_error
+from scripts.serving.api.errors import ApiError, server_error
 from scripts.serving.loading import ChatModel
-from scripts.serving.metrics import Metrics
-from scripts.serving.openai_types import BaseRequest, ChatRequest
+from scripts.serving.api.metrics import Metrics
+from scripts.serving.api.openai_types import BaseRequest, ChatRequest
 
 LOG = logging.getLogger("uvicorn.error")
 

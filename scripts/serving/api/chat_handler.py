@@ -10,11 +10,17 @@ from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
+from model.inference.schemas import enforceable, moved_below
 from model.inference.tokens import decode_token_bytes
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import MIN_LOGPROB, Handler
-from scripts.serving.openai_types import ChatMessage, ChatRequest, NamedToolChoice
-from scripts.serving.service import Delta, Service
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import MIN_LOGPROB, Handler
+from scripts.serving.api.openai_types import (
+    ChatMessage,
+    ChatRequest,
+    FunctionDefinition,
+    NamedToolChoice,
+)
+from scripts.serving.api.service import Delta, Service
 
 
 @dataclass
@@ -91,21 +97,10 @@ class ChatHandler(Handler):
         functions = [function for function in functions if name in (None, function.name)]
         if not functions:
             raise ApiError(f"there is no tool {name!r} among tools", param="tool_choice")
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function.name},
-                    "arguments": function.parameters or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
-        schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
-        grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {schema}\n'
         try:
+            schema = call_schema(functions)
+            text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+            grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {text}\n'
             return self.service.grammars.compile_lark(grammar, max_tokens)
         except UserError as error:
             raise ApiError(str(error), param="tool_choice") from error
@@ -196,6 +191,30 @@ class ChatHandler(Handler):
             entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}
             for token, logprob in zip(delta.tokens, delta.logprobs, strict=True)
         ]
+
+
+def call_schema(functions: list[FunctionDefinition]) -> dict[str, Any]:
+    """The schema of a call of any of these functions, as the model writes it.
+
+    Raises:
+        UserError: the parameters of one hold what cannot be enforced.
+    """
+    calls, parameters = [], {}
+    for number, function in enumerate(functions):
+        given = function.parameters or {"type": "object", "properties": {}}
+        if not given.keys() & {"type", "$ref"}:
+            given = {"type": "object", **given}
+        parameters[str(number)] = moved_below(enforceable(given), f"#/$defs/{number}")
+        call = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{number}"}}
+        calls.append(
+            {
+                "type": "object",
+                "properties": call,
+                "required": list(call),
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": parameters}
 
 
 def to_template_message(message: ChatMessage) -> dict[str, Any]:

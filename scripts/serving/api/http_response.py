@@ -8,9 +8,9 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import Handler
-from scripts.serving.service import Delta
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import Handler
+from scripts.serving.api.service import Delta
 
 DISCONNECT_CHECK_SECONDS = 0.2
 
