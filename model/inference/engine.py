@@ -112,6 +112,7 @@ class Engine:
         self.kv_cache = KVCache(slots)
         self.is_minimind = isinstance(model.config, MiniMindConfig)
         self.stop_ids = set(eos_ids(model))
+        self.vocab_size = model.config.get_text_config().vocab_size
 
     @property
     def busy(self) -> bool:
@@ -124,7 +125,7 @@ class Engine:
             ValueError: the prompt is empty, or prompt and reply exceed the model's positions.
             QueueFull
         """
-        most = self.model.config.max_position_embeddings
+        most = max_positions(self.model)
         if not request.prompt:
             raise ValueError("every prompt needs at least one token")
         if len(request.prompt) + request.sampling.max_new_tokens > most:
@@ -182,7 +183,7 @@ class Engine:
             if source is not None and self.running[source].length < shared:
                 deferred.append(request)
                 continue
-            sequence = Sequence(request, self.model.config.vocab_size, self.model.device)
+            sequence = Sequence(request, self.vocab_size, self.model.device)
             if source is not None:
                 self.kv_cache.copy(source, len(self.running), shared)
                 sequence.length = shared
@@ -276,9 +277,14 @@ class Engine:
         parameters are sampled together."""
         logits = logits.float()
         unconstrained = logits
-        if any(each.request.constraint for each in sequences):
+        changed = [
+            each.request.constraint or each.request.sampling.logit_bias for each in sequences
+        ]
+        if any(changed):
             logits = logits.clone()
             for sequence, row in zip(sequences, logits, strict=True):
+                for token, bias in sequence.request.sampling.logit_bias:
+                    row[token] += bias
                 if sequence.request.constraint:
                     row[~sequence.request.constraint.allowed()] = -torch.inf
         groups = defaultdict(list)
@@ -347,8 +353,13 @@ def record_logprobs(sequences: list[Sequence], logprobs: Tensor, tokens: list[in
             sequence.request.logprobs.append(TokenLogprob(row[token].item(), top))
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest sequence that a model takes; configs without a limit name none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def eos_ids(model: PreTrainedModel) -> list[int]:
     """The ids of the tokens that end a reply."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = model.config.eos_token_id if ids is None else ids
+    ids = getattr(model.config, "eos_token_id", None) if ids is None else ids
     return [ids] if isinstance(ids, int) else list(ids or [])

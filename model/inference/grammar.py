@@ -4,9 +4,10 @@ llguidance says which tokens may come next. It does not know max_new_tokens, whi
 in the middle of its JSON. So after each token a short completion is searched, and a token that does
 not leave room for its completion is replaced by the first token of the last one.
 
-The search follows the first of a few likely tokens after which something else may come than before:
-so it leaves repetitions, such as those of a text with a pattern. Where that does not end, as in some
-recursive schemas, it looks for what has not come before on the whole path, and then backtracks.
+The search follows the first of a few likely tokens after which something else may come than
+before: so it leaves repetitions, such as those of a text with a pattern. Where that does not end,
+as in some recursive schemas, it looks for what has not come before on its whole path, and then
+backtracks.
 """
 
 import json
@@ -48,11 +49,27 @@ SEARCHED_TOKENS = 4000  # at the start, with backtracking; a twentieth of it aft
 
 
 class GrammarCompiler:
-    """Compiles grammars for a tokenizer."""
+    """Compiles grammars for a tokenizer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    Args:
+        vocab_size: of the model, if it is another than the tokenizer's.
+        eos: ends a reply, if the tokenizer has no token for that.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int | None = None, eos: int = 0
+    ):
         self.tokenizer = tokenizer
-        self.tokens: LLTokenizer = from_tokenizer(tokenizer)
+        eos = eos if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        num_tokens = max(len(tokenizer), vocab_size or 0)
+        try:
+            self.tokens: LLTokenizer = from_tokenizer(tokenizer, num_tokens, eos)
+        except Exception as error:  # an unusual kind of tokenizer
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"this model's tokenizer allows no structured output: {reason}"
+            ) from None
+        self.vocab_size = vocab_size or num_tokens
         ids = (tokenizer.encode(text, add_special_tokens=False) for text in CLOSING_TEXTS)
         self.closing_tokens = [ids[0] for ids in ids if len(ids) == 1]
         self.texts = [self.tokens.decode_str([token]) for token in range(self.tokens.vocab_size)]
@@ -63,6 +80,10 @@ class GrammarCompiler:
         return Grammar(
             self, LLMatcher.grammar_from_json_schema(json.dumps(compact)), max_new_tokens
         )
+
+    def has_token(self, text: str) -> bool:
+        """Whether a grammar can name a token by its text, in angle brackets."""
+        return text in {token.content for token in self.tokenizer.added_tokens_decoder.values()}
 
     def compile_lark(self, grammar: str, max_new_tokens: int) -> "Grammar":
         return Grammar(self, LLMatcher.grammar_from_lark(grammar), max_new_tokens)
@@ -103,7 +124,7 @@ class Grammar:
 
     def allowed(self) -> Tensor:
         """[V], bool."""
-        return self.token_mask()[: self.compiler.tokens.vocab_size]
+        return self.token_mask()[: self.compiler.vocab_size]
 
     def accept(self, token: int) -> int:
         """Accept the token, or replace it if the reply could not be completed in time after it."""

@@ -68,7 +68,8 @@ LOOKING_AHEAD = {
     # pydantic's Decimal
     r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)$",
     # zod's e-mail
-    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@"
+    r"([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
         r"^[A-Za-z0-9_+-]+(\.[A-Za-z0-9_+-]+)*@([A-Za-z0-9][A-Za-z0-9-]*\.)+[A-Za-z]{2,}$"
     ),
 }
@@ -319,9 +320,7 @@ class Rewriter:
     def plain_pattern(self, pattern: str) -> str:
         pattern = LOOKING_AHEAD.get(pattern, pattern)
         if LOOKAROUND.search(pattern):
-            raise refused(
-                f'the "pattern" {pattern!r} looks ahead or back, which is not supported'
-            )
+            raise refused(f'the "pattern" {pattern!r} looks ahead or back, which is not supported')
         return pattern
 
 
