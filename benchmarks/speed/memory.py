@@ -4,7 +4,7 @@
 
 Each case trains a model with random weights for two steps on the CPU, on rows of full length, in a
 process of its own. Measured is its peak memory minus that before the model was made. Estimated is
-what the trainer prints before its first step (forecast.py, training_memory):
+what the trainer prints before its first step (hardware.py, training_memory):
 
     bytes = weights · 4 · (1 + 1 gradient + 1 moment with Muon or 2 with AdamW) + reference · 4
             + rows · tokens · (size · layers · (12 · hidden + 4 · intermediate) + logits)
@@ -38,8 +38,7 @@ from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import count_parameters, load_tokenizer, save_weights, write_json
 from trainer import train_dpo, train_full_sft, train_grpo, train_ppo
-from trainer.common.hardware import describe_machine
-from trainer.report.forecast import training_memory
+from trainer.common.hardware import describe_machine, training_memory
 from trainer.train_ppo import ActorCritic
 
 SIZES = {"26M": (512, 8), "104M": (768, 16)}

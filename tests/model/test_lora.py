@@ -25,7 +25,7 @@ from model.model_lora import (
 )
 from model.weights import load_model, save_weights
 from trainer import train_lora
-from trainer.report.forecast import training_memory
+from trainer.common.hardware import training_memory
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 EVERY_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()

@@ -9,9 +9,11 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, MiniMindModel
+from model.weights import count_parameters
 
 # Peak dense bf16 rates in TFLOP/s, from NVIDIA's data sheets, without sparsity.
 GPU_TFLOPS = {
@@ -160,3 +162,29 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {physical_cores()} cores, {torch.get_num_threads()} threads"
+
+
+def training_memory(
+    config: MiniMindConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    optimizer: str,
+    gradient_checkpointing: bool,
+) -> tuple[float, float]:
+    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
+
+    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
+    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
+    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
+    vector a layer and one whole layer at a time; and the logits, which float32 makes in chunks and
+    autocast as a whole, three times. A critic beside the actor doubles all that.
+    """
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
+    is_float32 = dtype == torch.float32
+    size = 4 if is_float32 else 3  # under autocast part of it stays float32
+    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
+    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
+    return fixed, models * (size * kept + config.vocab_size * (1 if is_float32 else 14))

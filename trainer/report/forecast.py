@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dataset.packing import PackedDataset, TrainingData
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig, MiniMindModel
+from model.model_minimind import MiniMindConfig
 from model.weights import count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
@@ -79,7 +78,7 @@ def memory_forecast(
     args, flag, longest = ctx.args, ctx.args.batch_size_flag, train_data.max_sample_tokens
     batch_size = getattr(args, flag)
     samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
-    fixed, per_token = training_memory(
+    fixed, per_token = hardware.training_memory(
         config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     if args.needs_reference:
@@ -103,32 +102,6 @@ def memory_forecast(
         )
     line = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
     return line + (f"; warning: that may not fit; {hint}" if need > free else ""), hint
-
-
-def training_memory(
-    config: MiniMindConfig,
-    model: nn.Module,
-    dtype: torch.dtype,
-    optimizer: str,
-    gradient_checkpointing: bool,
-) -> tuple[float, float]:
-    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
-
-    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
-    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
-    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
-    vector a layer and one whole layer at a time; and the logits, which float32 makes in chunks and
-    autocast as a whole, three times. A critic beside the actor doubles all that.
-    """
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
-    is_float32 = dtype == torch.float32
-    size = 4 if is_float32 else 3  # under autocast part of it stays float32
-    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
-    layers = config.num_hidden_layers
-    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
-    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
-    return fixed, models * (size * kept + config.vocab_size * (1 if is_float32 else 14))
 
 
 def seconds_per_step(history: list[dict]) -> float:
