@@ -284,7 +284,7 @@ def test_steps_too_small_for_float16_are_warned_of_early(tmp_path, capsys, rate,
     sft(**settings, max_steps=steps, warmup_steps=0)
     printed = " ".join(capsys.readouterr().out.split())
     early = re.search(
-        r"warning: after 20 steps ([\d.]+)% .*, ([\d.]+)% to ([\d.]+)% will after 24", printed
+        r"warning: after 20 steps ([\d.]+)% .* and ([\d.]+)% to ([\d.]+)% will after 24", printed
     )
     assert bool(early) == warned
     if early:
