@@ -10,7 +10,7 @@ from model.errors import UserError
 from model.formats.hf_format import load_transformers
 from model.formats.lora_format import load_lora, resolve_lora
 from model.formats.native_format import is_native
-from model.inference.engine import eos_ids
+from model.inference.engine import eos_ids, max_positions
 from model.inference.generation import pack_for_cpu_decoding
 from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
@@ -42,7 +42,7 @@ class ChatModel(NamedTuple):
 
     @property
     def max_positions(self) -> int:
-        return self.model.config.max_position_embeddings
+        return max_positions(self.model)
 
 
 def load_chat_model(
