@@ -102,7 +102,7 @@ def measure_machine(
     compiled blocks, which are faster. Of this command's own start, how long any takes."""
     started = time.time() - psutil.Process().create_time()
     model, length = model.to(ctx.device), ctx.args.max_seq_len
-    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0)
+    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0, ctx.dtype)
     rows = ctx.args.batch_size if ctx.device.type == "cuda" else 2
     ids = torch.randint(3, len(tokenizer), (rows, length), device=ctx.device)
 

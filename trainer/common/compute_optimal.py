@@ -314,7 +314,9 @@ def measure_speed(
     batch = collate([train_data[row] for row in range(rows)], tokenizer.pad_token_id)
     batch = batch.to(ctx.device)
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
 
     times = []
     for _ in range(1 + MEASURED_STEPS):

@@ -60,11 +60,20 @@ def forecast(
             f"loss: ln {size} = {math.log(size):.2f} at the start, a uniform guess; it falls fast "
             "at first"
         )
-    if dtype != args.dtype and ctx.device.type == "cuda":
-        lines.append(f"this GPU has no native {args.dtype}: computing in {dtype}")
-    elif dtype != args.dtype:
-        lines.append(f"{ctx.device.type} trains in float32; --dtype is for CUDA")
-    return lines, oom_hint
+    return [*lines, *explain_dtype(ctx)], oom_hint
+
+
+def explain_dtype(ctx: Context) -> list[str]:
+    """Why the training computes in a type that was not asked for; nothing where it was."""
+    dtype, asked = str(ctx.dtype).removeprefix("torch."), ctx.args.dtype
+    if ctx.device.type == "cpu" and asked == "auto":
+        gain = f"{hardware.bfloat16_gain():.1f} times as fast as float32's"
+        return [f"--dtype auto: bfloat16 products are {gain} on this CPU: computing in {dtype}"]
+    if ctx.device.type == "cuda" and dtype == "float16" != asked:
+        return ["this GPU has no native bfloat16: computing in float16"]
+    if asked not in ("auto", dtype):
+        return [f"{ctx.device.type} does not train in {asked}: computing in {dtype}"]
+    return []
 
 
 def memory_forecast(
