@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -160,3 +162,40 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {physical_cores()} cores, {torch.get_num_threads()} threads"
+
+
+# -- random states ---------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, in types that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
+    kind, keys, *rest = legacy
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "device": device_rng(device).get_rng_state() if device.type != "cpu" else None,
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        device_rng(device).set_rng_state(state["device"])
+
+
+def device_rng(device: torch.device) -> Any:
+    """torch.cuda or torch.mps, which hold the state of the current GPU's generator."""
+    return getattr(torch, device.type)
