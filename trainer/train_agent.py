@@ -37,7 +37,7 @@ from typing import Any
 
 from dataset.released import data_option
 from dataset.tools import MAX_TURNS
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import parse_trainer, run_trainer
@@ -51,13 +51,13 @@ class Args(GroupArgs):
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
     max_gen_len: int = option(256, "most tokens of a reply")
-    max_turns: int = option(
+    max_turns: int = setting(
         MAX_TURNS,
         "most replies of an episode; tools are run between them",
         group=ROLLOUT,
         at_least=1,
     )
-    max_total_len: int = option(
+    max_total_len: int = setting(
         0,
         "most tokens of an episode, prompt and tool results included; 0: those of a prompt and of "
         "--max_turns replies",

@@ -114,7 +114,7 @@ def measure(args: Args) -> dict[str, float]:
         sizes = dict(tokens=args.tokens, half=args.tokens // 2, rows=args.rows)
         flags = f"""{case.flags} --data_path {folder}/rows.jsonl --from_weight {folder}/start.pth
             --save_dir {folder}/out --checkpoint_dir {folder}/out --val_share 0 --save_interval 0
-            --max_steps 2 --num_workers 0 --device cpu""".format(**sizes)
+            --max_steps 2 --num_workers 0 --device cpu --dtype float32""".format(**sizes)
         del model
         before = peak_gb()
         case.trainer.main(parse_arguments(case.trainer.Args, argv=flags.split()))
@@ -136,7 +136,8 @@ def estimate_bytes(
     trained: nn.Module = model
     if case == "ppo":
         trained = ActorCritic(model, MiniMindForScoring(model.config))
-    fixed, per_token = training_memory(model.config, trained, dtype, optimizer, False)
+    device = torch.device("cpu" if dtype == torch.float32 else "cuda")
+    fixed, per_token = training_memory(model.config, trained, device, dtype, optimizer, False)
     return fixed + 4 * count_parameters(model) * CASES[case].reference, per_token
 
 

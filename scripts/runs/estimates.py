@@ -178,7 +178,7 @@ def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
     device = next(model.parameters()).device
     dtype = hardware.resolve_dtype(args.dtype, device)
     fixed, per_token = hardware.training_memory(
-        model.config, model, dtype, args.optimizer, args.gradient_checkpointing
+        model.config, model, device, dtype, args.optimizer, args.gradient_checkpointing
     )
     longest = args.max_seq_len + getattr(args, "max_gen_len", 0) * hasattr(args, "reward")
     sides = 1 + (rules_of(type(args))["data_path"]["released"] == "preferences")

@@ -272,5 +272,6 @@ def test_what_is_frozen_needs_no_gradients(make_model):
     add_lora(model, LoraConfig())
     added = sum(layer.numel() for layer in lora_state(model).values())
     for optimizer, bytes_each in (("muon", 8), ("adamw", 12)):
-        fixed, _ = training_memory(model.config, model, torch.float32, optimizer, False)
+        cpu = torch.device("cpu")
+        fixed, _ = training_memory(model.config, model, cpu, torch.float32, optimizer, False)
         assert fixed == 4 * (whole + added) + bytes_each * added

@@ -260,7 +260,7 @@ def fits(
         total /= hardware.ranks_here()
     config, model = on_meta(tokenizer, hidden_size, num_hidden_layers)
     fixed, per_token = hardware.training_memory(
-        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+        config, model, ctx.device, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     return fixed + per_token * batch_size * args.max_seq_len < 0.8 * total
 

@@ -3,12 +3,14 @@
 import importlib.util
 import math
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -190,6 +192,7 @@ def describe_machine(device: torch.device) -> str:
 def training_memory(
     config: MiniMindConfig,
     model: nn.Module,
+    device: torch.device,
     dtype: torch.dtype,
     optimizer: str,
     gradient_checkpointing: bool,
@@ -206,10 +209,47 @@ def training_memory(
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
     is_float32 = dtype == torch.float32
-    in_chunks = is_float32 or next(model.parameters()).device.type in ("cpu", "meta")
+    in_chunks = is_float32 or device.type == "cpu"
     size = 4 if is_float32 else 3  # under autocast part of it stays float32
     layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
     layers = config.num_hidden_layers
     kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
     models = sum(isinstance(part, MiniMindModel) for part in model.modules())
     return fixed, models * (size * kept + config.vocab_size * (1 if in_chunks else 14))
+
+
+# -- random states ---------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, in types that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
+    kind, keys, *rest = legacy
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "device": device_rng(device).get_rng_state() if device.type != "cpu" else None,
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        device_rng(device).set_rng_state(state["device"])
+
+
+def device_rng(device: torch.device) -> Any:
+    """torch.cuda or torch.mps, which hold the state of the current GPU's generator."""
+    return getattr(torch, device.type)

@@ -138,8 +138,16 @@ class MultiOptimizer:
         return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """ValueError for states of parameters of other shapes, which a step would stumble over."""
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
+            for parameter, own in optimizer.state.items():
+                for name, each in own.items():
+                    if isinstance(each, Tensor) and each.ndim and each.shape != parameter.shape:
+                        raise ValueError(
+                            f"{name} is {list(each.shape)} for a parameter of "
+                            f"{list(parameter.shape)}"
+                        )
 
 
 def make_optimizer(

@@ -88,7 +88,7 @@ def memory_forecast(
     batch_size = getattr(args, flag)
     samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
     fixed, per_token = hardware.training_memory(
-        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+        config, model, ctx.device, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     if args.needs_reference:
         fixed += 4 * count_parameters(model)
