@@ -38,7 +38,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, matrices: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=0.8))
         self.dtype = dtype
