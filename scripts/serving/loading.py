@@ -60,7 +60,8 @@ def load_chat_model(
     """
     device, path = resolve_device(args.device), find_model(args, weight)
     tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args, path))
-    config, dtype = args.config_fields(), resolve_dtype(args.dtype, device)
+    config = args.config_fields()
+    dtype = resolve_dtype(args.dtype if device.type == "cuda" else "float32", device)
     # A folder is run as its own architecture, unless it is to do what only MiniMind's can.
     if path.is_dir() and not (is_native(path) or config or args.lora_weight):
         model = load_transformers(path, dtype).to(device).eval()
