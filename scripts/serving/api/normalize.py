@@ -56,6 +56,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False,),  # of a chat
 }
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # a text where a list belongs …
 RESERVED = {"messages", "conversations", "tools", "add_generation_prompt", "chat_template"}
 
 
@@ -265,4 +266,12 @@ def normalize_format(form: Json) -> Json:
 
 def lenient(normalize: Callable[[Any], Any], strict: bool) -> Callable[[Any], Any]:
     """What a request passes before it is validated."""
-    return clean if strict else lambda body: normalize(clean(body))
+
+    def tidy(body: Any) -> Any:
+        body = clean(body)
+        try:
+            return normalize(body)
+        except MALFORMED:  # the types say what is wrong with it, and where
+            return body
+
+    return clean if strict else tidy

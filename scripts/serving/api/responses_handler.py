@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from scripts.serving.api.chat_handler import ChatHandler
 from scripts.serving.api.errors import ApiError
-from scripts.serving.api.normalize import normalize_chat, text_of
+from scripts.serving.api.normalize import MALFORMED, normalize_chat, text_of
 from scripts.serving.api.openai_types import ChatRequest, ResponsesRequest
 from scripts.serving.api.service import Delta, Service
 
@@ -38,7 +38,7 @@ class ResponseStore:
             self.items.popitem(last=False)
 
     def get(self, identity: Any) -> list[Json]:
-        if identity not in self.items:
+        if not isinstance(identity, str) or identity not in self.items:
             raise ApiError(
                 f"there is no {identity!r} here (any more); send the whole conversation as input",
                 404,
@@ -60,6 +60,8 @@ class ResponsesHandler(ChatHandler):
         except ValidationError as error:
             found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
             raise RequestValidationError(found) from error
+        except MALFORMED as error:
+            raise ApiError("the input is not in the form of OpenAI's API", param="input") from error
         super().__init__(service, chat)
         self.output: list[Json] = []
         self.num_events = 0

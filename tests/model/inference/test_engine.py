@@ -182,6 +182,8 @@ def test_log_probs_are_those_of_the_model(model):
 class EvenThenOdd:
     """Allows even tokens and odd ones in turn."""
 
+    is_complete = is_finished = False
+
     def __init__(self):
         self.odd = 0
 

@@ -101,6 +101,8 @@ REFUSED = {
     "a reserved variable": (dict(chat_template_kwargs={"messages": []}), "messages"),
     "bias of no token": (dict(logit_bias={"99999": 1}), "logit_bias must be from 0 to"),
     "a typo": (dict(temprature=1), "temprature"),
+    "parts that are none": (dict(messages=[{"role": "user", "content": [[]]}]), "content"),
+    "a choice that is none": (dict(tools=[3], tool_choice={"type": "function"}), "tool"),
 }
 
 
