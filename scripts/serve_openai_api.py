@@ -73,6 +73,8 @@ def make_app(args: ServerArgs, loaded: ChatModel) -> FastAPI:
     needs_key = dict(
         dependencies=[Depends(service.check_key)], responses={401: errors[400]} | errors
     )
+    stream = {200: {"content": {"text/event-stream": {}}}}  # or JSON, as the request asks
+    answers = needs_key | {"responses": needs_key["responses"] | stream}
 
     # a request is put in OpenAI's form before it is validated
     strict, responses_so_far = args.strict_requests, ResponseStore()
@@ -80,15 +82,15 @@ def make_app(args: ServerArgs, loaded: ChatModel) -> FastAPI:
     Text = Annotated[CompletionRequest, BeforeValidator(lenient(normalize_completion, strict))]
     Turn = Annotated[ResponsesRequest, BeforeValidator(clean)]
 
-    @app.post("/v1/chat/completions", **needs_key)
+    @app.post("/v1/chat/completions", **answers)
     async def chat_completions(body: Chat, http: HttpRequest) -> Response:
         return await respond(ChatHandler(service, body), http)
 
-    @app.post("/v1/completions", **needs_key)
+    @app.post("/v1/completions", **answers)
     async def completions(body: Text, http: HttpRequest) -> Response:
         return await respond(CompletionHandler(service, body), http)
 
-    @app.post("/v1/responses", **needs_key)
+    @app.post("/v1/responses", **answers)
     async def responses(body: Turn, http: HttpRequest) -> Response:
         return await respond(ResponsesHandler(service, responses_so_far, body), http)
 
