@@ -1,2 +1,1 @@
-"""Other formats of weights: transformers folders, GGUF (llama.cpp, ollama), earlier MiniMind; and how
-files are written."""
+"""Formats of weights: our own, transformers folders, GGUF; and how files are written."""
