@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.config import MiniMindConfig
-from model.errors import UserError
+from model.errors import UserError, reason_of
 from model.formats.minimind_format import read_state
 from model.formats.native_format import read_weights_file
 from model.model_lora import LoraConfig, add_lora, lora_state
@@ -189,8 +189,9 @@ def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
         if peft_config.get("use_rslora"):  # scaled by alpha / sqrt(r) instead of alpha / r
             alpha = alpha * r**0.5
         config = LoraConfig(r, alpha, peft_config.get("lora_dropout", 0.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a LoRA adapter of peft: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else error
+        raise UserError(f"{folder} is not a LoRA adapter of peft: {reason}") from error
     for name in UNSUPPORTED_PEFT:
         if peft_config.get(name):
             raise UserError(f"the adapter in {folder} has {name}, which MiniMind does not support")
