@@ -6,11 +6,11 @@ not leave room for its completion is replaced by the first token of the last one
 
 The search follows the first of a few likely tokens after which something else may come than
 before: so it leaves repetitions, such as those of a text with a pattern. Where that does not end,
-as in some recursive schemas, it looks for what has not come before on its whole path, and then
-backtracks.
+as in some recursive schemas, it tries again with some choices made at random.
 """
 
 import json
+import random
 from typing import Any
 
 import torch
@@ -45,7 +45,9 @@ CLOSING_TEXTS = (
 MAX_COMPLETION = 2000  # tokens; a longer completion counts as none
 MAX_CANDIDATES = 100  # of the next token; a byte-level vocabulary begins with the single bytes
 FEW_CANDIDATES = 12  # with more of them, as in a text, one letter and one digit stand for all
-SEARCHED_TOKENS = 4000  # at the start, with backtracking; a twentieth of it after each token
+ATTEMPTS = 40  # of a search at the start
+LATER_ATTEMPTS = 3  # and after each token
+LOOK_BACK = 8  # tokens; shorter loops are left
 
 
 class GrammarCompiler:
@@ -105,7 +107,7 @@ class Grammar:
             raise UserError(f"the schema cannot be followed: {reason}")
         self.bitmask = allocate_token_bitmask(1, compiler.tokens.vocab_size)
         self.completion: list[int] | None = None
-        completion = self.short_completion(SEARCHED_TOKENS)
+        completion = self.short_completion(ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
             raise UserError(f"no reply of {self.tokens_left} tokens can follow the schema")
         self.completion = completion
@@ -113,7 +115,9 @@ class Grammar:
     @property
     def is_complete(self) -> bool:
         """The reply follows the grammar, if it ends here."""
-        return self.matcher.is_stopped() or self.matcher.is_accepting()
+        return self.matcher.is_accepting() or (
+            self.matcher.is_stopped() and not self.matcher.is_error()
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -134,7 +138,7 @@ class Grammar:
             del self.completion[0]
             return token
         self.matcher.consume_token(token)
-        completion = self.short_completion(SEARCHED_TOKENS // 20)
+        completion = self.short_completion(LATER_ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
             self.matcher.rollback(1)
             # a completion that is empty: the reply may end here, and has to
@@ -147,65 +151,49 @@ class Grammar:
         fill_next_token_bitmask(self.matcher, self.bitmask, 0)
         return (self.bitmask[0][:, None] >> torch.arange(32)).bitwise_and(1).bool().flatten()
 
-    def short_completion(self, searched: int) -> list[int] | None:
-        """Tokens that complete the reply, not always the fewest; None: none was found.
+    def short_completion(self, attempts: int) -> list[int] | None:
+        """Tokens that complete the reply, not always the fewest; None: none was found."""
+        most = min(MAX_COMPLETION, self.tokens_left)
+        if self.completion is not None:
+            most = min(most, 256 + 2 * len(self.completion))
+        found = (self.search(most, random.Random(seed), seed > 0) for seed in range(attempts))
+        return next((completion for completion in found if completion is not None), None)
 
-        Args:
-            searched: after so many tokens a search with backtracking gives up.
-        """
-        room = min(MAX_COMPLETION, self.tokens_left)
-        usual = room if self.completion is None else min(room, 256 + 2 * len(self.completion))
-        completion = self.search(usual, look_back=8)
-        if completion is None:
-            completion = self.search(usual, look_back=usual)
-        most = 16
-        while completion is None and most < 2 * room:
-            completion = self.search(min(most, room), look_back=usual, searched=searched)
-            most *= 2
-        return completion
-
-    def search(self, most: int, look_back: int, searched: int = 0) -> list[int] | None:
+    def search(self, most: int, chance: random.Random, by_chance: bool) -> list[int] | None:
         """A completion of at most `most` tokens.
 
         Args:
-            look_back: how many of the last states are to be left, by a token after which something
-                else may come.
-            searched: after so many tokens backtracking ends; 0: there is none.
+            by_chance: every other choice is made at random.
         """
         path: list[int] = []
-        alternatives: list[list[int]] = []  # at each place of the path, what has not been tried
         states = [self.next_tokens()]
-        num_steps = 0
         try:
             while not (self.matcher.is_stopped() or self.matcher.is_accepting()):
-                choices = self.candidates(bool(searched)) if len(path) < most else []
-                while not choices:
-                    if num_steps >= searched or not path:
-                        return None
-                    self.matcher.rollback(1)  # back to the last place with another way
-                    path.pop()
-                    states.pop()
-                    choices = alternatives.pop()
-                token = self.choose(choices, set(states[-look_back:]))
-                path.append(token)
-                alternatives.append([t for t in choices if t != token] if searched else [])
+                if len(path) == most:
+                    return None
+                choices = self.candidates()
+                if by_chance and len(choices) > 1 and chance.random() < 0.5:
+                    path.append(chance.choice(choices))
+                    self.matcher.consume_token(path[-1])
+                else:
+                    path.append(self.choose(choices, set(states[-LOOK_BACK:]), chance))
                 # where there is no choice there is nothing to compare
                 states.append(self.next_tokens() if len(choices) > 1 else b"")
-                num_steps += 1
-            return list(path)
+            return None if self.matcher.is_error() else list(path)
         finally:
             self.matcher.rollback(len(path))
 
-    def choose(self, choices: list[int], seen: set[bytes]) -> int:
-        """Consume the first token after which something new may come, or else the first of all."""
+    def choose(self, choices: list[int], seen: set[bytes], chance: random.Random) -> int:
+        """Consume the first token after which something new may come, or else any of them."""
         if len(choices) > 1:
             for token in choices:
                 self.matcher.consume_token(token)
                 if self.next_tokens() not in seen:
                     return token
                 self.matcher.rollback(1)
-        self.matcher.consume_token(choices[0])
-        return choices[0]
+        token = chance.choice(choices)
+        self.matcher.consume_token(token)
+        return token
 
     def next_tokens(self) -> bytes:
         if self.matcher.is_stopped():
@@ -213,14 +201,14 @@ class Grammar:
         fill_next_token_bitmask(self.matcher, self.bitmask, 0)
         return self.bitmask.numpy().tobytes()
 
-    def candidates(self, all_of_them: bool) -> list[int]:
+    def candidates(self) -> list[int]:
         """Tokens that may come next, those first that end a JSON value soonest."""
         if forced := self.matcher.compute_ff_tokens():
             return forced[:1]
         likely = [t for t in self.compiler.closing_tokens if self.matcher.validate_tokens([t])]
         others = self.token_mask().nonzero()[:MAX_CANDIDATES, 0].tolist()
         others = [t for t in others if t not in likely and t != self.eos]
-        if len(others) > FEW_CANDIDATES and not all_of_them:
+        if len(others) > FEW_CANDIDATES:
             kinds = {}
             for token in others:
                 kinds.setdefault(kind_of(self.compiler.texts[token]), token)

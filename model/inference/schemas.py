@@ -22,7 +22,7 @@ OPEN_KEYS = ("additionalProperties", "unevaluatedProperties")
 ANNOTATIONS = {  # they demand nothing, and the compiler stumbles over some of them beside a $ref
     *("title", "description", "default", "example", "examples", "deprecated", "readOnly"),
     *("writeOnly", "discriminator", "xml", "externalDocs", "$comment", "contentEncoding"),
-    *("contentMediaType", "markdownDescription", "enumDescriptions"),
+    *("contentMediaType", "markdownDescription", "enumDescriptions", "$schema"),
 }
 # They say something about a text that its schema does not demand: any text is valid.
 ANNOTATING_FORMATS = {

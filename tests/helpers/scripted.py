@@ -1,6 +1,7 @@
 """A model that says what is written here, for the tests of clients."""
 
 import json
+import time
 
 HELLO = "Hello! I am MiniMind, a small language model. 你好！"
 CALL = {"name": "get_weather", "arguments": {"city": "Paris"}}
@@ -21,13 +22,14 @@ def reply_to(prompt: str, has_grammar: bool) -> str:
     return HELLO
 
 
-def scripted(service) -> list[str]:
+def scripted(service, seconds_per_token: float = 0) -> list[str]:
     """Let the server's engine say what `reply_to` has, as far as a grammar allows it, and go on by
     itself where it does not; returns the list in which all prompts will be."""
     engine, tokenizer, asked, replies = service.engine, service.tokenizer, [], {}
     sample_tokens = engine.sample_tokens
 
     def say(sequences, logits):
+        time.sleep(seconds_per_token)
         logits = logits.clone()
         for sequence, row in zip(sequences, logits, strict=True):
             request = sequence.request
