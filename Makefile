@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo minimind test check attack today stages docs lint types format clean help
+.PHONY: demo minimind test check attack today stages engines docs lint types format clean help
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
 	$(BIN)/python scripts/runs/demo.py --started $(STARTED)
 
-minimind: .venv/installed  ## a chat model from real data; DATA=, MINUTES=, STAGES=, OUT=, PRICE=
-	bash scripts/runs/minimind.sh
+minimind: .venv/installed  ## a chat model from real data; DATA=, MINUTES=, STAGES=, OUT=, PRICE=, FLAGS=
+	bash scripts/runs/minimind.sh $(FLAGS)
 
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -19,6 +19,9 @@ today: .venv/installed  ## the files that people have today, and those of 2025: 
 
 stages: .venv/installed  ## does each stage learn? two to three hours on two cores
 	$(BIN)/python benchmarks/learning/stages.py
+
+engines: .venv/installed-dev  ## real engines and clients, each in its own environment: do they take what we make? ENGINES=
+	$(BIN)/python tests/engines/run.py $(if $(ENGINES),--engine $(ENGINES))
 
 attack: .venv/installed-dev  ## hostile files, flipped bits, resumes, machines: all cases of tests/attack, 15 minutes
 	ATTACK=1 $(BIN)/python -m pytest tests/attack

@@ -100,7 +100,9 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(ctx, "reason", model, tokenizer, train_data, val_data)
 
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
     label_weights = make_label_weights(tokenizer, run.config.vocab_size, args.tag_weight)  # [V]
     label_weights = label_weights.to(ctx.device)

@@ -335,7 +335,9 @@ def main(args: Args) -> dict[str, Any]:
     ctx.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
 
     model, teacher = prepare_model(ctx, model), teacher.to(ctx.device)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
     settings: dict[str, Any] = dict(temperature=args.temperature)
     settings["divergence"] = partial(divergence, kind=args.divergence, mixture=args.mixture)

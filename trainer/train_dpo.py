@@ -152,7 +152,9 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate)
 
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     # The reference is the model as it is now: before --resume loads trained weights into it.
     for data in (train_data, val_data) if val_data else (train_data,):
         precompute_ref_log_probs(ctx, model, tokenizer, data, run.oom_hint)

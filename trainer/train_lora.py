@@ -100,7 +100,9 @@ def main(args: Args) -> dict[str, Any]:
     model = prepare_model(ctx, model)
     # takes the trainable parameters only: no gradients and moments for frozen ones, which is what
     # LoRA saves in memory
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
 
     for global_batch in run.steps():

@@ -298,9 +298,11 @@ def main(args: Args) -> dict[str, Any]:
     model = prepare_model(ctx, model)
     # Two learning rates: a critic is trained from nothing, a policy only adjusted.
     optimizer = MultiOptimizer(
-        *make_optimizer(policy, args.optimizer, args.learning_rate, args.weight_decay).optimizers,
         *make_optimizer(
-            critic, args.optimizer, args.critic_learning_rate, args.weight_decay
+            policy, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+        ).optimizers,
+        *make_optimizer(
+            critic, args.optimizer, args.critic_learning_rate, args.weight_decay, ctx.dtype
         ).optimizers,
     )
     run.resume(model, optimizer)

@@ -1,1 +1,2 @@
-"""Formats of weights: our own, transformers folders, GGUF; and how files are written."""
+"""Other formats of weights: transformers folders, GGUF (llama.cpp, ollama), earlier MiniMind; and
+how files are written."""

@@ -6,10 +6,13 @@ Each MiniMind model is the same computation as an architecture of transformers:
 |---------------------------------|----------------------|---------------------------------------|
 | dense                           | LlamaForCausalLM     | none                                  |
 | dense, q/k norm                 | Qwen3ForCausalLM     | none                                  |
-| MoE, shared experts             | Qwen2MoeForCausalLM  | shared experts are one, with a gate   |
+| MoE, shared experts             | Qwen2MoeForCausalLM  | shared experts are one, with a gate;  |
+|                                 |                      | q, k and v have biases of zero        |
 | MoE                             | MixtralForCausalLM   | other names                           |
 | MoE, q/k norm                   | Qwen3MoeForCausalLM  | none                                  |
 | MoE, sigmoid, shared experts    | Glm4MoeForCausalLM   | shared experts are one                |
+
+What these have and MiniMind has not, such as biases, is read where it changes nothing.
 
 For the rest, such as softmax MoE with both q/k norm and shared experts, there is the "native"
 folder, which brings this project's code along (trust_remote_code).
@@ -55,9 +58,6 @@ HARMLESS_ROPE_FIELDS = {
     "partial_rotary_factor": 1.0,
 }
 UNSUPPORTED_FIELDS = {
-    "attention_bias": "biases in attention",
-    "qkv_bias": "biases in attention",
-    "mlp_bias": "biases in feed-forward layers",
     "use_sliding_window": "sliding-window attention",
     "first_k_dense_replace": "dense layers among MoE layers",
     "mlp_only_layers": "dense layers among MoE layers",
@@ -114,7 +114,9 @@ def to_hf_config(config: MiniMindConfig) -> PreTrainedConfig:
             fields["num_experts"] = config.n_routed_experts
             assert config.moe_intermediate_size is not None  # __post_init__ has set it
             size = shared * config.moe_intermediate_size
-            fields |= {"shared_expert_intermediate_size": size, "qkv_bias": False}
+            # vLLM's class always has biases and leaves those that a folder lacks uninitialised:
+            # to_hf_state writes zeros.
+            fields |= {"shared_expert_intermediate_size": size, "qkv_bias": True}
         elif config.norm_topk_prob:
             kind = MixtralConfig
             fields["num_local_experts"] = config.n_routed_experts
@@ -231,12 +233,18 @@ def to_hf_state(model: MiniMindForCausalLM, dtype: torch.dtype) -> dict[str, Ten
     """The weights in a dtype, under the names of files of transformers."""
     config = model.config
     state = {name: weight.to(dtype).contiguous() for name, weight in model.state_dict().items()}
+    kind = type(to_hf_config(config))
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        head = state.pop("lm_head.weight")
+        if kind is Glm4MoeConfig:  # vLLM's class ties no head; a copy, since files share no memory
+            state["lm_head.weight"] = head.clone()
     if not config.use_moe:
         return state
-    kind = type(to_hf_config(config))
     for layer in range(config.num_hidden_layers):
+        if kind is Qwen2MoeConfig:
+            for part in "qkv":
+                name = f"model.layers.{layer}.self_attn.{part}_proj"
+                state[f"{name}.bias"] = torch.zeros(len(state[f"{name}.weight"]), dtype=dtype)
         mlp = f"model.layers.{layer}.mlp."
         if config.n_shared_experts:
             gated = kind is Qwen2MoeConfig
@@ -320,7 +328,10 @@ def load_hf_folder(folder: Path, **overrides: Any) -> MiniMindForCausalLM:
 
 def from_hf_state(state: dict[str, Tensor], config: MiniMindConfig) -> dict[str, Tensor]:
     """The weights of a transformers model under MiniMind's names. Unlike in files, in memory all
-    experts of a layer are one tensor."""
+    experts of a layer are one tensor. UserError if biases add anything."""
+    for name in [name for name in state if name.endswith("_proj.bias")]:
+        if state.pop(name).any():
+            raise UserError(f"the model has biases ({name}), which MiniMind does not support")
     for layer in range(config.num_hidden_layers if config.use_moe else 0):
         mlp = f"model.layers.{layer}.mlp."
         size = config.moe_intermediate_size

@@ -65,6 +65,8 @@ def server():
                 self.end_headers()
                 self.wfile.write(data)
 
+            do_GET = do_POST
+
             def log_message(self, *args):
                 pass
 

@@ -213,8 +213,10 @@ class TrainArgs:
     )
 
     device: str = option("auto", "auto, cuda, cuda:1, mps or cpu", group=MACHINE, may_differ=True)
-    dtype: Literal["bfloat16", "float16", "float32"] = setting(
-        "bfloat16", "of the forward pass on CUDA; elsewhere float32, faster there", group=MACHINE
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto",
+        "of the forward pass; auto: bfloat16 on CUDA, and on a CPU that is faster with it",
+        group=MACHINE,
     )
     compile: bool | None = option(
         None,

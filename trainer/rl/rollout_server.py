@@ -1,7 +1,8 @@
 """Rollouts on a server that speaks OpenAI's completions API, such as vLLM or SGLang.
 
 Before each rollout the policy's weights are written to a folder in transformers' format
-(--rollout_folder), which the server was started with, and the server is told to reload them:
+(--rollout_folder), which the server was started with, and the server is told to reload them and to
+forget the keys and values of the old ones (docs/rl.md has the servers' other flags):
 
     vLLM     VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER       --rollout_reload vllm
     SGLang   python -m sglang.launch_server --model FOLDER  --rollout_reload sglang
@@ -26,9 +27,14 @@ from trainer.rl.arguments import RolloutArgs
 from trainer.rl.prompts import GenerationRequest
 
 MAX_ATTEMPTS, FIRST_DELAY = 5, 1.0  # a failed request is repeated after 1, 2, 4 … seconds
-RELOAD = {
-    "vllm": lambda folder: ("collective_rpc", {"method": "reload_weights"}),
-    "sglang": lambda folder: ("update_weights_from_disk", {"model_path": folder}),
+# What is posted after the weights were written. vLLM keeps the prefix cache when it reloads; with
+# blocks of old weights, log-probabilities are off by as much as 4. SGLang empties it by itself.
+RELOAD: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "vllm": [
+        ("collective_rpc", {"method": "reload_weights"}),
+        ("reset_prefix_cache?reset_running_requests=true", {}),
+    ],
+    "sglang": [("update_weights_from_disk", {"model_path": "{folder}"})],
 }
 
 
@@ -38,9 +44,13 @@ def send_weights(
     """Write the weights to --rollout_folder and have the server reload them."""
     folder = Path(args.rollout_folder)
     save_hf_folder(model, tokenizer, folder)
-    path, body = RELOAD[args.rollout_reload](str(folder))
     root = args.rollout_url.rstrip("/").removesuffix("/v1")
-    post(f"{root}/{path}", body)
+    hint = "vLLM has this only if it was started with VLLM_SERVER_DEV_MODE=1"
+    for path, body in RELOAD[args.rollout_reload]:
+        values = {name: value.format(folder=folder) for name, value in body.items()}
+        done = ask(f"{root}/{path}", values, hint if args.rollout_reload == "vllm" else "")
+        if done.get("success") is False:
+            raise UserError(f"{root}/{path}: the server did not take the weights: {done}")
 
 
 def generate_on_server(
@@ -51,19 +61,20 @@ def generate_on_server(
     Raises:
         UserError: the server cannot be reached, or answers with an error.
     """
+    url = args.rollout_url.rstrip("/")
     body = {
-        "model": args.rollout_folder,
+        # as the server calls it: that may be the same folder seen from another one
+        "model": ask(f"{url}/models")["data"][0]["id"],
         "max_tokens": args.max_gen_len,
         "temperature": args.temperature,
         "top_p": 1.0,
         "return_token_ids": True,
         "skip_special_tokens": True,
     }
-    url = f"{args.rollout_url.rstrip('/')}/completions"
 
     def send(request: GenerationRequest) -> list[int]:
         seed = (request.seed + request.sample) % 2**31
-        response = post(url, {**body, "prompt": request.ids, "seed": seed})
+        response = ask(f"{url}/completions", {**body, "prompt": request.ids, "seed": seed})
         return parse_choice(response["choices"][0], tokenizer, args.max_gen_len)
 
     with ThreadPoolExecutor(args.rollout_batch_size) as pool:
@@ -83,17 +94,24 @@ def parse_choice(
     return ids[:max_tokens] or [stops[-1]]
 
 
-def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The response to a request, which is repeated if need be."""
+def ask(url: str, body: dict[str, Any] | None = None, not_found: str = "") -> dict[str, Any]:
+    """The response to a POST, or without a body to a GET; a failed one is repeated.
+
+    Args:
+        not_found: what a user can do where the server does not know the address.
+    """
+    method = "GET" if body is None else "POST"
     for attempt in range(MAX_ATTEMPTS):
         try:
-            response = httpx.post(url, json=body, timeout=600)
+            response = httpx.request(method, url, json=body, timeout=600)
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
         else:
             if response.status_code < 400:
                 return response.json() if response.content else {}
             reason = f"{response.status_code}: {response.text[:200]}"
+            if response.status_code == 404 and not_found:
+                reason += f"; {not_found}"
             if response.status_code < 500:  # it would fail again
                 break
         if attempt < MAX_ATTEMPTS - 1:

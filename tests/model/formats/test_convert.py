@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_model import PAIRS
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from model.errors import UserError
 from model.formats.hf_format import save_hf_folder
@@ -54,6 +55,36 @@ def test_to_transformers_and_back(save, tmp_path, capsys, kind):
         torch.equal(weight, own.state_dict()[name]) for name, weight in back.state_dict().items()
     )
     assert torch.equal(back(IDS).logits, own(IDS).logits)
+
+
+def test_what_vllm_needs_and_others_do_not_is_written(save, tmp_path):
+    """Its classes have biases of q, k and v whatever the config says, and tie no head of GLM."""
+    zeros = set()
+    for kind in ("qwen2_moe", "glm4_moe"):
+        convert("to-hf", save(kind, **PAIRS[kind]), tmp_path / kind)
+        state = load_file(tmp_path / kind / "model.safetensors")
+        zeros |= {name for name, weight in state.items() if not weight.any()}
+        assert ("lm_head.weight" in state) == (kind == "glm4_moe")
+    names = {f"model.layers.{n}.self_attn.{part}_proj.bias" for n in (0, 1) for part in "qkv"}
+    assert names == {name for name in zeros if "e_score" not in name}
+
+
+@torch.no_grad()
+def test_biases_are_read_where_they_are_zero(tmp_path, tokenizer):
+    """Of a model that transformers made; it starts with biases of zero."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, vocab_size=6400)
+    other = LlamaForCausalLM(
+        LlamaConfig(num_attention_heads=4, attention_bias=True, mlp_bias=True, **sizes)
+    ).eval()
+    for value, complaint in ((0.0, ""), (0.1, "has biases .model.layers.1.mlp.up_proj.bias.")):
+        other.model.layers[1].mlp.up_proj.bias[3] = value
+        other.save_pretrained(tmp_path / "folder")
+        tokenizer.save_pretrained(tmp_path / "folder")
+        if complaint:
+            with pytest.raises(UserError, match=complaint):
+                load_model(tmp_path / "folder")
+        else:
+            assert_close(load_model(tmp_path / "folder")(IDS).logits, other(IDS).logits)
 
 
 @torch.no_grad()
@@ -312,7 +343,6 @@ def test_mistakes_are_one_sentence(words, complaint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
-        ("attention_bias", True, "biases in attention"),
         ("hidden_act", "gelu", "activation is gelu"),
         ("head_dim", 32, "not together as wide as"),
         ("model_type", "gpt2", "GPT2Config is not supported; it must be one of Llama"),
