@@ -8,8 +8,8 @@ demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
 	$(BIN)/python scripts/runs/demo.py --started $(STARTED)
 
-minimind: .venv/installed  ## a chat model from real data; DATA=, MINUTES=, STAGES=, OUT=, PRICE=
-	bash scripts/runs/minimind.sh
+minimind: .venv/installed  ## a chat model from real data; DATA=, MINUTES=, STAGES=, OUT=, PRICE=, FLAGS=
+	bash scripts/runs/minimind.sh $(FLAGS)
 
 test: .venv/installed-dev  ## all tests, files side by side
 	$(BIN)/python -m pytest -n auto --dist loadfile

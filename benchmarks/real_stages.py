@@ -20,13 +20,13 @@ about 15 minutes of one thread:
     reason                grade-school problems in the think/answer form
     tools                 five folds of the conversations with tools
 
-Each result is written to --output as it comes and not made again; an interrupted training goes on
-from its checkpoint. Several processes may share an --output if their stages differ. The report has
-for each stage its metrics with standard errors, and its targets. --sweep trains with other flags
-instead of the defaults (later_stages/stages.py has the list), on fold 0 or the first seed.
+Each result is written to --output as it comes and not made again, unless a default has changed
+since; an interrupted training goes on from its checkpoint. Several processes may share an --output
+if their stages differ. The report has for each stage its metrics with standard errors, and its
+targets. --sweep trains with other flags instead of the defaults (later_stages/stages.py has the
+list), on fold 0 or the first seed.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -66,7 +66,8 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 import torch
 from later_stages.data import write_splits
 from later_stages.report import draw, make_rows, show
-from later_stages.stages import STAGES, Job, World
+from later_stages.stages import STAGES
+from later_stages.world import Job, World, changed_defaults, read_json
 from learning.trainings import run_trainer
 
 from model.model_minimind import MiniMindForCausalLM
@@ -96,8 +97,11 @@ def main(args: Args) -> dict[str, Any]:
     for job in jobs(args, names):
         path = out / "results" / f"{job.name}.json"
         if path.exists():
-            world.console.print(f"{job.name} is there already")
-            continue
+            changed = changed_defaults(read_json(path)["defaults"])
+            if not changed:
+                world.console.print(f"{job.name} is there already")
+                continue
+            world.console.print(f"{job.name} again: {', '.join(changed)}")
         world.console.rule(job.name)
         write_json(path, run(world, job))
         for checkpoint in out.glob(f"**/checkpoints/**/{job.name}*.checkpoint.pt"):
@@ -117,7 +121,8 @@ def jobs(args: Args, names: list[str]) -> list[Job]:
         variants = args.flags or ([*stage.sweep] if args.sweep else [""])
         if args.sweep:
             parts = parts[: args.folds if stage.folds else 1]
-        found += [Job(name, part, flags, args.scale) for flags in variants for part in parts]
+        common = dict(scale=args.scale, most_steps=args.max_steps)
+        found += [Job(name, part, flags, **common) for flags in variants for part in parts]
     return found
 
 
@@ -130,6 +135,7 @@ def run(world: World, job: Job) -> dict[str, Any]:
     return {
         **vars(job),
         "command": result["command"],
+        "defaults": stage.defaults(),
         "steps": result["step"],
         "num_tokens": result["num_tokens"],
         "seconds": round(result["seconds"], 1),
@@ -152,10 +158,6 @@ def write_report(world: World, args: Args) -> dict[str, Any]:
     write_json(args.json or world.out / "report.json", report)
     draw(results, world.out / "curves.png")
     return report
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # -- the base --------------------------------------------------------------------------------------

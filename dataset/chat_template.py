@@ -2,7 +2,10 @@
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jinja2
@@ -16,6 +19,7 @@ GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 # Our own template, and some others, look for the tools in the first system message.
 READS_TOOLS_OF_MESSAGE = re.compile(r"""message(s\[0\])?(\.tools\b|\[['"]tools['"]\])""")
 
+MAX_SECONDS = 20.0  # of one rendering; thousands of messages take one
 Message = dict[str, Any]
 Span = tuple[int, int]  # of a text: the first character, and the one after the last
 
@@ -55,13 +59,14 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The text, and the spans of its {% generation %} blocks. UserError if that fails."""
         try:
-            rendered, spans = render_jinja_template(
-                [messages],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self.has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **self.options, **options},
-            )
+            with time_limit(MAX_SECONDS):
+                rendered, spans = render_jinja_template(
+                    [messages],
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=self.has_marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **{**self.tokenizer.special_tokens_map, **self.options, **options},
+                )
         except jinja2.TemplateSyntaxError as error:
             place = f"line {error.lineno} of the tokenizer's chat template"
             raise UserError(f"cannot be rendered: {place} is no Jinja: {error.message}") from None
@@ -69,6 +74,26 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"is refused by the tokenizer's chat template: {reason}") from None
         return rendered[0], spans[0] if spans else []
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds: a template may have loops without end, or 2**2**40. In
+    the main thread alone, where a signal can interrupt it, and not on Windows."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def in_openai_form(tool: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +147,11 @@ def parse_tool_fields(message: Message) -> Message:
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise UserError(f'has "{key}" that are no list of objects')
         lists[key] = value
-    for call in lists.get("tool_calls", []):
-        if not isinstance((call.get("function") or call).get("name"), str):
-            raise UserError('has a tool call without a "name"')
+    for key, name in (("tools", "tool"), ("tool_calls", "tool call")):
+        for item in lists.get(key, []):
+            function = item.get("function") or item
+            if not isinstance(function, dict):
+                raise UserError(f'has a {name} whose "function" is no object')
+            if key == "tool_calls" and not isinstance(function.get("name"), str):
+                raise UserError('has a tool call without a "name"')
     return {**message, **lists}

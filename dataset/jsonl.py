@@ -20,7 +20,7 @@ from typing import Any
 
 from dataset.forms.files import CLEAN, counts_values, is_gbk, open_lines
 from dataset.released import download_hint
-from model.errors import UserError
+from model.errors import UserError, reading
 
 Row = dict[str, Any]  # the JSON object of a line
 MAX_EXAMPLES = 3
@@ -31,7 +31,14 @@ MAX_EXAMPLES = 3
 
 def check_file(path: str | Path) -> Path:
     """The absolute path of a data file; UserError if it cannot be read."""
-    path = Path(path).resolve()
+    path = Path(path)
+    try:
+        path = path.resolve()
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a loop, before Python 3.13
+        raise UserError(f"the data file {path} cannot be read: {error}") from None
     if not path.exists():
         hint = download_hint(path.name)
         raise UserError(f"the data file {path} does not exist; {hint}--data_path names another")
@@ -138,9 +145,11 @@ class BadRows:
 @contextmanager
 def error_at(path: str | Path, number: int, bad_rows: BadRows | None = None) -> Iterator[None]:
     """Put "line NUMBER of PATH" before what a UserError says of a row; with `bad_rows`, count the
-    row there instead of raising it."""
+    row there instead of raising it. Whatever else a row does to the code that reads it is said in
+    the same way."""
     try:
-        yield
+        with reading(""):
+            yield
     except UserError as error:
         unit = "value" if counts_values(path) else "line"
         sentence = f"{unit} {number} of {path} {error}"

@@ -54,8 +54,9 @@ from dataset.jsonl import (
     read_chunks,
     read_lines,
 )
-from model.errors import UserError
-from model.weights import ROOT, tokenizer_hash, write_json
+from model.errors import UserError, reading
+from model.formats.files import add_checksum, read_json, verify, write_json
+from model.weights import ROOT, tokenizer_hash
 
 __all__ = [
     "CACHE",
@@ -111,7 +112,7 @@ def load_documents(
             token of it carries loss.
     """
     files = [check_file(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    stamps = [stamp_of(path) for path in files]
     key = [CACHE_VERSION, kind, tokenizer_hash(tokenizer), tokenizer.chat_template, stamps]
     if not has_exact_token_bytes(tokenizer):
         key.append("label_bytes")
@@ -123,7 +124,7 @@ def load_documents(
     try:
         arrow.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(arrow.with_suffix(".lock")):  # several ranks, or runs, tokenise it once
-            if not is_complete(arrow):
+            if not is_complete(arrow, report):
                 workers = workers or os.cpu_count() or 1
                 encode = partial(encode_chunk, kind, options, skip_bad_rows)
                 tokenise_files(files, kind, tokenizer, arrow, workers, encode)
@@ -134,21 +135,39 @@ def load_documents(
             "set MINIMIND_CACHE to a folder elsewhere"
         ) from error
     documents = Dataset.from_file(str(arrow)).with_format("numpy")
-    summary = json.loads(arrow.with_suffix(".json").read_text(encoding="utf-8"))
+    summary = read_json(arrow.with_suffix(".json"), "remove it, and the data are tokenised again")
     documents.info.description = summary["fingerprint"]
     for line in summary["left_out"]:
         report(line)
     return documents
 
 
-def is_complete(arrow: Path) -> bool:
-    """Whether a cache file is there and undamaged, as after a power cut it may not be."""
-    try:
-        with pa.memory_map(str(arrow)) as file:
-            pa.ipc.open_stream(file).read_all()  # maps it, without reading the tokens
-        return arrow.with_suffix(".json").exists()
-    except (OSError, pa.ArrowInvalid):
+def stamp_of(path: Path) -> tuple[str, int, int, int]:
+    """By which a changed data file is recognised. Who changes a file can set its time back, but not
+    the time at which its entry changed (ctime; on Windows that is when it was made)."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+
+def is_complete(arrow: Path, report: Callable[[str], None]) -> bool:
+    """Whether the cache files are there and undamaged; a damaged one is reported, to be written
+    again."""
+    summary = arrow.with_suffix(".json")
+    if not (arrow.exists() and summary.exists()):
         return False
+    again = "the data are tokenised again"
+    try:
+        read_json(summary, again)
+        if verify(arrow, again):
+            with pa.memory_map(str(arrow)) as file:
+                pa.ipc.open_stream(file).read_all()  # maps it, without reading the tokens
+            return True
+        report(f"{arrow} has no checksum; {again}")
+    except UserError as error:
+        report(str(error))
+    except (OSError, pa.ArrowInvalid):
+        report(f"{arrow} is damaged; {again}")
+    return False
 
 
 def tokenise_files(
@@ -194,19 +213,18 @@ def tokenise_files(
                 ] + [pa.array(sizes, pa.int32())] * count_bytes
                 writer.write_batch(pa.RecordBatch.from_arrays(lists, schema=schema))
                 bar.update(sum(chunk.bytes_read for chunk in batch))
-        flush_to_disk(partial)
+        with open(partial, "r+b") as file:
+            add_checksum(file)
+            file.flush()
+            os.fsync(file.fileno())
         left_out = [line for path, each in sums.items() for line in each.check(path, kind)]
         both = hashlib.sha256(ids_hash.digest() + lengths_hash.digest()).hexdigest()
-        write_json(arrow.with_suffix(".json"), {"fingerprint": both[:16], "left_out": left_out})
+        summary = {"fingerprint": both[:16], "left_out": left_out}
+        write_json(arrow.with_suffix(".json"), summary, checksum=True)
         os.replace(partial, arrow)
     finally:
         bar.close()
         partial.unlink(missing_ok=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 # -- chunks of lines, in several processes ---------------------------------------------------------
@@ -277,7 +295,9 @@ def encode_chunk(
             num_empty += not segments
             if segments:
                 documents += segments if kind == "preferences" else [segments]
-    encoded = encode_segments(tokenizer, documents)
+    last = chunk.first + len(chunk.lines) - 1
+    with reading(f"lines {chunk.first} to {last} of {chunk.path}"):  # a text breaks the tokenizer
+        encoded = encode_segments(tokenizer, documents)
     counted = [] if has_exact_token_bytes(tokenizer) else documents
     return EncodedChunk(
         chunk.path,

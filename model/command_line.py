@@ -28,8 +28,10 @@ from difflib import get_close_matches
 from types import NoneType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from model import errors
 from model.errors import UserError, exit_on_user_error, tell_once
 
+MAX_NAME = 180  # bytes; file systems allow 255, with the endings and marks that we add
 Arguments = TypeVar("Arguments")
 
 
@@ -50,14 +52,21 @@ def option(default: Any, help: str, **rules: Any) -> Any:
             check: raises a UserError for a value that names no such file or folder.
             positional: given by its place on the command line, without a flag.
             may_differ: a run may go on with another value after --resume.
-            pinned: False where a recipe leaves the value to whoever follows it.
+            recipe: True if a recipe may set it; `setting` declares it.
             path: a recipe has it relative to the project's folder.
+            name: True if files are named so: it must not lead into another folder.
             released: the stage of dataset/released.py whose file is the default.
     """
     metadata = {"help": help, "rules": rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """An option that a recipe may set too: it says what a training computes or what it reads, never
+    where it writes, whom it asks or what code it runs."""
+    return option(default, help, recipe=True, **rules)
 
 
 class Ignored(NamedTuple):
@@ -111,6 +120,8 @@ def check_values(args_class: type, values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} must be a finite number, not {value}")
         if value is None:
             continue
+        if rules.get("name") and value:
+            check_name(name, value)
         if complaint := out_of_range(value, **rules):
             raise UserError(f"--{name} must {complaint.format(value)}")
         flag, _, allowed = rules.get("needs", "").partition("=")
@@ -126,6 +137,17 @@ def check_values(args_class: type, values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} has no effect with --{rules['unless']}")
         if (reason := rules.get("no_effect")) and value != defaults[name]:
             raise UserError(f"--{name} has no effect here: {reason}")
+
+
+def check_name(flag: str, name: str) -> None:
+    """UserError unless files can be called so, in the folder that is meant."""
+    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(
+            f"--{flag} {name!r} is no name: it must not have / or \\, begin with a dot, or "
+            "hold what cannot be printed; folders have flags of their own"
+        )
+    if len(name.encode()) > MAX_NAME:
+        raise UserError(f"--{flag} is longer than {MAX_NAME} bytes: no file can be called so")
 
 
 def out_of_range(
@@ -237,6 +259,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **settings,
         )
+        about = "show where an error was found, as a traceback"
+        self.add_argument("--debug", type=to_bool, nargs="?", const=True, default=False, help=about)
         groups: dict[str, Any] = {"": self}
         for title in getattr(args_class, "groups", ()):  # the order in --help, if it matters
             groups[title] = self.add_argument_group(title)
@@ -326,6 +350,7 @@ def parse_arguments(
         meant = nearest(flag[2:], rules_of(args_class), "--") if flag.startswith("--") else ""
         raise UserError(f"unknown argument {flag}{meant} (--help lists the flags)")
     values = vars(parsed)
+    errors.show_tracebacks = values.pop("debug")
     check_values(args_class, values)
     return args_class(**values)
 

@@ -5,6 +5,7 @@ Letters in the shape comments: B batch   T tokens   C hidden size   V vocabulary
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +33,12 @@ def cross_entropy_sum(
         hidden, labels = hidden.flatten(0, -2), labels.flatten()
     else:  # no logits for prompts and padding
         hidden, labels = hidden[has_label], labels[has_label]
+    autocasts = torch.is_autocast_enabled(hidden.device.type)
     fused = (
         len(labels) > hidden.shape[-1]  # chunking pays from here on (PyTorch's documentation)
         and hidden.dtype == torch.float32  # in half precision it would also sum in half precision
         and hasattr(F, "linear_cross_entropy")  # since torch 2.13
-        and not torch.is_autocast_enabled(hidden.device.type)  # it does not support autocast
+        and not autocasts  # which it does not support
     )
     if fused:  # in chunks: [B·T, V] is never in memory as a whole
         # on a CPU, larger chunks than PyTorch's default make faster matrix products (RECIPE_LOG.md)
@@ -45,11 +47,64 @@ def cross_entropy_sum(
         loss = F.linear_cross_entropy(
             hidden, head, labels, weight=label_weights, reduction="sum", options=options
         )
+    elif autocasts and hidden.device.type == "cpu":
+        weights = None if label_weights is None else label_weights[labels]
+        loss = ChunkedCrossEntropy.apply(
+            hidden, head, labels, weights, torch.get_autocast_dtype("cpu"), torch.is_grad_enabled()
+        )
     else:
         # The softmax needs float32: in bfloat16 a sum of 6,400 exponentials loses the small ones.
         logits = F.linear(hidden, head).float()
         loss = F.cross_entropy(logits, labels, weight=label_weights, reduction="sum")
     return loss, total
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Σ −w · log softmax(head · h)[label], with matrix products in `dtype` and all sums in float32.
+
+    The gradient of the logits is softmax − one-hot, so it is known as soon as they are: each chunk
+    of positions makes its part of both gradients in the forward pass, and its logits are dropped.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, C]
+        head: Tensor,  # [V, C]
+        labels: Tensor,  # [N]
+        weights: Tensor | None,  # [N]
+        dtype: torch.dtype,
+        with_gradient: bool,
+    ) -> Tensor:
+        half, half_head = hidden.to(dtype), head.to(dtype)
+        wanted = [with_gradient and each for each in ctx.needs_input_grad[:2]]
+        hidden_grad = torch.empty_like(hidden) if wanted[0] else None
+        head_grad = torch.zeros_like(head) if wanted[1] else None  # not for a frozen head
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            for start in range(0, len(labels), CHUNK_SIZE):
+                rows = slice(start, start + CHUNK_SIZE)
+                logits = (half[rows] @ half_head.mT).float()
+                log_probs = logits.log_softmax(-1)
+                each = -log_probs.gather(1, labels[rows, None])
+                scale = 1.0 if weights is None else weights[rows, None]
+                loss += (each * scale).sum()
+                if not any(wanted):
+                    continue
+                grad = log_probs.exp_()
+                grad.scatter_add_(1, labels[rows, None], grad.new_full(each.shape, -1.0))
+                grad = (grad * scale if weights is not None else grad).to(dtype)
+                if hidden_grad is not None:
+                    hidden_grad[rows] = grad @ half_head
+                if head_grad is not None:
+                    head_grad += grad.mT @ half[rows]
+        ctx.save_for_backward(hidden_grad, head_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads = [each if each is None else each * grad_outputs[0] for each in ctx.saved_tensors]
+        return *grads, None, None, None, None
 
 
 def sum_label_weights(labels: Tensor, label_weights: Tensor) -> Tensor:

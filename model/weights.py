@@ -9,12 +9,9 @@ Wherever weights are named, a stage, a `.pth` or a folder will do (`resolve_weig
 
 import hashlib
 import json
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +21,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from model.errors import UserError
+from model.errors import UserError, reading
+from model.formats.files import atomic_write, read_json, write_json  # noqa: F401
 from model.formats.hf_format import load_hf_folder
-from model.formats.minimind_format import check_state, config_from_shapes, make_config, read_state
+from model.formats.minimind_format import (
+    build_model,
+    config_from_shapes,
+    make_config,
+    read_state,
+    save_tensors,
+)
 from model.inference.thinking import close_thoughts, closes_thoughts
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.paths import (  # noqa: F401  where weights lie, for whoever has torch imported anyway
@@ -47,41 +51,6 @@ SCORE_HEAD = "score.weight"  # a reward model has it instead of lm_head.weight
 
 
 # -- saving ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
-    """Write to a temporary file, then rename it to `path`: a reader sees the old file or the new
-    one, never half of it, even if the process is killed. UserError if it cannot be written.
-
-    The `.{name}.partial` that a killed process leaves is overwritten next time.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        # on a full disk, torch.save raises a RuntimeError from the OSError
-        reason = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(reason, OSError):
-            raise
-        why = reason.strerror or reason
-        raise UserError(
-            f"cannot write {path}: {why}; a file that was there before is unchanged"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def write_json(path: Path | str, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def save_weights(
@@ -120,9 +89,8 @@ def write_weights(
     if Path(tokenizer.name_or_path) != TOKENIZER:
         config["tokenizer_path"] = tokenizer.name_or_path
     thinking = {"empty_think": True} if closes_thoughts(tokenizer) else {}
-    write_json(path.with_suffix(".json"), {**info, **config, **thinking})
-    with atomic_write(path) as file:
-        torch.save(state, file)
+    write_json(path.with_suffix(".json"), {**info, **config, **thinking}, checksum=True)
+    save_tensors(path, state)
     return path
 
 
@@ -161,7 +129,8 @@ def load_model(
     """
     path = Path(path)
     if is_hf_folder(path):
-        model = load_hf_folder(path, **overrides)
+        with reading(f"the model in {path}"):
+            model = load_hf_folder(path, **overrides)
         if tokenizer is not None:
             own = tokenizer_beside(path)
             info = {"tokenizer_hash": tokenizer_hash(load_tokenizer(own))} if own else None
@@ -177,9 +146,8 @@ def load_model(
         raise UserError(
             f"{path} is a LoRA adapter and no whole model; --lora_weight names an adapter"
         )
-    model = MiniMindForCausalLM(resolve_config(path, state, tokenizer, overrides))
-    check_state(state, model, path)
-    model.load_state_dict(state, strict=True)
+    config = resolve_config(path, state, tokenizer, overrides)
+    model = build_model(MiniMindForCausalLM, config, state, path)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -200,9 +168,8 @@ def load_scoring_model(
             "one from it"
         )
     del state["lm_head.weight"]  # added by read_state, which assumes a tied head
-    model = MiniMindForScoring(resolve_config(path, state, tokenizer, {}))
-    check_state(state, model, path)
-    model.load_state_dict(state, strict=True)
+    config = resolve_config(path, state, tokenizer, {})
+    model = build_model(MiniMindForScoring, config, state, path)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -233,16 +200,11 @@ def read_info(path: Path | str) -> dict[str, Any] | None:
     path = Path(path).with_suffix(".json")
     if not path.exists():
         return None
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(info["config"], dict):
-            raise TypeError
-        return info
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged or cannot be read; if you remove it, the config is read from the "
-            "shapes of the weights"
-        ) from error
+    advice = "if you remove it, the config is read from the shapes of the weights"
+    info = read_json(path, advice)
+    if not isinstance(info.get("config"), dict):
+        raise UserError(f"{path} is damaged: it has no config; {advice}")
+    return info
 
 
 # -- tokenizer -------------------------------------------------------------------------------------
@@ -253,8 +215,11 @@ def load_tokenizer(path: Path | str | None = None) -> PreTrainedTokenizerBase:
     path = Path(path) if path else TOKENIZER
     check_tokenizer_folder(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of many types: damaged JSON, an unknown model type, …
+        # without the argument, a folder with code of its own would ask on stdin whether to run it
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except BaseException as error:  # of many types: damaged JSON, an unknown model type, …
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the tokenizer in {path} cannot be read: {reason}") from error
     if tokenizer.pad_token_id is None:  # what fills a batch is never read: any token will do

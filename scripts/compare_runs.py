@@ -72,7 +72,7 @@ def main(args: Args) -> list[tuple[str, ...]]:
         )
     for row in rows:
         console_table.add_row(*row)
-    Console(highlight=False).print(console_table)
+    Console(highlight=False, markup=False).print(console_table)
     print(f"curves: {args.output}")
     return rows
 

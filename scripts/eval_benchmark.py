@@ -220,7 +220,7 @@ def show_table(models: list[dict]) -> None:
         )
         same = (" / ".join(dict.fromkeys(column)) for column in zip(*numbers, strict=True))
         table.add_row(found[0]["title"], *same, *(cell(row) if row else "" for row in rows))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)
 
 
 def cell(row: dict) -> str:

@@ -282,7 +282,7 @@ def show(result: dict) -> None:
                 "" if error is None else f"{error:.4f}",
             )
         table.add_section()
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(table)
     console.print(
         f"perplexity {result['perplexity']:.2f} per token of {result['bytes_per_token']:.2f} bytes "

@@ -5,15 +5,18 @@
     python trainer/train_pretrain.py --recipe demo_pretrain
 """
 
+import importlib
 import os
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from model.command_line import option, parse_command_line
+from model.command_line import names_where, option, parse_command_line
 from model.errors import UserError, exit_on_user_error
 from model.paths import ROOT
-from trainer.report.recipes import METRIC, PATHS, RECIPES, UNPINNED
+from trainer.report.recipes import METRIC, PATHS, RECIPES
+
+TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("train_*.py"))
 
 
 @dataclass
@@ -23,7 +26,7 @@ class Args:
         "weights of the run, such as out/pretrain_512.pth, with its log beside them",
         required=True,
     )
-    name: str = option("", "name of the recipe", required=True)
+    name: str = option("", "name of the recipe", required=True, name=True)
     about: str = option("", "purpose of the recipe, in a sentence")
     prepare: str = option("", "command that generates or downloads the data")
     band: float = option(
@@ -55,10 +58,12 @@ def main(args: Args) -> Path:
     origin = info["origin"]
     if not any(METRIC in record for record in records):
         raise UserError(f"{log} has no evaluation on held-out data, which a recipe compares")
+    trainers = (importlib.import_module(f"trainer.{name}") for name in TRAINERS)
+    allowed = {name for each in trainers for name in names_where(each.Args, "recipe", True)}
     flags = {
         name: relative_to_root(value) if name in PATHS else value
         for name, value in origin["args"].items()
-        if name not in UNPINNED and value not in (None, "", [])
+        if name in allowed and value not in (None, "", [])
     }
     path = Path(args.folder) / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ def main(args: Args) -> Path:
         "tolerance": args.band,
         "records": records,
     }
-    write_json(path, recipe)
+    write_json(path, recipe, checksum=True)
     print(f"{path}: {len(flags)} flags, {records[-1]['step']} steps, ±{args.band:.0%}")
     return path
 

@@ -43,12 +43,15 @@ class Download:
         [], "data files by name or pattern, such as 'sft_*.jsonl'; with --model: files of it"
     )
     model: list[str] = option([], f"released models: {', '.join(MODELS)}, or OWNER/NAME")
-    output: str = option("", "folder; default: dataset/, for a model ./NAME")
+    output: str = option(
+        "", "folder; default: dataset/; of another --repo dataset/hub/NAME, of a model ./NAME"
+    )
     hub: Literal["huggingface", "modelscope"] = option("huggingface", "the hub to download from")
     repo: str = option("", "repository of the data files; default: MiniMind's own")
     revision: str = option(
         "", "branch, tag or commit; default: the newest; of data files: as in dataset/released.py"
     )
+    trust_remote_code: bool = option(False, "take the code of a model too", needs="model")
     endpoint: str = option("", "address of a mirror; default: HF_ENDPOINT, or the hub itself")
 
     def __post_init__(self) -> None:
@@ -196,7 +199,7 @@ from dataset.text import LANGUAGES
 from model.weights import load_tokenizer, tokenizer_hash
 from trainer.report.plots import plt, save_figure
 
-console = Console()
+console = Console(markup=False)
 
 
 # -- the commands ----------------------------------------------------------------------------------
@@ -301,13 +304,16 @@ def download(args: Download) -> dict[str, Any]:
     if data:
         names = [*files_of_set(args.set), *args.file]
         repo = args.repo or hub.DATASETS[args.hub]
-        downloads.append((repo, "dataset", names, Path(args.output or DATASET)))
+        own = repo in hub.DATASETS.values()
+        folder = DATASET if own else DATASET / "hub" / repo.rpartition("/")[2]
+        downloads.append((repo, "dataset", names, Path(args.output or folder)))
     for repo in [hub.model_repo(name, args.hub) for name in args.model]:
         folder = Path(args.output or ".") / repo.partition("/")[2]
         downloads.append((repo, "model", [] if data else args.file, folder))
     return {
         repo: pipeline.download(
-            repo, repo_type, names, folder, args.hub, args.revision, args.endpoint
+            *(repo, repo_type, names, folder, args.hub, args.revision, args.endpoint),
+            code=args.trust_remote_code,
         )
         for repo, repo_type, names, folder in downloads
     }

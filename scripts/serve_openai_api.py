@@ -6,13 +6,13 @@
         -d '{"model": "minimind", "messages": [{"role": "user", "content": "Who are you?"}]}'
 
 One engine decodes all requests with continuous batching (model/inference/engine.py). The endpoints
-are /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics.
+are /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, /health and /metrics.
 """
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Annotated, Any
 
 from model.command_line import parse_command_line
 from model.errors import exit_on_user_error
@@ -26,14 +26,18 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse, Response
+from pydantic import BeforeValidator
 
-from scripts.serving.chat_handler import ChatHandler
-from scripts.serving.completion_handler import CompletionHandler
-from scripts.serving.errors import add_error_handlers
+from scripts.serving.api.browsers import add_browser_rules
+from scripts.serving.api.chat_handler import ChatHandler
+from scripts.serving.api.completion_handler import CompletionHandler
+from scripts.serving.api.errors import add_error_handlers
+from scripts.serving.api.http_response import respond
+from scripts.serving.api.normalize import clean, lenient, normalize_chat, normalize_completion
+from scripts.serving.api.openai_types import ChatRequest, CompletionRequest, ResponsesRequest
+from scripts.serving.api.responses_handler import ResponsesHandler, ResponseStore
+from scripts.serving.api.service import Service
 from scripts.serving.loading import ChatModel, load_chat_model
-from scripts.serving.openai_types import ChatRequest, CompletionRequest
-from scripts.serving.responses import respond
-from scripts.serving.service import Service
 
 SHUTDOWN_SECONDS = 30  # for running requests to finish after Ctrl-C
 
@@ -64,18 +68,29 @@ def make_app(args: ServerArgs, loaded: ChatModel) -> FastAPI:
     app = FastAPI(title="MiniMind", lifespan=lifespan)
     app.state.service = service
     add_error_handlers(app)
+    add_browser_rules(app, args)
     errors = {status: {"description": "OpenAI's error object"} for status in (400, 404, 429, 500)}
     needs_key = dict(
         dependencies=[Depends(service.check_key)], responses={401: errors[400]} | errors
     )
 
+    # a request is put in OpenAI's form before it is validated
+    strict, responses_so_far = args.strict_requests, ResponseStore()
+    Chat = Annotated[ChatRequest, BeforeValidator(lenient(normalize_chat, strict))]
+    Text = Annotated[CompletionRequest, BeforeValidator(lenient(normalize_completion, strict))]
+    Turn = Annotated[ResponsesRequest, BeforeValidator(clean)]
+
     @app.post("/v1/chat/completions", **needs_key)
-    async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
+    async def chat_completions(body: Chat, http: HttpRequest) -> Response:
         return await respond(ChatHandler(service, body), http)
 
     @app.post("/v1/completions", **needs_key)
-    async def completions(body: CompletionRequest, http: HttpRequest) -> Response:
+    async def completions(body: Text, http: HttpRequest) -> Response:
         return await respond(CompletionHandler(service, body), http)
+
+    @app.post("/v1/responses", **needs_key)
+    async def responses(body: Turn, http: HttpRequest) -> Response:
+        return await respond(ResponsesHandler(service, responses_so_far, body), http)
 
     @app.get("/v1/models", **needs_key)
     def list_models() -> dict[str, Any]:

@@ -128,6 +128,12 @@ def save(make_model, tokenizer, tmp_path):
 # -- toy trainings ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def float32_on_every_cpu(monkeypatch) -> None:
+    """So that trainings of the tests compute the same on CPUs with and without bfloat16."""
+    monkeypatch.setattr(hardware, "bfloat16_gain", lambda: 1.0)
+
+
 @pytest.fixture
 def in_a_hurry(monkeypatch) -> None:
     """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""

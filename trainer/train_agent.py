@@ -37,7 +37,7 @@ from typing import Any
 
 from dataset.released import data_option
 from dataset.tools import MAX_TURNS
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from trainer.common.arguments import LEARNING_RATE_HELP, ROLLOUT
 from trainer.common.command import parse_trainer, run_trainer
@@ -51,13 +51,13 @@ class Args(GroupArgs):
     learning_rate: float = option(1e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "most tokens of a prompt; longer ones are left out")
     max_gen_len: int = option(256, "most tokens of a reply")
-    max_turns: int = option(
+    max_turns: int = setting(
         MAX_TURNS,
         "most replies of an episode; tools are run between them",
         group=ROLLOUT,
         at_least=1,
     )
-    max_total_len: int = option(
+    max_total_len: int = setting(
         0,
         "most tokens of an episode, prompt and tool results included; 0: those of a prompt and of "
         "--max_turns replies",
@@ -289,7 +289,9 @@ def main(args: Args) -> dict[str, Any]:
     # The policy as it is now; without a KL in the loss there is no use for it.
     reference = ReferenceModel(ctx, model) if args.beta else None
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
 
     # From here on the loop is train_grpo.py's, line by line but for the episodes: a reader of one

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dataset.released import data_option
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from trainer.common.arguments import LEARNING_RATE_HELP, STAGE, TrainArgs
 from trainer.common.command import parse_trainer, run_trainer
@@ -35,10 +35,10 @@ class Args(TrainArgs):
     batch_size: int = option(8, "sequences in a forward pass of a device")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a packed sequence")
-    tag_weight: float = option(
+    tag_weight: float = setting(
         10.0, "weight of each of the four tags in the loss; others: 1", group=STAGE, above=0
     )
-    max_gen_len: int = option(
+    max_gen_len: int = setting(
         512, "most tokens of an answer to a held-out question", group=STAGE, at_least=1
     )
 
@@ -100,7 +100,9 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(ctx, "reason", model, tokenizer, train_data, val_data)
 
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
     label_weights = make_label_weights(tokenizer, run.config.vocab_size, args.tag_weight)  # [V]
     label_weights = label_weights.to(ctx.device)

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dataset.released import data_option
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from model.paths import check_weights, is_stage, resolve_weights, tokenizer_beside
 from trainer.common.arguments import (
@@ -67,7 +67,7 @@ class Args(SampleArgs, RolloutServerArgs):
         "stage to initialise the student from; none: random",
         alias=("from_student_weight",),
     )
-    teacher_weight: str = option(
+    teacher_weight: str = setting(
         "full_sft",
         "the teacher: a stage, .pth or transformers folder",
         group=WEIGHTS,
@@ -75,18 +75,18 @@ class Args(SampleArgs, RolloutServerArgs):
     )
     epochs: int = option(6, "passes through the data")
     learning_rate: float = option(5e-4, LEARNING_RATE_HELP)
-    alpha: float = option(
+    alpha: float = setting(
         0.5,
         "weight of the cross-entropy; the teacher has the rest",
         group=STAGE,
         at_least=0,
         at_most=1,
     )
-    temperature: float = option(1.5, "softens both distributions", group=STAGE, above=0)
-    divergence: Literal["forward", "reverse", "jsd", "skew"] = option(
+    temperature: float = setting(1.5, "softens both distributions", group=STAGE, above=0)
+    divergence: Literal["forward", "reverse", "jsd", "skew"] = setting(
         "forward", "between teacher and student; see above", group=STAGE
     )
-    mixture: float = option(
+    mixture: float = setting(
         0.5,
         "the teacher's share of the mixture M",
         group=STAGE,
@@ -95,29 +95,29 @@ class Args(SampleArgs, RolloutServerArgs):
         below=1,
     )
 
-    student_hidden_size: int | None = option(
+    student_hidden_size: int | None = setting(
         None, "as --hidden_size; default for a stage: 512", group=MODEL
     )
-    student_num_hidden_layers: int | None = option(
+    student_num_hidden_layers: int | None = setting(
         None, "as --num_hidden_layers", group=MODEL, alias=("student_num_layers",)
     )
-    student_use_moe: bool | None = option(None, "as --use_moe", group=MODEL)
-    teacher_hidden_size: int | None = option(None, "width; default for a stage: 768", group=MODEL)
-    teacher_num_hidden_layers: int | None = option(
+    student_use_moe: bool | None = setting(None, "as --use_moe", group=MODEL)
+    teacher_hidden_size: int | None = setting(None, "width; default for a stage: 768", group=MODEL)
+    teacher_num_hidden_layers: int | None = setting(
         None, "depth; default: that of its weights", group=MODEL, alias=("teacher_num_layers",)
     )
-    teacher_use_moe: bool = option(False, "the teacher of that stage is a mixture", group=MODEL)
+    teacher_use_moe: bool = setting(False, "the teacher of that stage is a mixture", group=MODEL)
 
-    on_policy: float = option(
+    on_policy: float = setting(
         0.0, "share of steps on the student's own answers", group=ROLLOUT, at_least=0, at_most=1
     )
-    max_gen_len: int = option(
+    max_gen_len: int = setting(
         256, "most tokens of an answer", group=ROLLOUT, needs="on_policy", at_least=1
     )
-    rollout_batch_size: int = option(
+    rollout_batch_size: int = setting(
         64, "answers decoded at once", group=ROLLOUT, needs="on_policy", at_least=1, may_differ=True
     )
-    update_batch_size: int = option(
+    update_batch_size: int = setting(
         32,
         "answers in a forward pass",
         group=ROLLOUT,
@@ -335,7 +335,9 @@ def main(args: Args) -> dict[str, Any]:
     ctx.print(f"teacher: {parameters:.2f}M parameters, not counted in memory and time above")
 
     model, teacher = prepare_model(ctx, model), teacher.to(ctx.device)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
     settings: dict[str, Any] = dict(temperature=args.temperature)
     settings["divergence"] = partial(divergence, kind=args.divergence, mixture=args.mixture)

@@ -36,7 +36,7 @@ from functools import partial
 from typing import Any, Literal
 
 from dataset.released import data_option
-from model.command_line import option
+from model.command_line import option, setting
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
     STAGE,
@@ -56,14 +56,14 @@ class Args(ConversationArgs, OptionalLoraArgs):
     learning_rate: float = option(1e-5, LEARNING_RATE_HELP)
     max_seq_len: int = option(1024, "tokens of a side; pairs with a longer one are left out")
     packing: bool = option(True, "short sides share a sequence; 0: each padded to the longest")
-    beta: float = option(
+    beta: float = setting(
         0.1,
         "the higher, the closer to the reference; ipo: target margin 1/(2β)",
         group=STAGE,
         above=0,
     )
-    loss_type: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid: DPO; ipo: IPO", group=STAGE)
-    label_smoothing: float = option(
+    loss_type: Literal["sigmoid", "ipo"] = setting("sigmoid", "sigmoid: DPO; ipo: IPO", group=STAGE)
+    label_smoothing: float = setting(
         0.0,
         "assumed share of pairs with swapped labels (cDPO)",
         group=STAGE,
@@ -71,7 +71,7 @@ class Args(ConversationArgs, OptionalLoraArgs):
         at_least=0,
         below=0.5,
     )
-    sft_weight: float = option(
+    sft_weight: float = setting(
         0.0, "weight of the chosen answer's own loss (RPO)", group=STAGE, at_least=0
     )
     use_lora: bool = option(False, "train an adapter only, saved as lora/dpo")
@@ -152,7 +152,9 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(ctx, stage, model, tokenizer, train_data, val_data, collate=collate)
 
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     # The reference is the model as it is now: before --resume loads trained weights into it.
     for data in (train_data, val_data) if val_data else (train_data,):
         precompute_ref_log_probs(ctx, model, tokenizer, data, run.oom_hint)

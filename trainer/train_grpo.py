@@ -201,7 +201,9 @@ def main(args: Args) -> dict[str, Any]:
     # The policy as it is now; without a KL in the loss there is no use for it.
     reference = ReferenceModel(ctx, model) if args.beta else None
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
 
     for global_batch in run.steps():

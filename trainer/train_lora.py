@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.released import data_option
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from trainer.common.arguments import LEARNING_RATE_HELP, LORA, ConversationArgs, LoraArgs
 from trainer.common.command import parse_trainer, run_trainer
@@ -30,8 +30,10 @@ class Args(ConversationArgs, LoraArgs):
     from_weight: str = option("full_sft", "stage that the adapter is for")
     learning_rate: float = option(1e-3, LEARNING_RATE_HELP)
     epochs: int = option(50, "passes through the data")
-    lora_name: str = option("", "the adapter's; default: that of the data file", group=LORA)
-    lora_weight: str = option(
+    lora_name: str = option(
+        "", "the adapter's; default: that of the data file", group=LORA, name=True
+    )
+    lora_weight: str = setting(
         "",
         "an adapter to go on with, by its name or as a .pth; it has its own rank, alpha and layers",
         group=LORA,
@@ -98,7 +100,9 @@ def main(args: Args) -> dict[str, Any]:
     model = prepare_model(ctx, model)
     # takes the trainable parameters only: no gradients and moments for frozen ones, which is what
     # LoRA saves in memory
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
 
     for global_batch in run.steps():

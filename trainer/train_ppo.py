@@ -37,7 +37,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from model.command_line import Ignored, Refused, option
+from model.command_line import Ignored, Refused, option, setting
 from trainer.common.arguments import OPTIMIZER, ROLLOUT, STAGE
 from trainer.common.command import parse_trainer, run_trainer
 from trainer.rl.arguments import RL_RATE_HELP, RolloutArgs
@@ -57,26 +57,28 @@ class Args(RolloutArgs):
     }
 
     learning_rate: float = option(1e-5, RL_RATE_HELP)
-    critic_learning_rate: float = option(1e-5, "the critic's", group=OPTIMIZER, above=0)
-    num_generations: int = option(1, "completions of each prompt", group=ROLLOUT, above=0)
+    critic_learning_rate: float = setting(1e-5, "the critic's", group=OPTIMIZER, above=0)
+    num_generations: int = setting(1, "completions of each prompt", group=ROLLOUT, above=0)
     update_epochs: int = option(
         2, "passes through the same completions", alias=("ppo_update_iters",)
     )
-    num_minibatches: int = option(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
-    clip_epsilon: float = option(0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0)
-    value_clip: float = option(
+    num_minibatches: int = setting(1, "optimizer steps of each pass", group=ROLLOUT, above=0)
+    clip_epsilon: float = setting(
+        0.1, "range of the ratio's clip around 1", group=STAGE, at_least=0
+    )
+    value_clip: float = setting(
         0.2,
         "range of the value clip around the old value",
         group=STAGE,
         at_least=0,
         alias=("cliprange_value",),
     )
-    vf_coef: float = option(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
-    kl_coef: float = option(
+    vf_coef: float = setting(0.5, "weight of the critic's loss", group=STAGE, at_least=0)
+    kl_coef: float = setting(
         0.02, "weight of the KL to the reference in the reward; 0: none", group=STAGE, at_least=0
     )
-    gamma: float = option(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
-    gae_lambda: float = option(
+    gamma: float = setting(1.0, "discount factor", group=STAGE, at_least=0, at_most=1)
+    gae_lambda: float = setting(
         0.95,
         "1: whole returns, unbiased; 0: one step, then the critic",
         group=STAGE,
@@ -84,7 +86,7 @@ class Args(RolloutArgs):
         at_least=0,
         at_most=1,
     )
-    target_kl: float = option(
+    target_kl: float = setting(
         0.1,
         "KL to the old policy that ends the passes early; 0: never",
         group=STAGE,
@@ -296,9 +298,11 @@ def main(args: Args) -> dict[str, Any]:
     model = prepare_model(ctx, model)
     # Two learning rates: a critic is trained from nothing, a policy only adjusted.
     optimizer = MultiOptimizer(
-        *make_optimizer(policy, args.optimizer, args.learning_rate, args.weight_decay).optimizers,
         *make_optimizer(
-            critic, args.optimizer, args.critic_learning_rate, args.weight_decay
+            policy, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+        ).optimizers,
+        *make_optimizer(
+            critic, args.optimizer, args.critic_learning_rate, args.weight_decay, ctx.dtype
         ).optimizers,
     )
     run.resume(model, optimizer)

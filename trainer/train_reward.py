@@ -71,7 +71,9 @@ def main(args: Args) -> dict[str, Any]:
     run = Run(ctx, "reward", model, tokenizer, train_data, val_data, collate=collate)
 
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer)
 
     for global_batch in run.steps():

@@ -37,7 +37,7 @@ Departures from the papers:
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.command_line import option
+from model.command_line import option, setting
 from model.errors import UserError
 from trainer.common.arguments import STAGE
 from trainer.common.command import parse_trainer, run_trainer
@@ -48,26 +48,26 @@ from trainer.rl.arguments import RL_RATE_HELP, RolloutArgs
 class Args(RolloutArgs):
     learning_rate: float = option(1e-5, RL_RATE_HELP)
     accumulation_steps: int = option(4, "batches of prompts of an optimizer step")
-    beta: float = option(
+    beta: float = setting(
         0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
     )
-    loss_type: Literal["simple", "clip", "plain"] = option("simple", "see above", group=STAGE)
-    epsilon: float = option(
+    loss_type: Literal["simple", "clip", "plain"] = setting("simple", "see above", group=STAGE)
+    epsilon: float = setting(
         0.2,
         "range of the ratio around 1",
         group=STAGE,
         needs="loss_type=simple|clip",
         above=0,
     )
-    first_value: float = option(
+    first_value: float = setting(
         0.5, "prior success rate of a prompt", group=STAGE, at_least=0, at_most=1
     )
-    kl_half_life: float = option(
+    kl_half_life: float = setting(
         0.06, "KL of the policy, in nats, that halves the evidence", group=STAGE, above=0
     )
-    rho_min: float = option(0.875, "lower bound of the decay ρ", group=STAGE, above=0, below=1)
-    rho_max: float = option(0.96, "upper bound of the decay ρ", group=STAGE, above=0, below=1)
-    exploration: float = option(
+    rho_min: float = setting(0.875, "lower bound of the decay ρ", group=STAGE, above=0, below=1)
+    rho_max: float = setting(0.96, "upper bound of the decay ρ", group=STAGE, above=0, below=1)
+    exploration: float = setting(
         0.05, "added to every prompt's sampling weight", group=STAGE, at_least=0
     )
 
@@ -236,7 +236,9 @@ def main(args: Args) -> dict[str, Any]:
     # The policy as it is now; without a KL in the loss there is no use for it.
     reference = ReferenceModel(ctx, model) if args.beta else None
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
     run.resume(model, optimizer, extra_state=tracker)
 
     for global_batch in run.steps():

@@ -33,14 +33,12 @@ from model.weights import save_weights, weight_name
 from trainer.common import hardware
 from trainer.common.checkpoint import (
     Progress,
+    check_same_on_ranks,
     check_writable,
     fingerprint_of,
     keep_unfinished,
-    load_checkpoint,
-    restore,
-    rng_state,
+    resume_from,
     save_checkpoint,
-    seed_everything,
 )
 from trainer.common.context import ArgsT, Context, unwrap, without_sync
 from trainer.common.loop import (
@@ -108,6 +106,7 @@ class Run(Generic[ArgsT, BatchT]):
             self.recipe = RecipeComparison(ctx, stage, tokenizer, train_data, val_data)
         self.fingerprint = fingerprint_of(args, stage, model, tokenizer, train_data)
         self.fingerprint |= fingerprint or {}
+        check_same_on_ranks(ctx, self.fingerprint)
         self.metadata = run_metadata(ctx, model, train_data, val_data)  # goes into the .json
         lines, self.oom_hint = forecast(
             ctx, self.plan, self.metrics.peak_flops, model, config, train_data, val_data
@@ -116,7 +115,7 @@ class Run(Generic[ArgsT, BatchT]):
         self.initial_weights: dict[str, Tensor] = {}  # as float16, to see what training changed
         if ctx.is_main:
             check_writable(args.save_dir, args.checkpoint_dir)
-        seed_everything(args.seed + ctx.rank)
+        hardware.seed_everything(args.seed + ctx.rank)
 
     def file(self, suffix: str) -> Path:
         """out/{name}{suffix}"""
@@ -138,23 +137,16 @@ class Run(Generic[ArgsT, BatchT]):
         ctx, path = self.ctx, self.checkpoint_path
         if ctx.is_main:
             self.initial_weights = trainable_fp16(unwrap(model))
-        if ctx.args.resume and path.exists():
-            checkpoint = load_checkpoint(path, self.fingerprint)
-            self.progress = restore(
-                checkpoint,
-                ctx,
-                model=unwrap(model),
-                optimizer=optimizer,
-                scaler=self.scaler,
-                metrics=self.metrics,
-                extra_state=extra_state,
-            )
+        states: dict[str, Any] = dict(model=unwrap(model), optimizer=optimizer)
+        states |= dict(scaler=self.scaler, metrics=self.metrics, extra_state=extra_state)
+        if ctx.args.resume and (resumed := resume_from(ctx, path, self.fingerprint, **states)):
+            self.progress, before = resumed
             self.plan = self.plan_steps()
             finished = self.step >= self.plan.total_steps
             state = "the run is finished already" if finished else "going on"
             at = f"step {self.step} of {self.plan.total_steps}"
             ctx.print(f"resuming {path.name} at {at}: {state}")
-            before, now = checkpoint["global_batch_size"], self.sampler.global_batch_size
+            now = self.sampler.global_batch_size
             if before != now:
                 ctx.print(f"warning: a full step has {now} samples now, and had {before}")
         elif ctx.args.resume:
@@ -306,7 +298,7 @@ class Run(Generic[ArgsT, BatchT]):
         warn_early(self.ctx, self.initial_weights, unwrap(model), *steps)
         if not (self.is_due(self.ctx.args.save_interval) or self.stop.agreed):
             return
-        rng_states = self.ctx.all_gather(rng_state(self.ctx.device))
+        rng_states = self.ctx.all_gather(hardware.rng_state(self.ctx.device))
         if not self.ctx.is_main:
             return
         model, done = unwrap(model), self.progress

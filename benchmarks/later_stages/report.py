@@ -80,20 +80,19 @@ def make_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each stage, setting and length, of the results of its folds or seeds."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for each in sorted(results, key=lambda each: list(STAGES).index(each["stage"])):
-        groups.setdefault((each["stage"], each["variant"], each["scale"]), []).append(each)
+        groups.setdefault((each["stage"], each["variant"], each["steps"]), []).append(each)
     return [
         {
             "stage": stage,
             "flags": variant,
-            "scale": scale,
             "parts": sorted(each["part"] for each in group),
-            "steps": group[0]["steps"],
+            "steps": steps,
             "num_tokens": sum(each["num_tokens"] for each in group) // len(group),
             "changed_fraction": min(each["changed_fraction"] for each in group),
             "metrics": (metrics := combine([each["metrics"] for each in group])),
             "targets": judge(stage, metrics),
         }
-        for (stage, variant, scale), group in groups.items()
+        for (stage, variant, steps), group in groups.items()
     ]
 
 

@@ -1,159 +1,39 @@
 """The trainings of real_stages.py: each stage by its default flags, and what is measured after it.
 
 Nothing is given but paths, sizes and a number of steps that takes about 15 minutes of one thread
-for a base of 7M parameters; flags of `TECHNICAL` change no weight.
+for a base of 7M parameters.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from importlib import import_module
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 from filelock import FileLock
 from learning.held_out import evaluate_reasoning
-from learning.trainings import run_trainer
-from rich.console import Console
 
 from dataset.jsonl import load_rows
 from later_stages.metrics import (
-    Policies,
     document_losses,
     loss_metrics,
     pair_metrics,
     pair_values,
     tool_metrics,
 )
+from later_stages.world import (
+    ANSWER_TOKENS,
+    REWARDS,
+    Job,
+    Stage,
+    World,
+    changed_defaults,
+    defaults_of,
+    read_json,
+)
+from model.errors import UserError
 from model.formats.lora_format import load_lora
-from model.model_minimind import MiniMindForCausalLM
 from model.weights import load_model, load_scoring_model, write_json
-from trainer.common.checkpoint import hash_of
 from trainer.common.evaluation import completion_log_probs
 from trainer.train_reward import end_scores
-
-TECHNICAL = """--device cpu --num_workers 0 --val_share 0 --log_interval 2 --eval_interval 0
-    --save_interval 25"""
-ANSWER_TOKENS = 128  # of a sampled answer
-REWARDS = {"": ["auto"], "_rule": ["answer", "similarity"]}  # by the ending of the stage's name
-
-
-@dataclass
-class World:
-    """Where everything lies, and what all stages share."""
-
-    base: Path  # the fine-tuned model that each stage starts from
-    out: Path
-    student: tuple[int, int] = (160, 4)  # width and depth
-    held_out: int = 600
-    scale: float = 1.0  # share of the steps
-    most_steps: int = 0  # of a training, for a quick test; 0: no limit
-    console: Console = field(default_factory=lambda: Console(highlight=False))
-
-    @property
-    def data(self) -> Path:
-        return self.out / "data"
-
-    @cached_property
-    def start(self) -> MiniMindForCausalLM:
-        return load_model(self.base)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the base's weights."""
-        return hash_of(*(each.half() for each in self.start.state_dict().values()))
-
-    @cached_property
-    def chat_losses(self) -> tuple[np.ndarray, np.ndarray]:
-        return document_losses(self.start, self.data / "chats_held.jsonl", self.held_out)
-
-    @cached_property
-    def policies(self) -> dict[str, Policies]:
-        """For each kind of reward, the base's answers to held-out prompts."""
-        files = {"": "prompts", "_rule": "answers"}
-        return {
-            kind: Policies(
-                self.start,
-                dict(
-                    data_path=[str(self.data / f"{files[kind]}_held.jsonl")],
-                    reward=["answer", "similarity"] if kind else ["model"],
-                    save_dir=str(self.policy_folder(kind)),
-                    max_gen_len=ANSWER_TOKENS,
-                ),
-                judge_dir="" if kind else str(self.judge("b")),
-            )
-            for kind in REWARDS
-        }
-
-    def judge(self, half: str) -> Path:
-        """The folder of the reward model that was trained on this half of the pairs."""
-        return self.out / f"judge_{half}"
-
-    def policy_folder(self, kind: str) -> Path:
-        """Where policies are saved: beside the reward model, if it is the reward."""
-        return self.out / "weights" if kind else self.judge("a")
-
-    def weights(self, name: str, folder: Path | None = None, size: int = 0) -> Path:
-        return (folder or self.out / "weights") / f"{name}_{size or self.size}.pth"
-
-    @property
-    def size(self) -> int:
-        return self.start.config.hidden_size
-
-    def steps(self, count: int) -> int:
-        """Of a training that has `count` steps at full length."""
-        steps = max(1, round(count * self.scale))
-        return min(steps, self.most_steps) if self.most_steps else steps
-
-    def train(
-        self,
-        trainer: str,
-        flags: str,
-        name: str,
-        *,
-        seed: int = 42,
-        steps: int,
-        folder: Path | None = None,
-        resume: bool = True,
-    ) -> dict[str, Any]:
-        """Run trainer/train_NAME.py; returns what its main returns, and the command."""
-        folder = folder or self.out / "weights"
-        values = dict(base=self.base, data=self.data)
-        argv = [word.format(**values) for word in f"{flags} {TECHNICAL}".split()]
-        argv += f"--seed {seed} --max_steps {steps} --resume {int(resume)}".split()
-        argv += ["--save_dir", str(folder), "--checkpoint_dir", str(folder / "checkpoints")]
-        argv += ["--lora_name" if trainer == "lora" else "--save_weight", name]
-        result = run_trainer(self.console, import_module(f"trainer.train_{trainer}"), argv, 0)
-        return {**result, "command": f"trainer/train_{trainer}.py {' '.join(argv)}"}
-
-
-@dataclass
-class Job:
-    """A training to make and measure."""
-
-    stage: str
-    part: int  # the fold, or the seed
-    variant: str = ""  # flags beyond the defaults
-    scale: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """Of weights and results."""
-        words = self.variant.replace("--", "").replace("/", "").split()
-        name = "_".join([self.stage, *words, str(self.part)])
-        return name if self.scale == 1 else f"{name}_x{self.scale:g}"
-
-
-@dataclass(frozen=True)
-class Stage:
-    run: Callable[[World, Job], tuple[dict[str, float], dict[str, Any]]]  # → metrics, training
-    curve: str  # the metric of the log that is plotted
-    targets: dict[str, tuple[str, float]]  # metric → (">=" or "<=", value)
-    sweep: tuple[str, ...] = ()  # flags to try instead of the defaults
-    folds: bool = False  # trained once a fold, else once a seed
-
 
 # -- preferences -----------------------------------------------------------------------------------
 
@@ -183,9 +63,14 @@ def pair_loss(values: np.ndarray, beta: float) -> dict[str, float]:
 def make_judges(world: World) -> None:
     """Two reward models, each from one half of the pairs and measured on the other: RL's reward,
     and a judge that it was not trained on. judges.json says how good they are."""
-    report, result = world.out / "judges.json", {}
+    report, result = world.out / "judges.json", {"defaults": defaults_of("reward")}
     with FileLock(world.out / "judges.lock"):  # several processes may need them
         if report.exists():
+            if changed := changed_defaults(read_json(report)["defaults"]):
+                raise UserError(
+                    f"the reward models in {world.out} were trained with other defaults "
+                    f"({', '.join(changed)}): give another --output"
+                )
             return
         for half, other in ("ab", "ba"):
             flags = f"--data_path {{data}}/pairs_half_{half}.jsonl --from_weight {{base}}"
@@ -270,11 +155,11 @@ def cost_ratio(world: World, taught: str, alone: str) -> float:
     that what both do once does not count."""
     seconds = {}
     for trainer, flags in (("distillation", taught), ("full_sft", alone)):
-        for count in (1, 5):
+        for count in (2, 14):
             started = time.process_time()
             world.train(trainer, flags, f"probe_{trainer}", steps=count, resume=False)
             seconds[trainer, count] = time.process_time() - started
-    steps = [seconds[name, 5] - seconds[name, 1] for name in ("distillation", "full_sft")]
+    steps = [seconds[name, 14] - seconds[name, 2] for name in ("distillation", "full_sft")]
     return max(1.0, steps[0] / max(1e-9, steps[1]))
 
 
@@ -326,6 +211,7 @@ SWEEPS = {
 }
 STAGES = {
     "reward": Stage(
+        ("reward",),
         partial(preferences, "reward", 90),
         "accuracy",
         {"accuracy": (">=", 0.62)},
@@ -333,6 +219,7 @@ STAGES = {
         folds=True,
     ),
     "dpo": Stage(
+        ("dpo",),
         partial(preferences, "dpo", 180),
         "rewards/accuracies",
         {"accuracy": (">=", 0.6), "accuracy_sigmas": (">=", 3), "chats_change": ("<=", 0.02)},
@@ -341,6 +228,7 @@ STAGES = {
     ),
     **{
         f"{name}{kind}": Stage(
+            (name,),
             partial(policy, name, kind, steps),
             "reward",
             REWARD_TARGETS | ({} if kind else {"judge_gain_sd_sigmas": (">=", 2)}),
@@ -350,19 +238,28 @@ STAGES = {
         for name, steps in POLICIES.items()
     },
     "lora": Stage(
+        ("lora",),
         medical,
         "loss",
         {"medical_change": ("<=", -0.15), "chats_change": ("<=", 0.05)},
         rates("3e-4", "1e-3", "3e-3"),
     ),
     "distillation": Stage(
+        ("distillation", "full_sft"),
         distillation,
         "loss",
         {"gain_alone_sigmas": (">=", 3), "gain_alone_longer_sigmas": (">=", 3)},
         ("--alpha 0.5", "--alpha 0.1", "--temperature 1"),
     ),
-    "reason": Stage(reasoning, "loss", {"format": (">=", 0.95)}, rates("2e-4", "5e-4", "1e-3")),
+    "reason": Stage(
+        ("distill_reason",),
+        reasoning,
+        "loss",
+        {"format": (">=", 0.95)},
+        rates("2e-4", "5e-4", "1e-3"),
+    ),
     "tools": Stage(
+        ("full_sft",),
         tool_calls,
         "loss",
         {"well_formed": (">=", 0.8), "right_name": (">=", 0.8)},

@@ -4,7 +4,7 @@
 
 Each case trains a model with random weights for two steps on the CPU, on rows of full length, in a
 process of its own. Measured is its peak memory minus that before the model was made. Estimated is
-what the trainer prints before its first step (forecast.py, training_memory):
+what the trainer prints before its first step (hardware.py, training_memory):
 
     bytes = weights · 4 · (1 + 1 gradient + 1 moment with Muon or 2 with AdamW) + reference · 4
             + rows · tokens · (size · layers · (12 · hidden + 4 · intermediate) + logits)
@@ -38,8 +38,7 @@ from model.errors import UserError, exit_on_user_error
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM, MiniMindForScoring
 from model.weights import count_parameters, load_tokenizer, save_weights, write_json
 from trainer import train_dpo, train_full_sft, train_grpo, train_ppo
-from trainer.common.hardware import describe_machine
-from trainer.report.forecast import training_memory
+from trainer.common.hardware import describe_machine, training_memory
 from trainer.train_ppo import ActorCritic
 
 SIZES = {"26M": (512, 8), "104M": (768, 16)}
@@ -115,7 +114,7 @@ def measure(args: Args) -> dict[str, float]:
         sizes = dict(tokens=args.tokens, half=args.tokens // 2, rows=args.rows)
         flags = f"""{case.flags} --data_path {folder}/rows.jsonl --from_weight {folder}/start.pth
             --save_dir {folder}/out --checkpoint_dir {folder}/out --val_share 0 --save_interval 0
-            --max_steps 2 --num_workers 0 --device cpu""".format(**sizes)
+            --max_steps 2 --num_workers 0 --device cpu --dtype float32""".format(**sizes)
         del model
         before = peak_gb()
         case.trainer.main(parse_arguments(case.trainer.Args, argv=flags.split()))
@@ -137,7 +136,8 @@ def estimate_bytes(
     trained: nn.Module = model
     if case == "ppo":
         trained = ActorCritic(model, MiniMindForScoring(model.config))
-    fixed, per_token = training_memory(model.config, trained, dtype, optimizer, False)
+    device = torch.device("cpu" if dtype == torch.float32 else "cuda")
+    fixed, per_token = training_memory(model.config, trained, device, dtype, optimizer, False)
     return fixed + 4 * count_parameters(model) * CASES[case].reference, per_token
 
 

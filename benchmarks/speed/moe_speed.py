@@ -125,7 +125,7 @@ class Step:
         """Seconds of a whole step, and of its optimizer part."""
         device = self.model.device
         start = now(device)
-        with autocast(device, resolve_dtype("bfloat16", device)):
+        with autocast(device, resolve_dtype("auto", device)):
             outputs = self.model(self.ids, labels=self.ids, return_logits=False)
         (outputs.loss + (0.0 if outputs.aux_loss is None else outputs.aux_loss)).backward()
         middle = now(device)

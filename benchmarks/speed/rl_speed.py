@@ -214,7 +214,7 @@ def minimind(args: Args) -> dict[str, float]:
     flags = f"""--data_path {args.folder}/dpo.jsonl --from_weight {args.folder}/start.pth
         --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
         --batch_size {args.batch_size} --max_seq_len {args.max_seq_len} --val_share 0
-        --save_interval 0 --num_workers 0 --device cpu"""
+        --save_interval 0 --num_workers 0 --device cpu --dtype float32"""
     result = train_dpo.main(parse_arguments(train_dpo.Args, argv=flags.split()))
     return {"": result["seconds"], "_with_reference": result["seconds"] + sum(spent)}
 
@@ -296,7 +296,7 @@ def minimind_grpo(args: Args) -> dict[str, float]:
         --save_dir {args.folder}/out --checkpoint_dir {args.folder}/out --optimizer adamw
         --batch_size {args.batch_size} --num_generations {GENERATIONS} --reward length
         --max_gen_len {args.max_gen_len} --max_seq_len {args.max_seq_len} --val_share 0
-        --update_batch_size 32 --save_interval 0 --num_workers 0 --device cpu"""
+        --update_batch_size 32 --save_interval 0 --num_workers 0 --device cpu --dtype float32"""
     result = train_grpo.main(parse_arguments(train_grpo.Args, argv=flags.split()))
     return {"": result["seconds"]}
 

@@ -10,7 +10,8 @@ documents of the validation file. Only training is timed: not tokenising, evalua
 - The baseline is a plain training loop, written out below: a Llama of transformers, one document
   per row, truncated or padded to 512 tokens, 32 rows per step (16 in fine-tuning), AdamW at 5e-4
   (in fine-tuning the best of --baseline_lrs, each tried for a third of the time), cosine decay over
-  one epoch to a tenth, no warmup, gradient clipping at 1, float32 (CUDA: bfloat16). 12 minutes.
+  one epoch to a tenth, no warmup, gradient clipping at 1, in the type that --dtype auto chooses.
+  12 minutes.
 - The recipe is the trainer with its defaults and as many steps as fit the time (by a trial run):
   for each of --budgets in order, until a run ends below the baseline; and for 4 minutes.
 
@@ -222,7 +223,7 @@ def train_baseline(
 ) -> tuple[Curve, float]:
     """Train for `limit` seconds; returns the curve and the speed in real tokens per second."""
     device = model.device
-    dtype = resolve_dtype("bfloat16", device)
+    dtype = resolve_dtype("auto", device)
 
     def held_out() -> float:
         with autocast(device, dtype):  # as the trainer evaluates

@@ -315,6 +315,7 @@ class MiniMind:
             save_interval=0,
             num_workers=0,
             device="cpu",
+            dtype="float32",
             seed=seed,
             save_dir=self.folder,
             checkpoint_dir=self.folder,

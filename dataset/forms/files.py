@@ -27,6 +27,7 @@ PEEK = 4096  # bytes by which a kind of file is recognised
 SAMPLE = 2**20  # bytes from which an encoding is guessed
 BLOCK = 2**20  # bytes of a list that are read at once
 MAX_VALUE = 2**26  # characters of one value of a list; a longer one is taken for damaged
+MAX_LINE = 2**28  # bytes of a line of a compressed file
 CLEAN = "`python scripts/prepare_data.py clean`"
 # How a file begins that is no JSON, what it is, and what helps.
 FOREIGN = {
@@ -90,7 +91,7 @@ def open_lines(path: str | Path, encoding: str = "") -> Iterator[tuple[BinaryIO,
             elif encoding == "utf-8-sig":
                 if start.startswith(codecs.BOM_UTF8):
                     file.read(len(codecs.BOM_UTF8))
-                yield raw, file
+                yield raw, file if raw is file else bounded_lines(file)
             else:
                 yield raw, decoded_lines(file, encoding, errors)
         except UnicodeError as error:
@@ -201,6 +202,14 @@ def is_gbk(sample: bytes) -> bool:
     chinese = CHINESE.findall(text)
     lead_bytes = "".join(chinese).encode("gb2312", "ignore")[::2]
     return sum(byte <= 0xD7 for byte in lead_bytes) > 0.8 * len(chinese)
+
+
+def bounded_lines(file: BinaryFile) -> Iterator[bytes]:
+    """The lines of a compressed file, of which a few kilobytes may hold gigabytes in one."""
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise UserError(f"{file.name} has a line of more than {MAX_LINE / 1e6:,.0f} MB")
+        yield line
 
 
 def decoded_lines(file: BinaryFile, encoding: str, errors: str) -> Iterator[bytes]:

@@ -30,7 +30,7 @@ from dataset.prepare.resumable import ChunkResult
 from dataset.prepare.sources import MESSAGES, RawRow, kind_of, to_row
 from dataset.prepare.words import hash_ngrams, hash_words, words_of
 from dataset.text import language_of
-from model.errors import UserError
+from model.errors import UserError, reading
 
 REPAIR = ftfy.TextFixerConfig(
     uncurl_quotes=False,  # ” is right in Chinese
@@ -75,7 +75,7 @@ class Filters:
     mask: bool  # personal data
 
 
-class Dropped(Exception):
+class Dropped(UserError):
     """Why a row is not kept."""
 
 
@@ -336,9 +336,12 @@ class Cleaner:
             counts["rows read"] += 1
             changes = Counter()
             try:
-                row = clean_row(self.read(raw), self.filters, changes, self.kind == "prompts")
-            except Dropped as reason:
-                name = f"dropped: {reason}"
+                with reading(""):
+                    row = clean_row(self.read(raw), self.filters, changes, self.kind == "prompts")
+                    line = as_line(row)
+            except UserError as reason:
+                known = isinstance(reason, Dropped)
+                name = f"dropped: {reason}" if known else "dropped: unreadable: cannot be used"
                 counts[name] += 1
                 examples.setdefault(name, []).append(f"{raw.place()}: {shown(raw)}")
                 if self.with_dropped:
@@ -346,7 +349,7 @@ class Cleaner:
                     dropped.append(as_line({**about, "row": raw.content}))
                 continue
             counts += changes
-            kept.append(as_line(row))
+            kept.append(line)
         counts["rows kept"] += len(kept)
         files = [kept, dropped] if self.with_dropped else [kept]
         return ChunkResult(["".join(lines).encode() for lines in files], counts, examples)

@@ -31,8 +31,14 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 from dataset.released import MODELS, OLDER, REVISION, SETS, SIZES
-from model.errors import UserError
+from model.errors import UserError, reading
+from model.paths import ROOT
 
+PROJECT = ("model", "trainer", "scripts", "tests", "benchmarks", "docs", "learning_materials")
+# What is downloaded by its ending: data and weights, and nothing that an interpreter reads.
+DATA_FILES = (".jsonl", ".json", ".jsonl.gz", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv")
+DATA_FILES += (".txt", ".md", ".gz", ".zst", ".zip")
+MODEL_FILES = (".safetensors", ".pth", ".bin", ".json", ".txt", ".model", ".jinja", ".md", ".gguf")
 DATASETS = {"huggingface": "jingyaogong/minimind_dataset", "modelscope": "gongjy/minimind_dataset"}
 HUBS = ("huggingface", "modelscope")
 
@@ -45,6 +51,12 @@ class Remote:
     size: int | None
     sha256: str = ""
     git_hash: str = ""  # of a small file, which is in git itself and not in LFS
+
+    def __post_init__(self) -> None:
+        """TypeError if a hub answers with something else."""
+        texts = isinstance(self.name, str) and isinstance(self.sha256 + self.git_hash, str)
+        if not texts or not isinstance(self.size, int | None) or (self.size or 0) < 0:
+            raise TypeError(f"a file with the name {self.name!r} and the size {self.size!r}")
 
     def checked_by(self) -> str:
         return "sha256" if self.sha256 else "git hash" if self.git_hash else "size"
@@ -95,6 +107,16 @@ def plain_errors(where: str, repo: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def plain_answers(where: str) -> Iterator[None]:
+    """An answer that is not what a hub answers, as one sentence."""
+    try:
+        with reading(f"the answer of {where}", "is --endpoint the address of a hub?"):
+            yield
+    except OSError as error:
+        raise UserError(f"{where} cannot be reached ({error}); try again") from error
+
+
 class HuggingFaceRepo:
     """A repository on Hugging Face, or on a mirror with its API at `endpoint`."""
 
@@ -106,20 +128,20 @@ class HuggingFaceRepo:
     def files(self, revision: str = "") -> list[Remote]:
         """The files at a revision, at which `fetch` has them from now on."""
         revision = revision or self.revision
-        with plain_errors(self.where, self.repo):
+        with plain_answers(self.where), plain_errors(self.where, self.repo):
             about: Any = self.api.repo_info(  # of another class for each repo_type
                 self.repo, repo_type=self.repo_type, revision=revision, files_metadata=True
             )
-        self.revision = about.sha or revision  # the same commit for all files
-        return [
-            Remote(
-                file.rfilename,
-                file.lfs.size if file.lfs else file.size,
-                file.lfs.sha256 if file.lfs else "",
-                "" if file.lfs else file.blob_id or "",
-            )
-            for file in about.siblings or []
-        ]
+            self.revision = about.sha or revision  # the same commit for all files
+            return [
+                Remote(
+                    file.rfilename,
+                    file.lfs.size if file.lfs else file.size,
+                    file.lfs.sha256 if file.lfs else "",
+                    "" if file.lfs else file.blob_id or "",
+                )
+                for file in about.siblings or []
+            ]
 
     def find(self, names: list[str]) -> list[Remote]:
         """The files with these names or patterns, at the revision that the module's text tells."""
@@ -140,9 +162,9 @@ class HuggingFaceRepo:
 
     def history(self) -> list[str]:
         """The commits, the newest first."""
-        with plain_errors(self.where, self.repo):
+        with plain_answers(self.where), plain_errors(self.where, self.repo):
             commits = self.api.list_repo_commits(self.repo, repo_type=self.repo_type)
-        return [commit.commit_id for commit in commits]
+            return [commit.commit_id for commit in commits]
 
     def fetch(self, remote: Remote, partial: Path) -> None:
         """Append the rest of the file to `partial`."""
@@ -156,7 +178,11 @@ class HuggingFaceRepo:
         there = partial.stat().st_size if partial.exists() else 0
         # a range of a compressed response would not be a range of the file
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        with plain_errors(self.where, self.repo), open(partial, "ab") as file:
+        with (
+            plain_answers(self.where),
+            plain_errors(self.where, self.repo),
+            open(partial, "ab") as file,
+        ):
             http_get(
                 url,
                 file,
@@ -262,6 +288,53 @@ def choose(remotes: list[Remote], names: list[str], repo: str) -> list[Remote]:
         raise UserError(told)
     found = [file for name in names for file in remotes if fnmatch(file.name, name)]
     return list({file.name: file for file in found}.values())
+
+
+def only_data(
+    remotes: list[Remote], repo_type: str, repo: str, named: bool, folder: Path, code: bool = False
+) -> list[Remote]:
+    """The files with data or weights; the others, such as code, are left out, which is told.
+
+    Args:
+        named: the user has named the files, so that one of another kind is an error.
+        folder: where they are to go.
+        code: the user trusts the code too.
+
+    Raises:
+        UserError: also for a file that would replace one of this project.
+    """
+    endings = MODEL_FILES if repo_type == "model" else DATA_FILES
+    endings += (".py",) * code
+    kept = [each for each in remotes if each.name.lower().endswith(endings)]
+    others = ", ".join(sorted(each.name for each in remotes if each not in kept))
+    if others and (named or not kept):
+        raise UserError(
+            f"{repo} has {others}, and files with {' '.join(endings)} are downloaded alone: code "
+            "only with --trust_remote_code"
+        )
+    if others:
+        print(f"left out, since it is neither data nor weights: {others}")
+    for each in kept:
+        target = (folder / each.name).resolve()
+        if is_own_file(target):
+            raise UserError(
+                f"{each.name} of {repo} would replace the project's own {target}; name another "
+                "folder with --output"
+            )
+    return kept
+
+
+def is_own_file(target: Path) -> bool:
+    """Whether a path belongs to this project, as opposed to the data and weights of its user."""
+    if not target.is_relative_to(ROOT):
+        return False
+    folder, *rest = target.relative_to(ROOT).parts
+    if not rest:
+        return target.exists()
+    if folder == "dataset":
+        data_file = len(rest) == 1 and target.name.lower().endswith(DATA_FILES)
+        return not data_file and rest[0] != "hub"
+    return folder in PROJECT or folder.startswith(".")
 
 
 def check_space(remotes: list[Remote], folder: Path) -> None:

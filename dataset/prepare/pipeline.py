@@ -201,15 +201,18 @@ def download(
     hub_name: str,
     revision: str,
     endpoint: str,
+    code: bool = False,
 ) -> dict[str, Any]:
     """Files of a repository into a folder, with download.manifest.json beside them.
 
     Args:
         repo_type: "dataset" or "model".
         names: files or patterns; none: all.
+        code: whether to take Python files too.
     """
     repo = hub.open_repo(hub_name, repo_name, repo_type, revision, endpoint)
-    files, remotes = [], repo.find(names)
+    remotes = hub.only_data(repo.find(names), repo_type, repo_name, bool(names), folder, code)
+    files: list[dict[str, Any]] = []
     hub.check_space(remotes, folder.resolve())
     size = sum(remote.size or 0 for remote in remotes)
     print(f"{len(remotes)} files, {size:,} bytes, of {repo_name} at {repo.revision}", flush=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from dataset.lm_dataset import exit_with_parent
 from model.errors import UserError
-from model.weights import write_json
+from model.formats.files import read_json, write_json
 
 SAVE_SECONDS = 3.0
 HASH_BLOCK = 2**20
@@ -101,11 +101,11 @@ def process(
                 progress.add(result)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     flush(files)
-                    write_json(progress_file, vars(progress))
+                    write_json(progress_file, vars(progress), checksum=True)
                     saved = time.monotonic()
             flush(files)
         progress.finished = True
-        write_json(progress_file, vars(progress))
+        write_json(progress_file, vars(progress), checksum=True)
         for path, written in zip(outputs, partial, strict=True):
             os.replace(written, path)
     except OSError as error:
@@ -116,8 +116,8 @@ def process(
 
 def read_progress(progress_file: Path, key: str, partial: list[Path]) -> JobProgress:
     """The recorded progress, if it is of the same work and the files are as long as it says."""
-    with suppress(OSError, ValueError, TypeError):
-        progress = JobProgress(**json.loads(progress_file.read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, TypeError, UserError):
+        progress = JobProgress(**read_json(progress_file, "the work begins anew"))
         whole = progress.finished or all(
             path.stat().st_size >= size for path, size in zip(partial, progress.sizes, strict=True)
         )

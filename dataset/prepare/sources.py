@@ -10,12 +10,13 @@ import io
 import json
 import sys
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -32,9 +33,11 @@ from dataset.forms.rows import (
     is_pair,
 )
 from dataset.jsonl import parse_json
-from model.errors import UserError
+from model.errors import UserError, reading
 from model.paths import check_input_file
 
+# A table may stand for so many times its size: what compression makes of ordinary texts is less.
+MAX_EXPANSION, MIN_BOMB = 1000, 2**28
 TEXT_FIELDS = ("text", "content", "raw_content")
 MESSAGES = ("conversations", "chosen", "rejected")
 
@@ -58,7 +61,9 @@ class RawRow:
         return f"{Path(self.path).name}:{self.number}"
 
     def size(self) -> int:
-        return len(self.content) if isinstance(self.content, str) else 1000
+        if isinstance(self.content, str):
+            return len(self.content)
+        return 1000 + sum(len(v) for v in self.content.values() if isinstance(v, str))
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -90,16 +95,26 @@ def read_raw(
     with tqdm(total=size, unit="B", unit_scale=True, desc=about, leave=False) as bar:
         for path in files:
             try:
-                for row, bytes_read in rows_of(path, encoding, per_document):
-                    yield row
-                    bar.update(max(0, done + bytes_read - bar.n))
-            except (pa.ArrowInvalid, csv.Error) as error:
-                raise UserError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
-            except (UnicodeError, LookupError) as error:
-                raise UserError(f"{path}: {error}; name its --encoding") from error
+                with reading(path), table_errors(path):
+                    for row, bytes_read in rows_of(path, encoding, per_document):
+                        yield row
+                        bar.update(max(0, done + bytes_read - bar.n))
+            except UserError as error:
+                said = str(error)
+                raise UserError(said if str(path) in said else f"{path} {said}") from error
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
             done += path.stat().st_size
+
+
+@contextmanager
+def table_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, csv.Error) as error:
+        raise UserError(f"{path} is damaged, or no {path.suffix} file: {error}") from error
+    except (UnicodeError, LookupError) as error:
+        raise UserError(f"{path}: {error}; name its --encoding") from error
 
 
 def rows_of(path: Path, encoding: str, per_document: str) -> Iterator[tuple[RawRow, int]]:
@@ -124,11 +139,7 @@ def table_or_texts(
 ) -> Iterator[tuple[int, str | dict[str, Any]]]:
     """(number, content) of each row of a table, or document of a plain text."""
     if kind == ".parquet":
-        number = 0
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=500):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        yield from enumerate(parquet_rows(file), start=1)
         return
     text = io.TextIOWrapper(file, encoding, errors="replace", newline="")  # type: ignore[type-var]
     try:
@@ -142,6 +153,37 @@ def table_or_texts(
     finally:
         with suppress(ValueError):  # the file is closed already
             text.detach()  # or it would close the file
+
+
+def parquet_rows(file: BinaryFile) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file. UserError if it stands for far more than a file of its size can
+    hold: a text that is repeated takes a few bytes."""
+    table = pq.ParquetFile(file)
+    # repeated texts stay references until they have been counted
+    texts = [field.name for field in table.schema_arrow if pa.types.is_string(field.type)]
+    table = pq.ParquetFile(file, read_dictionary=texts)
+    limit = max(MIN_BOMB, MAX_EXPANSION * file.seek(0, io.SEEK_END))
+    about, expanded = table.metadata, 0
+    bomb = UserError(
+        f"holds more than {limit / 1e6:,.0f} MB, a thousand times its size, so it is damaged "
+        "or made to fill a memory"
+    )
+    stored = sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups))
+    if max(stored, about.num_rows * about.num_columns) > limit:
+        raise bomb
+    for batch in table.iter_batches(batch_size=500):
+        expanded += sum(map(expanded_size, batch.columns))
+        if expanded > limit:
+            raise bomb
+        yield from batch.to_pylist()
+
+
+def expanded_size(column: pa.Array) -> int:
+    """Bytes of a column as Python has it."""
+    if not pa.types.is_dictionary(column.type):
+        return column.nbytes
+    lengths = pc.binary_length(column.dictionary)
+    return (pc.sum(lengths.take(column.indices)).as_py() or 0) + column.indices.nbytes
 
 
 def documents_of(lines: Iterator[str], per_document: str) -> Iterator[tuple[int, str]]:

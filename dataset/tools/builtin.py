@@ -32,7 +32,9 @@ class ToolError(Exception):
 
 
 def plain(value: float) -> float | int:
-    """12.0 as 12, and without the digits of rounding errors."""
+    """12.0 as 12, and without the digits of rounding errors. ToolError if it is infinite."""
+    if not math.isfinite(value):
+        raise ToolError("that number is too large")
     value = float(f"{value:.10g}")
     return int(value) if value.is_integer() and abs(value) < 1e15 else value
 
@@ -51,7 +53,16 @@ BINARY = {
     ast.Pow: operator.pow,
 }
 UNARY: dict[type, Callable] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
-FUNCTIONS: dict[str, Callable] = {"sqrt": math.sqrt, "abs": abs, "round": round}
+MAX_DIGITS = 400  # of round's second argument: Python would work out 10 ** 1000000000
+
+
+def bounded_round(value: float, digits: int = 0) -> int | float:
+    if abs(digits) > MAX_DIGITS:
+        raise ToolError("that is too many digits to round to")
+    return round(value, digits) if digits else round(value)
+
+
+FUNCTIONS: dict[str, Callable] = {"sqrt": math.sqrt, "abs": abs, "round": bounded_round}
 FUNCTIONS |= {"sin": math.sin, "cos": math.cos}
 FUNCTIONS |= {"tan": math.tan, "log": math.log, "exp": math.exp}
 CONSTANTS = {"pi": math.pi, "e": math.e}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from dataset.tools.builtin import TOOLS, ToolError
 from dataset.tools.mock import MOCK_TOOLS
 
+MAX_RESULT, MAX_ERROR = 100_000, 1000  # characters: a model is to read it
 ALL_TOOLS = TOOLS | MOCK_TOOLS
 Schema = dict[str, Any]  # of a tool, in the form of OpenAI's API
 
@@ -52,9 +53,16 @@ def call_tool(
                 f"there is no tool {name!r}; there are {', '.join(offered) or 'none'}"
             )
         result, kind = run_tool(name, arguments, (schemas or {}).get(name)), None
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False)
+        if len(text) > MAX_RESULT:
+            raise ToolError(f"the result has more than {MAX_RESULT:,} characters")
     except ToolError as error:
-        result, kind = {"error": str(error)}, error.kind
-    return Result(json.dumps(result, ensure_ascii=False), kind)
+        told = str(error)
+        told = told if len(told) <= MAX_ERROR else f"{told[:MAX_ERROR]}…"
+        text, kind = json.dumps({"error": told}, ensure_ascii=False), error.kind
+    except (ValueError, TypeError):  # NaN, or what JSON has no form for
+        text, kind = json.dumps({"error": "the result is no JSON"}), ToolError.kind
+    return Result(text, kind)
 
 
 def run_tool(

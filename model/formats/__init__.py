@@ -1,1 +1,2 @@
-"""Other formats of weights: transformers folders, GGUF (llama.cpp, ollama), earlier MiniMind."""
+"""Other formats of weights: transformers folders, GGUF (llama.cpp, ollama), earlier MiniMind; and
+how files are written."""

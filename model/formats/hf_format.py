@@ -45,8 +45,8 @@ from transformers import (
 
 from model.errors import UserError
 from model.formats.experts import PROJECTIONS, join_experts, put_experts
-from model.formats.minimind_format import make_config
-from model.formats.native_format import YARN_FIELDS, is_native, load_native
+from model.formats.minimind_format import check_sizes, make_config
+from model.formats.native_format import YARN_FIELDS, is_native, load_native, read_config_json
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
 SHARED_FIELDS = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -296,8 +296,10 @@ def save_hf_folder(
 
 
 def read_hf_config(folder: Path) -> PreTrainedConfig:
+    read_config_json(folder)  # refuses what is to be refused before transformers reads it
     try:
-        return AutoConfig.from_pretrained(folder)
+        # without the argument, a folder with code of its own would ask on stdin whether to run it
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many types
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
@@ -316,6 +318,8 @@ def load_hf_folder(folder: Path, **overrides: Any) -> MiniMindForCausalLM:
         return load_native(folder, **overrides)
     known = from_hf_config(read_hf_config(folder)).to_diff_dict()  # errors before the weights
     config = make_config(known, overrides, folder, "config.json")
+    files = (path for each in ("*.safetensors", "*.bin") for path in folder.glob(each))
+    check_sizes(config, sum(path.stat().st_size for path in files), folder)
     other = load_transformers(folder, torch.float32)
     model = MiniMindForCausalLM(config)
     model.load_state_dict(from_hf_state(dict(other.state_dict()), config), strict=True)
@@ -376,7 +380,7 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with quiet_transformers():  # the errors below say it in one sentence
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # of many types: unknown architecture, LFS pointer, half a file
         reason = str(error).strip().split("\n")[0]

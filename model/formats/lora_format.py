@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.config import MiniMindConfig
-from model.errors import UserError
+from model.errors import UserError, reason_of
 from model.formats.minimind_format import read_state
 from model.formats.native_format import read_weights_file
 from model.model_lora import LoraConfig, add_lora, lora_state
@@ -199,8 +199,9 @@ def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
         alphas = {**(peft_config.get("alpha_pattern") or {})}
         for each in alphas.values():
             LoraConfig(r, each)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a LoRA adapter of peft: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else error
+        raise UserError(f"{folder} is not a LoRA adapter of peft: {reason}") from error
     for name in UNSUPPORTED_PEFT:
         if peft_config.get(name):
             raise UserError(

@@ -4,17 +4,53 @@ shapes of the weights where no `.json` lies beside them."""
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from model.config import STRUCTURAL_FIELDS, MiniMindConfig
-from model.errors import UserError
+from model.errors import UserError, reading
+from model.formats.files import add_checksum, atomic_write, verify
 from model.paths import check_weights
 
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+DAMAGED = "copy or download it again, or train it again"
+FIELD_TYPES = {
+    name: get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    for name, kind in MiniMindConfig.__annotations__.items()
+}
+MAX_LENGTH = 2**26  # of max_position_embeddings: RoPE's tables are made for it
 ROUTER_BIAS = "mlp.e_score_correction_bias"  # its name in a layer, with scoring_func "sigmoid"
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def save_tensors(path: Path | str, content: Any) -> None:
+    """torch.save with a checksum, which any torch.load passes over."""
+    with atomic_write(path) as file:
+        torch.save(content, file)
+        add_checksum(file, zipped=True)
+
+
+def load_tensors(path: Path | str, advice: str, check: bool = True) -> Any:
+    """torch.load on the CPU. The tensors of files in today's format are mapped, not copied: they
+    are to be copied into a model, and are gone from memory then.
+
+    Args:
+        advice: what to do about a damaged file.
+        check: the checksum. False for a look at a few bytes of a file of gigabytes.
+
+    Raises:
+        UserError: the checksum differs. What torch.load raises else passes through.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\3\4"
+    if check:
+        verify(path, advice)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 def read_state(path: Path | str) -> dict[str, Tensor]:
@@ -38,7 +74,9 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
     if path.suffix == ".safetensors" or head[8:9] == b"{":
         raise UserError(f"{path} is a safetensors file; name its folder instead")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_tensors(path, DAMAGED)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is refused: it is not a plain state dict (a damaged file, or a pickle with "
@@ -60,11 +98,32 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise UserError(f"{path} does not hold a state dict (tensors by name)")
+    for name, tensor in state.items():
+        check_plain(tensor, f"{path} is refused: its {name}")
     # DistributedDataParallel and torch.compile add these to the names
     state = {re.sub(r"^(module\.)+", "", n.replace("_orig_mod.", "")): v for n, v in state.items()}
     if "lm_head.weight" not in state and "model.embed_tokens.weight" in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]  # tied: saved once
     return state
+
+
+def check_plain(tensor: Tensor, subject: str) -> None:
+    """UserError unless a tensor holds its numbers one by one: sparse, quantised and expanded ones
+    may stand for gigabytes in a few bytes."""
+    kind, size = "", tensor.numel() * tensor.element_size()
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "sparse or nested"
+    elif tensor.is_quantized:
+        kind = "quantised"
+    elif tensor.is_meta or size > tensor.untyped_storage().nbytes():
+        kind = "without numbers of its own"
+    elif not (tensor.is_floating_point() or tensor.dtype in (torch.int64, torch.int32)):
+        kind = f"of {tensor.dtype}"
+    if kind:
+        raise UserError(f"{subject} is {kind}, and weights are plain tensors of numbers")
+
+
+# -- configs ---------------------------------------------------------------------------------------
 
 
 def config_from_shapes(
@@ -85,6 +144,9 @@ def config_from_shapes(
         first = "model.layers.0."
         key_rows = state[first + "self_attn.k_proj.weight"].shape[0]
         query_rows = state[first + "self_attn.q_proj.weight"].shape[0]
+        numbers = {int(match[1]) for match in layers if match}
+        if len(numbers) != 1 + max(numbers):
+            raise UserError(f"{path} has no whole model: layers are missing")
         use_moe = first + "mlp.gate.weight" in state
         expert = "experts.0." if use_moe else ""
         intermediate_size = state[f"{first}mlp.{expert}gate_proj.weight"].shape[0]
@@ -120,7 +182,7 @@ def config_from_shapes(
         "yarn_beta_fast": 32.0 if newer else 4.0,
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": 1 + max(int(match[1]) for match in layers if match),
+        "num_hidden_layers": len(numbers),
         "intermediate_size": intermediate_size,
         "num_attention_heads": heads,
         "num_key_value_heads": key_heads,
@@ -142,11 +204,16 @@ def make_config(
     Raises:
         UserError: they do not make a model, or an override contradicts the file.
     """
+    where = f"{path}{f' ({said_by})' * bool(said_by)}"
     try:
+        check_fields(known)
         config = MiniMindConfig(**{**known, **overrides})
         before = MiniMindConfig(**known)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} does not describe a MiniMind model: {error}") from error
+        raise UserError(f"{where} does not describe a MiniMind model: {error}") from error
+    except Exception as error:  # checks of transformers have types of their own
+        with reading(where):
+            raise error
     for name in sorted(STRUCTURAL_FIELDS & overrides.keys()) if said_by else ():
         saved = getattr(before, name)
         if saved != overrides[name]:
@@ -154,6 +221,67 @@ def make_config(
                 f"{path} has {name} {saved}, as its {said_by} says, and not {overrides[name]}"
             )
     return config
+
+
+def check_fields(known: dict[str, Any]) -> None:
+    """TypeError or ValueError for a field of another type than the config's, or an absurd one.
+    Sizes that weights have are compared with them in `check_sizes`."""
+    kinds = {name: get_args(hint) or (hint,) for name, hint in FIELD_TYPES.items()}
+    for name, value in known.items():
+        allowed = kinds.get(name)
+        if allowed is None:
+            continue
+        number = float in allowed and isinstance(value, int)
+        if bool in allowed and value in (0, 1):  # earlier versions wrote numbers
+            continue
+        is_bool = isinstance(value, bool) and bool not in allowed
+        lists = any(get_origin(each) is list for each in allowed) and isinstance(value, list)
+        plain = tuple(each for each in allowed if isinstance(each, type))
+        if is_bool or not (number or lists or isinstance(value, plain)):
+            raise TypeError(f"{name} cannot be {value!r}"[:200])
+        if isinstance(value, int | float) and not -1e15 < value < 1e15:
+            raise ValueError(f"{name} cannot be {value}")
+    length = known.get("max_position_embeddings") or 0
+    if length > MAX_LENGTH:
+        raise ValueError(f"max_position_embeddings {length} is more than {MAX_LENGTH}")
+    for name in ("num_hidden_layers", "n_routed_experts", "n_shared_experts"):
+        if (known.get(name) or 0) > 10_000:
+            raise ValueError(f"{name} cannot be {known[name]}")
+
+
+def parameters_of(config: MiniMindConfig) -> int:
+    """About how many parameters a config means, to within a few thousandths."""
+    width, depth = config.hidden_size, config.num_hidden_layers
+    keys = config.num_key_value_heads * config.head_dim
+    assert config.intermediate_size is not None and config.moe_intermediate_size is not None
+    feed_forward = 3 * width * config.intermediate_size
+    if config.use_moe:
+        experts = config.n_routed_experts + config.n_shared_experts
+        feed_forward = 3 * width * config.moe_intermediate_size * experts
+    heads = 1 if config.tie_word_embeddings else 2
+    return depth * (2 * width * (width + keys) + feed_forward) + heads * config.vocab_size * width
+
+
+def check_sizes(config: MiniMindConfig, size: int, path: Path | str) -> None:
+    """UserError before memory is taken, if a config means more weights than files have bytes."""
+    wanted = parameters_of(config)
+    if wanted > 2 * size + 1_000_000:  # at four bits each
+        raise UserError(
+            f"{path} does not fit the model: its config means {wanted:,} parameters, and its "
+            f"weights have {size:,} bytes; check the size flags, or copy the config again"
+        )
+
+
+def build_model(
+    model_class: type[ModelT], config: MiniMindConfig, state: dict[str, Tensor], path: Path | str
+) -> ModelT:
+    """The model with these weights. UserError if they do not fit."""
+    check_sizes(config, sum(t.numel() * t.element_size() for t in state.values()), path)
+    model = model_class(config)
+    check_state(state, model, path)
+    with reading(path):
+        model.load_state_dict(state, strict=True)
+    return model
 
 
 def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | str) -> None:
@@ -167,7 +295,9 @@ def check_state(state: dict[str, Tensor], model: PreTrainedModel, path: Path | s
         raise UserError(f"{path} does not fit the model: it {what} {names[0]}{more}")
     embedding = state["model.embed_tokens.weight"]
     head = state.get("lm_head.weight", embedding)
-    if model.config.tie_word_embeddings and not torch.equal(embedding, head):
+    if model.config.tie_word_embeddings and not (
+        embedding.shape == head.shape and torch.equal(embedding, head)
+    ):
         raise UserError(
             f"{path} has an lm_head.weight that differs from the embedding, but its config ties "
             "them (tie_word_embeddings)"

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import MiniMindConfig
-from model.errors import UserError
+from model.errors import UserError, reason_of
 from model.formats.minimind_format import (
-    check_state,
+    build_model,
+    check_plain,
     config_from_shapes,
     make_config,
     read_state,
@@ -39,6 +40,8 @@ YARN_FIELDS = {  # transformers: MiniMind
     "beta_slow": "yarn_beta_slow",
     "attention_factor": "yarn_attention_factor",
 }
+MAX_LABELS = 100_000
+ATTENTION = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -48,9 +51,16 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
+        # transformers makes a table of the labels when it reads the config
+        if isinstance(labels := values.get("num_labels"), int) and labels > MAX_LABELS:
+            raise ValueError(f"num_labels is {labels}")
+        for name in ("attn_implementation", "_attn_implementation"):
+            if values.get(name) not in ATTENTION:
+                raise ValueError(f"{name} {values[name]!r} may name code on a hub")
         return values
-    except (OSError, ValueError) as error:
-        raise UserError(f"the config.json in {folder} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else error
+        raise UserError(f"the config.json in {folder} cannot be read: {reason}") from error
 
 
 def is_native(folder: Path) -> bool:
@@ -75,10 +85,7 @@ def load_native(folder: Path, **overrides: Any) -> MiniMindForCausalLM:
         )
     known = config_from_shapes(state, folder, values.get("num_attention_heads", 8))
     config = make_config({**known, **config_fields(values)}, overrides, folder, "config.json")
-    model = MiniMindForCausalLM(config)
-    check_state(state, model, folder)
-    model.load_state_dict(state, strict=True)
-    return model.float().eval()
+    return build_model(MiniMindForCausalLM, config, state, folder).float().eval()
 
 
 def config_fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def read_folder_state(folder: Path) -> dict[str, Tensor]:
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 files = sorted({Path(file).name for file in weight_map.values()})
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except Exception as error:  # of many types, by what the file holds
                 raise UserError(f"{index} is no index of weights: {error}") from error
         state: dict[str, Tensor] = {}
         for file in files:
@@ -129,7 +136,10 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         return read_state(path)
     try:
-        return load_file(path)
+        state = load_file(path)
+        for name, tensor in state.items():
+            check_plain(tensor, f"{path} is refused: its {name}")
+        return state
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the weights {path} cannot be read ({error}); if the file is small, it may be a Git "

@@ -36,6 +36,9 @@ class QueueFull(Exception):
 class Constraint(Protocol):
     """Restricts the tokens of a reply, such as a grammar does (grammar.py)."""
 
+    is_complete: bool  # the reply may end here
+    is_finished: bool  # nothing else can follow
+
     def allowed(self) -> Tensor:
         """[V], bool: the tokens that may come next; at least one."""
 
@@ -109,6 +112,7 @@ class Engine:
         self.kv_cache = KVCache(slots)
         self.is_minimind = isinstance(model.config, MiniMindConfig)
         self.stop_ids = set(eos_ids(model))
+        self.vocab_size = model.config.get_text_config().vocab_size
 
     @property
     def busy(self) -> bool:
@@ -121,7 +125,7 @@ class Engine:
             ValueError: the prompt is empty, or prompt and reply exceed the model's positions.
             QueueFull
         """
-        most = self.model.config.max_position_embeddings
+        most = max_positions(self.model)
         if not request.prompt:
             raise ValueError("every prompt needs at least one token")
         if len(request.prompt) + request.sampling.max_new_tokens > most:
@@ -179,7 +183,7 @@ class Engine:
             if source is not None and self.running[source].length < shared:
                 deferred.append(request)
                 continue
-            sequence = Sequence(request, self.model.config.vocab_size, self.model.device)
+            sequence = Sequence(request, self.vocab_size, self.model.device)
             if source is not None:
                 self.kv_cache.copy(source, len(self.running), shared)
                 sequence.length = shared
@@ -273,9 +277,14 @@ class Engine:
         parameters are sampled together."""
         logits = logits.float()
         unconstrained = logits
-        if any(each.request.constraint for each in sequences):
+        changed = [
+            each.request.constraint or each.request.sampling.logit_bias for each in sequences
+        ]
+        if any(changed):
             logits = logits.clone()
             for sequence, row in zip(sequences, logits, strict=True):
+                for token, bias in sequence.request.sampling.logit_bias:
+                    row[token] += bias
                 if sequence.request.constraint:
                     row[~sequence.request.constraint.allowed()] = -torch.inf
         groups = defaultdict(list)
@@ -310,8 +319,11 @@ class Engine:
             request.finish_reason = "stop"
         elif request.detokenizer and request.detokenizer.stopped:
             request.finish_reason = "stop"
+        elif request.constraint and request.constraint.is_finished:
+            request.finish_reason = "stop"
         elif len(request.tokens) == sampling.max_new_tokens:
-            request.finish_reason = "length"
+            complete = request.constraint is not None and request.constraint.is_complete
+            request.finish_reason = "stop" if complete else "length"
         if request.detokenizer and request.finish_reason:
             request.detokenizer.end()
 
@@ -341,8 +353,13 @@ def record_logprobs(sequences: list[Sequence], logprobs: Tensor, tokens: list[in
             sequence.request.logprobs.append(TokenLogprob(row[token].item(), top))
 
 
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest sequence that a model takes; configs without a limit name none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
 def eos_ids(model: PreTrainedModel) -> list[int]:
     """The ids of the tokens that end a reply."""
     ids = getattr(model.generation_config, "eos_token_id", None)
-    ids = model.config.eos_token_id if ids is None else ids
+    ids = getattr(model.config, "eos_token_id", None) if ids is None else ids
     return [ids] if isinstance(ids, int) else list(ids or [])

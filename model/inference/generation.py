@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from model.inference.engine import Engine, Request
+from model.inference.engine import Engine, Request, TokenLogprob
 from model.inference.sampling import SamplingParams
 
 
@@ -96,3 +96,21 @@ class Fp16Linear(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return torch.ops.quantized.linear_dynamic_fp16(rows, self.packed)
+
+
+@torch.inference_mode()
+def prompt_logprobs(
+    model: PreTrainedModel, prompt: list[int], top: int
+) -> list[TokenLogprob | None]:
+    """log p of each token of a prompt, given those before it, with the `top` most likely tokens of
+    its place; None for the first, which nothing predicts."""
+    ids = torch.tensor([prompt], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [T - 1, V]
+    found: list[TokenLogprob | None] = [None]
+    for rows, targets in zip(logits.split(256), ids[0, 1:].split(256), strict=True):
+        logprobs = rows.float().log_softmax(-1)
+        of_targets = logprobs.gather(-1, targets[:, None])[:, 0].tolist()
+        values, tokens = logprobs.topk(top, dim=-1)
+        for logprob, *pair in zip(of_targets, tokens.tolist(), values.tolist(), strict=True):
+            found.append(TokenLogprob(logprob, list(zip(*pair, strict=True))))
+    return found

@@ -14,9 +14,11 @@ class SamplingParams:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # keep only the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of likely tokens with this probability (nucleus)
+    min_p: float = 0.0  # keep tokens at least this likely, relative to the most likely one
     repetition_penalty: float = 1.0  # > 1 makes tokens of prompt and reply less likely
     presence_penalty: float = 0.0  # subtracted from the logits of tokens that are in the reply
     frequency_penalty: float = 0.0  # subtracted once for each time that a token is in the reply
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
     seed: int | None = None  # the same seed gives a prompt the same tokens, whatever its batch
     stop_ids: tuple[int, ...] | None = None  # default: the EOS of the model
 
@@ -24,7 +26,7 @@ class SamplingParams:
     def group_key(self) -> tuple[float, ...]:
         """What changes the distribution: sequences with equal keys are sampled together."""
         penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
-        return self.temperature, self.top_k, self.top_p, *penalties
+        return self.temperature, self.top_k, self.top_p, self.min_p, *penalties
 
 
 def sample(
@@ -68,8 +70,8 @@ def apply_penalties(
 
 
 def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Temperature, top-k, top-p (arXiv 1904.09751), in this order as in transformers. Excluded
-    tokens become −inf."""
+    """Temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082), in this order as in
+    transformers. Excluded tokens become −inf."""
     if sampling.temperature == 0:
         return logits
     logits = logits / sampling.temperature
@@ -84,6 +86,10 @@ def filter_logits(logits: Tensor, sampling: SamplingParams) -> Tensor:
         excluded = before >= sampling.top_p
         excluded[:, 0] = False  # the most likely token always stays
         logits = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf)
+    if sampling.min_p > 0:
+        probs = logits.softmax(-1)
+        least = sampling.min_p * probs.max(-1, keepdim=True).values
+        logits = logits.masked_fill(probs < least, -torch.inf)
     return logits
 
 

@@ -32,7 +32,7 @@ def measures(origins: dict[str, dict[str, Any]], results: dict[str, Any]) -> str
         cards.append(card(f"Bits per byte, {title}", of_texts(own), lower=True))
     for name, title, chance in (
         ("preferences", "The chosen answer is likelier, per token", 0.5),
-        ("reward", "Score by the run's reward model", None),
+        ("reward", "Score by the run's reward model (RL was trained against it)", None),
     ):
         found = {stage: each[name] for stage, each in results.items() if name in each}
         bars = [Bar(s, each["mean"], each["standard_error"]) for s, each in found.items()]

@@ -29,6 +29,7 @@ if __name__ == "__main__":  # before the slow imports: --help and mistakes answe
 
 
 import os
+import shutil
 
 from dataset.forms.files import open_lines
 from model.weights import atomic_write
@@ -57,7 +58,10 @@ def main(args: Args) -> list[Path]:
         for link, path in wanted:
             if not link.exists():
                 link.unlink(missing_ok=True)  # a link to what is not there any more
-                link.symlink_to(path)
+                try:
+                    link.symlink_to(path)
+                except OSError:  # Windows, by default
+                    shutil.copyfile(path, link)
         made.append(target)
     return made
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -23,11 +24,11 @@ from trainer.common import hardware
 from trainer.common.compute_optimal import clock
 from trainer.common.context import Context
 from trainer.common.optimizers import make_optimizer
-from trainer.report.forecast import training_memory
 
 SAMPLE_BYTES = 2_000_000  # of a data file, to know how many tokens it has
 BYTES_PER_TOKEN, BYTES_PER_ROW = 3.2, 1200  # of a released file that is still to be downloaded
 CACHED_BYTES = 2.2  # of a token in dataset/.cache: measured, 5 GB of JSONL are 3.4 GB of tokens
+HELD_OUT_TOKENS = 256 * 200  # of a trainer's evaluation
 ANSWER_TOKENS = 200  # assumed of a completion in reinforcement learning
 
 
@@ -40,13 +41,14 @@ class DataFile(NamedTuple):
     tokens: float
 
 
-class Speed(NamedTuple):
+class MachineSpeed(NamedTuple):
     """Of this machine, with the model that is going to be trained."""
 
     train: float  # tokens a second, forward and backward
     step: float  # seconds of an optimizer step
     decode: float  # tokens a second, 16 answers at once
     tokenize: float  # bytes a second
+    start: float = 0.0  # seconds until a command has imported what it needs
 
 
 @dataclass
@@ -93,13 +95,14 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(each)
 
 
-def measure_speed(
+def measure_machine(
     ctx: Context, model: MiniMindForCausalLM, tokenizer: PreTrainedTokenizerBase
-) -> Speed:
+) -> MachineSpeed:
     """Some seconds of training and of decoding, on made-up tokens. A GPU is measured without
-    compiled blocks, which are faster."""
+    compiled blocks, which are faster. Of this command's own start, how long any takes."""
+    started = time.time() - psutil.Process().create_time()
     model, length = model.to(ctx.device), ctx.args.max_seq_len
-    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0)
+    optimizer = make_optimizer(model, ctx.args.optimizer, 0.0, 0.0, ctx.dtype)
     rows = ctx.args.batch_size if ctx.device.type == "cuda" else 2
     ids = torch.randint(3, len(tokenizer), (rows, length), device=ctx.device)
 
@@ -117,11 +120,12 @@ def measure_speed(
     text = [tokenizer.decode(row) for row in ids.tolist()] * 20
     start = time.perf_counter()
     tokenizer(text)
-    return Speed(
+    return MachineSpeed(
         train=ids.numel() / train_seconds,
         step=step_seconds,
         decode=16 * new / decode_seconds,
         tokenize=sum(len(each.encode()) for each in text) / (time.perf_counter() - start),
+        start=started,
     )
 
 
@@ -135,7 +139,9 @@ def seconds_of(ctx: Context, call: Any, times: int = 2) -> float:
     return best
 
 
-def estimate(args: Any, file: DataFile, model: MiniMindForCausalLM, speed: Speed) -> Estimate:
+def estimate(
+    args: Any, file: DataFile, model: MiniMindForCausalLM, speed: MachineSpeed
+) -> Estimate:
     """What a stage takes by its trainer's defaults."""
     parameters, decoded = count_parameters(model), 0.0
     tokens, passes = file.tokens * args.epochs, 1.0
@@ -171,8 +177,8 @@ def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
     """Bytes, by the estimate that a trainer prints."""
     device = next(model.parameters()).device
     dtype = hardware.resolve_dtype(args.dtype, device)
-    fixed, per_token = training_memory(
-        model.config, model, dtype, args.optimizer, args.gradient_checkpointing
+    fixed, per_token = hardware.training_memory(
+        model.config, model, device, dtype, args.optimizer, args.gradient_checkpointing
     )
     longest = args.max_seq_len + getattr(args, "max_gen_len", 0) * hasattr(args, "reward")
     sides = 1 + (rules_of(type(args))["data_path"]["released"] == "preferences")
@@ -181,6 +187,13 @@ def memory_of(args: Any, model: MiniMindForCausalLM) -> float:
     return fixed + reference + per_token * samples * longest
 
 
-def evaluation_seconds(stages: list[str], speed: Speed) -> float:
-    """Of bits per byte on 300 texts of some 150 tokens, and 40 answers of 200, by each stage."""
-    return len(stages) * (10 + 300 * 150 / (3 * speed.train) + 40 * 200 / speed.decode)
+def evaluation_seconds(stages: list[str], speed: MachineSpeed) -> float:
+    """Of bits per byte on 300 texts of some 150 tokens, and 40 answers of 200, by each stage; and
+    the starts of the three commands that do this and make the page."""
+    each = 300 * 150 / (3 * speed.train) + 40 * 200 / speed.decode
+    return 3 * speed.start + len(stages) * each
+
+
+def seconds_besides(speed: MachineSpeed) -> float:
+    """Of a trainer, besides its training: its start, and an evaluation at its end."""
+    return speed.start + HELD_OUT_TOKENS / (3 * speed.train)

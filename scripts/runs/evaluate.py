@@ -4,9 +4,10 @@
 
 Bits per byte of the held-out pretraining text by language, as scripts/eval_ppl.py measures them;
 how often the chosen answer of a held-out preference pair is likelier, per token, than the rejected
-one; and, where the run has a reward model, its scores of greedy answers to held-out prompts. Each
-with its standard error, in results.json. What a stage has is not measured again, unless its
-weights have changed. The held-out rows are those that the trainers hold out.
+one; and, where the run has a reward model, its scores of greedy answers to held-out prompts. If RL
+was trained against that very model, its scores rise even where answers get no better: then read the
+answers. Each with its standard error, in results.json. What a stage has is not measured again,
+unless its weights have changed. The held-out rows are those that the trainers hold out.
 """
 
 from dataclasses import dataclass

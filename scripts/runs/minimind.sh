@@ -5,7 +5,8 @@
 #   DATA=~/data MINUTES=60 bash scripts/runs/minimind.sh    # your files, fitted to an hour
 #
 # DATA        folder of data files, which are used as they are: nothing is downloaded
-# MINUTES     for everything; model size and tokens are fitted to them and to the machine
+# MINUTES     for everything; model size and tokens are fitted to them and to the machine; stages
+#             that are added to a finished run get as many again
 # STAGES      "pretrain full_sft dpo", and on request lora reward ppo grpo spo reason agent
 # OUT         folder of the run; default: out/minimind
 # PRICE       of an hour of the machine, such as 1.5 or "1.5 RMB"
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/../.." && out=${out:-$PWD/out/minimind} && export PYTHONPATH
 [ -z "$data" ] || export HF_HUB_OFFLINE=1 # with DATA nothing is fetched
 
 # Set up: make's environment, or the Python that is there if it has PyTorch.
-python() { if [ -x .venv/bin/python ]; then .venv/bin/python "$@"; else python3 "$@"; fi; }
+python() { "$(command -v .venv/bin/python .venv/Scripts/python.exe python3 | head -1)" "$@"; }
 python -c 'from importlib.metadata import version as v; v("torch"), v("datasets")' 2> /dev/null || make .venv/installed
 
 # What it takes: time, disk, memory and money of each stage.

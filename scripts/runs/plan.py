@@ -73,12 +73,13 @@ from model.weights import count_parameters, load_tokenizer, write_json
 from scripts.runs.estimates import (
     DataFile,
     Estimate,
-    Speed,
+    MachineSpeed,
     estimate,
     evaluation_seconds,
     measure_file,
-    measure_speed,
+    measure_machine,
     released_file,
+    seconds_besides,
 )
 from trainer.common import hardware
 from trainer.common.compute_optimal import candidates, guess, sizes_given
@@ -151,13 +152,16 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
     if size:  # its weights may not be there yet
         first = replace(first, from_weight="none", **size)
     model = init_model(first, tokenizer)
-    speed = measure_speed(ctx, model, tokenizer)
+    speed = measure_machine(ctx, model, tokenizer)
     cut = cut_files(60 * args.minutes, files, speed) if args.minutes else {}
     estimates = {stage: estimate(trainers[stage], files[stage], model, speed) for stage in stages}
     evaluation = evaluation_seconds(stages, speed)
     reading = reading_seconds(files, speed)
     if args.minutes:
-        divide(60 * args.minutes, estimates, reading, evaluation)
+        divide(60 * args.minutes, estimates, reading, evaluation, seconds_besides(speed))
+    else:
+        for each in estimates.values():
+            each.seconds += seconds_besides(speed)
     total = reading + sum(each.seconds for each in estimates.values())
     if device.type == "cpu" and not args.minutes and total > LONGEST:
         raise UserError(
@@ -181,12 +185,12 @@ def make_plan(args: Args, stages: list[str], size: dict[str, int] | None) -> dic
     }
 
 
-def reading_seconds(files: dict[str, DataFile], speed: Speed) -> float:
+def reading_seconds(files: dict[str, DataFile], speed: MachineSpeed) -> float:
     """To tokenise each file once, though several stages may read it."""
     return sum(size for _, size in {(f.name, f.bytes) for f in files.values()}) / speed.tokenize
 
 
-def cut_files(seconds: float, files: dict[str, DataFile], speed: Speed) -> dict[str, int]:
+def cut_files(seconds: float, files: dict[str, DataFile], speed: MachineSpeed) -> dict[str, int]:
     """Where reading all would take a tenth of the time or more: {file: bytes of it that are twice
     what its stages can train in their shares}, and `files` with these."""
     if reading_seconds(files, speed) < seconds / 10:
@@ -205,14 +209,20 @@ def cut_files(seconds: float, files: dict[str, DataFile], speed: Speed) -> dict[
 
 
 def divide(
-    seconds: float, estimates: dict[str, Estimate], reading: float, evaluation: float
+    seconds: float,
+    estimates: dict[str, Estimate],
+    reading: float,
+    evaluation: float,
+    besides: float,
 ) -> None:
     """Give each stage its part of the time: what it needs, or its share of what is left; and
     pretraining, which can always go on, what the others leave.
 
     Args:
         reading: seconds to tokenise the data, once.
-        evaluation: seconds after the last stage; at most half of the time is kept for it.
+        evaluation: seconds after the last stage.
+        besides: seconds of each trainer's start and evaluation. At most half of the time is kept
+            for all that.
     """
     left = seconds - reading
     if left < seconds / 2:
@@ -220,7 +230,8 @@ def divide(
             f"to read the data takes about {duration(reading)} of MINUTES={seconds / 60:g}; give "
             "more minutes, or a DATA folder with less: `python scripts/prepare_data.py mix` cuts"
         )
-    left -= min(evaluation, left / 2)
+    kept = evaluation + len(estimates) * besides
+    left -= min(kept, left / 2)
     order = sorted(estimates, key=lambda stage: (stage == "pretrain", estimates[stage].seconds))
     for number, stage in enumerate(order):
         each, shares = estimates[stage], sum(STAGES[other].share for other in order[number:])
@@ -229,7 +240,7 @@ def divide(
             given = min(given, 1.1 * each.seconds)
         left -= given
         each.tokens *= given / each.seconds
-        each.minutes, each.seconds = round(given / 60, 2), given
+        each.minutes, each.seconds = round(given / 60, 2), given + besides
 
 
 def trainer_args(stage: str, args: Args) -> Any:
@@ -253,10 +264,11 @@ def default_name(stage: str, args: Args, is_missing: bool) -> str:
 def show(plan: dict[str, Any], folder: Path) -> None:
     stages, price = plan["stages"], plan["price"]
     left = {stage: row for stage, row in stages.items() if not is_finished(stage, folder)}
-    table = Table(
-        title=f"{plan['parameters'] / 1e6:.1f}M parameters, {plan['machine']}, into {folder}",
-        title_justify="left",
-    )
+    parameters = f"{plan['parameters'] / 1e6:.1f}M parameters"
+    if plan["minutes"] and "pretrain" in left:  # which measures several sizes, and chooses
+        parameters = f"about {parameters}"
+    title = f"{parameters}, {plan['machine']}, into {folder}"
+    table = Table(title=title, title_justify="left")
     for name in ["stage", "data", "tokens", "time", "memory", "disk"] + ["cost"] * bool(price):
         table.add_column(name, justify="left" if name in ("stage", "data") else "right")
 

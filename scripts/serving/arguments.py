@@ -219,6 +219,27 @@ class ServerArgs(ModelArgs):
     port: int = option(8000, "port to listen on", group=SERVER, at_least=0, at_most=65535)
     api_key: str = option("", "API key that clients must send; default: none needed", group=SERVER)
     model_name: str = option("minimind", "name of the model in the API", group=SERVER)
+    allow_origins: list[str] = option(
+        ["localhost"],
+        "web pages that may use the server: localhost (pages of this machine), origins such as "
+        "https://chat.example, * (all; set an --api_key), none",
+        group=SERVER,
+    )
+    allow_hosts: list[str] = option(
+        [],
+        "names by which clients may address the server, besides localhost, --host and plain "
+        "addresses; * for any",
+        group=SERVER,
+    )
+    tools: Literal["fit", "all", "none"] = option(
+        "fit",
+        "fit: the last tools of a request are left out where they do not fit into --max_length; "
+        "all: such requests are refused; none: tools are ignored, unless a call is forced",
+        group=SERVER,
+    )
+    strict_requests: bool = option(
+        False, "refuse what is not exactly in OpenAI's form", group=SERVER
+    )
     max_batch: int = option(
         32, "maximum number of requests decoded at a time", group=LIMITS, at_least=1
     )

@@ -10,7 +10,7 @@ from model.errors import UserError
 from model.formats.hf_format import load_transformers
 from model.formats.lora_format import load_lora, resolve_lora
 from model.formats.native_format import is_native
-from model.inference.engine import eos_ids
+from model.inference.engine import eos_ids, max_positions
 from model.inference.generation import pack_for_cpu_decoding
 from model.inference.thinking import close_thoughts
 from model.model_lora import merge_and_unload
@@ -42,7 +42,7 @@ class ChatModel(NamedTuple):
 
     @property
     def max_positions(self) -> int:
-        return self.model.config.max_position_embeddings
+        return max_positions(self.model)
 
 
 def load_chat_model(
@@ -60,7 +60,8 @@ def load_chat_model(
     """
     device, path = resolve_device(args.device), find_model(args, weight)
     tokenizer = load_tokenizer(args.tokenizer_path or find_tokenizer(args, path))
-    config, dtype = args.config_fields(), resolve_dtype(args.dtype, device)
+    config = args.config_fields()
+    dtype = resolve_dtype(args.dtype if device.type == "cuda" else "float32", device)
     # A folder is run as its own architecture, unless it is to do what only MiniMind's can.
     if path.is_dir() and not (is_native(path) or config or args.lora_weight):
         model = load_transformers(path, dtype).to(device).eval()

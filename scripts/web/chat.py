@@ -1,6 +1,7 @@
 """The chat page: streamed answers, folded reasoning, tool calls step by step."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -163,13 +164,32 @@ def show_message(message: Message, t: Translator, live: bool = False) -> None:
         with st.expander(title, icon=":material/psychology:"):
             st.markdown(escape_markdown(reasoning))
     if message["content"] or live:
-        st.markdown(escape_markdown(message["content"]) + (" ▍" if live else ""))
+        shown = escape_markdown(message["content"])
+        if live:  # a fence ends a block only if nothing else is in its line
+            shown += "\n▍" if shown.endswith(("```", "~~~")) else " ▍"
+        st.markdown(shown)
     if note := message.get("note"):
         st.caption(note)
 
 
+CODE = re.compile(
+    r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:\n {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
+    r"|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
 def escape_markdown(text: str) -> str:
-    """Markdown that keeps line breaks, shows tags, and takes no dollar for a formula."""
+    """Markdown that keeps line breaks, shows tags, and takes no dollar for a formula. Code, in a
+    block or in a line, is shown as it is written."""
+    parts, end = [], 0
+    for code in CODE.finditer(text):
+        parts += [escape_prose(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join(parts) + escape_prose(text[end:])
+
+
+def escape_prose(text: str) -> str:
     for sign in "$<~":
         text = text.replace(sign, "\\" + sign)
     return text.replace("\n", "  \n")

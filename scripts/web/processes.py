@@ -1,6 +1,7 @@
 """Commands that the page starts: they run on when it is closed, and print into a file."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from model.errors import UserError
 from model.paths import ROOT
 from trainer.report.run_state import OUTPUT
 
+# What a training is stopped with, so that it saves first; on Windows SIGINT would kill it.
+STOP = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT)
 BYTES_SHOWN = 8000  # of the end of what a process prints
 
 
@@ -38,6 +41,7 @@ class Process:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C in the page's terminal is not for it
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # Windows
                 )
         except OSError as error:
             reason = f"{error.filename or output}: {error.strerror}"

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import socket
 from base64 import b64encode
 from contextlib import suppress
@@ -15,7 +14,7 @@ import streamlit as st
 
 from model.errors import UserError
 from scripts.web.controls import persistent
-from scripts.web.processes import Process, last_lines
+from scripts.web.processes import STOP, Process, last_lines
 from scripts.web.texts import Translator
 from scripts.web.training_curves import show_curves
 from scripts.web.training_form import continue_run, resume_flags, training_form
@@ -260,7 +259,7 @@ def control_run(run: WatchedRun, state: RunState, args: Any, t: Translator) -> N
         if st.button(t("stop_run"), key=f"stop {key}", icon=icon, disabled=stopping):
             # as Ctrl-C: the step in progress ends, and the checkpoint is saved
             with suppress(ProcessLookupError):  # it has just ended
-                os.kill(state.pid, signal.SIGINT)
+                os.kill(state.pid, STOP)
             st.session_state[f"stopping {key}"] = state.pid
             st.rerun(scope="fragment")
         if stopping:

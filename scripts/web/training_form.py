@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import Field, fields
 from functools import cache
+from itertools import chain, count
 from os.path import relpath
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,11 @@ def check(args_class: type, flags: list[str]) -> None:
 
 
 def output_of(save_dir: str, stage: str) -> Path:
-    return Path(save_dir) / "logs" / f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}.log"
+    """A new file for what a training prints."""
+    name = f"{stage}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = chain([name], (f"{name}-{number}" for number in count(2)))  # two in one second
+    paths = (Path(save_dir) / "logs" / f"{each}.log" for each in names)
+    return next(path for path in paths if not path.exists())
 
 
 def resume_flags(state: RunState) -> tuple[Path, list[str]] | None:

@@ -1,18 +1,26 @@
-"""The engine or client that a test file is about, in its own environment (see run.py)."""
+"""The engine or client that a test file is about, in its own environment (see run.py), and the
+server for the clients."""
 
+import inspect
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+from running_server import running_server
+from scripted import scripted
 
 from model.weights import ROOT
 
@@ -52,6 +60,20 @@ class Engine:
         if result.returncode:
             pytest.fail(f"exit code {result.returncode}: {(result.stdout + result.stderr)[-3000:]}")
         return result.stdout
+
+    def call(self, function: Callable[..., Any], *arguments: object) -> Any:
+        """What a function returns in the engine's Python, which sees nothing but its source."""
+        source = textwrap.dedent(inspect.getsource(function))
+        call = f"{function.__name__}(*json.loads(sys.argv[1]))"
+        code = f"import json, sys\n{source}\nprint('RESULT', json.dumps({call}))"
+        said = self.run(self.python, "-c", code, json.dumps(arguments), cwd=self.folder)
+        return json.loads(said.rpartition("RESULT ")[2])
+
+    def node(self, script: str, *arguments: object) -> Any:
+        """What a module of JavaScript prints as JSON; it finds the engine's packages."""
+        file = self.folder / "script.mjs"
+        file.write_text(script, encoding="utf-8")
+        return json.loads(self.run("node", file, *arguments, cwd=self.folder))
 
     @contextmanager
     def serve(self, *words: object, log: Path, seconds: float = 600, **env: str) -> Iterator[str]:
@@ -96,3 +118,18 @@ def engine(request) -> Engine:
     if not (FOLDER / name).is_dir():
         pytest.skip(f"{name} is not installed: {Path(sys.executable).name} tests/engines/run.py")
     return Engine(name, FOLDER / name)
+
+
+@pytest.fixture(scope="module")
+def server(make_model, tokenizer):
+    """A server whose model says what scripted.py has for a prompt; its url ends with /v1.
+
+    A tiny random model would call no tool and answer nothing that a client can use. Forced calls
+    and structured output follow the grammar, from random weights.
+    """
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=16384)
+    with running_server(model, tokenizer, max_length=16384) as running:
+        asked = scripted(running.service)
+        yield SimpleNamespace(
+            url=f"{running.url}/v1", asked=asked, service=running.service, model=model
+        )

@@ -25,7 +25,7 @@ from model.model_lora import (
 )
 from model.weights import load_model, save_weights
 from trainer import train_lora
-from trainer.report.forecast import training_memory
+from trainer.common.hardware import training_memory
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 EVERY_LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -272,5 +272,6 @@ def test_what_is_frozen_needs_no_gradients(make_model):
     add_lora(model, LoraConfig())
     added = sum(layer.numel() for layer in lora_state(model).values())
     for optimizer, bytes_each in (("muon", 8), ("adamw", 12)):
-        fixed, _ = training_memory(model.config, model, torch.float32, optimizer, False)
+        cpu = torch.device("cpu")
+        fixed, _ = training_memory(model.config, model, cpu, torch.float32, optimizer, False)
         assert fixed == 4 * (whole + added) + bytes_each * added

@@ -109,6 +109,44 @@ def test_loss_under_autocast_is_float32_and_never_fused(make_model, ids, monkeyp
     assert_close(loss, expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("labels", [0, 3, 90])
+def test_chunked_cross_entropy_has_the_gradients_of_the_logits(monkeypatch, labels, weighted):
+    """In float32, where nothing but the order of sums differs; under autocast, by its rounding."""
+    monkeypatch.setattr(losses, "CHUNK_SIZE", 7)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(90, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    target = torch.randint(50, (90,), generator=generator)[:labels]
+    weights = torch.rand(50, generator=generator) if weighted else None
+
+    def loss_and_gradients(loss_of) -> list[torch.Tensor]:
+        hidden, head = (each.clone().requires_grad_() for each in start)
+        loss = loss_of(hidden[:labels], head)
+        return [loss.detach(), *torch.autograd.grad(3 * loss, (hidden, head))]
+
+    def chunked(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        each = None if weights is None else weights[target]
+        return losses.ChunkedCrossEntropy.apply(hidden, head, target, each, torch.float32, True)
+
+    def under_autocast(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cross_entropy_sum(hidden, head, target, weights)[0]
+
+    expected = loss_and_gradients(
+        lambda hidden, head: F.cross_entropy(hidden @ head.mT, target, weights, reduction="sum")
+    )
+    assert_close(loss_and_gradients(chunked), expected, atol=1e-4, rtol=1e-5)
+    assert_close(loss_and_gradients(under_autocast), expected, atol=0.3, rtol=0.05)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, head = torch.randn(9, 16, requires_grad=True), torch.randn(50, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = cross_entropy_sum(hidden, head, torch.arange(9))
+    loss.backward()
+    assert hidden.grad is not None and head.grad is None
+
+
 def test_untrained_loss_is_that_of_guessing(make_model, ids):
     model = make_model(initializer_range=0.02)
     assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(128), rel=0.01)

@@ -24,7 +24,7 @@ from dataset.demo.files import write_demo_data
 from model.formats.hf_format import save_hf_folder
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, save_weights
-from scripts.serving.openai_types import ChatRequest
+from scripts.serving.api.openai_types import ChatRequest
 
 # Those first whose commands name no size: later ones leave weights of several.
 FIRST = ["README.md", "README_zh.md", "docs/training.md", "CLAUDE.md"]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import real_stages
 from later_stages import data, metrics, report
-from later_stages.stages import STAGES, Job
+from later_stages.stages import STAGES
+from later_stages.world import Job, changed_defaults, defaults_of
 from toy import saved_teacher
 
 from dataset.jsonl import load_rows, write_rows
 from model.errors import UserError
-from model.weights import load_model, load_tokenizer
+from model.weights import load_model, load_tokenizer, write_json
 
 
 def chat(question: str, answer: str) -> list[dict]:
@@ -178,8 +179,17 @@ def test_calls_are_compared_with_those_of_the_data(tmp_path, monkeypatch, make_m
 
 
 def test_names_of_results_tell_settings_apart():
-    names = {Job("dpo", 0).name, Job("dpo", 0, "--beta 0.1").name, Job("dpo", 0, scale=0.5).name}
-    assert names == {"dpo_0", "dpo_beta_0.1_0", "dpo_0_x0.5"}
+    jobs = [Job("dpo", 0, "--beta 0.1"), Job("dpo", 0, scale=0.5), Job("dpo", 0, most_steps=2)]
+    assert [job.name for job in jobs] == ["dpo_beta_0.1_0", "dpo_0_x0.5", "dpo_0_max2"]
+
+
+def test_a_changed_default_is_found_and_a_new_or_lost_flag_is_not():
+    then = defaults_of("dpo", "lora")
+    assert changed_defaults(then) == []
+    now = then["dpo.learning_rate"]
+    assert changed_defaults({**then, "dpo.gone": 1, "dpo.learning_rate": 0.5}) == [
+        f"dpo.learning_rate 0.5 -> {now}"
+    ]
 
 
 @pytest.mark.slow
@@ -203,6 +213,11 @@ def test_stages_from_end_to_end(tmp_path, files, monkeypatch):
 
     monkeypatch.setattr(real_stages, "run", lambda *_: pytest.fail("trained once more"))
     assert real_stages.main(args)["rows"] == made["rows"]
+    path = tmp_path / "out" / "results" / "dpo_0_max1.json"
+    result = json.loads(path.read_text())
+    write_json(path, {**result, "defaults": {**result["defaults"], "dpo.beta": 7.0}})
+    with pytest.raises(pytest.fail.Exception, match="trained once more"):
+        real_stages.main(args)
     args.base = saved_teacher(tmp_path, "other", seed=2)
     with pytest.raises(UserError, match="results of another base"):
         real_stages.main(args)

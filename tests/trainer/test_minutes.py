@@ -167,7 +167,7 @@ def test_a_run_of_seconds_ends_in_time_and_is_saved(train, monkeypatch, capsys):
     monkeypatch.setattr(compute_optimal, "SIZES", TINY_SIZES[:3])
     began = time.monotonic()
     result = train(minutes=0.1, log_interval=1, **NO_SIZES)
-    assert time.monotonic() - began < 30 and 1 < result["seconds"] < 15
+    assert time.monotonic() - began < 60 and 1 < result["seconds"] < 40  # busy machines too
     rates = [record["learning_rate"] for record in logged(result)]
     assert rates[-1] < 0.1 * max(rates)  # at the end of its schedule
     assert len(list(train.folder.glob("a/out/pretrain_*.pth"))) == 1
@@ -189,10 +189,14 @@ def test_a_resumed_run_keeps_its_choice(train, killed, made_up_machine):
     assert same(everything(train, "a"), whole)
 
 
-def test_another_number_of_minutes_is_another_run(train, killed, made_up_machine):
-    killed(2, train, "a", minutes=0.004, save_interval=1)
-    with pytest.raises(UserError, match="minutes 0.004, and this run has 0.008"):
-        train("a", resume=True, minutes=0.008)
+def test_a_run_goes_on_with_its_own_minutes_only(train, killed, made_up_machine):
+    """Also where more minutes would choose another size, whose checkpoint has another name."""
+    common = dict(save_interval=1, **NO_SIZES)
+    killed(2, train, "a", minutes=0.02, **common)
+    assert best_of_all(0.02) != best_of_all(1.0)
+    for minutes in (0.021, 1.0):
+        with pytest.raises(UserError, match="pt was begun with --minutes 0.02, .*same, or begin"):
+            train("a", resume=True, minutes=minutes, **common)
 
 
 def test_too_few_minutes(train, made_up_machine):

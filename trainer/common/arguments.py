@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dataset.jsonl import check_file
 from dataset.released import VAL_SHARE, resolve_data_path
-from model.command_line import check_values, option
+from model.command_line import check_values, option, setting
 from model.errors import UserError
 from model.paths import (
     OUT,
@@ -43,7 +43,7 @@ class TrainArgs:
 
     batch_size_flag = "batch_size"  # not a flag: names the one that limits a forward pass
 
-    data_path: list[str] = option(
+    data_path: list[str] = setting(
         [],
         "JSONL file(s) to train on, .jsonl or .jsonl.gz",
         group=DATA,
@@ -57,9 +57,8 @@ class TrainArgs:
         group=DATA,
         unless="data_path",
         may_differ=True,
-        pinned=False,
     )
-    val_path: list[str] = option(
+    val_path: list[str] = setting(
         [],
         "held-out file(s); default: NAME_val beside the default data_path, or a share of data_path",
         group=DATA,
@@ -67,7 +66,7 @@ class TrainArgs:
         may_differ=True,
         path=True,
     )
-    val_share: float = option(
+    val_share: float = setting(
         VAL_SHARE,
         "share of the data held out if there is no val_path",
         group=DATA,
@@ -75,28 +74,27 @@ class TrainArgs:
         below=1,
         unless="val_path",
     )
-    val_documents: int = option(
+    val_documents: int = setting(
         256, "most held-out documents of an evaluation", group=DATA, may_differ=True, at_least=0
     )
-    max_seq_len: int = option(512, "tokens of a packed sequence", group=DATA, at_least=2)
-    packing: bool = option(True, "several documents share a sequence; 0: one, padded", group=DATA)
+    max_seq_len: int = setting(512, "tokens of a packed sequence", group=DATA, at_least=2)
+    packing: bool = setting(True, "several documents share a sequence; 0: one, padded", group=DATA)
     skip_bad_rows: bool = option(
         False,
         "leave bad rows out and report them; 0: the first is an error",
         group=DATA,
         may_differ=True,
-        pinned=False,
     )
     num_workers: int = option(
-        1, "processes that prepare batches", group=DATA, may_differ=True, pinned=False, at_least=0
+        1, "processes that prepare batches", group=DATA, may_differ=True, at_least=0
     )
 
-    from_weight: str = option(
+    from_weight: str = setting(
         "none",
         "weights to initialise from: a stage, such as pretrain, a .pth or a folder; none: random",
         group=WEIGHTS,
     )
-    tokenizer_path: str = option(
+    tokenizer_path: str = setting(
         "",
         "folder of the tokenizer; default: that of the weights, else model/",
         group=WEIGHTS,
@@ -105,120 +103,120 @@ class TrainArgs:
         path=True,
     )
     save_weight: str = option(
-        "", "name of the saved weights; default: the stage's", group=WEIGHTS, pinned=False
+        "", "name of the saved weights; default: the stage's", group=WEIGHTS, name=True
     )
     save_dir: str = option(
-        str(OUT), "folder for weights, logs and plots", group=WEIGHTS, may_differ=True, pinned=False
+        str(OUT), "folder for weights, logs and plots", group=WEIGHTS, may_differ=True
     )
     checkpoint_dir: str = option(
-        str(CHECKPOINTS), "folder for checkpoints", group=WEIGHTS, may_differ=True, pinned=False
+        str(CHECKPOINTS), "folder for checkpoints", group=WEIGHTS, may_differ=True
     )
 
-    minutes: float = option(0.0, MINUTES_HELP, group=TRAINING, at_least=0, unless="max_steps")
-    epochs: int = option(1, "passes through the data", group=TRAINING, above=0)
-    max_steps: int = option(0, "most optimizer steps; 0: no limit", group=TRAINING, at_least=0)
-    batch_size: int = option(
+    minutes: float = setting(0.0, MINUTES_HELP, group=TRAINING, at_least=0, unless="max_steps")
+    epochs: int = setting(1, "passes through the data", group=TRAINING, above=0)
+    max_steps: int = setting(0, "most optimizer steps; 0: no limit", group=TRAINING, at_least=0)
+    batch_size: int = setting(
         32, "sequences in a forward pass of a device", group=TRAINING, may_differ=True, above=0
     )
-    accumulation_steps: int = option(
+    accumulation_steps: int = setting(
         1, "forward passes of an optimizer step", group=TRAINING, may_differ=True, above=0
     )
-    batch_ramp: int = option(0, BATCH_RAMP_HELP, group=TRAINING, at_least=0)
-    dropout: float = option(
+    batch_ramp: int = setting(0, BATCH_RAMP_HELP, group=TRAINING, at_least=0)
+    dropout: float = setting(
         0.0, "share of activations set to 0", group=TRAINING, at_least=0, below=1
     )
-    gradient_checkpointing: bool = option(
+    gradient_checkpointing: bool = setting(
         False, "less memory, a third more time", group=TRAINING, may_differ=True
     )
-    seed: int = option(
+    seed: int = setting(
         42, "of weights, data order and sampling", group=TRAINING, at_least=0, below=2**31
     )
 
-    optimizer: Literal["adamw", "muon"] = option(
+    optimizer: Literal["adamw", "muon"] = setting(
         "muon", "muon: for matrices, AdamW for the rest; needs fewer steps", group=OPTIMIZER
     )
-    learning_rate: float = option(5e-4, LEARNING_RATE_HELP, group=OPTIMIZER, above=0)
-    lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = option(
+    learning_rate: float = setting(5e-4, LEARNING_RATE_HELP, group=OPTIMIZER, above=0)
+    lr_schedule: Literal["linear", "trapezoid", "cosine", "constant"] = setting(
         "linear",
         "after the warmup. linear: to 0; trapezoid: constant, then to 0 over the second half; "
         "cosine: to a tenth",
         group=OPTIMIZER,
     )
-    warmup_steps: int = option(
+    warmup_steps: int = setting(
         10, "steps over which the learning rate rises", group=OPTIMIZER, at_least=0
     )
-    weight_decay: float = option(0.1, "decoupled, on matrices only", group=OPTIMIZER, at_least=0)
-    grad_clip: float = option(
+    weight_decay: float = setting(0.1, "decoupled, on matrices only", group=OPTIMIZER, at_least=0)
+    grad_clip: float = setting(
         1.0, "largest norm of the gradient; 0: no limit", group=OPTIMIZER, at_least=0
     )
 
-    preset: str = option(
+    preset: str = setting(
         "",
         f"sizes of a released model: {', '.join(PRESETS)}; a flag beside it overrides one",
         group=MODEL,
         may_differ=True,
     )
-    hidden_size: int | None = option(
+    hidden_size: int | None = setting(
         None, "width; default: 512, or that of from_weight", group=MODEL
     )
-    num_hidden_layers: int | None = option(
+    num_hidden_layers: int | None = setting(
         None, "depth; default: 8, or that of from_weight", group=MODEL
     )
-    num_attention_heads: int | None = option(None, "query heads; default: 8", group=MODEL)
-    num_key_value_heads: int | None = option(None, "key/value heads; default: 2", group=MODEL)
-    intermediate_size: int | None = option(
+    num_attention_heads: int | None = setting(None, "query heads; default: 8", group=MODEL)
+    num_key_value_heads: int | None = setting(None, "key/value heads; default: 2", group=MODEL)
+    intermediate_size: int | None = setting(
         None,
         "width of the feed-forward layer; default: 8/3 of hidden_size",
         group=MODEL,
         at_least=1,
     )
-    rms_norm_eps: float | None = option(
+    rms_norm_eps: float | None = setting(
         None, "added to the mean square in RMSNorm; default: 1e-5", group=MODEL, above=0
     )
-    qk_norm: bool | None = option(
+    qk_norm: bool | None = setting(
         None, "normalise queries and keys, as Qwen3 and MiniMind-3", group=MODEL
     )
 
-    use_moe: bool = option(False, "a mixture of experts in each block", group=MOE)
-    n_routed_experts: int | None = option(
+    use_moe: bool = setting(False, "a mixture of experts in each block", group=MOE)
+    n_routed_experts: int | None = setting(
         None, "experts that the router chooses from; default: 4", group=MOE, needs="use_moe"
     )
-    n_shared_experts: int | None = option(
+    n_shared_experts: int | None = setting(
         None, "experts that every token uses; default: 1", group=MOE, needs="use_moe"
     )
-    num_experts_per_tok: int | None = option(
+    num_experts_per_tok: int | None = setting(
         None, "routed experts of a token; default: 2", group=MOE, needs="use_moe"
     )
-    moe_intermediate_size: int | None = option(
+    moe_intermediate_size: int | None = setting(
         None, "an expert's; default: as intermediate_size", group=MOE, needs="use_moe"
     )
-    scoring_func: Literal["softmax", "sigmoid"] | None = option(
+    scoring_func: Literal["softmax", "sigmoid"] | None = setting(
         None,
         "softmax: a loss balances the experts (default); sigmoid: a bias, as in DeepSeek-V3",
         group=MOE,
         needs="use_moe",
     )
-    norm_topk_prob: bool | None = option(
+    norm_topk_prob: bool | None = setting(
         None, "the weights of a token's experts sum to 1; default: yes", group=MOE, needs="use_moe"
     )
-    aux_loss_alpha: float | None = option(
+    aux_loss_alpha: float | None = setting(
         None, "softmax: weight of the load-balancing loss; default: 0.1", group=MOE, needs="use_moe"
     )
-    seq_aux: bool | None = option(
+    seq_aux: bool | None = setting(
         None, "softmax: balance per sequence (default), or per batch", group=MOE, needs="use_moe"
     )
-    bias_update_speed: float | None = option(
+    bias_update_speed: float | None = setting(
         None,
         "sigmoid: step of the router bias; default: 0.001",
         group=MOE,
         needs="use_moe",
     )
 
-    device: str = option(
-        "auto", "auto, cuda, cuda:1, mps or cpu", group=MACHINE, may_differ=True, pinned=False
-    )
-    dtype: Literal["bfloat16", "float16", "float32"] = option(
-        "bfloat16", "of the forward pass on CUDA; elsewhere float32, faster there", group=MACHINE
+    device: str = option("auto", "auto, cuda, cuda:1, mps or cpu", group=MACHINE, may_differ=True)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting(
+        "auto",
+        "of the forward pass; auto: bfloat16 on CUDA, and on a CPU that is faster with it",
+        group=MACHINE,
     )
     compile: bool | None = option(
         None,
@@ -226,13 +224,12 @@ class TrainArgs:
         group=MACHINE,
         alias=("use_compile",),
         may_differ=True,
-        pinned=False,
     )
 
-    log_interval: int = option(
+    log_interval: int = setting(
         100, "optimizer steps between log lines", group=LOG, may_differ=True, above=0
     )
-    eval_interval: int = option(
+    eval_interval: int = setting(
         500, "steps between evaluations; 0: at the end", group=LOG, may_differ=True, at_least=0
     )
     save_interval: int = option(
@@ -240,7 +237,6 @@ class TrainArgs:
         "steps between saves; 0: at the end",
         group=LOG,
         may_differ=True,
-        pinned=False,
         at_least=0,
     )
     resume: bool = option(
@@ -248,33 +244,25 @@ class TrainArgs:
         "go on from the checkpoint, if there is one",
         group=LOG,
         may_differ=True,
-        pinned=False,
     )
-    from_resume: bool = option(
-        False, "the same as --resume", group=LOG, may_differ=True, pinned=False
-    )
+    from_resume: bool = option(False, "the same as --resume", group=LOG, may_differ=True)
     force: bool = option(
         False,
         "begin anew where an unfinished run of the same name has its checkpoint",
         group=LOG,
         may_differ=True,
-        pinned=False,
     )
     recipe: str = option(
         "",
         "follow benchmarks/recipes/NAME.json: use its flags, and compare with its run",
         group=LOG,
         may_differ=True,
-        pinned=False,
     )
-    use_wandb: bool = option(
-        False, "log to a tracker too", group=LOG, may_differ=True, pinned=False
-    )
+    use_wandb: bool = option(False, "log to a tracker too", group=LOG, may_differ=True)
     tracker: Literal["wandb", "swanlab", "trackio"] = option(
         "wandb",
         "which, with --use_wandb; trackio: local, without account",
         group=LOG,
-        pinned=False,
         needs="use_wandb",
         habit=True,
     )
@@ -283,7 +271,6 @@ class TrainArgs:
         "the tracker's project",
         group=LOG,
         may_differ=True,
-        pinned=False,
         needs="use_wandb",
         habit=True,
     )
@@ -331,13 +318,13 @@ class TrainArgs:
 class LoraArgs(TrainArgs):
     """The arguments of trainers that can train a LoRA adapter alone."""
 
-    lora_r: int = option(
+    lora_r: int = setting(
         8, "rank: rows of A, columns of B", group=LORA, needs="use_lora", at_least=1
     )
-    lora_alpha: float = option(
+    lora_alpha: float = setting(
         16.0, "the adapter is scaled by alpha/r", group=LORA, needs="use_lora", above=0
     )
-    lora_dropout: float = option(
+    lora_dropout: float = setting(
         0.0,
         "share of A's inputs set to 0 in training",
         group=LORA,
@@ -345,7 +332,7 @@ class LoraArgs(TrainArgs):
         at_least=0,
         below=1,
     )
-    lora_targets: list[str] = option(
+    lora_targets: list[str] = setting(
         ["q_proj", "k_proj", "v_proj", "o_proj"],  # model_lora.py's ATTENTION_MODULES
         "names of the adapted linear layers, such as q_proj gate_proj; experts' too",
         group=LORA,
@@ -366,7 +353,7 @@ class LoraArgs(TrainArgs):
 class OptionalLoraArgs(LoraArgs):
     """For trainers that train all weights unless --use_lora asks for an adapter."""
 
-    use_lora: bool = option(False, "train an adapter only", group=LORA)
+    use_lora: bool = setting(False, "train an adapter only", group=LORA)
 
     def stage(self, name: str) -> str:
         return super().stage(name) if self.use_lora else name
@@ -376,7 +363,7 @@ class OptionalLoraArgs(LoraArgs):
 class SampleArgs(TrainArgs):
     """For trainers that show an answer at every evaluation."""
 
-    sample_prompt: str = option(
+    sample_prompt: str = setting(
         "Who are you?", "asked at every evaluation", group=LOG, may_differ=True
     )
 
@@ -385,6 +372,6 @@ class SampleArgs(TrainArgs):
 class ConversationArgs(SampleArgs):
     """For trainers whose rows are conversations, of which some may have thoughts."""
 
-    empty_think_ratio: float = option(
+    empty_think_ratio: float = setting(
         1.0, EMPTY_THINK_HELP, group=DATA, at_least=0, at_most=1, may_differ=True
     )

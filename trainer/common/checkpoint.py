@@ -7,7 +7,6 @@ tokenizer), so that another run's checkpoint is refused.
 
 import hashlib
 import os
-import random
 import re
 import tempfile
 from collections.abc import Callable
@@ -23,12 +22,17 @@ from typing_extensions import NotRequired, TypedDict  # typing's since Python 3.
 
 from dataset.packing import TrainingData
 from model.command_line import names_where
-from model.errors import UserError
-from model.weights import atomic_write, to_fp16_cpu, tokenizer_hash
+from model.errors import UserError, reading
+from model.formats.minimind_format import load_tensors, save_tensors
+from model.weights import to_fp16_cpu, tokenizer_hash
 from trainer.common.context import Context
+from trainer.common.hardware import restore_rng_state
 from trainer.common.metrics import Accumulator, MetricLog
-from trainer.report.old_keys import with_new_keys
+from trainer.report.old_keys import upgrade
 
+START_ANEW = "start anew without --resume, or put a copy of it in its place"
+# Where weights lie: other weights are recognised by their hash, wherever they are.
+PLACES = ("from_weight", "teacher_weight")
 MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite gradient that end a run
 
 
@@ -46,6 +50,13 @@ class Checkpoint(TypedDict):
     global_batch_size: int
     total_steps: NotRequired[int]  # since 2026-11
     extra_state: NotRequired[Any]
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "scaler", "progress", "metrics", "fingerprint"), dict),
+    **dict.fromkeys(("optimizer", "rng_states", "history"), list),
+    "global_batch_size": int,
+}
 
 
 @dataclass
@@ -168,8 +179,7 @@ def save_checkpoint(
         "extra_state": extra_state and extra_state.state_dict(),
         **plain,
     }
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+    save_tensors(path, checkpoint)
 
 
 def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -179,23 +189,52 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
         UserError: the file cannot be read or is no checkpoint, or is another run's (names the first
             thing that differs).
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file; {START_ANEW}")
     try:
-        checkpoint = upgrade(torch.load(path, map_location="cpu", weights_only=True))
-        missing = Checkpoint.__required_keys__ - checkpoint.keys()
+        checkpoint = upgrade(load_tensors(path, START_ANEW))
+    except UserError:
+        raise
     except (OSError, MemoryError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise UserError(f"{path} is damaged; start anew without --resume") from error
-    if missing:
-        raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
+        raise UserError(f"{path} is damaged; {START_ANEW}") from error
+    check_fields(checkpoint, path)
     for name, then in checkpoint["fingerprint"].items():
         now = fingerprint.get(name, then)
-        if now != then:
+        if now != then and name not in PLACES:
             raise UserError(
                 f"{path} was made with {name} {then!r}, and this run has {now!r}; give the same, "
                 f"or {how_to_train_on(path, fingerprint['stage'])}"
             )
-    return checkpoint
+    # load_state_dict copies weights; optimizers keep the tensors that they are given
+    return {name: each if name == "model" else copied(each) for name, each in checkpoint.items()}
+
+
+def check_fields(checkpoint: Any, path: Path) -> None:
+    """UserError unless a checkpoint has what it must have. A lacking field must not pass for one
+    that is at its start."""
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint but a {type(checkpoint).__name__}; {START_ANEW}")
+    if missing := Checkpoint.__required_keys__ - checkpoint.keys():
+        raise UserError(f"{path} is no checkpoint of this version: it lacks {min(missing)}")
+    for name, kind in KINDS.items():
+        if not isinstance(checkpoint[name], kind):
+            found = type(checkpoint[name]).__name__
+            raise UserError(f"{path} is damaged: its {name} is a {found}; {START_ANEW}")
+    for name in ("step", "samples_seen", "tokens", "seconds"):
+        value = checkpoint["progress"].get(name)
+        if not isinstance(value, int | float) or value < 0:
+            raise UserError(f"{path} is damaged: its progress has {name} {value!r}; {START_ANEW}")
+
+
+def copied(part: Any) -> Any:
+    """A part of a checkpoint in memory, apart from the mapped file."""
+    if isinstance(part, Tensor):
+        return part.clone()
+    if isinstance(part, dict):
+        return {name: copied(each) for name, each in part.items()}
+    return [copied(each) for each in part] if isinstance(part, list) else part
 
 
 def how_to_train_on(path: Path, stage: str) -> str:
@@ -242,100 +281,93 @@ def keep_unfinished(ctx: Context, path: Path, log: Path, total_steps: int) -> No
     ctx.print(f"beginning anew over {state} run, at step {step}; its log is kept as {kept}")
 
 
-def restore(
-    checkpoint: dict[str, Any],
+def resume_from(
     ctx: Context,
+    path: Path,
+    fingerprint: dict[str, Any],
     *,
     model: nn.Module,
     optimizer: Any,
     scaler: Any,
     metrics: MetricLog,
     extra_state: Any = None,
-) -> Progress:
-    """Load a checkpoint's states; returns its progress. Frozen weights are not in it and stay."""
-    metrics.load_state_dict(checkpoint["metrics"])
-    metrics.history = checkpoint["history"]
-    if len(checkpoint["rng_states"]) == ctx.world_size:
-        restore_rng_state(checkpoint["rng_states"][ctx.rank], ctx.device)
-    frozen = model.state_dict().keys() - trainable_state(model).keys()
-    kept = {name: model.state_dict()[name] for name in frozen}
-    model.load_state_dict({**kept, **checkpoint["model"]})
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if extra_state:
-        extra_state.load_state_dict(checkpoint["extra_state"])
-    if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was written without a scaler
-        scaler.load_state_dict(checkpoint["scaler"])
-    return Progress(**checkpoint["progress"])
+) -> tuple[Progress, int] | None:
+    """Load the states of a checkpoint on all ranks; its progress, and the samples of a full step.
+    None if no rank has one. Frozen weights are not in it and stay.
+
+    Raises:
+        UserError: on all ranks, if one of them cannot go on.
+    """
+    checkpoint = shared_checkpoint(ctx, path, fingerprint)
+    if checkpoint is None:
+        return None
+    with reading(path, START_ANEW):
+        metrics.load_state_dict(checkpoint["metrics"])
+        metrics.history = checkpoint["history"]
+        if len(checkpoint["rng_states"]) == ctx.world_size:
+            restore_rng_state(checkpoint["rng_states"][ctx.rank], ctx.device)
+        frozen = model.state_dict().keys() - trainable_state(model).keys()
+        kept = {name: model.state_dict()[name] for name in frozen}
+        model.load_state_dict({**kept, **checkpoint["model"]})
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if extra_state:
+            extra_state.load_state_dict(checkpoint["extra_state"])
+        if scaler.is_enabled() and checkpoint["scaler"]:  # empty if it was written without a scaler
+            scaler.load_state_dict(checkpoint["scaler"])
+        return Progress(**checkpoint["progress"]), checkpoint["global_batch_size"]
 
 
-# Names of a checkpoint's parts until 2026-11: read for one version more.
-OLD_KEYS = {
-    "random": "rng_states",
-    "records": "history",
-    "identity": "fingerprint",
-    "rows_per_update": "global_batch_size",
-    "beside": "extra_state",
-}
+def shared_checkpoint(
+    ctx: Context, path: Path, fingerprint: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The same checkpoint for all ranks, on one machine or several: each reads its own file if all
+    have the same, and else rank 0 reads its file and hands it over."""
+    files = ctx.all_gather(file_identity(path))
+    if not any(files):
+        return None
+    if not files[0]:
+        raise UserError(
+            f"rank {files.index(max(files))} has the checkpoint {path}, and rank 0 has none; copy "
+            "it to the first machine, where it is written, or remove it"
+        )
+    same = len(set(files)) == 1
+    checkpoint, error = None, ""
+    if same or ctx.is_main:
+        try:
+            checkpoint = load_checkpoint(path, fingerprint)
+        except UserError as mistake:
+            error = str(mistake)
+    if errors := [each for each in ctx.all_gather(error) if each]:
+        raise UserError(errors[0])
+    if not same:
+        ctx.print(f"rank 0 hands {path.name} over to the others, which lack it or have another")
+        checkpoint = ctx.broadcast(checkpoint)
+    return checkpoint
 
 
-def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint with today's names."""
-    if "identity" not in checkpoint:
-        return checkpoint
-    new = {OLD_KEYS.get(name, name): part for name, part in checkpoint.items()}
-    names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
-    new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
-    stage = new["fingerprint"].get("stage", "")
-    new["history"] = with_new_keys(new["history"], stage)
-    (evaluation,) = with_new_keys([new["progress"]["evaluation"]], stage)
-    new["progress"]["evaluation"] = evaluation
-    pending = new.pop("pending")
-    names = ("steps", "tokens", "seconds", "expert_load")
-    new["metrics"] = {name: pending[name] for name in names if name in pending}
-    # other metrics since the last log line were means, which sums and counts cannot continue
-    new["metrics"] |= {"sums": {}, "loss_sum": pending["loss"]}
-    for optimizer in new["optimizer"]:
-        for state in optimizer["state"].values():
-            if "average" in state:
-                state["momentum_buffer"] = state.pop("average")
-    return new
+def file_identity(path: Path) -> str:
+    """What tells a checkpoint from another, read in no time: size and end of the file, where a zip
+    archive has the checksums of all its parts; "" where there is none."""
+    if not path.exists():
+        return ""
+    if not path.is_file():
+        return "no file"
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 2**16))
+        return f"{size} {hashlib.sha256(file.read()).hexdigest()}"
 
 
-# -- random states ---------------------------------------------------------------------------------
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator, in types that torch.load reads with weights_only."""
-    version, numbers, gauss = random.getstate()
-    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
-    kind, keys, *rest = legacy
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "device": device_rng(device).get_rng_state() if device.type != "cpu" else None,
-    }
-
-
-def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["device"] is not None and device.type != "cpu":
-        device_rng(device).set_rng_state(state["device"])
-
-
-def device_rng(device: torch.device) -> Any:
-    """torch.cuda or torch.mps, which hold the state of the current GPU's generator."""
-    return getattr(torch, device.type)
+def check_same_on_ranks(ctx: Context, fingerprint: dict[str, Any]) -> None:
+    """UserError on all ranks if one of them has other data, weights or arguments: on several
+    machines each reads its own files."""
+    for rank, other in enumerate(ctx.all_gather(fingerprint)):
+        differ = [name for name in fingerprint if other.get(name) != fingerprint[name]]
+        if differ and rank:
+            raise UserError(
+                f"rank {rank} has another {differ[0]} than rank 0; all machines need the same "
+                "data, weights and flags"
+            )
 
 
 # -- trainable weights -----------------------------------------------------------------------------

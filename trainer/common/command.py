@@ -4,11 +4,12 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from model.command_line import (
@@ -45,10 +46,11 @@ def told_once() -> Iterator[None]:
     """Of torchrun's processes, most likely all of which see a mistake, the first one tells it."""
     try:
         yield
-    except UserError:
+    except UserError as error:
+        tell_other_ranks(str(error))
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(3 + 2 * POLL_SECONDS)
         raise
 
 
@@ -75,10 +77,11 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
     except KeyboardInterrupt:
         print("stopped at once, nothing saved", file=sys.stderr)
         code = 130  # as shells have it
-    except Exception:
+    except Exception as error:
         if not distributed:
             raise
         traceback.print_exc()
+        tell_other_ranks(f"{type(error).__name__}: {error}")
     if (
         code and distributed
     ):  # a thread that waits for a dead process would keep this one from ending
@@ -89,6 +92,70 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
         dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+# -- several machines ------------------------------------------------------------------------------
+# torchrun ends the processes of its own machine when one of them fails; those of the others would
+# wait for it, for half an hour. So a rank that fails says so in the store where the ranks find each
+# other, and every rank looks there.
+
+POLL_SECONDS = 2.0
+FAILED = f"minimind/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+ended_here = threading.Event()  # this rank has failed itself, and says so itself
+
+
+def rank_store(seconds: float, may_host: bool = False) -> Any:
+    """A connection to the store of the ranks. Without torchrun rank 0 has it in its own process,
+    and may fail before it has one (may_host)."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = timedelta(seconds=seconds)
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if may_host and os.environ.get("RANK") == "0" and not by_torchrun:
+        with suppress(RuntimeError):  # in use: init_process_group has made it
+            return dist.TCPStore(
+                host, port, is_master=True, timeout=timeout, wait_for_workers=False
+            )
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout)
+
+
+def tell_other_ranks(sentence: str) -> None:
+    """Let the other ranks know that this one ends."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or ended_here.is_set():
+        return
+    ended_here.set()
+    with suppress(Exception):  # the ranks have not met, or their store is gone
+        store = rank_store(seconds=10, may_host=True)
+        store.set(FAILED, f"rank {os.environ['RANK']} has ended: {sentence}")
+        if os.environ.get("RANK") == "0":  # whose store may end with it
+            time.sleep(2 * POLL_SECONDS)
+
+
+def end_with_other_ranks() -> None:
+    """Watch, in the background, for a rank that fails; its sentence ends this one too."""
+    threading.Thread(target=watch_other_ranks, daemon=True).start()
+
+
+def watch_other_ranks() -> None:
+    sentence = "the first machine has ended"
+    try:
+        time.sleep(POLL_SECONDS)
+        store = rank_store(seconds=600)
+        while not store.check([FAILED]):
+            time.sleep(POLL_SECONDS)
+        sentence = store.get(FAILED).decode()
+    except Exception:
+        time.sleep(5 * POLL_SECONDS)  # the store is gone: at the end of a training they all go
+    if not ended_here.is_set():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+# -- what is no bug --------------------------------------------------------------------------------
 
 
 def ignore_dead_workers() -> None:

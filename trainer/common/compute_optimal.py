@@ -38,7 +38,6 @@ from trainer.common.context import Context
 from trainer.common.loop import initial_batch_size, make_sampler
 from trainer.common.optimizers import make_optimizer
 from trainer.common.setup import init_model, prepare_model
-from trainer.report.forecast import training_memory
 
 REPETITIONS = 15.4  # R*: after so many epochs, repeated tokens have taught most of what they can
 GUESSED_PEAK = 2e13  # FLOP/s of a machine whose peak is unknown: only where the search begins
@@ -195,7 +194,11 @@ def sizes_given(args: TrainArgs) -> bool:
 
 
 def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Set what --minutes chose when the run to be resumed began; False if there is none."""
+    """Set what --minutes chose when the run to be resumed began; False if there is none.
+
+    Raises:
+        UserError: that run was begun with other --minutes.
+    """
     args, given = ctx.args, sizes_given(ctx.args)
     name = args.save_weight or "pretrain"
     for path in Path(args.checkpoint_dir).glob(f"{name}_*.checkpoint.pt"):
@@ -204,8 +207,13 @@ def keep_choice(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> bool:
             own_name = weight_name(name, kept["hidden_size"], kept["use_moe"])
         except Exception:  # damaged: if it is this run's, `load_checkpoint` says so
             continue
-        if kept.get("minutes") != args.minutes or not path.name.startswith(f"{own_name}."):
+        if not kept.get("minutes") or not path.name.startswith(f"{own_name}."):
             continue
+        if kept["minutes"] != args.minutes:
+            raise UserError(
+                f"{path} was begun with --minutes {kept['minutes']:g}, for which its schedule was "
+                f"made: go on with the same, or begin anew with --resume 0"
+            )
         chosen = {each: kept[each] for each in ("max_steps", "epochs")}
         if not given:
             chosen |= flags_of(ctx, tokenizer, kept["hidden_size"], kept["num_hidden_layers"])
@@ -225,15 +233,16 @@ def flags_of(
     ctx: Context, tokenizer: PreTrainedTokenizerBase, width: int, depth: int
 ) -> dict[str, Any]:
     """The flags of a size: with the learning rate of its width, unless another one is given, and
-    with --batch_size halved until it fits the memory, and as many --accumulation_steps more, so
+    with --batch_size divided until it fits the memory, and as many --accumulation_steps more, so
     that the optimizer step stays the same."""
     size: dict[str, Any] = dict(hidden_size=width, num_hidden_layers=depth)
     if ctx.args.learning_rate == TrainArgs.learning_rate:
         size["learning_rate"] = learning_rate(width)
-    size |= dict(batch_size=ctx.args.batch_size, accumulation_steps=ctx.args.accumulation_steps)
-    while size["batch_size"] > 1 and not fits(ctx, tokenizer, **size):
-        size["batch_size"] //= 2
-        size["accumulation_steps"] *= 2
+    whole, steps = ctx.args.batch_size, ctx.args.accumulation_steps
+    for parts in (number for number in range(1, whole + 1) if whole % number == 0):
+        size |= dict(batch_size=whole // parts, accumulation_steps=parts * steps)
+        if fits(ctx, tokenizer, **size):
+            break
     return size
 
 
@@ -250,8 +259,8 @@ def fits(
     if ctx.device.type != "cuda":  # all processes of the machine share it
         total /= hardware.ranks_here()
     config, model = on_meta(tokenizer, hidden_size, num_hidden_layers)
-    fixed, per_token = training_memory(
-        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+    fixed, per_token = hardware.training_memory(
+        config, model, ctx.device, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     return fixed + per_token * batch_size * args.max_seq_len < 0.8 * total
 
@@ -305,7 +314,9 @@ def measure_speed(
     batch = collate([train_data[row] for row in range(rows)], tokenizer.pad_token_id)
     batch = batch.to(ctx.device)
     model = prepare_model(ctx, model)
-    optimizer = make_optimizer(model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(
+        model, args.optimizer, args.learning_rate, args.weight_decay, ctx.dtype
+    )
 
     times = []
     for _ in range(1 + MEASURED_STEPS):

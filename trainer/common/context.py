@@ -17,6 +17,7 @@ from dataset.released import resolve_data_path
 from model.errors import UserError
 from trainer.common import hardware
 from trainer.common.arguments import TrainArgs
+from trainer.common.command import end_with_other_ranks
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 # `Context` alone means Context[TrainArgs]. Context[Args] knows a stage's own arguments too, and may
@@ -85,6 +86,13 @@ class Context(Generic[ArgsT]):
         dist.all_gather_object(gathered, own)
         return gathered
 
+    def broadcast(self, own: Any) -> Any:
+        """The object of rank 0."""
+        shared = [own]
+        if self.world_size > 1:
+            dist.broadcast_object_list(shared, src=0, device=self.device)
+        return shared[0]
+
 
 def init_distributed(device: torch.device, world_size: int) -> None:
     """Join torchrun's process group: NCCL for GPUs, gloo for CPUs.
@@ -94,6 +102,7 @@ def init_distributed(device: torch.device, world_size: int) -> None:
     """
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        end_with_other_ranks()
         try:
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         except (RuntimeError, ValueError) as error:

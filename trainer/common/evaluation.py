@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import CACHE_VERSION, encode_chat, token_bytes
 from dataset.packing import IGNORE_INDEX, PackedDataset, collate
 from dataset.pairs import PreferenceBatch, PreferenceDataset, collate_pairs
+from model.errors import UserError
+from model.formats.files import add_checksum, atomic_write, verify
 from model.inference.generation import generate
 from model.inference.sampling import SamplingParams
 from model.losses import cross_entropy_sum
 from model.model_minimind import MiniMindForCausalLM
-from model.weights import atomic_write
 from trainer.common.checkpoint import hash_of
 from trainer.common.context import Context, ModelT, unwrap
 from trainer.common.hardware import oom_guard
@@ -191,6 +192,7 @@ def precompute_ref_log_probs(
         if ctx.is_main:
             with atomic_write(path) as file:
                 np.save(file, log_probs)
+                add_checksum(file)
     pairs.ref_log_probs = log_probs
 
 
@@ -210,7 +212,9 @@ def cache_file(ctx: Context, model: MiniMindForCausalLM, pairs: PreferenceDatase
 def read_cache(path: Path, pairs: PreferenceDataset) -> np.ndarray | None:
     """None where there is no file, or a damaged one."""
     try:
+        if not verify(path, "it is computed again"):
+            return None
         log_probs = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, UserError):
         return None
     return log_probs if log_probs.shape == pairs.ref_log_probs.shape else None

@@ -1,18 +1,26 @@
 """What the machine is and can do: device, precision, peak speed, memory."""
 
 import importlib.util
+import math
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
+from torch import Tensor, nn
 
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig
+from model.model_minimind import MiniMindConfig, MiniMindModel
+from model.weights import count_parameters
 
+PRODUCT = 512  # rows and columns of a matrix product that is timed
+WORTHWHILE_GAIN = 1.5  # of products, at which a training gains in spite of the casts
 # Peak dense bf16 rates in TFLOP/s, from NVIDIA's data sheets, without sparsity.
 GPU_TFLOPS = {
     "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "T4": 65, "V100": 125,
@@ -60,13 +68,38 @@ def physical_cores() -> int:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. Half precision is for CUDA: CPUs are slower with it, and float32 is
-    the safe choice on MPS. The weights themselves are float32 always."""
-    if device.type != "cuda":
+    """The type to compute in; the weights themselves are float32 always.
+
+    "auto" is bfloat16 on CUDA, and on a CPU whose products are much faster in it. float16 is for
+    CUDA alone, and float32 the safe choice on MPS.
+    """
+    if device.type == "cuda":
+        if name in ("auto", "bfloat16"):  # GPUs before Ampere only emulate bfloat16, slowly
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if native else torch.float16
+        return getattr(torch, name)
+    if device.type != "cpu":
         return torch.float32
-    if name == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16  # GPUs before Ampere only emulate bfloat16, slowly
-    return getattr(torch, name)
+    fast = name == "auto" and bfloat16_gain() >= WORTHWHILE_GAIN
+    return torch.bfloat16 if fast or name == "bfloat16" else torch.float32
+
+
+@cache
+def bfloat16_gain() -> float:
+    """How many times as fast as float32's this CPU's bfloat16 products are, by the clock: less
+    than 1 without instructions for it (AVX-512 BF16, AMX, or an ARM processor's), 2 to 16 with."""
+    single, half = math.inf, math.inf
+    left, right = torch.randn(2, PRODUCT, PRODUCT)
+    for _ in range(5):  # in turn, so that other work on the machine slows both
+        single = min(single, product_seconds(left, right))
+        half = min(half, product_seconds(left.bfloat16(), right.bfloat16()))
+    return single / half
+
+
+def product_seconds(left: Tensor, right: Tensor) -> float:
+    start = time.perf_counter()
+    (left @ right)[0, 0].item()  # which waits for a GPU
+    return time.perf_counter() - start
 
 
 def should_compile(device: torch.device) -> bool:
@@ -93,14 +126,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         if known is None:
             return None
         return known * 1e12 / (2 if dtype == torch.float32 else 1)
-    n = 1024
-    left, right = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    left, right = torch.randn(2, 2 * PRODUCT, 2 * PRODUCT, device=device, dtype=dtype)
+    return 2 * (2 * PRODUCT) ** 3 / min(product_seconds(left, right) for _ in range(6))
 
 
 def flops_per_token(config: MiniMindConfig, seq_len: int) -> float:
@@ -160,3 +187,69 @@ def describe_machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {physical_cores()} cores, {torch.get_num_threads()} threads"
+
+
+def training_memory(
+    config: MiniMindConfig,
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    optimizer: str,
+    gradient_checkpointing: bool,
+) -> tuple[float, float]:
+    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
+
+    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
+    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
+    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
+    vector a layer and one whole layer at a time; and the logits, which a CPU and float32 make in
+    chunks and autocast on a GPU as a whole, three times. A critic beside the actor doubles all
+    that.
+    """
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
+    is_float32 = dtype == torch.float32
+    in_chunks = is_float32 or device.type == "cpu"
+    size = 4 if is_float32 else 3  # under autocast part of it stays float32
+    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
+    layers = config.num_hidden_layers
+    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
+    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
+    return fixed, models * (size * kept + config.vocab_size * (1 if in_chunks else 14))
+
+
+# -- random states ---------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator, in types that torch.load reads with weights_only."""
+    version, numbers, gauss = random.getstate()
+    legacy: Any = np.random.get_state()  # a tuple; it could be asked for a dict
+    kind, keys, *rest = legacy
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "device": device_rng(device).get_rng_state() if device.type != "cpu" else None,
+    }
+
+
+def restore_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["device"] is not None and device.type != "cpu":
+        device_rng(device).set_rng_state(state["device"])
+
+
+def device_rng(device: torch.device) -> Any:
+    """torch.cuda or torch.mps, which hold the state of the current GPU's generator."""
+    return getattr(torch, device.type)

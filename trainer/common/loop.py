@@ -26,6 +26,11 @@ from trainer.common.context import Context
 from trainer.common.metrics import MetricLog
 
 MEASURED_SECONDS = 10  # with --minutes, after which the speed is known; or 10 steps
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Windows' alone
+    if hasattr(signal, name)
+]
 INITIAL_BATCH_TOKENS = 1024  # of the first optimizer step, with --batch_ramp
 
 
@@ -152,9 +157,7 @@ class StopSignal:
                 signal.signal(each, before[each])
 
         if threading.current_thread() is threading.main_thread():
-            before = {
-                each: signal.signal(each, request) for each in (signal.SIGINT, signal.SIGTERM)
-            }
+            before = {each: signal.signal(each, request) for each in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -215,7 +218,7 @@ def begin_worker(parent: int, worker: int) -> None:
     With the start method "forkserver", Python 3.14's on Linux, the parent is that server, and ends
     with the run.
     """
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in STOP_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     if os.getppid() != parent and multiprocessing.get_start_method() != "forkserver":
         os._exit(1)

@@ -3,12 +3,11 @@
 import math
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dataset.packing import PackedDataset, TrainingData
 from model.errors import UserError
-from model.model_minimind import MiniMindConfig, MiniMindModel
+from model.model_minimind import MiniMindConfig
 from model.weights import count_parameters
 from trainer.common import hardware
 from trainer.common.context import Context
@@ -61,11 +60,20 @@ def forecast(
             f"loss: ln {size} = {math.log(size):.2f} at the start, a uniform guess; it falls fast "
             "at first"
         )
-    if dtype != args.dtype and ctx.device.type == "cuda":
-        lines.append(f"this GPU has no native {args.dtype}: computing in {dtype}")
-    elif dtype != args.dtype:
-        lines.append(f"{ctx.device.type} trains in float32; --dtype is for CUDA")
-    return lines, oom_hint
+    return [*lines, *explain_dtype(ctx)], oom_hint
+
+
+def explain_dtype(ctx: Context) -> list[str]:
+    """Why the training computes in a type that was not asked for; nothing where it was."""
+    dtype, asked = str(ctx.dtype).removeprefix("torch."), ctx.args.dtype
+    if ctx.device.type == "cpu" and asked == "auto":
+        gain = f"{hardware.bfloat16_gain():.1f} times as fast as float32's"
+        return [f"--dtype auto: bfloat16 products are {gain} on this CPU: computing in {dtype}"]
+    if ctx.device.type == "cuda" and dtype == "float16" != asked:
+        return ["this GPU has no native bfloat16: computing in float16"]
+    if asked not in ("auto", dtype):
+        return [f"{ctx.device.type} does not train in {asked}: computing in {dtype}"]
+    return []
 
 
 def memory_forecast(
@@ -79,8 +87,8 @@ def memory_forecast(
     args, flag, longest = ctx.args, ctx.args.batch_size_flag, train_data.max_sample_tokens
     batch_size = getattr(args, flag)
     samples = batch_size if flag != "batch_size" else min(batch_size, len(train_data))
-    fixed, per_token = training_memory(
-        config, model, ctx.dtype, args.optimizer, args.gradient_checkpointing
+    fixed, per_token = hardware.training_memory(
+        config, model, ctx.device, ctx.dtype, args.optimizer, args.gradient_checkpointing
     )
     if args.needs_reference:
         fixed += 4 * count_parameters(model)
@@ -103,32 +111,6 @@ def memory_forecast(
         )
     line = f"memory: about {need / 1e9:.1f} GB a process, {free / 1e9:.1f} GB are free"
     return line + (f"; warning: that may not fit; {hint}" if need > free else ""), hint
-
-
-def training_memory(
-    config: MiniMindConfig,
-    model: nn.Module,
-    dtype: torch.dtype,
-    optimizer: str,
-    gradient_checkpointing: bool,
-) -> tuple[float, float]:
-    """An estimate of what training needs: bytes in any case, and bytes per token of a batch.
-
-    In any case: the weights, and for each trainable one its gradient and the optimizer's moments
-    (AdamW has two, Muon one), in float32. Per token, what backward keeps of each layer: about 12
-    vectors of the hidden size and 4 of the intermediate size, or with gradient checkpointing one
-    vector a layer and one whole layer at a time; and the logits, which float32 makes in chunks and
-    autocast as a whole, three times. A critic beside the actor doubles all that.
-    """
-    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    fixed = 4 * (count_parameters(model) + trainable * (3 if optimizer == "adamw" else 2))
-    is_float32 = dtype == torch.float32
-    size = 4 if is_float32 else 3  # under autocast part of it stays float32
-    layer = 12 * config.hidden_size + 4 * config.active_intermediate_size
-    layers = config.num_hidden_layers
-    kept = layer + layers * config.hidden_size if gradient_checkpointing else layers * layer
-    models = sum(isinstance(part, MiniMindModel) for part in model.modules())
-    return fixed, models * (size * kept + config.vocab_size * (1 if is_float32 else 14))
 
 
 def seconds_per_step(history: list[dict]) -> float:

@@ -44,22 +44,24 @@ def fp16_report(fraction: float) -> list[str]:
 def warn_early(
     ctx: Context, before: dict[str, Tensor], model: nn.Module, step: int, total_steps: int
 ) -> None:
-    """After EARLY_STEPS steps, print a warning if most float16 weights will not change by the end.
+    """After EARLY_STEPS steps, print a warning if most float16 weights may not change by the end.
 
-    The estimate takes steps for independent of each other, so that they add up as the root of the
-    sum of their squared learning rates.
+    Steps that all point the same way add up as their learning rates do, and independent ones as
+    the root of the sum of their squares; trainings lie between the two.
     """
     if not ctx.is_main or step != EARLY_STEPS or step == total_steps:
         return
-    squares = [
-        learning_rate_factor(ctx.args.lr_schedule, n, n / total_steps, ctx.args.warmup_steps) ** 2
+    rates = [
+        learning_rate_factor(ctx.args.lr_schedule, n, n / total_steps, ctx.args.warmup_steps)
         for n in range(total_steps)
     ]
     now = changed_fraction(before, trainable_fp16(model))
-    at_end = now * math.sqrt(sum(squares) / sum(squares[:step]))
-    if at_end < SMALL_CHANGE:
+    squares = [rate**2 for rate in rates]
+    least = min(1.0, now * math.sqrt(sum(squares) / sum(squares[:step])))
+    most = min(1.0, now * sum(rates) / sum(rates[:step]))
+    if least < SMALL_CHANGE:
         ctx.print(
             f"warning: after {step} steps {now:.1%} of the values stored in float16 differ from "
-            f"the start's, and about {at_end:.1%} will after {total_steps:,}: the steps are too "
-            "small for the saved file to have the change; raise --learning_rate"
+            f"the start's, and {least:.1%} to {most:.1%} will after {total_steps:,}: the steps may "
+            "be too small for the saved file to have the change; raise --learning_rate"
         )

@@ -50,3 +50,38 @@ def new_key(key: str, stage: str) -> str:
     if key.startswith("reward_") and key != "reward_failed":
         return f"rewards/{key.removeprefix('reward_')}/mean"
     return OLD_STAGE_KEYS.get(stage, {}).get(key) or OLD_KEYS.get(key, key)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+# Names of a checkpoint's parts until 2026-11: read for one version more.
+OLD_PARTS = {
+    "random": "rng_states",
+    "records": "history",
+    "identity": "fingerprint",
+    "rows_per_update": "global_batch_size",
+    "beside": "extra_state",
+}
+
+
+def upgrade(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with today's names."""
+    if "identity" not in checkpoint:
+        return checkpoint
+    new = {OLD_PARTS.get(name, name): part for name, part in checkpoint.items()}
+    names = {"rows_seen": "samples_seen", "changed": "changed_fraction"}
+    new["progress"] = {names.get(n, n): value for n, value in new["progress"].items()}
+    stage = new["fingerprint"].get("stage", "")
+    new["history"] = with_new_keys(new["history"], stage)
+    (evaluation,) = with_new_keys([new["progress"]["evaluation"]], stage)
+    new["progress"]["evaluation"] = evaluation
+    pending = new.pop("pending")
+    names = ("steps", "tokens", "seconds", "expert_load")
+    new["metrics"] = {name: pending[name] for name in names if name in pending}
+    # other metrics since the last log line were means, which sums and counts cannot continue
+    new["metrics"] |= {"sums": {}, "loss_sum": pending["loss"]}
+    for optimizer in new["optimizer"]:
+        for state in optimizer["state"].values():
+            if "average" in state:
+                state["momentum_buffer"] = state.pop("average")
+    return new

@@ -10,22 +10,25 @@ Here is what the command line needs, without slow imports; recipe_comparison.py 
 """
 
 import argparse
-import json
 from dataclasses import fields
 from os.path import normpath
 from pathlib import Path
 from typing import Any
 
-from model.command_line import names_where
-from model.errors import UserError
+from model.command_line import default_of, names_where
+from model.errors import UserError, reading
+from model.formats.files import read_json
 from model.paths import ROOT
 from trainer.common.arguments import TrainArgs
 from trainer.report.old_keys import with_new_keys
 
 RECIPES = ROOT / "benchmarks" / "recipes"
 METRIC = "eval_bpb"
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("name", "stage", "data"), str),
+    **{"flags": dict, "tolerance": int | float, "records": list},
+}
 PATHS = names_where(TrainArgs, "path", True)  # a recipe has them relative to ROOT
-UNPINNED = names_where(TrainArgs, "pinned", False)  # places, the machine, what is shown
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -34,23 +37,39 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not path.is_file():
         there = ", ".join(sorted(each.stem for each in RECIPES.glob("*.json"))) or "none"
         raise UserError(f"there is no recipe {path}; --recipe takes a file, or of these: {there}")
-    try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
-        if "band" in recipe:  # its name until 2026-11
-            recipe["tolerance"] = recipe.pop("band")
-        missing = {"name", "stage", "flags", "data", "tolerance", "records"} - recipe.keys()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a recipe: {error}") from error
-    if missing:
-        raise UserError(f"{path} is no recipe: it has no {min(missing)}")
-    return recipe | {"records": with_new_keys(recipe["records"], recipe["stage"])}
+    recipe = read_json(path, "copy it again, or name another with --recipe")
+    if "band" in recipe:  # its name until 2026-11
+        recipe["tolerance"] = recipe.pop("band")
+    for key, kind in KINDS.items():
+        if not isinstance(recipe.get(key), kind):
+            raise UserError(f"{path} is no recipe: its {key} is {recipe.get(key)!r:.50}")
+    for key in PATHS & recipe["flags"].keys():
+        value = recipe["flags"][key]
+        if not all(
+            isinstance(each, str) for each in (value if isinstance(value, list) else [value])
+        ):
+            raise UserError(f"{path} is no recipe: its {key} names no files")
+    with reading(path):
+        records = with_new_keys(recipe["records"], recipe["stage"])
+        for record in records:
+            if METRIC in record and not record["num_tokens"] + record[METRIC] >= 0:
+                raise ValueError("a record has a negative metric")
+    return recipe | {"records": records}
 
 
 def recipe_argv(recipe: dict[str, Any], args_class: type) -> list[str]:
     """The recipe's flags as the arguments of a command line."""
-    known = {field.name for field in fields(args_class)}
+    known = {field.name: default_of(field) for field in fields(args_class)}
+    allowed = names_where(args_class, "recipe", True)
     argv = []
     for name, value in with_absolute_paths(recipe["flags"]).items():
+        if name in known and name not in allowed:
+            if value == known[name]:  # recipes until 2026-11 have all flags
+                continue
+            raise UserError(
+                f"recipe {recipe['name']} sets --{name}, which is for you to say: a recipe may set "
+                "what a training computes, not where it writes, whom it asks or what code it runs"
+            )
         if name not in known:
             raise UserError(
                 f"recipe {recipe['name']} is for a trainer of {recipe['stage']}: this one has no "
@@ -70,7 +89,7 @@ def with_recipe(argv: list[str], args_class: type) -> list[str]:
         return argv
     recipe = read_recipe(given.recipe)
     if given.data_path is None:
-        for path in with_absolute_paths(recipe["flags"])["data_path"]:
+        for path in with_absolute_paths(recipe["flags"]).get("data_path", []):
             if not Path(path).is_file():
                 raise UserError(
                     f"recipe {recipe['name']} needs the data file {path}" + prepare_hint(recipe)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from dataset.released import data_option
-from model.command_line import Ignored, default_of, option, tell
+from model.command_line import Ignored, default_of, option, setting, tell
 from model.errors import UserError
 from trainer.common.arguments import (
     LEARNING_RATE_HELP,
@@ -78,27 +78,29 @@ class RolloutArgs(RolloutServerArgs, OptionalLoraArgs):
         False, "", no_effect="completions of similar length are padded side by side"
     )
 
-    max_gen_len: int = option(1024, "most tokens of a completion", group=ROLLOUT, at_least=1)
-    temperature: float = option(
+    max_gen_len: int = setting(1024, "most tokens of a completion", group=ROLLOUT, at_least=1)
+    temperature: float = setting(
         1.0, "of sampling; the policy is this distribution", group=ROLLOUT, above=0
     )
-    rollout_batch_size: int = option(
+    rollout_batch_size: int = setting(
         64, "completions decoded at once", group=ROLLOUT, may_differ=True, at_least=1
     )
-    update_batch_size: int = option(
+    update_batch_size: int = setting(
         8, "completions in a forward and backward pass", group=ROLLOUT, may_differ=True, at_least=1
     )
-    update_epochs: int = option(1, "passes through the same completions", group=ROLLOUT, at_least=1)
-    reward: list[str] = option(
+    update_epochs: int = setting(
+        1, "passes through the same completions", group=ROLLOUT, at_least=1
+    )
+    reward: list[str] = setting(
         ["auto"],
         "auto, or parts with weights such as answer:1 repetition:0.2 (rewards.py lists them); "
         "auto: the model of --reward_model_path, else out/reward_*.pth, else answer",
         group=REWARD,
     )
-    reasoning: bool = option(
+    reasoning: bool = setting(
         False, "open with <think>, and reward the think/answer format", group=REWARD
     )
-    thinking_ratio: float = option(
+    thinking_ratio: float = setting(
         0.0,
         "share of the prompts that open with <think>; the answer is then what follows </think>",
         group=ROLLOUT,
@@ -124,7 +126,6 @@ class RolloutArgs(RolloutServerArgs, OptionalLoraArgs):
         "print a sampled completion with its reward every --debug_interval steps",
         group=LOG,
         may_differ=True,
-        pinned=False,
     )
     debug_interval: int = option(
         20, "see --debug_mode", group=LOG, needs="debug_mode", may_differ=True, above=0
@@ -165,27 +166,27 @@ class GroupArgs(RolloutArgs):
     """What GRPO's trainer and the agent trainer, which has the same loss, add."""
 
     learning_rate: float = option(1e-5, RL_RATE_HELP)
-    num_generations: int = option(8, "completions of each prompt: a group", group=ROLLOUT)
-    beta: float = option(
+    num_generations: int = setting(8, "completions of each prompt: a group", group=ROLLOUT)
+    beta: float = setting(
         0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0
     )
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = option(
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo"] = setting(
         "grpo", "see above; dapo and cispo weigh all tokens equally", group=STAGE
     )
-    epsilon: float = option(
+    epsilon: float = setting(
         0.2,
         "range of the ratio's clip around 1",
         group=STAGE,
         needs="loss_type=grpo|dr_grpo|bnpo|dapo",
         at_least=0,
     )
-    epsilon_high: float | None = option(
+    epsilon_high: float | None = setting(
         None,
         "its upper side; default: epsilon; dapo: 0.28; cispo: the largest weight, 5",
         group=STAGE,
         at_least=0,
     )
-    resample: int = option(
+    resample: int = setting(
         2,
         "most times that groups without signal are replaced by other prompts'",
         group=STAGE,

@@ -10,12 +10,12 @@ from dataset import released
 from model.command_line import rules_of
 from model.errors import UserError
 from scripts.runs import cut_data, estimates, plan, stages
-from scripts.runs.estimates import DataFile, Estimate, Speed, measure_file
+from scripts.runs.estimates import DataFile, Estimate, MachineSpeed, measure_file
 from scripts.runs.plan import Args, cut_files, divide
 from scripts.runs.stages import flags_of, in_hours, in_order, is_finished
 
-FAST = Speed(train=1e6, step=0.01, decode=1e5, tokenize=1e7)
-SLOW = Speed(train=20.0, step=1.0, decode=10.0, tokenize=1e7)
+FAST = MachineSpeed(train=1e6, step=0.01, decode=1e5, tokenize=1e7)
+SLOW = MachineSpeed(train=20.0, step=1.0, decode=10.0, tokenize=1e7)
 
 
 def estimate(seconds: float) -> Estimate:
@@ -89,28 +89,29 @@ def test_a_price_keeps_its_currency():
 
 
 def test_a_stage_gets_what_it_needs_and_pretraining_the_rest():
-    """An hour without 5 minutes of reading and 5 of evaluation: DPO needs 1 minute and gets a tenth
-    more; fine-tuning would need an hour and gets its share, 4 of 10; pretraining has what is left.
-    """
+    """An hour without 5 minutes of reading and 5 of what is not training: DPO needs 1 minute and
+    gets a tenth more; fine-tuning would need an hour and gets its share, 4 of 10; pretraining has
+    what is left."""
     estimates = {"pretrain": estimate(9000), "full_sft": estimate(3600), "dpo": estimate(60)}
-    divide(3600, estimates, reading=300, evaluation=300)
+    divide(3600, estimates, reading=300, evaluation=270, besides=10)
     left = 3000 - 66
     minutes = {stage: each.minutes for stage, each in estimates.items()}
     assert minutes["dpo"] == 1.1
     assert minutes["full_sft"] == pytest.approx(0.4 * left / 60, abs=0.01)
     assert minutes["pretrain"] == pytest.approx(0.6 * left / 60, abs=0.01)
+    assert sum(each.seconds for each in estimates.values()) == pytest.approx(3000 + 30)
     assert estimates["full_sft"].tokens == pytest.approx(1000 * 0.4 * left / 3600)
 
 
 def test_no_time_to_read_the_data():
     with pytest.raises(UserError, match="to read the data takes about 8 min of MINUTES=10"):
-        divide(600, {"pretrain": estimate(60)}, reading=480, evaluation=0)
+        divide(600, {"pretrain": estimate(60)}, reading=480, evaluation=0, besides=0)
 
 
 def test_large_files_are_cut_to_twice_what_can_be_trained():
     """Of 1,000 s pretraining has 600 and fine-tuning 400, at 1,000 tokens a second and 4 bytes a
     token: 4.8 and 3.2 MB; a file of less stays whole, and one that is cut keeps 5 MB at least."""
-    speed = Speed(train=1e3, step=0, decode=1, tokenize=1e5)
+    speed = MachineSpeed(train=1e3, step=0, decode=1, tokenize=1e5)
     large, small = DataFile("p", 1e6, 4e9, 1e9), DataFile("s", 100, 4e6, 1e6)
     files = {"pretrain": large, "full_sft": small}
     assert cut_files(1000, files, speed) == {"p": 5_000_000}
@@ -174,8 +175,8 @@ def test_rows_that_cannot_be_read_are_left_to_the_trainer(tmp_path, tokenizer):
 def make(data_dir, tmp_path, monkeypatch):
     """A function that makes a plan on a machine of a given speed; what it prints."""
 
-    def call(speed: Speed, capsys=None, **settings):
-        monkeypatch.setattr(plan, "measure_speed", lambda *_: speed)
+    def call(speed: MachineSpeed, capsys=None, **settings):
+        monkeypatch.setattr(plan, "measure_machine", lambda *_: speed)
         usual = dict(save_dir=str(tmp_path / "run"), data_dir=str(data_dir))
         flags = "--device cpu --hidden_size 32 --num_hidden_layers 1"
         return plan.main(Args(**{**usual, "flags": flags, **settings}))

@@ -1,8 +1,10 @@
 """The chat page: answers, reasoning, tools, mistakes."""
 
 import json
+from html import escape
 from types import SimpleNamespace
 
+from markdown_it import MarkdownIt
 from web_page import ANSWER, CALL, say, texts
 
 from model.inference.engine import Engine
@@ -118,3 +120,15 @@ def test_history_is_cut_at_turns():
 
 def test_markdown_is_escaped():
     assert escape_markdown("a\nb <answer> $1 ~2") == "a  \nb \\<answer> \\$1 \\~2"
+
+
+def test_code_is_shown_as_it_is_written():
+    """By a Markdown renderer: what the page gives it looks as the model wrote it."""
+    code = 'if a < b and c > d:\n    print(f"${price}")  # ~ 5\n'
+    reply = f"Try <b> for $1:\n\n```python\n{code}```\n\nor `x < $y`, ~~~ no.\n\n~~~\n<open"
+    html = MarkdownIt().render(escape_markdown(reply))
+    assert f'<code class="language-python">{escape(code)}</code>' in html
+    assert "<code>x &lt; $y</code>" in html
+    assert "Try &lt;b&gt; for $1:" in html
+    assert "<code>&lt;open" in html  # a block that is still being written
+    assert "\\" not in html

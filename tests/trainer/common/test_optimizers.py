@@ -121,6 +121,18 @@ def test_orthogonal_is_the_polar_factor_nearly(shape):
     assert (mapped[strong] - 1).abs().max() < 0.28
 
 
+@pytest.mark.parametrize("shape", [(48, 48), (88, 32)])
+def test_bfloat16_is_precise_enough_to_be_orthogonal_nearly(shape):
+    """The step points the same way, and singular values are 1 ± 0.28 and some rounding."""
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    single, half = orthogonalize(matrices), orthogonalize(matrices.bfloat16())
+    assert half.dtype == torch.bfloat16
+    cosine = torch.cosine_similarity(single.flatten(1), half.float().flatten(1))
+    assert cosine.min() > 0.999
+    values = torch.linalg.svdvals(half.float())
+    assert values[:, : min(shape) * 9 // 10].sub(1).abs().max() < 0.3
+
+
 def test_muon_is_momentum_looked_ahead_and_orthogonal():
     """Two steps by hand, of two matrices of one shape and one of another."""
     generator = torch.Generator().manual_seed(0)

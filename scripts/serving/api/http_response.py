@@ -8,9 +8,10 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import Handler
-from scripts.serving.service import Delta
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import Handler
+from scripts.serving.api.normalize import clean
+from scripts.serving.api.service import Delta
 
 DISCONNECT_CHECK_SECONDS = 0.2
 
@@ -19,11 +20,15 @@ Deltas = AsyncGenerator[tuple[int, Delta], None]
 
 async def respond(handler: Handler, http: HttpRequest) -> Response:
     """Decode a request and answer it, as a stream if it asks for one."""
+    await handler.prepare()
     deltas = handler.service.stream(handler.requests)
     # Waits for the first delta: a full queue must still be able to set the HTTP status.
     first = await anext(deltas)
     if handler.body.stream:
-        return StreamingResponse(events(handler, first, deltas), media_type="text/event-stream")
+        # no cache, no proxy and no compression may hold back the parts of a stream
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **handler.headers}
+        stream = events(handler, first, deltas)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
     try:
         last_check = time.monotonic()
         handler.add_delta(*first)
@@ -36,25 +41,28 @@ async def respond(handler: Handler, http: HttpRequest) -> Response:
                     break
     finally:
         await deltas.aclose()
-    return JSONResponse(handler.response())
+    return JSONResponse(clean(handler.response()), headers=handler.headers)
 
 
 async def events(handler: Handler, first: tuple[int, Delta], deltas: Deltas) -> AsyncIterator[str]:
     """Server-sent events. Starlette closes this when the client is gone, which cancels decoding."""
     try:
-        for chunk in handler.chunks(*first):
+        for chunk in [*handler.beginning(), *handler.chunks(*first)]:
             yield event(chunk)
         async for index, delta in deltas:
             for chunk in handler.chunks(index, delta):
                 yield event(chunk)
-        if handler.body.stream_options and handler.body.stream_options.include_usage:
-            yield event(handler.chunk([]) | {"usage": handler.usage()})
-        yield "data: [DONE]\n\n"
+        for chunk in handler.ending():
+            yield event(chunk)
+        if handler.ends_with_done:
+            yield "data: [DONE]\n\n"
     except ApiError as error:  # too late for an HTTP status
-        yield event(error.body)
+        yield event(handler.error_event(error))
     finally:
         await deltas.aclose()
 
 
 def event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    """One event; those of /v1/responses have their type as a name."""
+    name = f"event: {data['type']}\n" if isinstance(data.get("type"), str) else ""
+    return f"{name}data: {json.dumps(clean(data), ensure_ascii=False)}\n\n"

@@ -5,6 +5,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from model.errors import UserError
+
 
 class ApiError(Exception):
     """An error for the client: an HTTP status and OpenAI's error object as the body."""
@@ -34,9 +36,14 @@ def add_error_handlers(app: FastAPI) -> None:
     def api_error(http: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status)
 
+    @app.exception_handler(UserError)
+    def cannot_be_done(http: Request, error: UserError) -> JSONResponse:
+        return api_error(http, ApiError(str(error)))
+
     @app.exception_handler(RequestValidationError)
     def invalid_request(http: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
+        # of a union the error that lies deepest: it belongs to the kind that was meant
+        first = max(error.errors(), key=lambda each: len(each["loc"]))
         field = ".".join(str(part) for part in first["loc"][1:])  # without "body"
         message = f"{field}: {first['msg']}" if field else first["msg"]
         return api_error(http, ApiError(message, param=field or None))

@@ -9,8 +9,9 @@ from model.inference.engine import Request
 from model.inference.grammar import Grammar
 from model.inference.streaming import StreamingDetokenizer
 from model.inference.tokens import decode_token_bytes
-from scripts.serving.openai_types import BaseRequest
-from scripts.serving.service import Delta, Service
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.openai_types import BaseRequest
+from scripts.serving.api.service import Delta, Service
 
 MIN_LOGPROB = -9999.0  # for JSON, which has no −infinity
 
@@ -24,6 +25,7 @@ class Handler:
 
     id_prefix: str
     chunk_type: str  # the "object" field of a chunk
+    ends_with_done = True  # a stream ends with [DONE]
 
     def __init__(self, service: Service, body: BaseRequest):
         service.check_model(body.model)
@@ -31,6 +33,21 @@ class Handler:
         self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.requests: list[Request] = []  # `n` for each prompt
+        self.headers: dict[str, str] = {}  # of the HTTP response
+
+    async def prepare(self) -> None:
+        """What has to be computed before the reply."""
+
+    def beginning(self) -> list[dict[str, Any]]:
+        """The chunks of a stream before all deltas."""
+        return []
+
+    def ending(self) -> list[dict[str, Any]]:
+        """The chunks of a stream after all deltas."""
+        options = self.body.stream_options
+        return (
+            [self.chunk([]) | {"usage": self.usage()}] if options and options.include_usage else []
+        )
 
     def add_requests(
         self,
@@ -51,6 +68,10 @@ class Handler:
             text = StreamingDetokenizer(self.tokenizer, self.body.stop_strings)
             row = len(self.requests)
             self.requests.append(Request(prompt, sampling, row, top_logprobs, constraint, text))
+
+    def error_event(self, error: ApiError) -> dict[str, Any]:
+        """What ends a stream when the model fails."""
+        return error.body
 
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of a stream for a delta of choice `index`."""

@@ -33,19 +33,21 @@ class StreamOptions(StrictModel):
 class BaseRequest(IgnoredFields):
     """What chat completions and text completions share."""
 
-    model: str
+    model: str = ""  # none: the one that is served
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = 1
-    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=4)] | None = None
+    stop: NonEmptyText | Annotated[list[NonEmptyText], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # extensions that vLLM and others have too
     top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
 
     @property
@@ -57,7 +59,7 @@ class BaseRequest(IgnoredFields):
 
 
 class FunctionDefinition(StrictModel):
-    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=r"^[\w.:/-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -138,6 +140,7 @@ class ResponseFormat(StrictModel):
 class ChatTemplateKwargs(StrictModel):
     open_thinking: bool | None = None
     enable_thinking: bool | None = None
+    others: dict[str, Any] = {}  # variables of the chat template
 
 
 class ChatRequest(BaseRequest):
@@ -171,4 +174,31 @@ class ChatRequest(BaseRequest):
 class CompletionRequest(BaseRequest):
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[int] | list[list[int]]
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: only what echo asks for
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def check_max_tokens(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 goes with echo only")
+        return self
+
+
+class ResponsesRequest(BaseModel):
+    """Of /v1/responses. Its parts are validated as those of a chat (responses_handler.py)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str = ""
+    input: str | list[Any]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    text: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+    max_output_tokens: int | None = None
+    stream: bool | None = False
+    metadata: dict[str, Any] | None = None
+    temperature: float | None = None
+    top_p: float | None = None

@@ -14,11 +14,11 @@ from model.inference.engine import Engine, QueueFull, Request, TokenLogprob
 from model.inference.engine_thread import EngineThread
 from model.inference.grammar import GrammarCompiler
 from model.inference.sampling import SamplingParams
+from scripts.serving.api.errors import ApiError, server_error
+from scripts.serving.api.metrics import Metrics
+from scripts.serving.api.openai_types import BaseRequest, ChatRequest
 from scripts.serving.arguments import ServerArgs
-from scripts.serving.errors import ApiError, server_error
 from scripts.serving.loading import ChatModel
-from scripts.serving.metrics import Metrics
-from scripts.serving.openai_types import BaseRequest, ChatRequest
 
 LOG = logging.getLogger("uvicorn.error")
 
@@ -43,8 +43,14 @@ class Service:
             "object": "model",
             "created": int(time.time()),
             "owned_by": "minimind",
+            "root": args.model_name,
+            "parent": None,
+            "permission": [],
+            "name": args.model_name,
         }
         self.max_length = min(args.max_length, loaded.max_positions)
+        self.model_card["max_model_len"] = self.max_length  # as vLLM calls it
+        self.model_card["context_length"] = self.max_length  # as OpenRouter does
         self.engine = Engine(loaded.model, args.max_batch, args.prefill_tokens, args.max_queue)
         self.metrics = Metrics(self.engine)
 
@@ -53,19 +59,34 @@ class Service:
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer)
+        return GrammarCompiler(
+            self.tokenizer, self.vocab_size, min(self.engine.stop_ids, default=0)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
 
     def check_key(self, http: HttpRequest) -> None:
-        """ApiError unless the request carries the API key, where one is set."""
-        key = http.headers.get("authorization", "").removeprefix("Bearer ")
-        expected = self.args.api_key
+        """ApiError unless the request carries the API key, where one is set: as OpenAI's bearer
+        token, or in the header that Azure's or Anthropic's clients send."""
+        scheme, _, key = http.headers.get("authorization", "").strip().partition(" ")
+        sent = [key.strip() if scheme.lower() == "bearer" else scheme]
+        sent += [http.headers.get(name, "") for name in ("api-key", "x-api-key")]
+        expected = self.args.api_key.encode()
         # compare_digest takes the same time wherever the keys differ
-        if expected and not secrets.compare_digest(key.encode(), expected.encode()):
+        if expected and not any([secrets.compare_digest(k.encode(), expected) for k in sent]):
             raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
 
     def check_model(self, name: str) -> None:
-        if name != self.args.model_name:
-            message = f"there is no model {name!r} here, only {self.args.model_name!r}"
+        """ApiError for another model's name. Clients write a vendor before a name and a tag behind
+        it (openai/minimind, minimind:latest); --strict_requests takes the plain name only."""
+        ours, names = self.args.model_name, {name}
+        if not self.args.strict_requests:
+            untagged = name.removesuffix(":latest")
+            names |= {untagged, untagged.rpartition("/")[2], name.rpartition("/")[2], name or ours}
+        if ours not in names:
+            message = f"there is no model {name!r} here, only {ours!r}"
             raise ApiError(message, 404, param="model", code="model_not_found")
 
     def sampling(
@@ -84,12 +105,17 @@ class Service:
                 param="messages" if isinstance(body, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
-        args = self.args
+        args, bias = self.args, body.logit_bias or {}
+        if not all(0 <= token < self.vocab_size for token in bias):
+            most = self.vocab_size - 1
+            raise ApiError(f"tokens of logit_bias must be from 0 to {most}", param="logit_bias")
         return SamplingParams(
             max_new_tokens=min(max_tokens or args.max_new_tokens, room),
             temperature=args.temperature if body.temperature is None else body.temperature,
             top_k=args.top_k if body.top_k is None else body.top_k,
             top_p=args.top_p if body.top_p is None else body.top_p,
+            min_p=body.min_p or 0.0,
+            logit_bias=tuple(bias.items()),
             repetition_penalty=body.repetition_penalty or 1.0,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,

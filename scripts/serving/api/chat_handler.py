@@ -1,7 +1,9 @@
 """POST /v1/chat/completions: chat, reasoning, tool calls, JSON."""
 
 import json
+import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +12,20 @@ from dataset.lm_dataset import encode_chat
 from dataset.reply_parser import ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
+from model.inference.schemas import enforceable, moved_below
 from model.inference.tokens import decode_token_bytes
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import MIN_LOGPROB, Handler
-from scripts.serving.openai_types import ChatMessage, ChatRequest, NamedToolChoice
-from scripts.serving.service import Delta, Service
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import MIN_LOGPROB, Handler
+from scripts.serving.api.openai_types import (
+    ChatMessage,
+    ChatRequest,
+    FunctionDefinition,
+    NamedToolChoice,
+    Tool,
+)
+from scripts.serving.api.service import Delta, Service
+
+LOG = logging.getLogger("uvicorn.error")
 
 
 @dataclass
@@ -45,6 +56,7 @@ class ChatHandler(Handler):
         if open_thinking is None:
             open_thinking = service.args.open_thinking
         # a grammar constrains the reply from its first token on, and has no place for reasoning
+        self.max_tokens = body.max_completion_tokens or body.max_tokens
         self.open_thinking = open_thinking and not (body.forces_tool_call or body.wants_json)
         make_grammar = None
         if body.wants_json:
@@ -54,7 +66,7 @@ class ChatHandler(Handler):
         ids = self.encode_prompt()
         self.add_requests(
             ids,
-            body.max_completion_tokens or body.max_tokens,
+            self.max_tokens,
             (body.top_logprobs or 0) if body.logprobs else None,
             make_grammar,
         )
@@ -66,13 +78,69 @@ class ChatHandler(Handler):
 
     def encode_prompt(self) -> list[int]:
         options: dict[str, Any] = {"open_thinking": True} if self.open_thinking else {}
-        if self.body.tools and self.body.tool_choice != "none":
-            options["tools"] = [tool.model_dump(exclude_none=True) for tool in self.body.tools]
+        if self.body.chat_template_kwargs:
+            options |= self.body.chat_template_kwargs.others
         messages = [to_template_message(message) for message in self.body.messages]
-        try:
-            return encode_chat(self.tokenizer, messages, add_generation_prompt=True, **options).ids
-        except UserError as error:
-            raise ApiError(f"the conversation {error}", param="messages") from error
+
+        def encode(tools: list[Tool]) -> list[int]:
+            more = (
+                {"tools": [tool.model_dump(exclude_none=True) for tool in tools]} if tools else {}
+            )
+            try:
+                return encode_chat(
+                    self.tokenizer, messages, add_generation_prompt=True, **options, **more
+                ).ids
+            except UserError as error:
+                raise ApiError(f"the conversation {error}", param="messages") from error
+
+        tools = self.offered_tools()
+        ids = encode(tools)
+        if tools and self.service.args.tools == "fit" and len(ids) > self.prompt_room():
+            ids = self.leave_out_tools(tools, encode)
+        return ids
+
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told."""
+        ignored = self.service.args.tools == "none" and not self.body.forces_tool_call
+        if self.body.tool_choice == "none" or ignored:
+            return []
+        return self.body.tools or []
+
+    def prompt_room(self) -> int:
+        """How long a prompt with tools may be: a reply needs room too, a quarter of everything at
+        most."""
+        most, asked = self.service.max_length, self.max_tokens or self.service.args.max_new_tokens
+        return most - min(asked, most // 4)
+
+    def leave_out_tools(
+        self, tools: list[Tool], encode: Callable[[list[Tool]], list[int]]
+    ) -> list[int]:
+        """The prompt with as many of the first tools as there is room for; the response has the
+        names of the others in a header. A tool that is to be called stays."""
+        choice = self.body.tool_choice
+        if isinstance(choice, NamedToolChoice):
+            tools = sorted(tools, key=lambda tool: tool.function.name != choice.function.name)
+        fewest, fitting = (1 if self.body.forces_tool_call else 0), 0
+        too_many = len(tools)
+        while too_many - fitting > 1:  # a tool more makes a prompt longer
+            middle = (fitting + too_many) // 2
+            if len(encode(tools[:middle])) <= self.prompt_room():
+                fitting = middle
+            else:
+                too_many = middle
+        kept = max(fitting, fewest)
+        left_out = [tool.function.name for tool in tools[kept:]]
+        if left_out:
+            self.headers["x-minimind-tools-left-out"] = (
+                ",".join(left_out)[:4000].encode("ascii", "replace").decode()
+            )
+            LOG.warning(
+                "%d of %d tools were left out of a prompt, for which there is no room in "
+                "--max_length %d: %s",
+                *(len(left_out), len(tools), self.service.max_length, ", ".join(left_out)),
+            )
+        self.body.tools = tools[:kept] or None
+        return encode(tools[:kept])
 
     def json_grammar(self, max_tokens: int) -> Grammar:
         """JSON of the schema in response_format, or any JSON object."""
@@ -91,21 +159,12 @@ class ChatHandler(Handler):
         functions = [function for function in functions if name in (None, function.name)]
         if not functions:
             raise ApiError(f"there is no tool {name!r} among tools", param="tool_choice")
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function.name},
-                    "arguments": function.parameters or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
-        schema = json.dumps({"anyOf": calls, "x-guidance": {"whitespace_flexible": False}})
-        grammar = f'start: <tool_call> "\\n" call "\\n" </tool_call>\ncall: %json {schema}\n'
         try:
+            schema = call_schema(functions)
+            text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})
+            has = self.service.grammars.has_token  # a model of others may write the tags as text
+            begin, end = (t if has(t) else f'"{t}"' for t in ("<tool_call>", "</tool_call>"))
+            grammar = f'start: {begin} "\\n" call "\\n" {end}\ncall: %json {text}\n'
             return self.service.grammars.compile_lark(grammar, max_tokens)
         except UserError as error:
             raise ApiError(str(error), param="tool_choice") from error
@@ -196,6 +255,30 @@ class ChatHandler(Handler):
             entry(token, logprob.logprob) | {"top_logprobs": [entry(*each) for each in logprob.top]}
             for token, logprob in zip(delta.tokens, delta.logprobs, strict=True)
         ]
+
+
+def call_schema(functions: list[FunctionDefinition]) -> dict[str, Any]:
+    """The schema of a call of any of these functions, as the model writes it.
+
+    Raises:
+        UserError: the parameters of one hold what cannot be enforced.
+    """
+    calls, parameters = [], {}
+    for number, function in enumerate(functions):
+        given = function.parameters or {"type": "object", "properties": {}}
+        if not given.keys() & {"type", "$ref"}:
+            given = {"type": "object", **given}
+        parameters[str(number)] = moved_below(enforceable(given), f"#/$defs/{number}")
+        call = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{number}"}}
+        calls.append(
+            {
+                "type": "object",
+                "properties": call,
+                "required": list(call),
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": parameters}
 
 
 def to_template_message(message: ChatMessage) -> dict[str, Any]:

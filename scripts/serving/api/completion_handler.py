@@ -1,13 +1,17 @@
 """POST /v1/completions: the continuation of texts or tokens, without a chat template."""
 
+import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dataset.lm_dataset import encode_text
-from scripts.serving.errors import ApiError
-from scripts.serving.handler import MIN_LOGPROB, Handler
-from scripts.serving.openai_types import CompletionRequest
-from scripts.serving.service import Delta, Service
+from model.inference.engine import TokenLogprob
+from model.inference.generation import prompt_logprobs
+from scripts.serving.api.errors import ApiError
+from scripts.serving.api.handler import MIN_LOGPROB, Handler
+from scripts.serving.api.openai_types import CompletionRequest
+from scripts.serving.api.service import Delta, Service
 
 
 @dataclass
@@ -31,7 +35,7 @@ class CompletionHandler(Handler):
         prompts = body.prompt
         if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
             prompts = [prompts]  # a single text, or its tokens
-        vocab_size = service.model.config.vocab_size
+        vocab_size = service.vocab_size
         for prompt in prompts:
             # without the EOS that encode_text appends: the text goes on
             ids = (
@@ -41,24 +45,50 @@ class CompletionHandler(Handler):
                 raise ApiError("the prompt is empty", param="prompt")
             if not all(0 <= token < vocab_size for token in ids):
                 raise ApiError(f"tokens must be from 0 to {vocab_size - 1}", param="prompt")
-            self.add_requests(ids, body.max_tokens or 16, body.logprobs)  # 16: OpenAI's default
-        if body.echo and body.logprobs is not None:
-            raise ApiError("echo with logprobs is not supported", param="echo")
+            # 16 is OpenAI's default. The engine generates at least one token; with max_tokens 0 it
+            # is left out of the response.
+            most = 16 if body.max_tokens is None else max(body.max_tokens, 1)
+            self.add_requests(ids, most, body.logprobs)
+        self.prompt_logprobs: list[list[TokenLogprob | None]] = []
         self.choices = [Choice() for _ in self.requests]
+
+    async def prepare(self) -> None:
+        """With echo and logprobs, the log-probabilities of the prompts: one forward pass each."""
+        if not self.body.echo or self.body.logprobs is None:
+            return
+        thread, model = self.service.thread, self.service.model
+        for request in self.requests[:: self.body.n or 1]:
+            compute = partial(prompt_logprobs, model, request.prompt, self.body.logprobs)
+            found = await asyncio.to_thread(thread.call, compute)
+            self.prompt_logprobs += [found] * (self.body.n or 1)
 
     def choice_delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """A delta as OpenAI's choice; with echo, the first one begins with the prompt."""
         choice, text = self.choices[index], delta.text
+        tokens, logprobs = delta.tokens, list(delta.logprobs)
+        if self.body.max_tokens == 0:
+            text, tokens, logprobs = "", [], []
         if self.body.echo and not choice.started:
             prompt = self.requests[index].prompt
             text = self.tokenizer.decode(prompt, skip_special_tokens=True) + text
+            if self.prompt_logprobs:
+                tokens, logprobs = prompt + tokens, self.prompt_logprobs[index] + logprobs
         choice.started = True
         return {
             "index": index,
             "text": text,
-            "logprobs": self.format_logprobs(choice, delta),
-            "finish_reason": delta.finish_reason,
+            "logprobs": self.format_logprobs(choice, tokens, logprobs),
+            "finish_reason": delta.finish_reason and self.finish_reason(delta),
         }
+
+    def finish_reason(self, delta: Delta) -> str | None:
+        return "length" if self.body.max_tokens == 0 else delta.finish_reason
+
+    def usage(self) -> dict[str, Any]:
+        usage = super().usage()
+        if self.body.max_tokens == 0:
+            usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+        return usage
 
     def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         choice = self.choice_delta(index, delta)
@@ -68,7 +98,7 @@ class CompletionHandler(Handler):
     def add_delta(self, index: int, delta: Delta) -> None:
         added, choice = self.choice_delta(index, delta), self.choices[index]
         choice.text += added["text"]
-        choice.finish_reason = delta.finish_reason
+        choice.finish_reason = added["finish_reason"]
         if logprobs := added["logprobs"]:
             before = choice.logprobs or {name: [] for name in logprobs}
             choice.logprobs = {name: before[name] + logprobs[name] for name in logprobs}
@@ -85,20 +115,26 @@ class CompletionHandler(Handler):
         ]
         return self.envelope("text_completion", choices) | {"usage": self.usage()}
 
-    def format_logprobs(self, choice: Choice, delta: Delta) -> dict[str, list] | None:
+    def format_logprobs(
+        self, choice: Choice, tokens: list[int], logprobs: list[TokenLogprob | None]
+    ) -> dict[str, list] | None:
+        """Those of some tokens; the first token of a prompt has none."""
         if self.body.logprobs is None:
             return None
-        texts = [self.token_text(token) for token in delta.tokens]
+        texts = [self.token_text(token) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(choice.text_offset)
             choice.text_offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [max(each.logprob, MIN_LOGPROB) for each in delta.logprobs],
-            "top_logprobs": [
-                {self.token_text(token): logprob for token, logprob in each.top}
-                for each in delta.logprobs
-            ],
+            "token_logprobs": [each and max(each.logprob, MIN_LOGPROB) for each in logprobs],
+            "top_logprobs": [each and self.top_logprobs(each) for each in logprobs],
             "text_offset": offsets,
+        }
+
+    def top_logprobs(self, of: TokenLogprob) -> dict[str, float]:
+        # of tokens with the same text, the most likely one: they come in this order
+        return {
+            self.token_text(token): max(logprob, MIN_LOGPROB) for token, logprob in reversed(of.top)
         }

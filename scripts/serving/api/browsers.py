@@ -1,0 +1,73 @@
+"""Web pages as clients: which of them may use the server, and by which names.
+
+A browser lets a page of another origin read a reply only where the server allows that origin
+(CORS). And a page whose own name its owner suddenly lets point to 127.0.0.1 (DNS rebinding) counts
+as of the same origin; it is known by the name in its Host header, which nobody gave to this server.
+"""
+
+import ipaddress
+import re
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from scripts.serving.api.errors import ApiError
+from scripts.serving.arguments import ServerArgs
+
+LOCALHOST = r"https?://(localhost|[\w.-]+\.localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?"
+LOCAL_NAMES = {"localhost", "testserver", "host.docker.internal", "host.containers.internal"}
+WITHOUT_PREFIX = {"/models", "/completions", "/chat/completions", "/responses"}  # of /v1
+
+
+def add_browser_rules(app: FastAPI, args: ServerArgs) -> None:
+    """Answer pages of --allow_origins only, and requests to the server's own names only."""
+    origins = set(args.allow_origins) - {"localhost", "none"}
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=["*"] if "*" in origins else sorted(each.rstrip("/") for each in origins),
+        allow_origin_regex=LOCALHOST if "localhost" in args.allow_origins else None,
+        allow_methods=["GET", "POST", "OPTIONS"],
+        allow_headers=["*"],
+        expose_headers=["x-minimind-tools-left-out"],
+        max_age=600,
+    )
+    # a Host that is a page's own name is of an origin that is allowed to ask
+    named = {urlsplit(each).hostname or "" for each in origins} | {args.host, *args.allow_hosts}
+    app.add_middleware(CheckHost, names={name.lower() for name in named if name})
+
+
+class CheckHost:
+    """Refuses requests to a name that is not the server's, and tidies the path: clients join a
+    base URL with or without /v1 and "/" to it."""
+
+    def __init__(self, app: ASGIApp, names: set[str]):
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            host = headers.get(b"host", b"localhost").decode("latin-1")
+            if not self.is_known(host):
+                error = ApiError(
+                    f"this server is not known as {host!r}; name it with --allow_hosts", 403
+                )
+                return await JSONResponse(error.body, error.status)(scope, receive, send)
+            path = re.sub("/+", "/", scope["path"])
+            path = path.rstrip("/") or "/"
+            scope = {**scope, "path": f"/v1{path}" if path in WITHOUT_PREFIX else path}
+        await self.app(scope, receive, send)
+
+    def is_known(self, host: str) -> bool:
+        """Plain addresses are: only names can be made to point elsewhere."""
+        name = re.sub(r":\d*$", "", host.lower())
+        if "*" in self.names or name in self.names | LOCAL_NAMES or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+            return True
+        except ValueError:
+            # names of a local network, as a compose file or a router gives them, have no dot
+            return bool(name) and "." not in name
