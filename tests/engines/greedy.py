@@ -1,5 +1,8 @@
 """Models for the tests with engines: random ones of each kind, and one that has learnt to talk."""
 
+import json
+from typing import Any
+
 import torch
 from test_model import PAIRS  # the kinds that transformers has a class for
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +40,18 @@ CONVERSATIONS = [
 ]
 
 
+def as_openai(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with arguments as text, and with ids."""
+    messages = json.loads(json.dumps(messages))
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["id"] = "call00000"
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        if message["role"] == "tool":
+            message["tool_call_id"] = "call00000"
+    return messages
+
+
 def prompts(count: int = 32, longest: int = 120) -> list[list[int]]:
     """Random tokens, prompts of several lengths."""
     draw = torch.Generator().manual_seed(7)
@@ -65,9 +80,16 @@ def random_model(seed: int = 0, **fields) -> MiniMindForCausalLM:
     return model
 
 
-def greedy_tokens(model: MiniMindForCausalLM, asked: list[list[int]]) -> list[list[int]]:
-    """NEW_TOKENS tokens of each prompt, by transformers' own loop, one prompt at a time."""
+def greedy_tokens(
+    model: MiniMindForCausalLM, asked: list[list[int]], never: list[int] | None = None
+) -> list[list[int]]:
+    """NEW_TOKENS tokens of each prompt, by transformers' own loop, one prompt at a time.
+
+    Args:
+        never: tokens that are not chosen.
+    """
     settings = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+    settings |= {"suppress_tokens": never}
     return [
         model.generate(torch.tensor([ids]), **settings)[0, len(ids) :].tolist() for ids in asked
     ]
