@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo minimind test check today stages engines docs lint types format clean help
+.PHONY: demo minimind test check attack today stages engines docs lint types format clean help
 
 demo: STARTED := $(shell date +%s)
 demo: .venv/installed  ## data, pretraining, fine-tuning, a conversation, a report
@@ -22,6 +22,9 @@ stages: .venv/installed  ## does each stage learn? two to three hours on two cor
 
 engines: .venv/installed-dev  ## real engines and clients, each in its own environment: do they take what we make? ENGINES=
 	$(BIN)/python tests/engines/run.py $(if $(ENGINES),--engine $(ENGINES))
+
+attack: .venv/installed-dev  ## hostile files, flipped bits, resumes, machines: all cases of tests/attack, 15 minutes
+	ATTACK=1 $(BIN)/python -m pytest tests/attack
 
 docs: .venv/installed-docs  ## these texts as a site, out/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from model.config import MiniMindConfig
-from model.errors import UserError
+from model.errors import UserError, reason_of
 from model.formats.minimind_format import read_state
 from model.formats.native_format import read_weights_file
 from model.model_lora import LoraConfig, add_lora, lora_state
@@ -143,10 +144,14 @@ def set_lora_state(model: nn.Module, state: dict[str, Tensor], source: Path) -> 
 PEFT_PREFIX = "base_model.model."  # of each name in a peft adapter
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # What changes the computation, and has no counterpart here.
-UNSUPPORTED_PEFT = """use_dora use_qalora rank_pattern alpha_pattern modules_to_save fan_in_fan_out
-    lora_bias layer_replication trainable_token_indices target_parameters""".split()
+UNSUPPORTED_PEFT = """use_dora use_qalora use_bdlora modules_to_save fan_in_fan_out lora_bias
+    layer_replication trainable_token_indices target_parameters alora_invocation_tokens arrow_config
+    monteclora_config""".split()
+MERGE_THERE = (
+    "; merge it with peft (merge_and_unload), save the model and convert that with from-hf"
+)
 # Initialisations that change the base weights too: what is saved is no adapter of the model itself.
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq")
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
@@ -180,20 +185,28 @@ def save_peft(path: Path | str, folder: Path, base: Path | str = "") -> None:
 
 def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
     """Add a peft adapter to `model`, for the layers that it has weights for. UserError if it is not
-    a plain LoRA adapter."""
+    a plain LoRA adapter.
+
+    Layers may differ in rank and scale in peft (rank_pattern, alpha_pattern), and have one of each
+    here: A and B of a smaller rank are filled up with zeros, and B takes what its scale differs by.
+    """
     try:
         peft_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if peft_config.get("peft_type") != "LORA" or peft_config.get("bias", "none") != "none":
             raise ValueError("its peft_type is not LORA, or it trains biases")
         r, alpha = peft_config["r"], peft_config["lora_alpha"]
-        if peft_config.get("use_rslora"):  # scaled by alpha / sqrt(r) instead of alpha / r
-            alpha = alpha * r**0.5
         config = LoraConfig(r, alpha, peft_config.get("lora_dropout", 0.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} is not a LoRA adapter of peft: {error}") from error
+        alphas = {**(peft_config.get("alpha_pattern") or {})}
+        for each in alphas.values():
+            LoraConfig(r, each)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = reason_of(error) if isinstance(error, RecursionError) else error
+        raise UserError(f"{folder} is not a LoRA adapter of peft: {reason}") from error
     for name in UNSUPPORTED_PEFT:
         if peft_config.get(name):
-            raise UserError(f"the adapter in {folder} has {name}, which MiniMind does not support")
+            raise UserError(
+                f"the adapter in {folder} has {name}, which MiniMind does not support{MERGE_THERE}"
+            )
     initial = peft_config.get("init_lora_weights")
     if isinstance(initial, str) and initial.lower().startswith(BASE_CHANGING):
         raise UserError(
@@ -201,13 +214,36 @@ def load_peft(model: nn.Module, folder: Path) -> LoraConfig:
             "weights too; save it with peft's path_initial_model_for_weight_conversion"
         )
     state = read_peft_weights(folder)
-    rank = rank_of(state, folder)
-    if rank != config.r:
-        raise UserError(f"the adapter in {folder} has rank {rank}, and its config says {config.r}")
+    names = module_names(state)
+    ranks = {name: len(state[f"{name}.lora_A.weight"]) for name in names}
+    if not peft_config.get("rank_pattern") and set(ranks.values()) != {r}:
+        rank = min(set(ranks.values()) - {r})
+        raise UserError(f"the adapter in {folder} has rank {rank}, and its config says {r}")
+    power = 0.5 if peft_config.get("use_rslora") else 1  # scaled by alpha / sqrt(r), or alpha / r
+    scales = {name: alpha_of(name, alphas, alpha) / ranks[name] ** power for name in names}
+    config.r = max(ranks.values())
+    config.alpha = max(scales.values()) * config.r
     config.target_modules = target_modules(model, state, folder)
+    for name in names:
+        missing, factor = config.r - ranks[name], scales[name] * config.r / config.alpha
+        a, b = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
+        state[f"{name}.lora_A.weight"] = F.pad(a, (0, 0, 0, missing))
+        state[f"{name}.lora_B.weight"] = F.pad(b * factor, (0, missing))
     add_lora(model, config)
     set_lora_state(model, state, folder)
     return config
+
+
+def alpha_of(name: str, alphas: dict[str, float], default: float) -> float:
+    """The alpha of a layer: of the first pattern that fits the end of its name, as in peft."""
+    for pattern, alpha in alphas.items():
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise UserError(f"alpha_pattern {pattern} is no regular expression: {error}") from error
+        if fits:
+            return alpha
+    return default
 
 
 def read_peft_weights(folder: Path) -> dict[str, Tensor]:
@@ -219,11 +255,14 @@ def read_peft_weights(folder: Path) -> dict[str, Tensor]:
         name.removeprefix(PEFT_PREFIX): weight for name, weight in read_weights_file(path).items()
     }
     for name in sorted(state):
-        if not re.search(r"\.lora_[AB]\.weight$", name):
+        if not re.search(r"\.lora_[AB]\.weight$", name) or state[name].dim() != 2:
             raise UserError(
                 f"the adapter in {folder} has the weight {name}; MiniMind has adapters of linear "
-                "layers in the blocks alone"
+                f"layers in the blocks alone{MERGE_THERE}"
             )
+    for name in (f"{name}.lora_{part}.weight" for name in module_names(state) for part in "AB"):
+        if name not in state:
+            raise UserError(f"the adapter in {folder} has no weight {name}")
     return state
 
 

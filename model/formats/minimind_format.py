@@ -277,9 +277,9 @@ def build_model(
 ) -> ModelT:
     """The model with these weights. UserError if they do not fit."""
     check_sizes(config, sum(t.numel() * t.element_size() for t in state.values()), path)
-    model = model_class(config)
-    check_state(state, model, path)
     with reading(path):
+        model = model_class(config)
+        check_state(state, model, path)
         model.load_state_dict(state, strict=True)
     return model
 

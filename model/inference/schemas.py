@@ -206,7 +206,7 @@ class Rewriter:
             del schema["unevaluatedProperties"]
             schema.setdefault("additionalProperties", False)
         several = len(schema.get("allOf") or ()) > 1 or "properties" in schema
-        result = {}
+        result: dict[str, Any] = {}
         for key, value in schema.items():
             if is_root and key in ("$defs", "definitions") and isinstance(value, dict):
                 result[key] = {
@@ -254,7 +254,7 @@ class Rewriter:
         parts = [self.without_references(each) for each in schemas]
         for number, one in enumerate(parts):
             for other in parts[:number]:
-                pairs = [(one, other)]
+                pairs: list[tuple[dict[str, Any], ...]] = [(one, other)]
                 for name in set(one.get("required") or ()) & set(other.get("required") or ()):
                     properties = (each.get("properties") or {} for each in (one, other))
                     pairs.append(tuple(self.without_references(p.get(name)) for p in properties))

@@ -4,15 +4,20 @@ server for the clients."""
 import inspect
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from running_server import running_server
 from scripted import scripted
@@ -69,6 +74,41 @@ class Engine:
         file = self.folder / "script.mjs"
         file.write_text(script, encoding="utf-8")
         return json.loads(self.run("node", file, *arguments, cwd=self.folder))
+
+    @contextmanager
+    def serve(self, *words: object, log: Path, seconds: float = 600, **env: str) -> Iterator[str]:
+        """The root address of a server that the words start, {port} in them replaced."""
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            port = bound.getsockname()[1]
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [str(word).format(port=port) for word in words],
+                env={**self.environment, **env},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        root, until = f"http://127.0.0.1:{port}", time.monotonic() + seconds
+        try:
+            while not answers(f"{root}/health"):
+                if process.poll() is not None or time.monotonic() > until:
+                    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+                time.sleep(0.5)
+            yield root
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ import pytest
 from torch.nn.parallel import DistributedDataParallel
 from toy import Trainer, assert_close, ended, flags, fork, output, run_stage, wait_for_steps
 
+from model.formats import minimind_format
 from trainer import train_full_sft, train_pretrain
-from trainer.common import checkpoint, context, loop
+from trainer.common import context, loop
 from trainer.trainer_utils import Run
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]
@@ -253,7 +254,7 @@ def test_a_rank_that_cannot_save_says_so_and_takes_the_others_along(
     def no_room(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(checkpoint, "atomic_write", no_room)
+    monkeypatch.setattr(minimind_format, "atomic_write", no_room)
     codes = [ended(process) for process in start_ranks(any_stage, 2, **windows)]
     assert codes == [2, 2]
     assert "the disk is full" in errors(any_stage, 0)[0]

@@ -222,10 +222,20 @@ def check_fields(checkpoint: Any, path: Path) -> None:
         if not isinstance(checkpoint[name], kind):
             found = type(checkpoint[name]).__name__
             raise UserError(f"{path} is damaged: its {name} is a {found}; {START_ANEW}")
-    for name in ("step", "samples_seen", "tokens", "seconds"):
-        value = checkpoint["progress"].get(name)
-        if not isinstance(value, int | float) or value < 0:
-            raise UserError(f"{path} is damaged: its progress has {name} {value!r}; {START_ANEW}")
+    if not all(isinstance(record, dict) for record in checkpoint["history"]):
+        raise UserError(f"{path} is damaged: its history is no list of records; {START_ANEW}")
+    for part, expected, required in (
+        ("progress", Progress(), {"step", "samples_seen", "tokens", "seconds"}),
+        ("metrics", Accumulator(), {"steps", "tokens", "seconds", "loss_sum", "sums"}),
+    ):
+        for name, default in vars(expected).items():
+            value = checkpoint[part].get(name, None if name in required else default)
+            number = isinstance(default, int | float)
+            right = isinstance(value, int | float if number else type(default))
+            if default is None:
+                right = value is None or isinstance(value, float | str | Tensor)
+            if not right or (number and part == "progress" and value < 0):
+                raise UserError(f"{path} is damaged: its {part} has {name} {value!r}; {START_ANEW}")
 
 
 def copied(part: Any) -> Any:

@@ -50,7 +50,7 @@ def told_once() -> Iterator[None]:
         tell_other_ranks(str(error))
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3)
+            time.sleep(3 + 2 * POLL_SECONDS)
         raise
 
 

@@ -52,8 +52,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     with reading(path):
         records = with_new_keys(recipe["records"], recipe["stage"])
         for record in records:
-            if not isinstance(record["num_tokens"] + record.get(METRIC, 0.0), int | float):
-                raise TypeError("a record that holds no numbers")
+            if METRIC in record and not record["num_tokens"] + record[METRIC] >= 0:
+                raise ValueError("a record has a negative metric")
     return recipe | {"records": records}
 
 

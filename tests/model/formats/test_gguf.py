@@ -1,10 +1,7 @@
 """GGUF files: what is in them, and what transformers and llama.cpp make of them."""
 
 import json
-import os
 import random
-import shutil
-import subprocess
 
 import gguf
 import pytest
@@ -18,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from model.errors import UserError
 from model.formats.gguf_format import read_gguf, strip_generation_tags
-from model.formats.ollama_format import TEMPLATE, modelfile
+from model.formats.ollama_format import modelfile
 from model.model_minimind import MiniMindConfig
 from model.weights import load_model
 
@@ -169,49 +166,6 @@ def test_a_file_that_is_not_the_model_is_no_success(save, tmp_path, monkeypatch)
             with pytest.raises(UserError, match="by more than rounding"):
                 convert("to-gguf", path, tmp_path / "m.gguf", "--dtype", dtype)
     assert not list(tmp_path.glob("*.gguf"))
-
-
-GO = """package main
-
-import (
-	"encoding/json"
-	"os"
-	"text/template"
-)
-
-type Object map[string]any
-
-func (o Object) String() string { b, _ := json.Marshal(map[string]any(o)); return string(b) }
-
-type Function struct { Name string; Arguments Object }
-type Call struct { Function Function }
-type Message struct { Role, Content string; ToolCalls []Call }
-
-func main() {
-	source, _ := os.ReadFile("template")
-	parsed := template.Must(template.New("").Parse(string(source)))
-	call := Call{Function{"clock", Object{}}}
-	messages := []Message{{"system", "Be brief.", nil}, {"user", "What time is it? 几点了？", nil},
-		{"assistant", "", []Call{call}}, {"tool", "12:00", nil}}
-	tools := []Object{{"name": "clock"}}
-	values := map[string]any{"System": "Be brief.", "Tools": tools, "Messages": messages}
-	if err := parsed.Execute(os.Stdout, values); err != nil { panic(err) }
-}
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("go"), reason="ollama's template was not run: Go is missing")
-def test_the_template_of_ollama_says_what_ours_says(tokenizer, tmp_path):
-    (tmp_path / "main.go").write_text(GO)
-    (tmp_path / "template").write_text(TEMPLATE)
-    environment = os.environ | {"HOME": str(tmp_path), "GOFLAGS": "-mod=mod", "GO111MODULE": "off"}
-    result = subprocess.run(
-        ["go", "run", "main.go"], cwd=tmp_path, capture_output=True, text=True, env=environment
-    )
-    messages = [MESSAGES[0] | {"tools": '[{"name":"clock"}]'}, *MESSAGES[1:]]
-    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert result.stdout == expected, result.stderr
 
 
 # -- mistakes --------------------------------------------------------------------------------------

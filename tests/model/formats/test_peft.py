@@ -120,14 +120,28 @@ CONVERTED = {  # settings of peft, and the layers that have an adapter
         [f"{LAYERS[0]}.q_proj"],
     ),
     "rsLoRA": (dict(target_modules=["q_proj"], use_rslora=True), ["q_proj"]),
+    "ranks": (
+        dict(target_modules=["q_proj", "v_proj"], rank_pattern={r"layers\.1.*\.q_proj": 2}),
+        ["q_proj", "v_proj"],
+    ),
+    "larger ranks and alphas": (
+        dict(
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={"v_proj": 7},
+            alpha_pattern={"layers.0.self_attn.v_proj": 3, "v_proj": 20},
+        ),
+        ["q_proj", "v_proj"],
+    ),
+    "rsLoRA with ranks": (
+        dict(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}, use_rslora=True),
+        ["q_proj", "v_proj"],
+    ),
     "bin": (dict(target_modules=["q_proj"]), ["q_proj"]),
     "gaussian": (dict(target_modules=["q_proj"], init_lora_weights="gaussian"), ["q_proj"]),
 }
 REFUSED = {
-    "dora": (dict(use_dora=True), "has use_dora"),
+    "dora": (dict(use_dora=True), "has use_dora.*merge it with peft"),
     "modules": (dict(modules_to_save=["embed_tokens"]), "has modules_to_save"),
-    "ranks": (dict(rank_pattern={"layers.0": 2}), "has rank_pattern"),
-    "alphas": (dict(alpha_pattern={"layers.0": 2}), "has alpha_pattern"),
     "pissa": (dict(init_lora_weights="pissa"), "has init_lora_weights pissa, which changes the"),
     "head": (
         dict(target_modules=["q_proj", "lm_head"]),
@@ -192,6 +206,9 @@ def test_an_adapter_of_experts_cannot_become_peft(save, tokenizer, tmp_path):
         dict(r="4"),
         dict(r=0),
         dict(lora_alpha=None),
+        dict(alpha_pattern={"q_proj": 0}),
+        dict(alpha_pattern=["q_proj"]),
+        dict(r=3),
         dict(lora_dropout=2),
         dict(peft_type="IA3"),
         dict(fan_in_fan_out=True),
