@@ -150,8 +150,7 @@ def watch_other_ranks() -> None:
     except Exception:
         time.sleep(5 * POLL_SECONDS)  # the store is gone: at the end of a training they all go
     if not ended_here.is_set():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
         os._exit(2)
 
 
