@@ -57,6 +57,7 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("optimizer", "rng_states", "history"), list),
     "global_batch_size": int,
 }
+MAY_BE_NONE = {"changed_fraction": float, "tracker_id": str, "expert_load": Tensor}
 
 
 @dataclass
@@ -230,11 +231,14 @@ def check_fields(checkpoint: Any, path: Path) -> None:
     ):
         for name, default in vars(expected).items():
             value = checkpoint[part].get(name, None if name in required else default)
-            number = isinstance(default, int | float)
-            right = isinstance(value, int | float if number else type(default))
+            kind = int | float if isinstance(default, float) else type(default)
+            right = isinstance(value, kind)
             if default is None:
-                right = value is None or isinstance(value, float | str | Tensor)
-            if not right or (number and part == "progress" and value < 0):
+                right = value is None or isinstance(value, MAY_BE_NONE[name])
+            if isinstance(value, Tensor):  # expert_load: [layers, experts]
+                right = right and value.dim() == 2
+            at_least_0 = isinstance(default, int) or name == "seconds"  # losses of RL may be below
+            if not right or (at_least_0 and value < 0):
                 raise UserError(f"{path} is damaged: its {part} has {name} {value!r}; {START_ANEW}")
 
 
