@@ -30,8 +30,8 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_or
 
 from model import errors
 from model.errors import UserError, exit_on_user_error, tell_once
+from model.paths import check_name
 
-MAX_NAME = 180  # bytes; file systems allow 255, with the endings and marks that we add
 Arguments = TypeVar("Arguments")
 
 
@@ -137,17 +137,6 @@ def check_values(args_class: type, values: Mapping[str, Any]) -> None:
             raise UserError(f"--{name} has no effect with --{rules['unless']}")
         if (reason := rules.get("no_effect")) and value != defaults[name]:
             raise UserError(f"--{name} has no effect here: {reason}")
-
-
-def check_name(flag: str, name: str) -> None:
-    """UserError unless files can be called so, in the folder that is meant."""
-    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
-        raise UserError(
-            f"--{flag} {name!r} is no name: it must not have / or \\, begin with a dot, or "
-            "hold what cannot be printed; folders have flags of their own"
-        )
-    if len(name.encode()) > MAX_NAME:
-        raise UserError(f"--{flag} is longer than {MAX_NAME} bytes: no file can be called so")
 
 
 def out_of_range(

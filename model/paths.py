@@ -8,6 +8,7 @@ from model.errors import UserError, tell_once
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
 TOKENIZER = ROOT / "model"
+MAX_NAME = 180  # bytes; file systems allow 255, with the endings and marks that we add
 
 
 # -- weights ---------------------------------------------------------------------------------------
@@ -154,3 +155,14 @@ def tokenizer_beside(name: Path | str, directory: Path | str = OUT) -> str:
     if not is_hf_folder(path):
         path = Path(directory) if is_stage(path) else path.parent
     return str(path) if (path / "tokenizer.json").is_file() else ""
+
+
+def check_name(flag: str, name: str) -> None:
+    """UserError unless files can be called so, in the folder that is meant."""
+    if name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(
+            f"--{flag} {name!r} is no name: it must not have / or \\, begin with a dot, or "
+            "hold what cannot be printed; folders have flags of their own"
+        )
+    if len(name.encode()) > MAX_NAME:
+        raise UserError(f"--{flag} is longer than {MAX_NAME} bytes: no file can be called so")

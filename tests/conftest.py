@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -123,6 +124,19 @@ def save(make_model, tokenizer, tmp_path):
         return save_weights(model, path, stage="full_sft", tokenizer=tokenizer, origin={})
 
     return make
+
+
+@pytest.fixture
+def browser():
+    """A real Chromium; the test is skipped where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium to open the page with (apt install chromium)")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 # -- toy trainings ---------------------------------------------------------------------------------

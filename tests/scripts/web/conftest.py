@@ -2,7 +2,6 @@
 a tool call."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -73,18 +72,6 @@ def open_page(folder, monkeypatch):
 
 
 # -- a real browser --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("there is no chromium to open the page with (apt install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
