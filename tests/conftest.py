@@ -24,6 +24,7 @@ from dataset.lm_dataset import load_documents
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 from model.weights import ROOT, load_tokenizer, save_weights
 from trainer import trainer_utils
+from trainer.common import command as trainer_command
 from trainer.common import hardware
 from trainer.common.context import unwrap
 from trainer.trainer_utils import Run
@@ -150,11 +151,14 @@ def float32_on_every_cpu(monkeypatch) -> None:
 
 @pytest.fixture
 def in_a_hurry(monkeypatch) -> None:
-    """No time is spent on measuring this machine, on drawing, or on waiting for its disk."""
+    """No time is spent on measuring this machine, on drawing, or on waiting for its disk or for
+    other processes."""
     monkeypatch.setattr(hardware, "peak_flops", lambda device, dtype: 1e11)
     monkeypatch.setattr(trainer_utils, "plot_losses", lambda runs, path: None)
     monkeypatch.setattr(trainer_utils, "write_report", lambda *args, **about: None)
     monkeypatch.setattr(os, "fsync", lambda file: None)
+    for wait in ("POLL_SECONDS", "TELL_SECONDS", "FIRST_RANK_SECONDS"):
+        monkeypatch.setattr(trainer_command, wait, getattr(trainer_command, wait) / 10)
 
 
 @pytest.fixture

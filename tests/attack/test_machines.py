@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ranks import free_port
+from ranks import free_port
 from toy import TEXTS, Trainer, assert_close, ended, flags, fork, run_stage, text_file
 
 pytestmark = [pytest.mark.usefixtures("in_a_hurry"), pytest.mark.slow]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_ranks import metrics_of, together
+from ranks import metrics_of, together
 from torch.testing import assert_close
 from toy import everything, logged, same
 

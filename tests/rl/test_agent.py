@@ -6,9 +6,9 @@ from dataclasses import make_dataclass, replace
 
 import pytest
 import torch
+from ranks import together
 from rl_toy import ASKED, batches_of, prompt_file
 from test_mistakes import complaint
-from test_ranks import together
 from torch.testing import assert_close
 from toy import Trainer, everything, flags, same
 

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from ranks import together
 from rl_toy import ASKED, prompt_file
 from test_mistakes import complaint
-from test_ranks import together
 from toy import everything, flags, same
 
 from dataset.jsonl import write_rows

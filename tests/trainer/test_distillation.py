@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import together
 from test_mistakes import complaint
-from test_ranks import together
 from torch.testing import assert_close
 from toy import CHATS, Trainer, chat_file, ended, everything, flags, fork, same, saved_teacher
 

@@ -27,8 +27,11 @@ WORKER_DIED = (BrokenProcessPool, ConnectionError, EOFError)
 def parse_trainer(args_class: type[Arguments], about: str | None) -> Arguments:
     """The command line of a trainer, with the flags of its --recipe; a mistake ends it with one
     sentence and exit code 2."""
-    with exit_on_user_error(), told_once():
-        return trainer_arguments(args_class, sys.argv[1:], about)
+    try:
+        with exit_on_user_error(), told_once():
+            return trainer_arguments(args_class, sys.argv[1:], about)
+    finally:
+        stay_for_other_ranks()
 
 
 def trainer_arguments(
@@ -50,7 +53,7 @@ def told_once() -> Iterator[None]:
         tell_other_ranks(str(error))
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(3 + 2 * POLL_SECONDS)
+            time.sleep(FIRST_RANK_SECONDS)
         raise
 
 
@@ -76,6 +79,7 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
         code = end.code
     except KeyboardInterrupt:
         print("stopped at once, nothing saved", file=sys.stderr)
+        tell_other_ranks("stopped at once")
         code = 130  # as shells have it
     except Exception as error:
         if not distributed:
@@ -87,6 +91,7 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
     ):  # a thread that waits for a dead process would keep this one from ending
         sys.stdout.flush()
         sys.stderr.flush()
+        stay_for_other_ranks()
         os._exit(code if isinstance(code, int) else 1)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -99,9 +104,12 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
 # wait for it, for half an hour. So a rank that fails says so in the store where the ranks find each
 # other, and every rank looks there.
 
-POLL_SECONDS = 2.0
+POLL_SECONDS = 0.5
+TELL_SECONDS = 10.0  # a rank that fails early tries so long to reach the store
+FIRST_RANK_SECONDS = 4.0  # after which torchrun has ended the others, if rank 0 saw it too
 FAILED = f"minimind/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 ended_here = threading.Event()  # this rank has failed itself, and says so itself
+stores: list[Any] = []  # this rank's connection, if it has one; a store ends with its host's object
 
 
 def rank_store(seconds: float, may_host: bool = False) -> Any:
@@ -128,10 +136,16 @@ def tell_other_ranks(sentence: str) -> None:
         return
     ended_here.set()
     with suppress(Exception):  # the ranks have not met, or their store is gone
-        store = rank_store(seconds=10, may_host=True)
-        store.set(FAILED, f"rank {os.environ['RANK']} has ended: {sentence}")
-        if os.environ.get("RANK") == "0":  # whose store may end with it
-            time.sleep(2 * POLL_SECONDS)
+        if not stores:
+            stores.append(rank_store(TELL_SECONDS, may_host=True))
+        stores[0].set(FAILED, f"rank {os.environ['RANK']} has ended: {sentence}")
+
+
+def stay_for_other_ranks() -> None:
+    """Rank 0, whose store may end with it, stays until the others have looked there. Only after it
+    has said what was wrong: torchrun may end it at once."""
+    if ended_here.is_set() and os.environ.get("RANK") == "0":
+        time.sleep(2 * POLL_SECONDS)
 
 
 def end_with_other_ranks() -> None:
@@ -144,13 +158,17 @@ def watch_other_ranks() -> None:
     try:
         time.sleep(POLL_SECONDS)
         store = rank_store(seconds=600)
+        stores.append(store)
         while not store.check([FAILED]):
             time.sleep(POLL_SECONDS)
         sentence = store.get(FAILED).decode()
     except Exception:
-        time.sleep(5 * POLL_SECONDS)  # the store is gone: at the end of a training they all go
+        time.sleep(10)  # the store is gone: at the end of a training they all go
     if not ended_here.is_set():
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        from tqdm import tqdm
+
+        tqdm.write(f"error: {sentence}", file=sys.stderr)  # below the progress bar, not in its line
+        sys.stderr.flush()
         os._exit(2)
 
 
