@@ -129,8 +129,9 @@ def load_documents(
             if not is_complete(arrow, report):
                 workers = workers or os.cpu_count() or 1
                 encode = partial(encode_chunk, kind, options, skip_bad_rows)
-                if kind != "text" and not agrees_with_jinja(files[0], tokenizer, encode):
-                    report("the chat template is rendered by Jinja: without it, rows differ")
+                if kind != "text" and ChatTemplate.without_jinja:
+                    if not agrees_with_jinja(files[0], tokenizer, encode):
+                        report("the chat template is rendered by Jinja: without it, rows differ")
                 tokenise_files(files, kind, tokenizer, arrow, workers, encode)
     except OSError as error:  # a full disk too
         why = error.strerror or error
