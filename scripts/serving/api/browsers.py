@@ -7,6 +7,8 @@ as of the same origin; it is known by the name in its Host header, which nobody 
 
 import ipaddress
 import re
+from collections.abc import Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -25,10 +27,13 @@ WITHOUT_PREFIX = {"/models", "/completions", "/chat/completions", "/responses"} 
 def add_browser_rules(app: FastAPI, args: ServerArgs) -> None:
     """Answer pages of --allow_origins only, and requests to the server's own names only."""
     origins = set(args.allow_origins) - {"localhost", "none"}
+    rules: dict[str, Any] = {
+        "allow_origins": ["*"] if "*" in origins else sorted(each.rstrip("/") for each in origins),
+        "allow_origin_regex": LOCALHOST if "localhost" in args.allow_origins else None,
+    }
     app.add_middleware(
         CORSMiddleware,
-        allow_origins=["*"] if "*" in origins else sorted(each.rstrip("/") for each in origins),
-        allow_origin_regex=LOCALHOST if "localhost" in args.allow_origins else None,
+        **rules,
         allow_methods=["GET", "POST", "OPTIONS"],
         allow_headers=["*"],
         expose_headers=["x-minimind-tools-left-out"],
@@ -36,15 +41,20 @@ def add_browser_rules(app: FastAPI, args: ServerArgs) -> None:
     )
     # a Host that is a page's own name is of an origin that is allowed to ask
     named = {urlsplit(each).hostname or "" for each in origins} | {args.host, *args.allow_hosts}
-    app.add_middleware(CheckHost, names={name.lower() for name in named if name})
+    app.add_middleware(
+        CheckHost,
+        names={name.lower() for name in named if name},
+        is_allowed=CORSMiddleware(app, **rules).is_allowed_origin,
+    )
 
 
 class CheckHost:
-    """Refuses requests to a name that is not the server's, and tidies the path: clients join a
-    base URL with or without /v1 and "/" to it."""
+    """Refuses requests to a name that is not the server's, and those of a page that may not use it:
+    a browser keeps their replies from the page, but not their effects. Also tidies the path:
+    clients join a base URL with or without /v1 and "/" to it."""
 
-    def __init__(self, app: ASGIApp, names: set[str]):
-        self.app, self.names = app, names
+    def __init__(self, app: ASGIApp, names: set[str], is_allowed: Callable[[str], bool]):
+        self.app, self.names, self.is_allowed = app, names, is_allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -53,6 +63,14 @@ class CheckHost:
             if not self.is_known(host):
                 error = ApiError(
                     f"this server is not known as {host!r}; name it with --allow_hosts", 403
+                )
+                return await JSONResponse(error.body, error.status)(scope, receive, send)
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            of_its_own = origin in (f"http://{host}", f"https://{host}")
+            asks = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+            if origin and asks and not (of_its_own or self.is_allowed(origin)):
+                error = ApiError(
+                    f"pages of {origin!r} may not use this server; --allow_origins allows them", 403
                 )
                 return await JSONResponse(error.body, error.status)(scope, receive, send)
             path = re.sub("/+", "/", scope["path"])

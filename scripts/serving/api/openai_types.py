@@ -48,7 +48,7 @@ class BaseRequest(IgnoredFields):
     # extensions that vLLM and others have too
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
 
     @property
     def stop_strings(self) -> list[str]:
