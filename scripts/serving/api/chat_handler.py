@@ -103,7 +103,9 @@ class ChatHandler(Handler):
         if self.body.chat_template_kwargs:
             options |= self.body.chat_template_kwargs.others
         messages = [to_template_message(message) for message in self.body.messages]
-        texts = [each["content"] for each in messages]  # without thoughts: templates omit many
+        texts = [each["content"] for each in messages]
+        texts += [each.get("reasoning_content", "") for each in messages]
+        texts += [json.dumps(options, ensure_ascii=False)]
         texts += [
             call["function"]["arguments"] for m in messages for call in m.get("tool_calls", ())
         ]

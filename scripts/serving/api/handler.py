@@ -11,6 +11,7 @@ from scripts.serving.api.errors import ApiError
 from scripts.serving.api.openai_types import BaseRequest
 from scripts.serving.api.service import Delta, Service
 
+MAX_LOGPROBS = 200_000  # in a response: some 20 MB of JSON
 MIN_LOGPROB = -9999.0  # for JSON, which has no −infinity
 
 
@@ -68,6 +69,15 @@ class Handler:
                 param="n",
             )
         sampling = self.service.sampling(self.body, max_tokens, prompt, num_replies)
+        if top_logprobs is not None:
+            echoed = len(prompt) if getattr(self.body, "echo", False) else 0
+            count = num_replies * (sampling.max_new_tokens + echoed) * (1 + top_logprobs)
+            if count > MAX_LOGPROBS:
+                raise ApiError(
+                    f"{count} log-probabilities are more than {MAX_LOGPROBS}; ask for fewer tokens "
+                    "or alternatives",
+                    param="logprobs",
+                )
         for _ in range(n):
             text = StreamingDetokenizer(self.tokenizer, self.body.stop_strings)
             row = len(self.requests)

@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from scripts.serving.api.errors import ApiError
 from scripts.serving.arguments import ServerArgs
 
-MAX_VALUES = 100_000  # of a body's JSON: all numbers, texts, lists and objects
+MAX_VALUES = 50_000  # of a body's JSON: all numbers, texts, lists and objects
 MAX_DEPTH = 64  # of lists and objects in each other
 MAX_FIELDS = 200  # of a body: OpenAI documents some forty
 
@@ -66,6 +66,10 @@ def patient_protocol(args: ServerArgs) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            self.watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
             self.watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -143,13 +147,16 @@ def check_counts(body: dict[str, Any], args: ServerArgs) -> None:
         "input": ("max_messages", args.max_messages),
         "tools": ("max_tools", args.max_tools),
         "stop": ("", 16),
+        "logit_bias": ("", 10_000),
     }
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
-        most["prompt"] = ("max_replies", args.max_replies)
+    if isinstance(prompt, list):
+        is_tokens = bool(prompt) and isinstance(prompt[0], int)
+        flag = "max_length" if is_tokens else "max_replies"
+        most["prompt"] = (flag, getattr(args, flag))
     for name, (flag, limit) in most.items():
         value = body.get(name)
-        if isinstance(value, list) and len(value) > limit:
+        if isinstance(value, list | dict) and len(value) > limit:
             told = f" (--{flag})" if flag else ""
             raise ApiError(f"{name} has {len(value)} items, more than {limit}{told}", param=name)
     stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop")
