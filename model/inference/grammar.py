@@ -113,7 +113,6 @@ class Grammar:
         if completion is None or len(completion) > self.tokens_left:
             raise UserError(f"no reply of {self.tokens_left} tokens can follow the schema")
         self.completion, self.shortest = completion, len(completion)
-        self.is_lost = False  # the compiler gave up: what is left of the completion follows
 
     def copy(self) -> "Grammar":
         """The same grammar for another reply; its search at the start is not done again."""
@@ -124,13 +123,16 @@ class Grammar:
         return other
 
     @property
+    def is_lost(self) -> bool:
+        """llguidance reached one of its limits: what is left of the last completion follows."""
+        return self.matcher.is_error()
+
+    @property
     def is_complete(self) -> bool:
         """The reply follows the grammar, if it ends here."""
         if self.is_lost:
             return not self.completion
-        return self.matcher.is_accepting() or (
-            self.matcher.is_stopped() and not self.matcher.is_error()
-        )
+        return self.matcher.is_accepting() or self.matcher.is_stopped()
 
     @property
     def is_finished(self) -> bool:
@@ -162,7 +164,6 @@ class Grammar:
         completion = self.rest_of_last() or self.short_completion(LATER_ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
             self.matcher.rollback(1)
-            self.is_lost = self.matcher.is_error()  # a limit of the compiler was reached
             # a completion that is empty: the reply may end here, and has to
             token, *completion = self.completion or [self.eos]
             if not self.is_lost:

@@ -258,7 +258,7 @@ def test_a_reply_is_completed_where_the_compiler_gives_up(compiler):
         grammar, tokens = compiler.compile_json_schema(schema, 600), []
         while len(tokens) < given:
             tokens.append(grammar.accept(int(grammar.allowed().nonzero()[-1])))
-        grammar.matcher.consume_token(compiler.tokens.vocab_size - 1)  # which cannot come here
+        grammar.matcher.consume_token(int((~grammar.allowed()).nonzero()[0]))
         assert grammar.matcher.is_error()
         while not grammar.is_finished:
             tokens.append(grammar.accept(int(grammar.allowed().nonzero()[0])))
