@@ -49,6 +49,7 @@ class AddedTokenPatterns:
     control_token: re.Pattern
     any_token: re.Pattern
     special: dict[str, int]
+    any_special: re.Pattern  # a group of all their names
     first_characters: set[str]
 
     def may_be_in(self, text: str) -> bool:
@@ -64,7 +65,7 @@ class AddedTokenPatterns:
         """The text between special tokens, and their names."""
         if not self.special:
             return [text]
-        return re.split("(" + "|".join(map(re.escape, self.special)) + ")", text)
+        return self.any_special.split(text)
 
 
 @lru_cache(maxsize=8)
@@ -76,15 +77,17 @@ def added_token_patterns(tokenizer: PreTrainedTokenizerBase) -> AddedTokenPatter
         places = [f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in tokens]
         return re.compile("|".join(places) or "(?!)")  # without tokens: nothing matches
 
+    # a name may begin with another's: the longest first
+    special = {
+        token.content: number
+        for number, token in sorted(added.items(), key=lambda item: -len(item[1].content))
+        if token.special
+    }
     return AddedTokenPatterns(
         control_token=after_first_character(name for name in names if name not in TAGS),
         any_token=after_first_character(names),
-        # a name may begin with another's: the longest first
-        special={
-            token.content: number
-            for number, token in sorted(added.items(), key=lambda item: -len(item[1].content))
-            if token.special
-        },
+        special=special,
+        any_special=re.compile("(" + "|".join(map(re.escape, special)) + ")"),
         first_characters={name[0] for name in names},
     )
 

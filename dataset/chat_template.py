@@ -5,7 +5,8 @@ import re
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dataset.jsonl import parse_json
+from dataset.shipped_template import Span, Unusual, render_shipped, shipped_template
 from model.errors import UserError
 
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -21,7 +23,6 @@ READS_TOOLS_OF_MESSAGE = re.compile(r"""message(s\[0\])?(\.tools\b|\[['"]tools['
 
 MAX_SECONDS = 20.0  # of one rendering; thousands of messages take one
 Message = dict[str, Any]
-Span = tuple[int, int]  # of a text: the first character, and the one after the last
 
 
 class ChatTemplate:
@@ -29,7 +30,12 @@ class ChatTemplate:
 
     Tools come from `options` or from the first system message. Our own template reads them there;
     most others know only the variable `tools`, and OpenAI's form of tools and calls.
+
+    Attributes:
+        without_jinja: whether the shipped template is rendered without Jinja.
     """
+
+    without_jinja = True
 
     def __init__(
         self,
@@ -46,11 +52,11 @@ class ChatTemplate:
         except ValueError as error:
             raise UserError(f"cannot be rendered: {error}") from None
         self.tokenizer = tokenizer
-        self.has_marks = GENERATION.search(self.text) is not None
+        self.has_marks, reads_tools_of_message = features(self.text)
         # Qwen3 and others call the variable of MiniMind's open_thinking so
         self.options = {"enable_thinking": bool(options.get("open_thinking")), **options}
         self.messages = messages
-        if not READS_TOOLS_OF_MESSAGE.search(self.text):
+        if not reads_tools_of_message:
             self.options["tools"] = [in_openai_form(tool) for tool in self.tools] or None
             self.messages = list(with_openai_calls(messages))
 
@@ -58,6 +64,10 @@ class ChatTemplate:
         self, messages: list[Message], add_generation_prompt: bool = False, **options: Any
     ) -> tuple[str, list[Span]]:
         """The text, and the spans of its {% generation %} blocks. UserError if that fails."""
+        if self.without_jinja and self.text == shipped_template():
+            with suppress(Unusual):
+                values = {**self.options, **options}
+                return render_shipped(messages, add_generation_prompt, **values)
         try:
             with time_limit(MAX_SECONDS):
                 rendered, spans = render_jinja_template(
@@ -74,6 +84,13 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"is refused by the tokenizer's chat template: {reason}") from None
         return rendered[0], spans[0] if spans else []
+
+
+@lru_cache(maxsize=8)
+def features(template: str) -> tuple[bool, bool]:
+    """Whether it marks what the assistant writes, and reads the tools of the first message."""
+    marks, tools = GENERATION.search(template), READS_TOOLS_OF_MESSAGE.search(template)
+    return marks is not None, tools is not None
 
 
 @contextmanager

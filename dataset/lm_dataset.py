@@ -32,6 +32,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dataset.chat_template import ChatTemplate
 from dataset.encoding import (
     SEGMENTERS,
     Encoded,
@@ -74,6 +75,7 @@ __all__ = [
 CACHE = Path(os.environ.get("MINIMIND_CACHE") or ROOT / "dataset" / ".cache")
 CACHE_VERSION = 4  # part of the cache's name: raise it whenever the encoding changes
 LINES_PER_CHUNK = 500
+SAMPLE_LINES = 100  # rendered with Jinja and without, at the start
 CHUNKS_PER_BATCH = 20  # few record batches: the header of each costs a mapped file 64 kB or more
 MIN_BYTES_FOR_WORKERS = 1_000_000  # for less, starting processes takes longer than the work
 
@@ -127,6 +129,9 @@ def load_documents(
             if not is_complete(arrow, report):
                 workers = workers or os.cpu_count() or 1
                 encode = partial(encode_chunk, kind, options, skip_bad_rows)
+                if kind != "text" and ChatTemplate.without_jinja:
+                    if not agrees_with_jinja(files[0], tokenizer, encode):
+                        report("the chat template is rendered by Jinja: without it, rows differ")
                 tokenise_files(files, kind, tokenizer, arrow, workers, encode)
     except OSError as error:  # a full disk too
         why = error.strerror or error
@@ -168,6 +173,21 @@ def is_complete(arrow: Path, report: Callable[[str], None]) -> bool:
     except (OSError, pa.ArrowInvalid):
         report(f"{arrow} is damaged; {again}")
     return False
+
+
+def agrees_with_jinja(path: Path, tokenizer: PreTrainedTokenizerBase, encode: ChunkEncoder) -> bool:
+    """Whether the first rows of a file become the same tokens without Jinja (shipped_template.py)
+    as with it. If not, this process uses Jinja from now on."""
+    for sample in read_chunks(path, SAMPLE_LINES):
+        fast = encode(tokenizer, sample)
+        ChatTemplate.without_jinja = False
+        slow = encode(tokenizer, sample)
+        names = ("ids", "loss_mask", "lengths")
+        ChatTemplate.without_jinja = all(
+            np.array_equal(getattr(fast, name), getattr(slow, name)) for name in names
+        )
+        break
+    return ChatTemplate.without_jinja
 
 
 def tokenise_files(
@@ -326,7 +346,9 @@ def encode_chunks(
     # Rows are spread over processes, so the tokenizer's own threads would only get in the way.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with ProcessPoolExecutor(
-        workers, initializer=start_worker, initargs=(tokenizer, os.getpid())
+        workers,
+        initializer=start_worker,
+        initargs=(tokenizer, os.getpid(), ChatTemplate.without_jinja),
     ) as pool:
         waiting: deque[Future] = deque()
         try:
@@ -343,9 +365,10 @@ def encode_chunks(
 worker_tokenizer: PreTrainedTokenizerBase  # of a worker process; start_worker sets it
 
 
-def start_worker(tokenizer: PreTrainedTokenizerBase, parent: int) -> None:
+def start_worker(tokenizer: PreTrainedTokenizerBase, parent: int, without_jinja: bool) -> None:
     global worker_tokenizer  # sent once to each process, not with every chunk
     worker_tokenizer = tokenizer
+    ChatTemplate.without_jinja = without_jinja
     threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 

@@ -6,7 +6,9 @@ Two measurements on the rows of --data_path (default: the project's demo data), 
 in a JSONL file until it has the size that is needed:
 
 1. --megabytes, in this process: `load_documents` with an empty cache (read, tokenise on all cores,
-   write the Arrow file), then `PackedDataset` (packing).
+   write the Arrow file), then `PackedDataset` (packing). In turn with it, medians of --rounds: the
+   `tokenizers` library alone on the same texts, which are in memory, with a thread a core; and for
+   conversations `load_documents` with the chat template rendered by Jinja.
 2. --gigabytes (0: skip), as a user would: the trainer of this format, started by its command line
    with a tiny model for two steps. Measured are the time from the start of the process until its
    log has the first step, and the peak memory. The goal: less than 2 GB for any size.
@@ -33,6 +35,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from dataset.jsonl import check_file, read_lines, read_rows
@@ -48,6 +51,7 @@ class Args:
         "", "format of the data; default: that of the first row"
     )
     megabytes: float = option(100.0, "size of the file to tokenise and pack in this process")
+    rounds: int = option(3, "times that each is measured, in turn", at_least=1)
     gigabytes: float = option(5.0, "size of the file to start a training on; 0: skip")
     max_seq_len: int = option(512, "length of a row, in tokens")
     work_dir: str = option("", "parent of the temporary folder; default: the system's")
@@ -64,8 +68,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from dataset.chat_template import ChatTemplate
 from dataset.demo.files import write_demo_data
-from dataset.lm_dataset import load_documents
+from dataset.encoding import SEGMENTERS
+from dataset.lm_dataset import LINES_PER_CHUNK, load_documents
 from dataset.packing import PackedDataset
 from model.weights import load_tokenizer, write_json
 from trainer.common.hardware import describe_machine
@@ -191,9 +197,25 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
     data = folder / "sample.jsonl"
     size = write_repeated(source, data, args.megabytes * 1e6)
 
-    start = time.perf_counter()
-    with PeakMemory(os.getpid()).watching() as tokenising:
-        documents = load_documents(data, kind, tokenizer, cache=folder / "cache")
+    seconds: dict[str, list[float]] = {"tokenise": [], "library": []}
+    if kind == "conversations":
+        seconds["with_jinja"] = []
+    texts = rendered_texts(data, kind)
+    tokenising = PeakMemory(os.getpid())
+    for number in range(args.rounds):
+        for name, times in seconds.items():
+            ChatTemplate.without_jinja = name != "with_jinja"
+            start = time.perf_counter()
+            if name == "library":
+                for at in range(0, len(texts), LINES_PER_CHUNK):
+                    chunk = texts[at : at + LINES_PER_CHUNK]
+                    tokenizer.backend_tokenizer.encode_batch_fast(chunk, add_special_tokens=False)
+            else:
+                cache = folder / f"cache_{name}_{number}"
+                with tokenising.watching():
+                    documents = load_documents(data, kind, tokenizer, cache=cache)
+            times.append(time.perf_counter() - start)
+    del texts
     tokenised = time.perf_counter()
     with PeakMemory(os.getpid()).watching() as packing:
         rows = PackedDataset(documents, args.max_seq_len)
@@ -213,9 +235,16 @@ def tokenise_and_pack(source: Path, kind: str, args: Args, folder: Path) -> dict
         "documents": len(documents),
         "tokens": rows.num_tokens,
         "fill": round(rows.packing_efficiency, 4),
-        "tokenise": metrics(tokenised - start, tokenising),
+        **{name: metrics(median(times), tokenising) for name, times in seconds.items()},
         "pack": metrics(packed - tokenised, packing),
     }
+
+
+def rendered_texts(data: Path, kind: str) -> list[str]:
+    """What the tokenizer has to read: a text between control tokens each."""
+    tokenizer = load_tokenizer()
+    documents = (SEGMENTERS[kind](tokenizer, row) for _, row in read_rows(data))
+    return [part for document in documents for part, _ in document if isinstance(part, str)]
 
 
 def start_training(source: Path, kind: str, args: Args, folder: Path) -> dict[str, float]:
@@ -275,8 +304,14 @@ def print_report(report: dict[str, Any]) -> None:
     )
     for column in ("", "seconds", "MB/s", "documents/s", "tokens/s", "peak GB"):
         table.add_column(column, justify="right" if column else "left")
-    for step in ("tokenise", "pack"):
-        table.add_row(step, *(f"{value:,}" for value in report[step].values()))
+    names = {
+        "library": "tokenizers alone",
+        "tokenise": "tokenise",
+        "with_jinja": "with Jinja",
+        "pack": "pack",
+    }
+    for step in filter(report.get, names):
+        table.add_row(names[step], *(f"{value:,}" for value in report[step].values()))
     console.print(table)
     if training := report.get("training"):
         console.print(

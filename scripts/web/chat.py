@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
+from markdown_it import MarkdownIt
 
 from dataset.lm_dataset import Message
 from dataset.tools.loop import MAX_TURNS
@@ -173,26 +174,44 @@ def show_message(message: Message, t: Translator, live: bool = False) -> None:
 
 
 CODE = re.compile(
-    r"^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:\n {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
+    r"(?P<escape>\\[!-/:-@\[-`{-~])"
+    r"|^ {0,3}(?P<fence>`{3,}(?=[^`\n]*$)|~{3,}).*?(?:\n {0,3}(?P=fence)[`~]*[ \t]*$|\Z)"
     r"|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)",
     re.DOTALL | re.MULTILINE,
 )
+MARKDOWN = MarkdownIt()
+MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]  # all of them are looked at
+SAFE_LINK = re.compile(r"https?:|mailto:|[^:]*$", re.IGNORECASE)
 
 
 def escape_markdown(text: str) -> str:
-    """Markdown that keeps line breaks, shows tags, and takes no dollar for a formula. Code, in a
-    block or in a line, is shown as it is written."""
+    """Markdown that keeps line breaks, shows tags, takes no dollar for a formula and an image for
+    a link. Code, in a block or in a line, is shown as it is written.
+
+    A browser fetches an image without asking, and its address may tell a stranger what was said
+    here. So where a renderer still finds one, or a link such as data:, nothing is taken for a link
+    or for code."""
     parts, end = [], 0
     for code in CODE.finditer(text):
-        parts += [escape_prose(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join(parts) + escape_prose(text[end:])
+        if not code["escape"]:
+            parts += [escape_prose(text[end : code.start()]), code[0]]
+            end = code.end()
+    shown = "".join(parts) + escape_prose(text[end:])
+    return shown if is_harmless(shown) else escape_prose(text, more="[]")
 
 
-def escape_prose(text: str) -> str:
-    for sign in "$<~":
-        text = text.replace(sign, "\\" + sign)
-    return text.replace("\n", "  \n")
+def escape_prose(text: str, more: str = "") -> str:
+    """Args: more: signs to escape, besides those that are always escaped."""
+    signs = rf"\\[^\n]|!(?=\[)|[$<~{re.escape(more)}]"
+    escaped = re.sub(signs, lambda sign: sign[0] if sign[0][0] == "\\" else "\\" + sign[0], text)
+    return escaped.replace("\n", "  \n")
+
+
+def is_harmless(markdown: str) -> bool:
+    """Whether a renderer finds no image in it, and no link but to pages and mail addresses."""
+    inline = [part for token in MARKDOWN.parse(markdown) for part in token.children or ()]
+    links = [str(part.attrGet("href")) for part in inline if part.type == "link_open"]
+    return all(part.type != "image" for part in inline) and all(map(SAFE_LINK.match, links))
 
 
 def show_buttons(

@@ -93,3 +93,18 @@ def test_other_data_on_one_machine_end_both(stopped):
     codes, said, seconds = machines(stopped, *settings)
     assert codes == [2, 2] and seconds < 60
     assert "rank 1 has another data than rank 0" in said[0]
+
+
+def test_torchrun_on_two_machines_goes_on_as_one_process_would(stopped, shell):
+    """By two agents, as torchrun is started on two machines; only the first has the checkpoint."""
+    meeting = f"--nnodes 2 --nproc_per_node 1 --master_addr localhost --master_port {free_port()}"
+    agents = []
+    for rank, name in enumerate("ab"):
+        words = ["-m", "torch.distributed.run", *meeting.split(), f"--node_rank={rank}"]
+        settings = flags(stopped.settings(name, **COMMON))
+        agents.append(shell(*words, "trainer/train_pretrain.py", *settings))
+    said = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert_close(stopped.saved("a")["model"], stopped.saved("one")["model"])
+    losses = [[record["loss"] for record in stopped.log(name)] for name in ("a", "one")]
+    np.testing.assert_allclose(*losses, atol=2e-4)

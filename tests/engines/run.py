@@ -69,7 +69,7 @@ def version(name: str, folder: Path) -> str:
     package = about.get("version_of") or first.split(">")[0].split("=")[0].split("[")[0]
     manifest = folder / "node_modules" / package / "package.json"
     if manifest.exists():
-        return json.loads(manifest.read_text(encoding="utf-8"))["version"]
+        return f"{package} {json.loads(manifest.read_text(encoding='utf-8'))['version']}"
     code = f"import importlib.metadata as m; print(m.version({package!r}))"
     words = [folder / "bin" / "python", "-c", code]
     return f"{package} " + subprocess.run(words, capture_output=True, text=True).stdout.strip()

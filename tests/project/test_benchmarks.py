@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 
+import checksum_cost
 import empty_thoughts
 import memory
 import numpy as np
@@ -145,6 +146,17 @@ def test_empty_thoughts_from_end_to_end(tmp_path):
     closed, opened = (report[f"ratio 1, open_thinking {n}"] for n in (0, 1))
     assert closed["closes"] and not opened["closes"]
     assert all(0 <= value <= 1 for value in closed.values())
+
+
+def test_the_cost_of_checksums_from_end_to_end(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(checksum_cost, "verify", lambda path, advice: checked.append(path.name))
+    args = checksum_cost.Args(size="16x1", tokens=1000, rounds=3, folder=str(tmp_path))
+    files = checksum_cost.main(args)["files"]
+    assert [each["file"] for each in files] == ["weights", "checkpoint", "token cache"]
+    assert all(each[kind] > 0 for each in files for kind in ("warm", "cold_checked"))
+    assert checked == ["weights.pth"] * 6 + ["run.pt"] * 6 + ["cache.arrow"] * 6
+    assert not list(tmp_path.iterdir())
 
 
 def test_better_by_more_than_two_standard_errors():

