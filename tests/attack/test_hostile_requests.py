@@ -183,6 +183,12 @@ def test_tiny_temperatures_are_greedy(server, temperature):
     assert content(temperature=temperature) == content(temperature=0) != ""
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
+def test_what_is_no_number_in_json_is_refused(server, number):
+    body = f'{{"input": "a", "text": {{"format": {number}}}, "max_output_tokens": 1}}'
+    assert post(server, "responses", body).status_code == 400
+
+
 def test_tiny_penalties_are_refused(server):
     assert ask(server, repetition_penalty=1e-46).status_code == 400
 

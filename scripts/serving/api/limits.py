@@ -7,6 +7,7 @@ checks before it tokenises them.
 
 import asyncio
 import json
+import math
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -104,7 +105,7 @@ def parse(data: bytes, args: ServerArgs) -> Any:
         ApiError: it is none, or has more of something than the server takes.
     """
     try:
-        body = json.loads(data)
+        body = json.loads(data, parse_constant=no_number, parse_float=finite)
     except RecursionError:
         raise too_deep() from None
     except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
@@ -113,6 +114,15 @@ def parse(data: bytes, args: ServerArgs) -> Any:
     if isinstance(body, dict):
         check_counts(body, args)
     return body
+
+
+def no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else no_number(digits[:50])
 
 
 def check_values(body: Any) -> None:
