@@ -32,17 +32,21 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BeforeValidator
 
-from scripts.serving.api.bodies import describe_bodies, validator
-from scripts.serving.api.browsers import add_browser_rules
+from scripts.serving.api.access import add_access_rules
 from scripts.serving.api.chat_handler import ChatHandler
 from scripts.serving.api.completion_handler import CompletionHandler
 from scripts.serving.api.errors import add_error_handlers
 from scripts.serving.api.handler import Handler
 from scripts.serving.api.http_response import respond
-from scripts.serving.api.keys import add_key_check
 from scripts.serving.api.limits import patient_protocol
 from scripts.serving.api.normalize import clean, lenient, normalize_chat, normalize_completion
-from scripts.serving.api.openai_types import ChatRequest, CompletionRequest, ResponsesRequest
+from scripts.serving.api.openai_types import (
+    ChatRequest,
+    CompletionRequest,
+    ResponsesRequest,
+    describe_bodies,
+    validator,
+)
 from scripts.serving.api.responses_handler import ResponsesHandler, ResponseStore
 from scripts.serving.api.service import Service
 from scripts.serving.loading import ChatModel, load_chat_model
@@ -111,8 +115,7 @@ def make_app(args: ServerArgs, loaded: ChatModel) -> FastAPI:
     app = FastAPI(title="MiniMind", lifespan=lifespan)
     app.state.service = service
     add_error_handlers(app)
-    add_key_check(app, args.api_key)
-    add_browser_rules(app, args)
+    add_access_rules(app, args)
     errors = {status: {"description": "OpenAI's error object"} for status in (400, 404, 429, 500)}
     errors |= dict.fromkeys((401, 403, 408, 413), errors[400])
     stream = {200: {"content": {"text/event-stream": {}}}}  # or JSON, as the request asks

@@ -1,6 +1,6 @@
 """Limits before work: what a request may cost is checked before it is parsed, validated, tokenised.
 
-A request passes, in this order: its key (keys.py), the time and size of its HTTP form (here), the
+A request passes, in this order: its key (access.py), the time and size of its HTTP form (here), the
 counts of its JSON (here), the types (openai_types.py), and the lengths of texts, which its handler
 checks before it tokenises them.
 """

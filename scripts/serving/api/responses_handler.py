@@ -10,11 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from scripts.serving.api.bodies import invalid
 from scripts.serving.api.chat_handler import ChatHandler
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.normalize import MALFORMED, normalize_chat, text_of
-from scripts.serving.api.openai_types import ChatRequest, ResponsesRequest
+from scripts.serving.api.openai_types import ChatRequest, ResponsesRequest, invalid
 from scripts.serving.api.service import Delta, Service
 
 MAX_STORED = 1000

@@ -1,4 +1,4 @@
-"""Web pages as clients: which of them may use the server, and by which names.
+"""Who may use the server: clients with its key, and web pages, which of them and by which names.
 
 A browser lets a page of another origin read a reply only where the server allows that origin
 (CORS). And a page whose own name its owner suddenly lets point to 127.0.0.1 (DNS rebinding) counts
@@ -7,6 +7,7 @@ as of the same origin; it is known by the name in its Host header, which nobody 
 
 import ipaddress
 import re
+import secrets
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,8 +25,11 @@ LOCAL_NAMES = {"localhost", "testserver", "host.docker.internal", "host.containe
 WITHOUT_PREFIX = {"/models", "/completions", "/chat/completions", "/responses"}  # of /v1
 
 
-def add_browser_rules(app: FastAPI, args: ServerArgs) -> None:
-    """Answer pages of --allow_origins only, and requests to the server's own names only."""
+def add_access_rules(app: FastAPI, args: ServerArgs) -> None:
+    """Answer clients with the key only, pages of --allow_origins only, and requests to the server's
+    own names only."""
+    if args.api_key:
+        app.add_middleware(CheckKey, key=args.api_key)
     origins = set(args.allow_origins) - {"localhost", "none"}
     rules: dict[str, Any] = {
         "allow_origins": ["*"] if "*" in origins else sorted(each.rstrip("/") for each in origins),
@@ -89,3 +93,27 @@ class CheckHost:
         except ValueError:
             # names of a local network, as a compose file or a router gives them, have no dot
             return bool(name) and "." not in name
+
+
+class CheckKey:
+    """Refuses requests without the API key, before their bodies are read; /health needs none."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        self.app, self.key = app, key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health" and not self.is_sent(scope):
+            error = ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
+            headers = {"www-authenticate": "Bearer"}
+            return await JSONResponse(error.body, error.status, headers)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def is_sent(self, scope: Scope) -> bool:
+        """The key comes as OpenAI's bearer token, or in the header that Azure's or Anthropic's
+        clients send."""
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").strip().partition(b" ")
+        sent = [key.strip()] if scheme.lower() == b"bearer" else []
+        sent += [headers[name] for name in (b"api-key", b"x-api-key") if name in headers]
+        # compare_digest takes the same time wherever the keys differ
+        return any([secrets.compare_digest(each, self.key) for each in sent])
