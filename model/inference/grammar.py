@@ -5,12 +5,14 @@ in the middle of its JSON. So after each token a short completion is searched, a
 not leave room for its completion is replaced by the first token of the last one.
 
 The search follows the first of a few likely tokens after which something else may come than
-before: so it leaves repetitions, such as those of a text with a pattern. Where that does not end,
-as in some recursive schemas, it tries again with some choices made at random.
+before: so it leaves repetitions. What a pattern asks for is known beforehand (patterns.py). Where
+the search does not end, as in some recursive schemas, it tries again with some choices made at
+random.
 """
 
 import json
 import random
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model.errors import UserError
+from model.inference.patterns import matching_text, patterns_in
 from model.inference.schemas import enforceable
 
 # Tried in this order, a JSON value ends soonest: close what is open, then the shortest value.
@@ -74,16 +77,21 @@ class GrammarCompiler:
                 f"this model's tokenizer allows no structured output: {reason}"
             ) from None
         self.vocab_size = vocab_size or num_tokens
-        ids = (tokenizer.encode(text, add_special_tokens=False) for text in CLOSING_TEXTS)
+        ids = map(self.encode, CLOSING_TEXTS)
         self.closing_tokens = [ids[0] for ids in ids if len(ids) == 1]
         self.texts = [self.tokens.decode_str([token]) for token in range(self.tokens.vocab_size)]
 
     def compile_json_schema(self, schema: dict[str, Any], max_new_tokens: int) -> "Grammar":
         """JSON that follows a schema, without optional white space."""
         compact = {**enforceable(schema), "x-guidance": {"whitespace_flexible": False}}
-        return Grammar(
-            self, LLMatcher.grammar_from_json_schema(json.dumps(compact)), max_new_tokens
-        )
+        texts = filter(None, map(matching_text, sorted(patterns_in(compact))))
+        # as they stand in JSON, with the quote that ends them
+        ends = [self.encode(json.dumps(text, ensure_ascii=False)[1:]) for text in texts]
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(compact))
+        return Grammar(self, grammar, max_new_tokens, ends)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def has_token(self, text: str) -> bool:
         """Whether a grammar can name a token by its text, in angle brackets."""
@@ -96,11 +104,21 @@ class GrammarCompiler:
 class Grammar:
     """The state of a grammar in one reply: a Constraint of the engine.
 
+    Args:
+        ends: tokens of texts that end what a pattern of the grammar begins.
+
     Raises:
-        UserError: the grammar is not valid, or no reply of max_new_tokens can follow it.
+        UserError: the grammar is not valid, or no reply of max_new_tokens is found that follows it.
     """
 
-    def __init__(self, compiler: GrammarCompiler, grammar: str, max_new_tokens: int):
+    def __init__(
+        self,
+        compiler: GrammarCompiler,
+        grammar: str,
+        max_new_tokens: int,
+        ends: Sequence[list[int]] = (),
+    ):
+        self.ends = ends
         self.compiler, self.tokens_left = compiler, max_new_tokens
         self.eos = compiler.tokens.eos_token
         self.matcher = LLMatcher(compiler.tokens, grammar)
@@ -111,7 +129,9 @@ class Grammar:
         self.completion: list[int] | None = None
         completion = self.short_completion(ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
-            raise UserError(f"no reply of {self.tokens_left} tokens can follow the schema")
+            raise UserError(
+                f"no reply of {self.tokens_left} tokens that follows the schema was found"
+            )
         self.completion, self.shortest = completion, len(completion)
 
     def copy(self) -> "Grammar":
@@ -222,6 +242,11 @@ class Grammar:
                     path += forced
                     states.append(b"")  # where there is no choice there is nothing to compare
                     continue
+                if end := self.end_of_pattern(most - len(path)):
+                    self.matcher.consume_tokens(end)
+                    path += end
+                    states.append(b"")
+                    continue
                 choices = self.candidates()
                 if by_chance and len(choices) > 1 and chance.random() < 0.5:
                     path.append(chance.choice(choices))
@@ -232,6 +257,13 @@ class Grammar:
             return None if self.matcher.is_error() else list(path)
         finally:
             self.matcher.rollback(len(path))
+
+    def end_of_pattern(self, most: int) -> list[int] | None:
+        """The first text that matches a pattern and may follow here as a whole."""
+        for tokens in self.ends:
+            if len(tokens) <= most and self.matcher.validate_tokens(tokens) == len(tokens):
+                return tokens
+        return None
 
     def choose(self, choices: list[int], seen: set[bytes], chance: random.Random) -> int:
         """Consume the first token after which something new may come, or else any of them."""

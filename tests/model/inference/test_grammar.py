@@ -4,6 +4,7 @@ import datetime
 import enum
 import ipaddress
 import json
+import re
 from typing import Annotated, Any, Literal, Optional, Union
 from uuid import UUID
 
@@ -14,6 +15,7 @@ from pydantic import AnyUrl, BaseModel, ConfigDict, Field, SecretStr, StringCons
 
 from model.errors import UserError
 from model.inference.grammar import Grammar, GrammarCompiler
+from model.inference.patterns import matching_text
 from model.inference.schemas import enforceable, moved_below
 
 
@@ -210,6 +212,41 @@ def test_what_cannot_be_enforced_is_named(compiler, schema, words):
             | ({"$defs": {}} if "$ref" in schema else {}),
             500,
         )
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.pdf$",
+        "foo$",
+        "abc",
+        "^.*foo.*$",
+        "(foo|bar)",
+        "^a[a-z]*z$",
+        "^.{2,}abc$",
+        "^a|b$",
+        r'^\d{3}-[^"a]+x$',
+        r"https?://.+\.(com|org)/\w+$",
+        r"^[a-z]+-xyz$",
+        '"q"',
+        "é.+ü",
+        r"^(?:(?:25[0-5]|2[0-4]\d|1\d\d)\.){3}$",
+        "a{3,5}?b{2}$",
+        r"[^\w\s]\s\S$",
+    ],
+)
+def test_patterns_that_begin_with_anything_are_followed(compiler, pattern):
+    assert re.search(pattern, matching_text(pattern))
+    properties = {"f": {"type": "string", "pattern": pattern}}
+    schema = {"type": "object", "properties": properties, "required": ["f"]}
+    least = fewest_tokens(compiler, schema)
+    for most, seed in ((least, 0), (least + 3, 1), (least + 40, 2)):
+        assert re.search(pattern, json.loads(random_reply(compiler, schema, most, seed))["f"])
+
+
+@pytest.mark.parametrize("pattern", ["(?=a)b", "(", r"(a)\1"])
+def test_a_pattern_whose_texts_are_not_to_be_seen(pattern):
+    assert matching_text(pattern) is None
 
 
 def test_an_alternative_that_cannot_be_enforced_is_left_out(compiler):
