@@ -23,7 +23,7 @@ stages: .venv/installed  ## does each stage learn? two to three hours on two cor
 engines: .venv/installed-dev  ## real engines and clients, each in its own environment: do they take what we make? ENGINES=
 	$(BIN)/python tests/engines/run.py $(if $(ENGINES),--engine $(ENGINES))
 
-attack: .venv/installed-dev  ## hostile files, flipped bits, resumes, machines: all cases of tests/attack, 15 minutes
+attack: .venv/installed-dev  ## hostile files and requests, flipped bits, resumes, machines: all cases of tests/attack, 15 minutes
 	ATTACK=1 $(BIN)/python -m pytest tests/attack
 
 docs: .venv/installed-docs  ## these texts as a site, out/site

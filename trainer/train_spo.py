@@ -46,7 +46,7 @@ from trainer.rl.arguments import RL_RATE_HELP, RolloutArgs
 
 @dataclass
 class Args(RolloutArgs):
-    learning_rate: float = option(1e-5, RL_RATE_HELP)
+    learning_rate: float = option(2e-5, RL_RATE_HELP)
     accumulation_steps: int = option(4, "batches of prompts of an optimizer step")
     beta: float = setting(
         0.02, "weight of the KL to the reference; 0: no reference", group=STAGE, at_least=0

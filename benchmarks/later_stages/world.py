@@ -14,6 +14,7 @@ from rich.console import Console
 
 from later_stages.metrics import Policies, document_losses
 from model.model_minimind import MiniMindForCausalLM
+from model.paths import ROOT
 from model.weights import load_model
 from trainer.common.checkpoint import hash_of
 
@@ -146,12 +147,13 @@ class Stage:
 
 
 def defaults_of(*trainers: str) -> dict[str, Any]:
-    """TRAINER.FLAG → its default."""
+    """TRAINER.FLAG → its default. Without those that name a folder of this checkout."""
     modules = {name: import_module(f"trainer.train_{name}") for name in trainers}
     return {
         f"{name}.{flag}": value
         for name, module in modules.items()
         for flag, value in vars(module.Args()).items()
+        if not str(value).startswith(str(ROOT))
     }
 
 

@@ -78,6 +78,11 @@ class Sequence:
         self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # in prompt or reply
         self.seen[request.prompt] = True
         self.counts = torch.zeros(vocab_size, device=device)  # of each token in the reply
+        self.bias: Tensor | None = None  # of the logits
+        if request.sampling.logit_bias:
+            tokens, values = zip(*request.sampling.logit_bias, strict=True)
+            self.bias = torch.zeros(vocab_size, device=device)
+            self.bias[list(tokens)] = torch.tensor(values, device=device)
 
     @property
     def prompt_left(self) -> int:
@@ -277,14 +282,11 @@ class Engine:
         parameters are sampled together."""
         logits = logits.float()
         unconstrained = logits
-        changed = [
-            each.request.constraint or each.request.sampling.logit_bias for each in sequences
-        ]
-        if any(changed):
+        if any(each.request.constraint or each.bias is not None for each in sequences):
             logits = logits.clone()
             for sequence, row in zip(sequences, logits, strict=True):
-                for token, bias in sequence.request.sampling.logit_bias:
-                    row[token] += bias
+                if sequence.bias is not None:
+                    row += sequence.bias
                 if sequence.request.constraint:
                     row[~sequence.request.constraint.allowed()] = -torch.inf
         groups = defaultdict(list)

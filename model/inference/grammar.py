@@ -11,6 +11,7 @@ as in some recursive schemas, it tries again with some choices made at random.
 
 import json
 import random
+from copy import copy
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ CLOSING_TEXTS = (
     ',"',
 )
 MAX_COMPLETION = 2000  # tokens; a longer completion counts as none
+MAX_BY_CHANCE = 256  # tokens of one that is searched with random choices
 MAX_CANDIDATES = 100  # of the next token; a byte-level vocabulary begins with the single bytes
 FEW_CANDIDATES = 12  # with more of them, as in a text, one letter and one digit stand for all
 ATTEMPTS = 40  # of a search at the start
@@ -110,42 +112,81 @@ class Grammar:
         completion = self.short_completion(ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
             raise UserError(f"no reply of {self.tokens_left} tokens can follow the schema")
-        self.completion = completion
+        self.completion, self.shortest = completion, len(completion)
+
+    def copy(self) -> "Grammar":
+        """The same grammar for another reply; its search at the start is not done again."""
+        other = copy(self)
+        other.matcher = self.matcher.deep_copy()
+        other.bitmask = self.bitmask.clone()
+        other.completion = list(self.completion or ())
+        return other
+
+    @property
+    def is_lost(self) -> bool:
+        """llguidance reached one of its limits: what is left of the last completion follows."""
+        return self.matcher.is_error()
 
     @property
     def is_complete(self) -> bool:
         """The reply follows the grammar, if it ends here."""
-        return self.matcher.is_accepting() or (
-            self.matcher.is_stopped() and not self.matcher.is_error()
-        )
+        if self.is_lost:
+            return not self.completion
+        return self.matcher.is_accepting() or self.matcher.is_stopped()
 
     @property
     def is_finished(self) -> bool:
         """Nothing but the end can follow."""
+        if self.is_lost:
+            return not self.completion
         if self.matcher.is_stopped():
             return True
         return self.matcher.is_accepting() and int(self.token_mask().sum()) == 1
 
     def allowed(self) -> Tensor:
         """[V], bool."""
+        if self.is_lost:
+            mask = torch.zeros(self.compiler.vocab_size, dtype=torch.bool)
+            mask[self.completion[0] if self.completion else self.eos] = True
+            return mask
         return self.token_mask()[: self.compiler.vocab_size]
 
     def accept(self, token: int) -> int:
         """Accept the token, or replace it if the reply could not be completed in time after it."""
         self.tokens_left -= 1
+        if self.is_lost:
+            return self.completion.pop(0) if self.completion else self.eos
         if self.completion and token == self.completion[0]:
             self.matcher.consume_token(token)
             del self.completion[0]
             return token
         self.matcher.consume_token(token)
-        completion = self.short_completion(LATER_ATTEMPTS)
+        completion = self.rest_of_last() or self.short_completion(LATER_ATTEMPTS)
         if completion is None or len(completion) > self.tokens_left:
             self.matcher.rollback(1)
             # a completion that is empty: the reply may end here, and has to
             token, *completion = self.completion or [self.eos]
-            self.matcher.consume_token(token)
+            if not self.is_lost:
+                self.matcher.consume_token(token)
         self.completion = completion
         return token
+
+    def rest_of_last(self) -> list[int] | None:
+        """The last completion, or the rest of it, if it completes the reply after another token
+        too: so it is in the middle of a text. That saves a search."""
+        last = self.completion or []
+        for rest in (last[1:], last, last[2:]):
+            if rest and len(rest) <= self.tokens_left and self.completes(rest):
+                return rest
+        return None
+
+    def completes(self, tokens: list[int]) -> bool:
+        if self.matcher.validate_tokens(tokens) < len(tokens):
+            return False
+        self.matcher.consume_tokens(tokens)
+        complete = self.is_complete
+        self.matcher.rollback(len(tokens))
+        return complete
 
     def token_mask(self) -> Tensor:
         fill_next_token_bitmask(self.matcher, self.bitmask, 0)
@@ -156,7 +197,10 @@ class Grammar:
         most = min(MAX_COMPLETION, self.tokens_left)
         if self.completion is not None:
             most = min(most, 256 + 2 * len(self.completion))
-        found = (self.search(most, random.Random(seed), seed > 0) for seed in range(attempts))
+        found = (
+            self.search(min(most, MAX_BY_CHANCE) if seed else most, random.Random(seed), seed > 0)
+            for seed in range(attempts)
+        )
         return next((completion for completion in found if completion is not None), None)
 
     def search(self, most: int, chance: random.Random, by_chance: bool) -> list[int] | None:
@@ -171,13 +215,19 @@ class Grammar:
             while not (self.matcher.is_stopped() or self.matcher.is_accepting()):
                 if len(path) == most:
                     return None
+                if forced := self.matcher.compute_ff_tokens():
+                    if len(path) + len(forced) > most:
+                        return None
+                    self.matcher.consume_tokens(forced)
+                    path += forced
+                    states.append(b"")  # where there is no choice there is nothing to compare
+                    continue
                 choices = self.candidates()
                 if by_chance and len(choices) > 1 and chance.random() < 0.5:
                     path.append(chance.choice(choices))
                     self.matcher.consume_token(path[-1])
                 else:
                     path.append(self.choose(choices, set(states[-LOOK_BACK:]), chance))
-                # where there is no choice there is nothing to compare
                 states.append(self.next_tokens() if len(choices) > 1 else b"")
             return None if self.matcher.is_error() else list(path)
         finally:
@@ -203,8 +253,6 @@ class Grammar:
 
     def candidates(self) -> list[int]:
         """Tokens that may come next, those first that end a JSON value soonest."""
-        if forced := self.matcher.compute_ff_tokens():
-            return forced[:1]
         likely = [t for t in self.compiler.closing_tokens if self.matcher.validate_tokens([t])]
         others = self.token_mask().nonzero()[:MAX_CANDIDATES, 0].tolist()
         others = [t for t in others if t not in likely and t != self.eos]

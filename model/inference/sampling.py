@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MIN_TEMPERATURE = 1e-5  # below, logits / temperature may be infinite: greedy says the same
+
 
 @dataclass
 class SamplingParams:
@@ -21,6 +23,10 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these tokens
     seed: int | None = None  # the same seed gives a prompt the same tokens, whatever its batch
     stop_ids: tuple[int, ...] | None = None  # default: the EOS of the model
+
+    def __post_init__(self) -> None:
+        if self.temperature < MIN_TEMPERATURE:
+            self.temperature = 0
 
     @property
     def group_key(self) -> tuple[float, ...]:

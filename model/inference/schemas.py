@@ -88,11 +88,12 @@ def enforceable(schema: Schema) -> Schema:
     """
     if not isinstance(schema, dict):
         raise UserError("the schema cannot be followed: it is no JSON object")
-    rewriter = Rewriter(schema)
     try:
-        return rewriter.rewrite(schema)
+        return Rewriter(schema).rewrite(schema)
     except RecursionError:
-        raise UserError("the schema cannot be followed: it is nested too deeply") from None
+        raise refused("it is nested too deeply") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a text for a list …
+        raise refused("it is not in the form of JSON Schema") from error
 
 
 def moved_below(schema: Schema, place: str) -> Schema:

@@ -56,10 +56,14 @@ class StreamingDetokenizer:
 
     def partial_stop(self) -> int:
         """The length of the longest suffix that is a proper prefix of a stop string."""
-        lengths = [
-            n for stop in self.stop for n in range(1, len(stop)) if self.decoded.endswith(stop[:n])
-        ]
-        return max(lengths, default=0)
+        longest = 0
+        for stop in self.stop:
+            # the longest first, and none that would not be longer than what was found
+            for length in range(min(len(stop) - 1, len(self.decoded)), longest, -1):
+                if stop.startswith(self.decoded[-length:]):
+                    longest = length
+                    break
+        return longest
 
 
 def stream_text(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:

@@ -262,6 +262,28 @@ class ServerArgs(ModelArgs):
     prefill_tokens: int = option(
         512, "maximum number of prompt tokens per engine step", group=LIMITS, at_least=1
     )
+    max_body: int = option(2 * 2**20, "bytes of a request's body", group=LIMITS, at_least=1)
+    max_messages: int = option(1000, "messages of a request", group=LIMITS, at_least=1)
+    max_tools: int = option(512, "tools of a request", group=LIMITS, at_least=1)
+    max_replies: int = option(
+        128, "replies to a request: its prompts times n", group=LIMITS, at_least=1
+    )
+    max_reply_tokens: int = option(
+        2**16, "replies to a request times their maximum length", group=LIMITS, at_least=1
+    )
+    max_stop: int = option(1000, "characters of a stop string", group=LIMITS, at_least=1)
+    max_schema: int = option(
+        50_000,
+        "characters of a JSON schema, or of those of all forced tools",
+        group=LIMITS,
+        at_least=1,
+    )
+    max_wait: float = option(
+        20,
+        "seconds within which a request has to arrive; also for idle connections",
+        group=LIMITS,
+        above=0,
+    )
     open_thinking: bool = option(
         False, "start replies with <think>; default of requests", group=SAMPLING
     )

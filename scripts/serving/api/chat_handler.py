@@ -3,19 +3,21 @@
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from dataset.encoding import ends_in_thought
 from dataset.lm_dataset import encode_chat
-from dataset.reply_parser import ReplyParser
+from dataset.reply_parser import Kind, ReplyParser
 from model.errors import UserError
 from model.inference.grammar import Grammar
 from model.inference.schemas import enforceable, moved_below
 from model.inference.tokens import decode_token_bytes
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.handler import MIN_LOGPROB, Handler
+from scripts.serving.api.limits import check_schema
 from scripts.serving.api.openai_types import (
     ChatMessage,
     ChatRequest,
@@ -25,6 +27,7 @@ from scripts.serving.api.openai_types import (
 )
 from scripts.serving.api.service import Delta, Service
 
+MAX_SHORTEST = 2048  # tokens that replies have to have: each searches for its end all the time
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -39,6 +42,14 @@ class Choice:
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish_reason: str | None = None
+
+
+class PlainText(ReplyParser):
+    """Of a reply that is JSON: tags in its texts mean nothing."""
+
+    def feed(self, text: str) -> Iterator[tuple[Kind, Any]]:
+        if text:
+            yield ("content", text)
 
 
 class ChatHandler(Handler):
@@ -58,21 +69,32 @@ class ChatHandler(Handler):
         # a grammar constrains the reply from its first token on, and has no place for reasoning
         self.max_tokens = body.max_completion_tokens or body.max_tokens
         self.open_thinking = open_thinking and not (body.forces_tool_call or body.wants_json)
-        make_grammar = None
-        if body.wants_json:
-            make_grammar = self.json_grammar
-        elif body.forces_tool_call:
-            make_grammar = self.tool_call_grammar
         ids = self.encode_prompt()
-        self.add_requests(
-            ids,
-            self.max_tokens,
-            (body.top_logprobs or 0) if body.logprobs else None,
-            make_grammar,
-        )
+        self.add_requests(ids, self.max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+        in_thought = ends_in_thought(self.tokenizer, ids)
         self.choices = [
-            Choice(ReplyParser(ends_in_thought(self.tokenizer, ids))) for _ in self.requests
+            Choice(PlainText() if body.wants_json else ReplyParser(in_thought))
+            for _ in self.requests
         ]
+        if body.wants_json or body.forces_tool_call:
+            _ = service.grammars  # made here, where the tokenizer is in use by nobody else
+
+    async def prepare(self) -> None:
+        """Compile the grammar that all replies must follow."""
+        if not (self.body.wants_json or self.body.forces_tool_call):
+            return
+        make = self.json_grammar if self.body.wants_json else self.tool_call_grammar
+        most = self.requests[0].sampling.max_new_tokens
+        grammar = await self.service.run(self.service.compiling, partial(make, most))
+        n = len(self.requests)
+        if grammar.shortest * n > MAX_SHORTEST:
+            raise ApiError(
+                f"the shortest reply that follows the schema has {grammar.shortest} tokens, and "
+                f"all {n} replies may have {MAX_SHORTEST}",
+                param="response_format",
+            )
+        for request in self.requests:
+            request.constraint = grammar.copy()
 
     # -- prompt ------------------------------------------------------------------------------------
 
@@ -81,23 +103,32 @@ class ChatHandler(Handler):
         if self.body.chat_template_kwargs:
             options |= self.body.chat_template_kwargs.others
         messages = [to_template_message(message) for message in self.body.messages]
+        texts = [each["content"] for each in messages]
+        texts += [each.get("reasoning_content", "") for each in messages]
+        texts += [json.dumps(options, ensure_ascii=False)]
+        texts += [
+            call["function"]["arguments"] for m in messages for call in m.get("tool_calls", ())
+        ]
+        self.service.check_characters(texts, "messages")
 
         def encode(tools: list[Tool]) -> list[int]:
-            more = (
-                {"tools": [tool.model_dump(exclude_none=True) for tool in tools]} if tools else {}
-            )
+            more = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
+            self.service.check_characters([json.dumps(more, ensure_ascii=False)], "tools")
             try:
                 return encode_chat(
-                    self.tokenizer, messages, add_generation_prompt=True, **options, **more
+                    self.tokenizer,
+                    messages,
+                    add_generation_prompt=True,
+                    **options,
+                    **(more if tools else {}),
                 ).ids
             except UserError as error:
                 raise ApiError(f"the conversation {error}", param="messages") from error
 
         tools = self.offered_tools()
-        ids = encode(tools)
-        if tools and self.service.args.tools == "fit" and len(ids) > self.prompt_room():
-            ids = self.leave_out_tools(tools, encode)
-        return ids
+        if tools and self.service.args.tools == "fit":
+            return self.encode_what_fits(tools, encode)
+        return encode(tools)
 
     def offered_tools(self) -> list[Tool]:
         """The tools that the model is told."""
@@ -112,11 +143,23 @@ class ChatHandler(Handler):
         most, asked = self.service.max_length, self.max_tokens or self.service.args.max_new_tokens
         return most - min(asked, most // 4)
 
-    def leave_out_tools(
+    def encode_what_fits(
         self, tools: list[Tool], encode: Callable[[list[Tool]], list[int]]
     ) -> list[int]:
         """The prompt with as many of the first tools as there is room for; the response has the
         names of the others in a header. A tool that is to be called stays."""
+
+        def fitting_prompt(count: int) -> list[int] | None:
+            try:
+                ids = encode(tools[:count])
+            except ApiError as error:
+                if error.body["error"]["param"] != "tools":
+                    raise
+                return None
+            return ids if len(ids) <= self.prompt_room() else None
+
+        if (ids := fitting_prompt(len(tools))) is not None:
+            return ids
         choice = self.body.tool_choice
         if isinstance(choice, NamedToolChoice):
             tools = sorted(tools, key=lambda tool: tool.function.name != choice.function.name)
@@ -124,7 +167,7 @@ class ChatHandler(Handler):
         too_many = len(tools)
         while too_many - fitting > 1:  # a tool more makes a prompt longer
             middle = (fitting + too_many) // 2
-            if len(encode(tools[:middle])) <= self.prompt_room():
+            if fitting_prompt(middle) is not None:
                 fitting = middle
             else:
                 too_many = middle
@@ -146,6 +189,7 @@ class ChatHandler(Handler):
         """JSON of the schema in response_format, or any JSON object."""
         json_schema = self.body.response_format.json_schema
         schema = json_schema.schema_ if json_schema else {"type": "object"}
+        check_schema(schema, self.service.args, "response_format")
         try:
             return self.service.grammars.compile_json_schema(schema, max_tokens)
         except UserError as error:
@@ -159,6 +203,8 @@ class ChatHandler(Handler):
         functions = [function for function in functions if name in (None, function.name)]
         if not functions:
             raise ApiError(f"there is no tool {name!r} among tools", param="tool_choice")
+        schemas = [function.parameters for function in functions]
+        check_schema(schemas, self.service.args, "tools")
         try:
             schema = call_schema(functions)
             text = json.dumps({**schema, "x-guidance": {"whitespace_flexible": False}})

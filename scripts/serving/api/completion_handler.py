@@ -35,8 +35,10 @@ class CompletionHandler(Handler):
         prompts = body.prompt
         if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
             prompts = [prompts]  # a single text, or its tokens
-        vocab_size = service.vocab_size
+        vocab_size, self.num_prompts = service.vocab_size, len(prompts)
         for prompt in prompts:
+            if isinstance(prompt, str):
+                service.check_characters([prompt], "prompt")
             # without the EOS that encode_text appends: the text goes on
             ids = (
                 encode_text(self.tokenizer, prompt).ids[:-1] if isinstance(prompt, str) else prompt

@@ -2,17 +2,16 @@
 
 import secrets
 import time
-from collections.abc import Callable
 from typing import Any
 
 from model.inference.engine import Request
-from model.inference.grammar import Grammar
 from model.inference.streaming import StreamingDetokenizer
 from model.inference.tokens import decode_token_bytes
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.openai_types import BaseRequest
 from scripts.serving.api.service import Delta, Service
 
+MAX_LOGPROBS = 200_000  # in a response: some 20 MB of JSON
 MIN_LOGPROB = -9999.0  # for JSON, which has no −infinity
 
 
@@ -25,6 +24,7 @@ class Handler:
 
     id_prefix: str
     chunk_type: str  # the "object" field of a chunk
+    num_prompts = 1
     ends_with_done = True  # a stream ends with [DONE]
 
     def __init__(self, service: Service, body: BaseRequest):
@@ -54,20 +54,34 @@ class Handler:
         prompt: list[int],
         max_tokens: int | None,
         top_logprobs: int | None,
-        make_grammar: Callable[[int], Grammar] | None = None,
     ) -> None:
         """Append the engine requests of one prompt: `n`, which differ in their random numbers.
 
         Args:
             top_logprobs: number of alternatives per token; None: no log-probabilities.
-            make_grammar: maximum number of tokens → a grammar that the reply must follow.
         """
-        sampling = self.service.sampling(self.body, max_tokens, prompt)
-        for _ in range(self.body.n or 1):
-            constraint = make_grammar(sampling.max_new_tokens) if make_grammar else None
+        n = self.body.n or 1
+        num_replies = n * self.num_prompts
+        if num_replies > self.service.args.max_replies:
+            raise ApiError(
+                f"{num_replies} replies are more than {self.service.args.max_replies} "
+                "(--max_replies)",
+                param="n",
+            )
+        sampling = self.service.sampling(self.body, max_tokens, prompt, num_replies)
+        if top_logprobs is not None:
+            echoed = len(prompt) if getattr(self.body, "echo", False) else 0
+            count = num_replies * (sampling.max_new_tokens + echoed) * (1 + top_logprobs)
+            if count > MAX_LOGPROBS:
+                raise ApiError(
+                    f"{count} log-probabilities are more than {MAX_LOGPROBS}; ask for fewer tokens "
+                    "or alternatives",
+                    param="logprobs",
+                )
+        for _ in range(n):
             text = StreamingDetokenizer(self.tokenizer, self.body.stop_strings)
             row = len(self.requests)
-            self.requests.append(Request(prompt, sampling, row, top_logprobs, constraint, text))
+            self.requests.append(Request(prompt, sampling, row, top_logprobs, None, text))
 
     def error_event(self, error: ApiError) -> dict[str, Any]:
         """What ends a stream when the model fails."""

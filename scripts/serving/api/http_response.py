@@ -1,18 +1,20 @@
 """The HTTP response to a request: one JSON object, or a stream of server-sent events."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.handler import Handler
 from scripts.serving.api.normalize import clean
 from scripts.serving.api.service import Delta
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 DISCONNECT_CHECK_SECONDS = 0.2
 
 Deltas = AsyncGenerator[tuple[int, Delta], None]
@@ -34,6 +36,7 @@ async def respond(handler: Handler, http: HttpRequest) -> Response:
         handler.add_delta(*first)
         async for index, delta in deltas:
             handler.add_delta(index, delta)
+            await asyncio.sleep(0)  # deltas that came together do not hold the event loop up
             # nobody tells when the client is gone: ask, so that its requests can be cancelled
             if time.monotonic() > last_check + DISCONNECT_CHECK_SECONDS:
                 last_check = time.monotonic()
@@ -41,7 +44,13 @@ async def respond(handler: Handler, http: HttpRequest) -> Response:
                     break
     finally:
         await deltas.aclose()
-    return JSONResponse(clean(handler.response()), headers=handler.headers)
+    text = await asyncio.to_thread(lambda: as_json(handler.response()))
+    return Response(text, media_type="application/json", headers=handler.headers)
+
+
+def as_json(value: Any) -> str:
+    # in pieces: one call of dumps would hold Python's lock until its end
+    return "".join(ENCODER.iterencode(clean(value)))
 
 
 async def events(handler: Handler, first: tuple[int, Delta], deltas: Deltas) -> AsyncIterator[str]:

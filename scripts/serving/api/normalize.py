@@ -8,6 +8,7 @@ refused, here or by the types; an unknown field too, so that no typo is silently
 """
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # a text where a list belongs …
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 RESERVED = {"messages", "conversations", "tools", "add_generation_prompt", "chat_template"}
 
 
@@ -66,7 +68,8 @@ def clean(value: Any) -> Any:
     if isinstance(value, str):
         if value.isascii():
             return value
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return HALF.sub("\ufffd", whole)
     if isinstance(value, list):
         return [clean(each) for each in value]
     if isinstance(value, dict):

@@ -1,9 +1,21 @@
 """The request bodies of OpenAI's API, as far as this server supports them (pydantic models)."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.json_schema import models_json_schema
 
+REFERENCE = "#/components/schemas/{model}"
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
@@ -48,7 +60,7 @@ class BaseRequest(IgnoredFields):
     # extensions that vLLM and others have too
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = 1.0
 
     @property
     def stop_strings(self) -> list[str]:
@@ -202,3 +214,45 @@ class ResponsesRequest(BaseModel):
     metadata: dict[str, Any] | None = None
     temperature: float | None = None
     top_p: float | None = None
+
+
+# -- use -------------------------------------------------------------------------------------------
+
+
+def validator(kind: Any) -> Callable[[Any], Any]:
+    """A function that validates a body as FastAPI would, which does it in the event loop."""
+    adapter = TypeAdapter(kind)
+
+    def validate(body: Any) -> Any:
+        try:
+            return adapter.validate_python(body)
+        except ValidationError as error:
+            raise invalid(error) from error
+
+    return validate
+
+
+def invalid(error: ValidationError) -> RequestValidationError:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    return RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in found])
+
+
+def describe_bodies(app: FastAPI, bodies: dict[str, type[BaseModel]]) -> None:
+    """Add the bodies of these paths to the OpenAPI schema."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        description = make()
+        kinds = [(kind, "validation") for kind in bodies.values()]
+        names, schemas = models_json_schema(kinds, ref_template=REFERENCE)
+        described = description.setdefault("components", {}).setdefault("schemas", {})
+        described.update(schemas["$defs"])
+        for path, kind in bodies.items():
+            content = {"application/json": {"schema": names[kind, "validation"]}}
+            description["paths"][path]["post"]["requestBody"] = {
+                "required": True,
+                "content": content,
+            }
+        return description
+
+    app.openapi = openapi

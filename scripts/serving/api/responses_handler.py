@@ -8,13 +8,12 @@ import secrets
 from collections import OrderedDict
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from scripts.serving.api.chat_handler import ChatHandler
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.normalize import MALFORMED, normalize_chat, text_of
-from scripts.serving.api.openai_types import ChatRequest, ResponsesRequest
+from scripts.serving.api.openai_types import ChatRequest, ResponsesRequest, invalid
 from scripts.serving.api.service import Delta, Service
 
 MAX_STORED = 1000
@@ -55,11 +54,16 @@ class ResponsesHandler(ChatHandler):
     def __init__(self, service: Service, store: ResponseStore, asked: ResponsesRequest):
         self.asked, self.store = asked, store
         self.conversation = conversation_of(asked, store)
+        if len(self.conversation) > service.args.max_messages:
+            raise ApiError(
+                f"the conversation has {len(self.conversation)} items, more than "
+                f"{service.args.max_messages} (--max_messages)",
+                param="input",
+            )
         try:
             chat = ChatRequest.model_validate(normalize_chat(chat_of(asked, self.conversation)))
         except ValidationError as error:
-            found = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-            raise RequestValidationError(found) from error
+            raise invalid(error) from error
         except MALFORMED as error:
             raise ApiError("the input is not in the form of OpenAI's API", param="input") from error
         super().__init__(service, chat)

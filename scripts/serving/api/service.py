@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
@@ -15,12 +16,20 @@ from model.inference.engine_thread import EngineThread
 from model.inference.grammar import GrammarCompiler
 from model.inference.sampling import SamplingParams
 from scripts.serving.api.errors import ApiError, server_error
+from scripts.serving.api.limits import parse, read_body
 from scripts.serving.api.metrics import Metrics
 from scripts.serving.api.openai_types import BaseRequest, ChatRequest
 from scripts.serving.arguments import ServerArgs
 from scripts.serving.loading import ChatModel
 
 LOG = logging.getLogger("uvicorn.error")
+
+
+Made = TypeVar("Made")
+
+
+def queue_full(message: str) -> ApiError:
+    return ApiError(message, 429, "rate_limit_error", code="queue_full")
 
 
 @dataclass
@@ -53,9 +62,48 @@ class Service:
         self.model_card["context_length"] = self.max_length  # as OpenRouter does
         self.engine = Engine(loaded.model, args.max_batch, args.prefill_tokens, args.max_queue)
         self.metrics = Metrics(self.engine)
+        # Requests are validated and tokenised in one thread and grammars compiled in another, so
+        # that the event loop answers meanwhile. More threads would be no faster: most of the work
+        # holds Python's lock.
+        self.preparing = ThreadPoolExecutor(1, "prepare")
+        self.compiling = ThreadPoolExecutor(1, "compile")
+        self.num_waiting = 0  # for these threads
+        # no token stands for more characters than its name has
+        self.max_characters = self.max_length * max(map(len, self.tokenizer.get_vocab()))
 
     def start(self) -> None:
         self.thread = EngineThread(self.engine)
+
+    async def prepare(self, http: HttpRequest, make: Callable[[Any], Made]) -> Made:
+        """What `make` makes of the JSON of a request, in another thread.
+
+        Raises:
+            ApiError: limits.py, or too many requests are waiting for that.
+        """
+        data = await read_body(http, self.args)
+        return await self.run(self.preparing, lambda: make(parse(data, self.args)))
+
+    async def run(self, thread: ThreadPoolExecutor, function: Callable[[], Made]) -> Made:
+        """What the function returns, in another thread; ApiError if too many wait for one."""
+        if self.num_waiting > self.args.max_queue + self.args.max_batch:
+            raise queue_full(f"{self.num_waiting} requests are waiting already")
+        self.num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, function)
+        finally:
+            self.num_waiting -= 1
+
+    def check_characters(self, texts: Iterable[str], param: str) -> None:
+        """ApiError for texts that are too long for a prompt even if all tokens were the longest:
+        they are not tokenised, which takes time and memory."""
+        count = sum(map(len, texts))
+        if count > self.max_characters:
+            raise ApiError(
+                f"the prompt has {count} characters, and with the reply it may have at most "
+                f"{self.max_length} tokens",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     @cached_property
     def grammars(self) -> GrammarCompiler:
@@ -66,17 +114,6 @@ class Service:
     @property
     def vocab_size(self) -> int:
         return self.model.config.get_text_config().vocab_size
-
-    def check_key(self, http: HttpRequest) -> None:
-        """ApiError unless the request carries the API key, where one is set: as OpenAI's bearer
-        token, or in the header that Azure's or Anthropic's clients send."""
-        scheme, _, key = http.headers.get("authorization", "").strip().partition(" ")
-        sent = [key.strip() if scheme.lower() == "bearer" else scheme]
-        sent += [http.headers.get(name, "") for name in ("api-key", "x-api-key")]
-        expected = self.args.api_key.encode()
-        # compare_digest takes the same time wherever the keys differ
-        if expected and not any([secrets.compare_digest(k.encode(), expected) for k in sent]):
-            raise ApiError("the API key is missing or wrong", 401, code="invalid_api_key")
 
     def check_model(self, name: str) -> None:
         """ApiError for another model's name. Clients write a vendor before a name and a tag behind
@@ -90,12 +127,12 @@ class Service:
             raise ApiError(message, 404, param="model", code="model_not_found")
 
     def sampling(
-        self, body: BaseRequest, max_tokens: int | None, prompt: list[int]
+        self, body: BaseRequest, max_tokens: int | None, prompt: list[int], num_replies: int
     ) -> SamplingParams:
         """The request's sampling parameters, the server's defaults where it does not say.
 
         Raises:
-            ApiError: the prompt leaves no room for a reply.
+            ApiError: the prompt leaves no room for a reply, or the replies are too long together.
         """
         room = self.max_length - len(prompt)
         if room < 1:
@@ -109,8 +146,15 @@ class Service:
         if not all(0 <= token < self.vocab_size for token in bias):
             most = self.vocab_size - 1
             raise ApiError(f"tokens of logit_bias must be from 0 to {most}", param="logit_bias")
+        most = min(max_tokens or args.max_new_tokens, room)
+        if num_replies * most > args.max_reply_tokens:
+            raise ApiError(
+                f"{num_replies} replies of {most} tokens are more than {args.max_reply_tokens} "
+                "tokens (--max_reply_tokens)",
+                param="n",
+            )
         return SamplingParams(
-            max_new_tokens=min(max_tokens or args.max_new_tokens, room),
+            max_new_tokens=most,
             temperature=args.temperature if body.temperature is None else body.temperature,
             top_k=args.top_k if body.top_k is None else body.top_k,
             top_p=args.top_p if body.top_p is None else body.top_p,
@@ -121,6 +165,12 @@ class Service:
             frequency_penalty=body.frequency_penalty or 0.0,
             seed=None if body.seed is None else body.seed % 2**31,
         )
+
+    def stop(self, seconds: float) -> None:
+        """Finish all requests, for at most `seconds`."""
+        self.thread.stop(seconds)
+        for each in (self.preparing, self.compiling):
+            each.shutdown(wait=False, cancel_futures=True)
 
     async def stream(self, requests: list[Request]) -> AsyncGenerator[tuple[int, Delta], None]:
         """Decode requests side by side; yields (index of the request, delta) as deltas arrive.
@@ -137,7 +187,7 @@ class Service:
             while num_running:
                 item = await deltas.get()
                 if isinstance(item, QueueFull):
-                    raise ApiError(str(item), 429, "rate_limit_error", code="queue_full")
+                    raise queue_full(str(item))
                 if isinstance(item, Exception):
                     LOG.error("a request failed", exc_info=item)
                     raise server_error()

@@ -249,3 +249,29 @@ def test_a_complete_reply_is_finished_without_another_token(compiler):
         assert not grammar.is_finished
         grammar.accept(token)
     assert grammar.is_finished and grammar.is_complete
+
+
+def test_a_reply_is_completed_where_the_compiler_gives_up(compiler):
+    """Some grammars reach one of its limits in the middle of a reply: there it takes no tokens."""
+    schema = Plain.model_json_schema()
+    for given in range(1, 40, 6):
+        grammar, tokens = compiler.compile_json_schema(schema, 600), []
+        while len(tokens) < given:
+            tokens.append(grammar.accept(int(grammar.allowed().nonzero()[-1])))
+        grammar.matcher.consume_token(int((~grammar.allowed()).nonzero()[0]))
+        assert grammar.matcher.is_error()
+        while not grammar.is_finished:
+            tokens.append(grammar.accept(int(grammar.allowed().nonzero()[0])))
+        assert grammar.is_complete
+        jsonschema.validate(json.loads(compiler.tokenizer.decode(tokens)), schema)
+
+
+def test_a_copy_is_a_reply_of_its_own(compiler):
+    first = compiler.compile_json_schema({"enum": ["left", "right"]}, 20)
+    other, replies = first.copy(), []
+    for grammar, choice in ((first, 0), (other, -1)):
+        tokens = []
+        while not grammar.is_finished:
+            tokens.append(grammar.accept(int(grammar.allowed().nonzero()[choice])))
+        replies.append(json.loads(compiler.tokenizer.decode(tokens)))
+    assert sorted(replies) == ["left", "right"]

@@ -42,6 +42,22 @@ def test_pages_of_allowed_origins_only(serve, settings, yes, no):
     assert not any(may_read(server, origin) for origin in no)
 
 
+def test_other_pages_cannot_post(server):
+    """A browser would keep the reply from such a page, but the request would be processed."""
+    url, body = f"{server.url}/v1/completions", b'{"prompt": "a", "max_tokens": 1}'
+    headers = {"content-type": "application/json"}
+
+    def status(origin: str, **more) -> int:
+        return httpx.post(
+            url, content=body, headers=headers | more | {"origin": origin}
+        ).status_code
+
+    assert status("http://localhost:3000") == status("http://minimind", host="minimind") == 200
+    assert status("https://evil.example") == status("null") == 403
+    plain = {"content-type": "text/plain"}  # which needs no preflight
+    assert httpx.post(url, content=body, headers=plain).status_code == 400
+
+
 def test_an_api_key_does_not_stop_the_preflight(serve):
     assert preflight(serve(api_key="secret"), "http://localhost:3000").status_code == 200
 

@@ -1,9 +1,14 @@
 """Invalid requests, the API key, a full queue and a failing model."""
 
+import socket
+
 import httpx
 import openai
 import pytest
 from api_requests import CLOCK, GREEDY, PERSON, idle, json_of
+
+from model.errors import UserError
+from scripts.serve_openai_api import bind
 
 WRONG = {
     "model": (dict(model="gpt"), 404, "no model 'gpt'"),
@@ -67,6 +72,32 @@ def test_all_endpoints_but_health_need_the_api_key(serve):
         assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == status
     assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_the_key_is_asked_for_before_all_else(serve):
+    server = serve(api_key="秘密")
+    key = {"authorization": "Bearer 秘密".encode()}
+    for path in ("/metrics", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"):
+        assert httpx.get(server.url + path).status_code == 401
+        assert httpx.get(server.url + path, headers=key).status_code == 200
+    for body in (b"{not json", b"{}", b"[" * 10_000):
+        headers = {"content-type": "application/json"}
+        url = f"{server.url}/v1/chat/completions"
+        assert httpx.post(url, content=body, headers=headers).status_code == 401
+        assert httpx.post(url, content=body, headers=headers | key).status_code == 400
+
+
+def test_where_the_server_cannot_listen():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: .*in use"):
+            bind("127.0.0.1", port)
+    with pytest.raises(UserError, match="--host nowhere.invalid"):
+        bind("nowhere.invalid", 0)
+    for each in bind("localhost", 0):
+        each.close()
 
 
 def test_a_full_queue_is_a_rate_limit_error(serve):

@@ -182,7 +182,8 @@ def test_api_keys_as_clients_send_them(serve):
         {"x-api-key": "secret"},
     ):
         assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
-    for headers in ({}, {"x-api-key": "other"}, {"authorization": "Basic secret"}):
+    without_scheme = {"authorization": "secret"}
+    for headers in ({}, {"x-api-key": "o"}, {"authorization": "Basic secret"}, without_scheme):
         assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
 
 
