@@ -50,11 +50,11 @@ class AddedTokenPatterns:
     any_token: re.Pattern
     special: dict[str, int]
     any_special: re.Pattern  # a group of all their names
-    first_characters: set[str]
+    first_character: re.Pattern  # of any of their names
 
     def may_be_in(self, text: str) -> bool:
         """False for most texts, which saves them the slow search for names of tokens."""
-        return any(character in text for character in self.first_characters)
+        return self.first_character.search(text) is not None
 
     def split_control_tokens(self, segment: int | str) -> list[int | str]:
         if isinstance(segment, str) and self.may_be_in(segment):
@@ -88,7 +88,7 @@ def added_token_patterns(tokenizer: PreTrainedTokenizerBase) -> AddedTokenPatter
         any_token=after_first_character(names),
         special=special,
         any_special=re.compile("(" + "|".join(map(re.escape, special)) + ")"),
-        first_characters={name[0] for name in names},
+        first_character=re.compile("|".join({re.escape(name[0]) for name in names}) or "(?!)"),
     )
 
 

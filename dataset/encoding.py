@@ -228,6 +228,8 @@ def with_empty_thoughts(ratio: float, *conversations: list[Message]) -> list[lis
     A model that learns from rows with thoughts and rows without cannot know which is wanted. After
     an empty thought in a prompt, it has never seen anything but an answer.
     """
+    if not ratio:
+        return list(conversations)
     everything = [message for messages in conversations for message in messages]
     thinks = any(
         m.get("reasoning_content") or re.match(r"\s*<think>.*</think>", m["content"], re.DOTALL)

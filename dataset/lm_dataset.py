@@ -130,7 +130,7 @@ def load_documents(
                 workers = workers or os.cpu_count() or 1
                 encode = partial(encode_chunk, kind, options, skip_bad_rows)
                 if kind != "text" and ChatTemplate.without_jinja:
-                    if not agrees_with_jinja(files[0], tokenizer, encode):
+                    if not all(agrees_with_jinja(path, tokenizer, encode) for path in files):
                         report("the chat template is rendered by Jinja: without it, rows differ")
                 tokenise_files(files, kind, tokenizer, arrow, workers, encode)
     except OSError as error:  # a full disk too

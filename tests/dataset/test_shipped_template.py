@@ -102,7 +102,11 @@ def test_another_template_is_left_to_jinja(tokenizer, monkeypatch):
 def test_where_the_first_rows_differ_jinja_renders_all(tmp_path, tokenizer, monkeypatch, workers):
     monkeypatch.setattr(lm_dataset, "MIN_BYTES_FOR_WORKERS", 0)
     monkeypatch.setattr(ChatTemplate, "without_jinja", True)
-    data = chat_file(tmp_path / "a.jsonl", CHATS)
+    with_tools = [*SYSTEMS[4], OTHERS[0], {"role": "assistant", "content": "Hi"}]
+    data = [
+        chat_file(tmp_path / "a.jsonl", CHATS),
+        chat_file(tmp_path / "b.jsonl", [with_tools]),
+    ]
     said: list[str] = []
 
     def tokens(folder):
@@ -111,7 +115,7 @@ def test_where_the_first_rows_differ_jinja_renders_all(tmp_path, tokenizer, monk
 
     right = tokens("right")
     assert not said and ChatTemplate.without_jinja
-    monkeypatch.setattr(shipped_template, "END", "<|im_end|>!")
+    monkeypatch.setattr(shipped_template, "CALL_FORM", "another")  # of the second file alone
     again = tokens("again")
     assert said == ["the chat template is rendered by Jinja: without it, rows differ"]
     for one, other in zip(right, again, strict=True):
