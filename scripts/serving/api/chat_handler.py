@@ -312,8 +312,11 @@ def call_schema(functions: list[FunctionDefinition]) -> dict[str, Any]:
     calls, parameters = [], {}
     for number, function in enumerate(functions):
         given = function.parameters or {"type": "object", "properties": {}}
-        if not given.keys() & {"type", "$ref"}:
-            given = {"type": "object", **given}
+        kind = given.get("type", "object")
+        if "object" not in kind:  # one type, or a list of them
+            raise UserError(f"the parameters of {function.name} are no object but {kind}")
+        if "$ref" not in given:
+            given = {**given, "type": "object"}  # and never null
         parameters[str(number)] = moved_below(enforceable(given), f"#/$defs/{number}")
         call = {"name": {"const": function.name}, "arguments": {"$ref": f"#/$defs/{number}"}}
         calls.append(

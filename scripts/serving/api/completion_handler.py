@@ -1,13 +1,16 @@
 """POST /v1/completions: the continuation of texts or tokens, without a chat template."""
 
 import asyncio
-from dataclasses import dataclass
+import codecs
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dataset.lm_dataset import encode_text
+from dataset.chat import Segments
+from dataset.encoding import encode_segments
 from model.inference.engine import TokenLogprob
 from model.inference.generation import prompt_logprobs
+from model.inference.tokens import decode_token_bytes
 from scripts.serving.api.errors import ApiError
 from scripts.serving.api.handler import MIN_LOGPROB, Handler
 from scripts.serving.api.openai_types import CompletionRequest
@@ -20,7 +23,11 @@ class Choice:
 
     started: bool = False
     text: str = ""
-    text_offset: int = 0  # characters of all tokens so far, for log-probabilities
+    # for the offsets of log-probabilities: characters so far, the last of which may be incomplete
+    characters: int = 0
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
     logprobs: dict[str, list] | None = None
     finish_reason: str | None = None
 
@@ -39,10 +46,7 @@ class CompletionHandler(Handler):
         for prompt in prompts:
             if isinstance(prompt, str):
                 service.check_characters([prompt], "prompt")
-            # without the EOS that encode_text appends: the text goes on
-            ids = (
-                encode_text(self.tokenizer, prompt).ids[:-1] if isinstance(prompt, str) else prompt
-            )
+            ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
             if not ids:
                 raise ApiError("the prompt is empty", param="prompt")
             if not all(0 <= token < vocab_size for token in ids):
@@ -53,6 +57,12 @@ class CompletionHandler(Handler):
             self.add_requests(ids, most, body.logprobs)
         self.prompt_logprobs: list[list[TokenLogprob | None]] = []
         self.choices = [Choice() for _ in self.requests]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A text that goes on: without EOS."""
+        bos = self.tokenizer.bos_token_id
+        begin: Segments = [(bos, False)] if bos is not None and self.body.add_special_tokens else []
+        return encode_segments(self.tokenizer, [[*begin, (text, False)]])[0].ids if text else []
 
     async def prepare(self) -> None:
         """With echo and logprobs, the log-probabilities of the prompts: one forward pass each."""
@@ -124,14 +134,19 @@ class CompletionHandler(Handler):
         if self.body.logprobs is None:
             return None
         texts = [self.token_text(token) for token in tokens]
-        offsets = []
-        for text in texts:
-            offsets.append(choice.text_offset)
-            choice.text_offset += len(text)
+        offsets, special = [], set(self.tokenizer.all_special_ids)
+        for token in tokens:
+            offsets.append(choice.characters)
+            if token not in special:  # which the text leaves out
+                characters = choice.decoder.decode(decode_token_bytes(self.tokenizer, token))
+                choice.characters += len(characters)
         return {
             "tokens": texts,
             "token_logprobs": [each and max(each.logprob, MIN_LOGPROB) for each in logprobs],
-            "top_logprobs": [each and self.top_logprobs(each) for each in logprobs],
+            "top_logprobs": [
+                each and self.top_logprobs(each) | {text: max(each.logprob, MIN_LOGPROB)}
+                for text, each in zip(texts, logprobs, strict=True)
+            ],
             "text_offset": offsets,
         }
 

@@ -97,7 +97,10 @@ def normalize_completion(body: Any) -> Any:
     """The body of /v1/completions."""
     if not isinstance(body, dict):
         return body
+    with_bos = body.get("add_special_tokens")
     body = common_fields(body)
+    if with_bos is not None:
+        body["add_special_tokens"] = with_bos
     own = {"echo", "max_completion_tokens"}
     refuse_or_drop(body, {name: values for name, values in NEUTRAL.items() if name not in own})
     if "max_completion_tokens" in body:

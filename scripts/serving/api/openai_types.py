@@ -186,6 +186,7 @@ class ChatRequest(BaseRequest):
 class CompletionRequest(BaseRequest):
     prompt: str | Annotated[list[str], Field(min_length=1)] | list[int] | list[list[int]]
     echo: bool | None = False
+    add_special_tokens: bool | None = True  # BOS, if the tokenizer has one
     max_tokens: Annotated[int, Field(ge=0)] | None = None  # 0: only what echo asks for
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -201,7 +202,7 @@ class ResponsesRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    model: str = ""
+    model: str | None = None
     input: str | list[Any]
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -212,6 +213,7 @@ class ResponsesRequest(BaseModel):
     max_output_tokens: int | None = None
     stream: bool | None = False
     metadata: dict[str, Any] | None = None
+    store: bool | None = True
     temperature: float | None = None
     top_p: float | None = None
 

@@ -180,10 +180,13 @@ class ResponsesHandler(ChatHandler):
         if not self.output:  # a reply without a word is one, too
             self.text_events("message", "")
             self.close_item()
-        for item in self.output:
-            self.store.add(item["id"], [item])
-        self.store.add(self.id, self.conversation + self.output)
         incomplete = self.choices[0].finish_reason == "length"
+        if incomplete and "status" in self.output[-1]:
+            self.output[-1]["status"] = "incomplete"
+        if self.asked.store is not False:
+            for item in self.output:
+                self.store.add(item["id"], [item])
+            self.store.add(self.id, self.conversation + self.output)
         return self.response_object("incomplete" if incomplete else "completed")
 
     def response_object(self, status: str) -> Json:
@@ -217,7 +220,7 @@ class ResponsesHandler(ChatHandler):
             "text": self.asked.text or {"format": {"type": "text"}},
             "reasoning": self.asked.reasoning or {"effort": None, "summary": None},
             "truncation": "disabled",
-            "store": True,
+            "store": self.asked.store is not False,
             "metadata": self.asked.metadata or {},
             "usage": usage,
             **{name: getattr(self.asked, name) for name in STATED},

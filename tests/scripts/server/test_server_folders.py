@@ -81,7 +81,8 @@ def test_no_request_fails_in_the_server(folder):
         for name, body in requests.items():
             url = f"{server.url}/v1/{paths.get(name, 'chat/completions')}"
             response = httpx.post(url, json={"max_tokens": 4, **body}, timeout=120)
-            assert response.status_code in (200, 400), (name, response.text)
+            known = (200,) if name in ("text", "ids") else (200, 400)  # a text needs no template
+            assert response.status_code in known, (name, response.text)
             assert "server failed" not in response.text, name
             if response.status_code == 400:
                 message = response.json()["error"]["message"]

@@ -22,6 +22,26 @@ def test_json_follows_its_schema_within_max_tokens(client, most, seed):
     assert isinstance(said["age"], int)
 
 
+@pytest.mark.parametrize("kind", [None, "object", ["object", "null"]])
+def test_arguments_of_a_forced_call_are_an_object(client, kind):
+    parameters = {"properties": {"a": {"type": "null"}}, "required": ["a"]}
+    parameters |= {"type": kind} if kind else {}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    settings = GREEDY | dict(max_tokens=60, temperature=2)
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            **settings, seed=seed, tools=[tool], tool_choice="required"
+        )
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"a": None}
+
+
+def test_parameters_that_are_no_object_are_refused(client):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}
+    with pytest.raises(openai.BadRequestError, match="parameters of f are no object but string"):
+        client.chat.completions.create(**GREEDY, tools=[tool], tool_choice="required")
+
+
 def test_any_json_object(client):
     answer = client.chat.completions.create(**GREEDY, response_format={"type": "json_object"})
     assert isinstance(json.loads(answer.choices[0].message.content), dict)

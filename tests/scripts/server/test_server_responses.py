@@ -111,3 +111,46 @@ def test_log_probabilities_of_a_prompt(server, client, tokenizer, most):
         best = own[:-1].max(-1).values.tolist()
         tops = [max(each.values()) for each in told.top_logprobs[1 : len(ids)]]
         assert tops == pytest.approx(best, abs=1e-3)
+
+
+def test_offsets_point_into_the_text(client):
+    """Also where a character is several tokens, and behind BOS, which the text leaves out."""
+    prompt = "Once 😀é 从前"
+    (choice,) = client.completions.create(
+        model="minimind", prompt=prompt, echo=True, logprobs=0, max_tokens=3, temperature=0
+    ).choices
+    told = choice.logprobs
+    assert choice.text.startswith(prompt) and told.text_offset[:2] == [0, 0]
+    whole = [
+        (token, offset)
+        for token, offset in zip(told.tokens[1:], told.text_offset[1:], strict=True)
+        if "\ufffd" not in token
+    ]
+    assert len(whole) >= 3
+    assert all(choice.text.startswith(token, offset) for token, offset in whole)
+    for token, value, top in zip(
+        told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True
+    ):
+        assert top[token] == value
+
+
+def test_a_text_without_bos(client):
+    counts = [
+        client.completions.create(
+            model="minimind", prompt="Once", max_tokens=1, extra_body={"add_special_tokens": value}
+        ).usage.prompt_tokens
+        for value in (True, None, False)
+    ]
+    assert counts[0] == counts[1] == counts[2] + 1
+
+
+def test_what_is_not_to_be_stored_is_not(client):
+    response = client.responses.create(**ASKED | dict(store=False))
+    assert response.store is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.create(**ASKED | dict(previous_response_id=response.id))
+
+
+def test_a_reply_that_was_cut_is_incomplete(client):
+    response = client.responses.create(**ASKED | dict(max_output_tokens=1))
+    assert (response.status, response.output[-1].status) == ("incomplete", "incomplete")
