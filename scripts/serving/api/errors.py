@@ -1,11 +1,25 @@
 """Errors of the API, as OpenAI's error object."""
 
+import re
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from model.errors import UserError
+
+# Parts of a place that name no field but the kind of a union: "str", "list[str]", "NamedToolChoice"
+OF_PYDANTIC = re.compile(r"^(str|int|float|bool|constrained-\w+)$|\[|^[A-Z]")
+SENTENCES = {
+    "extra_forbidden": "there is no such field here",
+    "missing": "this field is required",
+    "dict_type": "it must be a JSON object",
+    "model_type": "it must be a JSON object",
+    "model_attributes_type": "it must be a JSON object",
+    "list_type": "it must be a list",
+    "string_type": "it must be a text",
+}
 
 
 class ApiError(Exception):
@@ -45,8 +59,10 @@ def add_error_handlers(app: FastAPI) -> None:
         # of a union the error that lies deepest: it belongs to the kind that was meant
         found = error.errors()[:1000]
         first = max(found, key=lambda each: len(each["loc"]))
-        field = ".".join(str(part) for part in first["loc"][1:])  # without "body"
-        message = f"{field}: {first['msg']}" if field else first["msg"]
+        parts = map(str, first["loc"][1:])  # without "body"
+        field = ".".join(part for part in parts if not OF_PYDANTIC.search(part))
+        said = SENTENCES.get(first["type"], first["msg"]).removeprefix("Value error, ")
+        message = f"{field}: {said}" if field else said
         return api_error(http, ApiError(message, param=field or None))
 
     @app.exception_handler(HTTPException)

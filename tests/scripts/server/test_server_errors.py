@@ -5,7 +5,7 @@ import socket
 import httpx
 import openai
 import pytest
-from api_requests import CLOCK, GREEDY, PERSON, idle, json_of
+from api_requests import CLOCK, GREEDY, HELLO, PERSON, idle, json_of
 
 from model.errors import UserError
 from scripts.serve_openai_api import bind
@@ -123,3 +123,23 @@ def test_a_failing_model_is_a_500_and_the_server_goes_on(server, client, monkeyp
     assert "a bug" not in str(error.value)
     assert idle(server)
     assert client.chat.completions.create(**GREEDY).choices
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "said"),
+    [
+        ("chat/completions", dict(foo=1), "foo", "there is no such field here"),
+        ("chat/completions", dict(stop=[1]), "stop.0", "it must be a text"),
+        ("chat/completions", dict(tool_choice={"type": "x"}), "tool_choice.type", "'function'"),
+        ("chat/completions", dict(messages=[{"role": "user"}]), "messages.0", "needs content"),
+        ("completions", dict(prompt=[["a"]]), "prompt.0.0", "integer"),
+    ],
+)
+def test_a_mistake_is_named_as_the_client_wrote_it(server, path, body, field, said):
+    """By its fields, without the names of our types."""
+    body = {"model": "minimind", "messages": HELLO} | body if "chat" in path else body
+    response = httpx.post(f"{server.url}/v1/{path}", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == field
+    assert error["message"].startswith(f"{field}: ") and said in error["message"]
+    assert "Value error" not in error["message"]
