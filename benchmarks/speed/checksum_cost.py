@@ -136,17 +136,9 @@ def forget(path: Path) -> None:
 
 def show(result: dict[str, Any]) -> None:
     table = Table(title=result["machine"], title_justify="left")
-    for name in (
-        "file",
-        "MB",
-        "read, ms",
-        "checked, ms",
-        "more",
-        "cold, ms",
-        "checked, ms",
-        "more",
-    ):
-        table.add_column(name, justify="left" if name == "file" else "right")
+    table.add_column("file", no_wrap=True)
+    for name in ("MB", "read, ms", "checked", "more", "from disk, ms", "checked", "more"):
+        table.add_column(name, justify="right")
     for each in result["files"]:
         cells = [each["file"], f"{each['megabytes']:,.0f}"]
         for kind in ("warm", "cold"):

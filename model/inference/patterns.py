@@ -9,12 +9,10 @@ from typing import Any
 
 if sys.version_info >= (3, 11):
     from re import _constants as sre  # type: ignore[attr-defined]
-    from re import _parser as sre_parse
+    from re import _parser as sre_parse  # type: ignore[attr-defined]
 else:
     import sre_constants as sre
     import sre_parse
-
-PATTERN_KEYS = ("pattern", "patternProperties")
 
 
 def patterns_in(schema: Any) -> set[str]:
