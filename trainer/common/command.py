@@ -107,7 +107,9 @@ def run_trainer(main: Callable[[Any], Any], args: Any) -> None:
 POLL_SECONDS = 0.5
 TELL_SECONDS = 10.0  # a rank that fails early tries so long to reach the store
 FIRST_RANK_SECONDS = 4.0  # after which torchrun has ended the others, if rank 0 saw it too
+MEET_SECONDS = 10.0  # a rank may start so much later than rank 0, which has failed already
 FAILED = f"minimind/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+KNOWN = f"{FAILED}/known"  # how many ranks know it, the failed one included
 ended_here = threading.Event()  # this rank has failed itself, and says so itself
 stores: list[Any] = []  # this rank's connection, if it has one; a store ends with its host's object
 
@@ -139,13 +141,19 @@ def tell_other_ranks(sentence: str) -> None:
         if not stores:
             stores.append(rank_store(TELL_SECONDS, may_host=True))
         stores[0].set(FAILED, f"rank {os.environ['RANK']} has ended: {sentence}")
+        stores[0].add(KNOWN, 1)
 
 
 def stay_for_other_ranks() -> None:
     """Rank 0, whose store may end with it, stays until the others have looked there. Only after it
     has said what was wrong: torchrun may end it at once."""
-    if ended_here.is_set() and os.environ.get("RANK") == "0":
-        time.sleep(2 * POLL_SECONDS)
+    if not ended_here.is_set() or os.environ.get("RANK") != "0":
+        return
+    met = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    end = time.monotonic() + (2 * POLL_SECONDS if met else MEET_SECONDS)
+    with suppress(Exception):
+        while stores[0].add(KNOWN, 0) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS / 5)
 
 
 def end_with_other_ranks() -> None:
@@ -162,6 +170,7 @@ def watch_other_ranks() -> None:
         while not store.check([FAILED]):
             time.sleep(POLL_SECONDS)
         sentence = store.get(FAILED).decode()
+        store.add(KNOWN, 1)
     except Exception:
         time.sleep(10)  # the store is gone: at the end of a training they all go
     if not ended_here.is_set():
