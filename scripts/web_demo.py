@@ -41,7 +41,7 @@ if __name__ == "__main__" and "streamlit" not in sys.modules:
 
 import streamlit as st
 
-from scripts.web.chat import chat_page, stop_answer
+from scripts.web.chat import chat_page, escape_markdown, stop_answer
 from scripts.web.controls import persistent
 from scripts.web.microscope import microscope_page
 from scripts.web.models import (
@@ -70,7 +70,7 @@ def main() -> None:
     try:
         args = parse_arguments(Args, __doc__)
     except UserError as error:
-        st.error(error)
+        st.error(escape_markdown(str(error)))
         return
     t = Translator(choose_language(args))
 
@@ -142,7 +142,7 @@ def choose_model(args: Args, t: Translator) -> ServedModel | None:
         with st.spinner(t("loading")):
             served = serve_model(args, model, lora)
     except UserError as error:
-        st.error(f"{t('cannot_load')} {error}")
+        st.error(escape_markdown(f"{t('cannot_load')} {error}"))
         st.stop()
     loaded = served.loaded
     st.sidebar.caption(
@@ -199,7 +199,7 @@ def train_demo(args: Args, t: Translator) -> None:
         try:
             training.start(args.save_dir, minutes)
         except UserError as error:
-            st.error(error)
+            st.error(escape_markdown(str(error)))
             return
         st.rerun()
 

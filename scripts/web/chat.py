@@ -148,7 +148,7 @@ def show_messages(turn: list[Message], t: Translator) -> None:
 
 def show_tool_call(step: int, call: dict[str, Any] | None, result: str, t: Translator) -> None:
     """A call and its result; without a call where its JSON was invalid."""
-    name = call["name"] if call else t("invalid_call")
+    name = escape_prose(call["name"], "[]") if call else t("invalid_call")
     with st.expander(t("step", step=step, name=name), icon=":material/build:"):
         if call:
             st.caption(t("arguments"))
@@ -170,7 +170,7 @@ def show_message(message: Message, t: Translator, live: bool = False) -> None:
             shown += "\n▍" if shown.endswith(("```", "~~~")) else " ▍"
         st.markdown(shown)
     if note := message.get("note"):
-        st.caption(note)
+        st.caption(escape_markdown(note))
 
 
 CODE = re.compile(
@@ -179,7 +179,7 @@ CODE = re.compile(
     r"|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)",
     re.DOTALL | re.MULTILINE,
 )
-MARKDOWN = MarkdownIt()
+MARKDOWN = MarkdownIt().enable("table")  # as the page: a cell ends at any |, in code too
 MARKDOWN.validateLink = lambda url: True  # type: ignore[method-assign]  # all of them are looked at
 SAFE_LINK = re.compile(r"https?:|mailto:|[^:]*$", re.IGNORECASE)
 

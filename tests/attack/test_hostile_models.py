@@ -3,7 +3,9 @@ than they hold, code."""
 
 import json
 import shutil
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from dataset.chat_template import time_limit
 from dataset.encoding import encode_chat
 from dataset.jsonl import error_at
 from model import errors
+from model.command_line import names_where, parse_arguments
 from model.errors import UserError
 from model.formats.lora_format import load_peft, read_lora
 from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -184,7 +187,7 @@ def test_recipes(tmp_path):
         path.write_text(json.dumps(recipe))
         return recipe_argv(read_recipe(str(path)), Args)
 
-    assert "--learning_rate" in follow(RECIPE)
+    assert "--learning_rate=0.1" in follow(RECIPE)
     for name, value in (
         *(("save_dir", "/x"), ("checkpoint_dir", "/x"), ("save_weight", "../x"), ("resume", True)),
         *(("use_wandb", True), ("data_dir", "/x"), ("num_workers", 64), ("device", "cuda:3")),
@@ -213,6 +216,25 @@ def test_a_recipe_of_rl_neither_trusts_code_nor_names_a_judge(tmp_path):
         path.write_text(json.dumps(RECIPE | {"stage": "grpo", "flags": {name: value}}))
         with pytest.raises(UserError, match=f"sets --{name}"):
             recipe_argv(read_recipe(str(path)), GrpoArgs)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "grpo"])
+def test_a_value_of_a_recipe_sets_no_other_flag(tmp_path, stage):
+    args_class = import_module(f"trainer.train_{stage}").Args
+    path, usual = tmp_path / "r.json", vars(args_class())
+    for name in names_where(args_class, "recipe", True):
+        value = usual[name]
+        for hostile in (
+            *("--save_dir=/x", ["--save_dir", "/x"], [value, "--save_dir", "/x"]),
+            *("--trust_remote_code", [value, "--trust_remote_code=1"], [[value]], {"a": value}),
+        ):
+            path.write_text(json.dumps(RECIPE | {"stage": stage, "flags": {name: hostile}}))
+            with suppress(UserError):
+                args = parse_arguments(
+                    args_class, None, recipe_argv(read_recipe(str(path)), args_class)
+                )
+                changed = {key for key, value in vars(args).items() if value != usual[key]}
+                assert changed <= {name}, (name, hostile)
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

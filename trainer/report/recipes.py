@@ -75,8 +75,20 @@ def recipe_argv(recipe: dict[str, Any], args_class: type) -> list[str]:
                 f"recipe {recipe['name']} is for a trainer of {recipe['stage']}: this one has no "
                 f"--{name}"
             )
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        argv += flag_of(recipe["name"], name, value, isinstance(known[name], list))
     return argv
+
+
+def flag_of(recipe: str, name: str, value: Any, takes_list: bool) -> list[str]:
+    """A flag with its value or values, none of which can be read as another flag."""
+    values = value if isinstance(value, list) else [value]
+    unfit = isinstance(value, list) and not takes_list
+    for each in values:
+        unfit |= isinstance(each, list | dict)
+        unfit |= takes_list and isinstance(each, str) and each.startswith("-")
+    if unfit:
+        raise UserError(f"recipe {recipe} sets --{name} to {value!r:.80}, which is no value of it")
+    return [f"--{name}", *map(str, values)] if takes_list else [f"--{name}={value}"]
 
 
 def with_recipe(argv: list[str], args_class: type) -> list[str]:

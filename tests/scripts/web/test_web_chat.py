@@ -145,12 +145,13 @@ def test_code_is_shown_as_it_is_written():
         "\\`![a](http://evil.example/?said=1)`",  # an escaped tick begins no code
         "> ```\n![a](http://evil.example/?said=1)\n> ```",  # the quotation's code has ended
         "\\![a](http://evil.example/?said=1) \\\\![a](http://evil.example/?said=1)",
+        "| a | b |\n|---|---|\n| `x | ![i](http://evil.example/?said=1) ` |",
         '<img src="http://evil.example/?said=1">',
         "[a](data:text/html,1) [b](JavaScript:alert(1)) <data:text/html,1> [c](file:///etc/hosts)",
     ],
 )
 def test_nothing_is_fetched_for_what_a_model_writes(reply):
-    renderer = MarkdownIt()
+    renderer = MarkdownIt().enable("table")
     renderer.validateLink = lambda url: True
     html = renderer.render(escape_markdown(reply))
     assert "<img" not in html
