@@ -239,15 +239,7 @@ def test_a_log_that_can_no_longer_be_written_ends_the_run_with_a_sentence(any_st
     monkeypatch.setattr(MetricLog, "write", no_log)
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log"
-    assert (
-        ended(
-            fork(
-                lambda: run_stage(any_stage.stage),
-                log,
-            )
-        )
-        == 2
-    )
+    assert ended(fork(lambda: run_stage(any_stage.stage), log)) == 2
     assert re.search(r"^error: .*metrics.jsonl: Is a directory", log.read_text(), re.M)
 
 

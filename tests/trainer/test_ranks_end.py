@@ -94,15 +94,7 @@ def test_processes_that_cannot_meet_are_told_to_use_torchrun(
             monkeypatch.delenv(variable)
     monkeypatch.setattr(sys, "argv", ["train", *flags(any_stage.settings())])
     log = any_stage.folder / "log0"
-    assert (
-        ended(
-            fork(
-                lambda: run_stage(any_stage.stage),
-                log,
-            )
-        )
-        == 2
-    )
+    assert ended(fork(lambda: run_stage(any_stage.stage), log)) == 2
     assert "the 2 processes cannot find each other" in errors(any_stage, 0)[0]
 
 

@@ -170,7 +170,8 @@ def watch_other_ranks() -> None:
         while not store.check([FAILED]):
             time.sleep(POLL_SECONDS)
         sentence = store.get(FAILED).decode()
-        store.add(KNOWN, 1)
+        if not ended_here.is_set():  # else this rank is counted already
+            store.add(KNOWN, 1)
     except Exception:
         time.sleep(10)  # the store is gone: at the end of a training they all go
     if not ended_here.is_set():
